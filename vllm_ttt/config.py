@@ -1,0 +1,166 @@
+"""The configuration: one frozen pydantic model, read from YAML, refused when a key is unknown or a value out of range.
+
+It travels to the engine core and the workers in ``VllmConfig.additional_config["ttt"]``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+from vllm_ttt.errors import ConfigError
+
+#: The ranks that vLLM's LoRA configuration can hold (vllm/config/lora.py, MaxLoRARanks).
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+#: What a preset means where the config says nothing else (the table in docs/algorithm.md).
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "last": {"adapt": {"layers": 1, "rank": 128}, "learn": {"rate": 0.032, "decay": 0.015}},
+}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class AdaptConfig(_Model):
+    """Which layers carry a delta, and how large it is."""
+
+    preset: Literal["last"] = "last"
+    """`last`: the last layer; no key or value depends on the delta. (`deep` is not implemented yet.)"""
+    layers: Annotated[int, Field(ge=1, le=1)] = 1
+    """How many layers, counted from the end. `last` has one."""
+    modules: tuple[Literal["o_proj", "gate_up_proj", "down_proj"], ...] = ("o_proj", "gate_up_proj", "down_proj")
+    """The linear layers that get a delta. The step needs all three."""
+    rank: int = 128
+    """Rank of a delta; one of the ranks that vLLM's LoRA slots can have."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the fixed projections A. Deltas learned under one seed mean nothing under another."""
+
+    @field_validator("rank")
+    @classmethod
+    def _rank(cls, rank: int) -> int:
+        if rank not in RANKS:
+            raise ValueError(f"rank {rank} is not one that vLLM's LoRA slots can hold; allowed: {RANKS}")
+        return rank
+
+    @field_validator("modules")
+    @classmethod
+    def _modules(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        if sorted(modules) != ["down_proj", "gate_up_proj", "o_proj"]:
+            raise ValueError("modules must be o_proj, gate_up_proj and down_proj: the step learns the three together")
+        return modules
+
+
+class LearnConfig(_Model):
+    """The micro-step: what is learned and how fast (docs/algorithm.md)."""
+
+    tokens: Literal["prompt", "all"] = "prompt"
+    """What is learned where a request does not say: its prompt, or (`all`) the answer too (`ttt_learn_output`)."""
+    chunk: Annotated[int, Field(ge=16, le=1024)] = 256
+    """Tokens per step of the optimiser."""
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.032
+    """Length of a step relative to the norm of the weight that it adapts."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.015
+    """Share of the delta that is forgotten at each step."""
+    max_norm: Annotated[float, Field(gt=0, le=10)] = 0.35
+    """Trust region: the delta's norm relative to the weight's never exceeds this."""
+    max_loss: Annotated[float, Field(gt=0, le=2)] = 0.7
+    """A chunk whose loss exceeds this times ln(vocabulary) is not learned: it is noise."""
+    min_chunk: Annotated[int, Field(ge=1, le=1024)] = 8
+    """A remainder of a prompt shorter than this is not learned."""
+
+
+class ScheduleConfig(_Model):
+    """When the micro-steps run."""
+
+    tokens_per_step: Annotated[int, Field(ge=16, le=65536)] = 512
+    """At most this many tokens are learned between two iterations of the engine."""
+    max_slowdown: Annotated[float, Field(ge=1.0, le=100)] = 1.25
+    """While requests are being served, learning takes at most this factor less one of the serving time."""
+    backlog_tokens: Annotated[int, Field(ge=1024, le=2**24)] = 65536
+    """Captured tokens that may wait for their step, over all sessions; their activations are kept on the device."""
+    consistency: Literal["read-your-writes", "eventual"] = "read-your-writes"
+    """Whether a session's next request waits until what its earlier requests sent has been learned."""
+
+
+class SessionsConfig(_Model):
+    """How many sessions, and where they live."""
+
+    resident: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Sessions that can be served at the same time: vLLM's multi-LoRA slots."""
+    max_sessions: PositiveInt = 10_000
+    """Sessions kept in host memory; one more is refused with 429."""
+
+
+class ObserveConfig(_Model):
+    """What is measured for people to look at."""
+
+    frozen_every: Annotated[int, Field(ge=0)] = 8
+    """Every n-th chunk of a session is also scored under the frozen model; 0: never."""
+    recent_chunks: Annotated[int, Field(ge=1, le=4096)] = 64
+    """How many chunk losses `GET /v1/ttt/sessions/{id}` shows."""
+
+
+class TTTConfig(_Model):
+    """Everything that can be configured. See configs/default.yaml for a file with every key."""
+
+    adapt: AdaptConfig = AdaptConfig()
+    learn: LearnConfig = LearnConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    sessions: SessionsConfig = SessionsConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+
+def parse_config(data: dict[str, Any] | None, preset: str | None = None, source: str = "the config") -> TTTConfig:
+    """Validate ``data``, with the defaults of its preset filled in.
+
+    Args:
+        data: the config as YAML gives it; None or empty means all defaults.
+        preset: overrides ``adapt.preset``.
+        source: what to call ``data`` in an error.
+    Raises:
+        ConfigError: a key is unknown, a value out of range, or the preset unknown.
+    """
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"{source} must be a mapping of sections, not {type(data).__name__}")
+    merged = {section: values for section, values in (data or {}).items()}
+    adapt = merged.get("adapt") or {}
+    name = preset or (adapt.get("preset") if isinstance(adapt, dict) else None) or "last"
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is not available; allowed: {', '.join(PRESETS)}")
+    for section, defaults in {**PRESETS[name], "adapt": {**PRESETS[name]["adapt"], "preset": name}}.items():
+        given = merged.get(section)
+        if given is None:
+            given = {}
+        if isinstance(given, dict):
+            merged[section] = {**defaults, **given, **({"preset": name} if section == "adapt" else {})}
+    try:
+        return TTTConfig.model_validate(merged)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {_explain(e)}" for e in error.errors()]
+        raise ConfigError(f"{source} is not valid:\n" + "\n".join(lines)) from None
+
+
+def load_config(path: str | Path, preset: str | None = None) -> TTTConfig:
+    """Read a YAML file. Raises ConfigError, also where the file cannot be read or is not YAML."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--ttt-config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--ttt-config {path} is not YAML: {error}") from None
+    return parse_config(data, preset, source=f"--ttt-config {path}")
+
+
+def _explain(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown key"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{message} (got {error['input']!r})"
+
+

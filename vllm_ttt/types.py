@@ -1,0 +1,127 @@
+"""What vLLM's processes say to each other about sessions: plain, small, picklable. Imports no torch and no vLLM.
+
+frontend -> engine   ``Request.session_id`` holds ``SessionKey.wire()``; ``SamplingParams.extra_args`` the knobs
+engine -> worker     ``SchedulerOutput.ttt`` holds a ``StepPlan``
+worker -> engine     ``ModelRunnerOutput.ttt`` holds a ``StepReport``
+engine -> frontend   ``EngineCoreOutput.kv_transfer_params["ttt"]`` holds ``{"version": int, "tokens_learned": int}``
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from vllm_ttt.errors import RequestError
+
+SESSION_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}\Z")
+SESSION_ID_RULE = "1 to 128 characters of A-Z a-z 0-9 . _ : -"
+
+
+class SessionKey(NamedTuple):
+    """A session as the engine knows it: two tenants may both have a session of the same name."""
+
+    #: derived from the API key by the front end; never holds the key itself
+    tenant: str
+    #: what the client calls it
+    name: str
+
+    def wire(self) -> str:
+        return f"{self.tenant}/{self.name}"
+
+    @classmethod
+    def from_wire(cls, text: str) -> SessionKey:
+        tenant, _, name = text.partition("/")
+        return cls(tenant, check_session_id(name))
+
+
+def check_session_id(name: Any, param: str = "session_id") -> str:
+    """Return ``name``, or raise RequestError (400) that says what a session id may be."""
+    if not isinstance(name, str) or not SESSION_ID.match(name):
+        shown = repr(name) if len(repr(name)) <= 80 else repr(name)[:76] + "...'"
+        raise RequestError(f"{param} must be {SESSION_ID_RULE}; got {shown}", param=param)
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """The ``ttt_*`` keys of a request's ``vllm_xargs``."""
+
+    #: learn the prompt; False: use the delta and learn nothing at all
+    learn: bool = True
+    #: learn the generated tokens too
+    learn_output: bool = False
+
+    @classmethod
+    def parse(cls, xargs: dict[str, Any] | None, learn_output: bool = False) -> Knobs:
+        """Read ``vllm_xargs``. Raises RequestError (400) for an unknown ``ttt_*`` key or a value other than 0 or 1.
+
+        Args:
+            xargs: as the client sent them; keys without the prefix ``ttt_`` are not ours.
+            learn_output: what ``ttt_learn_output`` is where the request does not say.
+        """
+        values = {"ttt_learn": True, "ttt_learn_output": learn_output}
+        for key, value in (xargs or {}).items():
+            if not key.startswith("ttt_"):
+                continue
+            if key not in values:
+                raise RequestError(f"unknown key {key!r} in vllm_xargs; allowed: {', '.join(values)}", param=key)
+            if isinstance(value, str | list | dict) or value not in (0, 1):
+                raise RequestError(f"{key} must be 0 or 1; got {value!r}", param=key)
+            values[key] = bool(value)
+        return cls(values["ttt_learn"], values["ttt_learn"] and values["ttt_learn_output"])
+
+
+@dataclass(slots=True)
+class RequestPlan:
+    """Sent to the worker once, with the first step that schedules a session's request."""
+
+    #: the session's adapter id, which is how the worker knows the session
+    session: int
+    #: tokens in the prompt; pair i (the state at position i, the token at i + 1) is the prompt's where i < prompt - 1
+    prompt: int
+    learn: bool
+    learn_output: bool
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Engine to worker, with a step."""
+
+    #: request id -> plan, for requests that this step schedules for the first time
+    started: dict[str, RequestPlan] = field(default_factory=dict)
+    #: whether anybody waits for learning to finish; it then runs ahead of the budget where nothing else is served
+    idle: bool = False
+
+
+@dataclass(slots=True)
+class ChunkReport:
+    """One chunk that was learned, or not."""
+
+    session: int
+    request: str
+    tokens: int
+    #: mean loss in nats per token under the delta before the update
+    loss: float
+    #: the same under the frozen model, where it was measured
+    frozen_loss: float | None
+    #: None: learned. Otherwise why not: "loss", "nonfinite", "short" or "error"
+    skipped: str | None
+
+
+@dataclass(slots=True)
+class StepReport:
+    """Worker to engine, with a step's output."""
+
+    chunks: list[ChunkReport] = field(default_factory=list)
+    #: request id -> version of the delta that serves its first token
+    began: dict[str, int] = field(default_factory=dict)
+    #: requests of which everything that is to be learned has been, and is being served
+    settled: list[str] = field(default_factory=list)
+    #: session -> version, for sessions whose version changed
+    versions: dict[int, int] = field(default_factory=dict)
+    #: captured tokens that wait for their step
+    pending: int = 0
+    #: whether the worker has work that needs another step, even where no request does
+    busy: bool = False
+    errors: int = 0
