@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from vllm_ttt.errors import RequestError
 
 SESSION_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}\Z")
+#: Where the in-memory adapters of sessions pretend to lie: ADAPTER_PATH + adapter id. Nothing is ever read there.
+ADAPTER_PATH = "/ttt/"
 SESSION_ID_RULE = "1 to 128 characters of A-Z a-z 0-9 . _ : -"
 
 
@@ -90,8 +92,8 @@ class StepPlan:
 
     #: request id -> plan, for requests that this step schedules for the first time
     started: dict[str, RequestPlan] = field(default_factory=dict)
-    #: whether anybody waits for learning to finish; it then runs ahead of the budget where nothing else is served
-    idle: bool = False
+    #: whether the batch has rows of a session
+    sessions: bool = False
 
 
 @dataclass(slots=True)
@@ -107,6 +109,8 @@ class ChunkReport:
     frozen_loss: float | None
     #: None: learned. Otherwise why not: "loss", "nonfinite", "short" or "error"
     skipped: str | None
+    #: the session's version after the chunk
+    version: int
 
 
 @dataclass(slots=True)
@@ -116,10 +120,8 @@ class StepReport:
     chunks: list[ChunkReport] = field(default_factory=list)
     #: request id -> version of the delta that serves its first token
     began: dict[str, int] = field(default_factory=dict)
-    #: requests of which everything that is to be learned has been, and is being served
-    settled: list[str] = field(default_factory=list)
-    #: session -> version, for sessions whose version changed
-    versions: dict[int, int] = field(default_factory=dict)
+    #: (request id, session) of requests of which everything that is to be learned has been, and is being served
+    settled: list[tuple[str, int]] = field(default_factory=list)
     #: captured tokens that wait for their step
     pending: int = 0
     #: whether the worker has work that needs another step, even where no request does

@@ -50,13 +50,16 @@ def wrap(owner: Any, name: str, parameters: str, make: Callable[[Callable], Call
     setattr(owner, name, kind(wrapped) if kind else wrapped)
 
 
-def add(owner: type, name: str, function: Callable) -> None:
-    """Add a method that the class does not have; raises PatchContractError where it has one that is not ours."""
+def absent(owner: type, name: str) -> None:
+    """Raise PatchContractError where the class has a method of that name which is not ours."""
     present = inspect.getattr_static(owner, name, None)
-    if getattr(present, MARK, False):
-        return
-    if present is not None:
+    if present is not None and not getattr(present, MARK, False):
         raise PatchContractError(f"{owner.__module__}.{owner.__qualname__} has a method {name} of its own. {_ADVICE}")
+
+
+def add(owner: type, name: str, function: Callable) -> None:
+    """Add a method that the class does not have, once. Raises as `absent`."""
+    absent(owner, name)
     setattr(function, MARK, True)
     setattr(owner, name, function)
 

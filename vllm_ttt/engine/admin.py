@@ -1,0 +1,50 @@
+"""The admin operations, run by the engine core between two steps. Answers are plain dicts, for msgpack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_ttt.engine.ledger import Session
+from vllm_ttt.types import SessionKey
+
+
+def admin(engine: Any, op: str, tenant: str, name: str) -> dict[str, Any]:
+    """Answer one call of the front end.
+
+    Args:
+        engine: vLLM's EngineCore.
+        op: "list", "config", "get", "reset" or "delete".
+        tenant, name: the session's key; ``name`` is "" for the first two.
+    Returns:
+        ``{"ok": True, "result": ...}`` or ``{"ok": False, "status": 4xx, "message": ...}``
+    """
+    scheduler = engine.scheduler
+    if op == "list":
+        sessions = sorted(scheduler.ttt_ledger.of_tenant(tenant), key=lambda s: -s.last_used)
+        return _ok({"sessions": [_detail(engine, s, losses=False) for s in sessions]})
+    if op == "config":
+        return _ok(scheduler.ttt_config.model_dump(mode="json"))
+    session = scheduler.ttt_ledger.find(SessionKey(tenant, name))
+    if session is None:
+        return {"ok": False, "status": 404, "message": f"there is no session {name!r}; a request that names it makes it"}
+    if op == "get":
+        return _ok(_detail(engine, session, losses=True))
+    if session.requests:
+        message = f"session {name!r} has {len(session.requests)} requests in the engine; wait for them, or abort them"
+        return {"ok": False, "status": 409, "message": message}
+    engine.model_executor.collective_rpc("ttt_drop", args=(session.adapter,))
+    scheduler.ttt_ledger.remove(session)
+    if op == "reset":
+        fresh = scheduler.ttt_ledger.open(session.key)
+        fresh.created = session.created
+        return _ok(_detail(engine, fresh, losses=True))
+    return _ok({"session_id": name, "deleted": True})
+
+
+def _ok(result: Any) -> dict[str, Any]:
+    return {"ok": True, "result": result}
+
+
+def _detail(engine: Any, session: Session, losses: bool) -> dict[str, Any]:
+    (worker,) = engine.model_executor.collective_rpc("ttt_session", args=(session.adapter,))
+    return {**session.summary(), **worker, **({"losses": list(session.losses)} if losses else {})}

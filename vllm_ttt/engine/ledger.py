@@ -1,0 +1,96 @@
+"""What the engine core knows of each session. Plain data, no vLLM: the scheduler reads and writes it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_ttt.types import ChunkReport, SessionKey
+
+
+@dataclass(slots=True)
+class Session:
+    """One session. ``adapter`` is its LoRA id, which is how the worker knows it."""
+
+    key: SessionKey
+    adapter: int
+    recent: int
+    version: int = 0
+    tokens_seen: int = 0
+    tokens_learned: int = 0
+    tokens_pending: int = 0
+    tokens_skipped: Counter[str] = field(default_factory=Counter)
+    created: float = field(default_factory=time.time)
+    last_used: float = field(default_factory=time.time)
+    losses: deque[dict[str, Any]] = field(default_factory=deque)
+    #: learning requests that are not settled yet, in order of arrival: request id -> arrival number
+    open: dict[str, int] = field(default_factory=dict)
+    #: requests in the engine
+    requests: set[str] = field(default_factory=set)
+
+    def record(self, chunk: ChunkReport) -> None:
+        """Count a chunk that was learned or skipped, and remember its losses."""
+        if chunk.skipped is None:
+            self.tokens_learned += chunk.tokens
+        else:
+            self.tokens_skipped[chunk.skipped] += chunk.tokens
+        if math.isnan(chunk.loss):
+            return
+        self.losses.append(
+            {
+                "version": chunk.version,
+                "tokens": chunk.tokens,
+                "loss": round(chunk.loss, 5) if math.isfinite(chunk.loss) else None,
+                "frozen_loss": None if chunk.frozen_loss is None else round(chunk.frozen_loss, 5),
+                "skipped": chunk.skipped,
+            }
+        )
+        while len(self.losses) > self.recent:
+            self.losses.popleft()
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "session_id": self.key.name,
+            "version": self.version,
+            "tokens_seen": self.tokens_seen,
+            "tokens_learned": self.tokens_learned,
+            "tokens_skipped": dict(self.tokens_skipped),
+            "tokens_pending": self.tokens_pending,
+            "requests_open": len(self.requests),
+            "created": self.created,
+            "last_used": self.last_used,
+        }
+
+
+class Ledger:
+    """All sessions, by key and by adapter id."""
+
+    def __init__(self, first_adapter: int, max_sessions: int, recent: int):
+        self.next_adapter, self.max_sessions, self.recent = first_adapter, max_sessions, recent
+        self.sessions: dict[SessionKey, Session] = {}
+        self.by_adapter: dict[int, Session] = {}
+
+    def find(self, key: SessionKey) -> Session | None:
+        return self.sessions.get(key)
+
+    def open(self, key: SessionKey) -> Session | None:
+        """The session of that key, made where there is none; None where there is room for no other."""
+        session = self.sessions.get(key)
+        if session is None:
+            if len(self.sessions) >= self.max_sessions:
+                return None
+            session = Session(key, self.next_adapter, self.recent)
+            self.next_adapter += 1
+            self.sessions[key] = self.by_adapter[session.adapter] = session
+        session.last_used = time.time()
+        return session
+
+    def remove(self, session: Session) -> None:
+        del self.sessions[session.key]
+        del self.by_adapter[session.adapter]
+
+    def of_tenant(self, tenant: str) -> list[Session]:
+        return [s for k, s in self.sessions.items() if k.tenant == tenant]

@@ -1,0 +1,220 @@
+"""vLLM's scheduler with sessions: attaches the delta, holds a request until its session has learned, tells the worker."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_ttt import plugin
+from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.errors import RequestError
+from vllm_ttt.patches import engine as engine_patches
+from vllm_ttt.types import ADAPTER_PATH, Knobs, RequestPlan, SessionKey, StepPlan, StepReport
+
+logger = init_logger(__name__)
+
+#: Child of a request with n > 1: index and parent (vllm/v1/engine/parallel_sampling.py).
+_CHILD = re.compile(r"(\d+)_(.+)", re.DOTALL)
+
+
+@dataclass(slots=True)
+class Attached:
+    """A request of a session, while it is in the engine."""
+
+    session: Session
+    knobs: Knobs
+    #: order of arrival; the children of a request with n > 1 share it
+    arrival: int
+    prompt: int
+    started: bool = False
+    #: the version that serves its first token
+    version: int = 0
+
+
+class TTTScheduler(AsyncScheduler):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        engine_patches.install()
+        config = plugin.config_of(self.vllm_config)
+        assert config is not None and self.lora_config is not None
+        self.ttt_config = config
+        self.ttt_http: bool = self.vllm_config.additional_config[plugin.NAME]["http"]
+        self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, config.sessions.max_sessions, config.observe.recent_chunks)
+        self.ttt_requests: dict[str, Attached] = {}
+        self.ttt_refused: list[tuple[Request, RequestError]] = []
+        self.ttt_arrivals = 0
+        self.ttt_parents: dict[str, int] = {}
+        self.ttt_report = StepReport()
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id not in self.requests:
+            try:
+                self._attach(request)
+            except RequestError as error:
+                # The front end checks names and knobs; this is for what only the engine can know, and for offline use.
+                self.ttt_refused.append((request, error))
+                return
+        super().add_request(request)
+
+    def _attach(self, request: Request) -> None:
+        params = request.sampling_params
+        extra = (params.extra_args if params is not None else None) or {}
+        wire = request.session_id
+        if wire is None and not self.ttt_http and (name := extra.get("session_id")) is not None:
+            wire = f"-/{name}"
+        if wire is None or params is None:
+            return
+        knobs = Knobs.parse(extra, learn_output=self.ttt_config.learn.tokens == "all")
+        session = self.ttt_ledger.open(SessionKey.from_wire(wire))
+        if session is None:
+            limit = self.ttt_config.sessions.max_sessions
+            raise RequestError(f"this server keeps at most {limit} sessions (sessions.max_sessions); delete one first", 429)
+        arrival, knobs = self._arrive(request, knobs)
+        request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")
+        attached = Attached(session, knobs, arrival, request.num_prompt_tokens)
+        self.ttt_requests[request.request_id] = attached
+        session.requests.add(request.request_id)
+        if knobs.learn:
+            # A token read from the prefix cache has no activations to learn from.
+            request.skip_reading_prefix_cache = True
+            session.open[request.request_id] = arrival
+            session.tokens_seen += max(0, attached.prompt - 1)
+
+    def _arrive(self, request: Request, knobs: Knobs) -> tuple[int, Knobs]:
+        """The arrival number; of n samples of one prompt, which arrive as one, the first alone learns."""
+        self.ttt_arrivals += 1
+        child = _CHILD.fullmatch(request.request_id)
+        if child is None:
+            return self.ttt_arrivals, knobs
+        index, parent = child.groups()
+        if index == "0":
+            self.ttt_parents[parent] = self.ttt_arrivals
+            return self.ttt_arrivals, knobs
+        return self.ttt_parents.get(parent, self.ttt_arrivals), Knobs(learn=False)
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        if not super()._handle_blocked_waiting_request(request):
+            return False
+        attached = self.ttt_requests.get(request.request_id)
+        return attached is None or self._may_start(attached)
+
+    def _may_start(self, attached: Attached) -> bool:
+        session = attached.session
+        if self.ttt_config.schedule.consistency == "read-your-writes":
+            first = next(iter(session.open.values()), attached.arrival)
+            if first < attached.arrival:
+                return False
+        if attached.knobs.learn and self.ttt_report.pending:
+            if self.ttt_report.pending + attached.prompt > self.ttt_config.schedule.backlog_tokens:
+                return False
+        # vLLM counts the adapters of requests that this step schedules; one that runs but is not scheduled now keeps its slot.
+        running = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
+        assert self.lora_config is not None
+        return session.adapter in running or len(running) < self.lora_config.max_loras
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        output = super().schedule(throttle_prefills)
+        plan = StepPlan()
+        if self.ttt_requests:
+            for request_id in output.num_scheduled_tokens:
+                attached = self.ttt_requests.get(request_id)
+                if attached is None:
+                    continue
+                plan.sessions = True
+                if not attached.started:
+                    attached.started = True
+                    plan.started[request_id] = RequestPlan(
+                        attached.session.adapter, attached.prompt, attached.knobs.learn, attached.knobs.learn_output
+                    )
+        output.ttt = plan  # type: ignore[attr-defined]  # a plain dataclass: extra attributes travel with it
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        report: StepReport | None = getattr(model_runner_output, "ttt", None)
+        if report is not None:
+            self._read(report)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.ttt_requests:
+            for per_client in outputs.values():
+                for output in per_client.outputs:
+                    self._answer(output)
+        self._refuse(outputs)
+        return outputs
+
+    def _read(self, report: StepReport) -> None:
+        self.ttt_report = report
+        for request_id, version in report.began.items():
+            if (attached := self.ttt_requests.get(request_id)) is not None:
+                attached.version = version
+        by_adapter = self.ttt_ledger.by_adapter
+        for chunk in report.chunks:
+            if (session := by_adapter.get(chunk.session)) is not None:
+                session.record(chunk)
+                session.version = chunk.version
+        for request_id, adapter in report.settled:
+            if (session := by_adapter.get(adapter)) is not None:
+                session.open.pop(request_id, None)
+
+    def _answer(self, output: EngineCoreOutput) -> None:
+        """Every output of a session's request says what the answer's ``ttt`` object needs."""
+        attached = self.ttt_requests.get(output.request_id)
+        if attached is None:
+            return
+        answer = {"version": attached.version, "tokens_learned": self._accepted(output.request_id, attached)}
+        output.kv_transfer_params = {**(output.kv_transfer_params or {}), "ttt": answer}
+        if output.finish_reason is not None:
+            self._detach(output.request_id)
+
+    def _accepted(self, request_id: str, attached: Attached) -> int:
+        """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
+        learn = self.ttt_config.learn
+        accept = lambda n: n - n % learn.chunk * (n % learn.chunk < learn.min_chunk)  # noqa: E731
+        if not attached.knobs.learn:
+            return 0
+        tokens = accept(attached.prompt - 1)
+        request = self.requests.get(request_id)
+        if attached.knobs.learn_output and request is not None:
+            tokens += accept(request.num_output_tokens)
+        return tokens
+
+    def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
+        finished = super().finish_requests(request_ids, finished_status)
+        for request in finished:
+            self._detach(request.request_id)
+        return finished
+
+    def _detach(self, request_id: str) -> None:
+        """The request leaves the engine. One that never started has nothing that could settle."""
+        attached = self.ttt_requests.pop(request_id, None)
+        if attached is None:
+            return
+        attached.session.requests.discard(request_id)
+        if not attached.started:
+            attached.session.open.pop(request_id, None)
+        if (child := _CHILD.fullmatch(request_id)) is not None and child.group(1) == "0":
+            self.ttt_parents.pop(child.group(2), None)
+
+    def _refuse(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        for request, error in self.ttt_refused:
+            output = EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=FinishReason.ABORT,
+                kv_transfer_params={"ttt": {"status": error.status, "message": error.message}},
+            )
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+        self.ttt_refused.clear()
+
+    def has_requests(self) -> bool:
+        return super().has_requests() or self.ttt_report.busy or bool(self.ttt_refused)

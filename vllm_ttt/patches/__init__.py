@@ -1,0 +1,22 @@
+"""One module per vLLM function that we wrap; patches/README.md lists them for people.
+
+``engine_args`` is installed by every process that loads the plugin and only adds flags. The others are installed once a
+config asks for ttt: ``frontend`` in the API server, ``engine`` in the engine core. The worker needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def contracts() -> dict[str, Callable[[], None]]:
+    """For each group of patches, a function that raises PatchContractError where vLLM is not what they were written for."""
+    from vllm_ttt.patches import engine, engine_args, frontend
+
+    return {"engine_args": engine_args.check, "engine": engine.check, "frontend": frontend.check}
+
+
+def check_all() -> None:
+    """Raise PatchContractError for the first vLLM function that changed."""
+    for check in contracts().values():
+        check()

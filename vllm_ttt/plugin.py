@@ -1,0 +1,92 @@
+"""What vLLM calls: ``register`` in every process, before flags are parsed; and what users call: ``engine_args``, ``check``.
+
+``register`` only wraps three methods of EngineArgs. Everything else is imported and patched once a config asks for ttt.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_ttt.config import TTTConfig, load_config, parse_config
+from vllm_ttt.errors import ConfigError, TTTError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+#: The key of our settings in VllmConfig.additional_config, and the plugin's name everywhere.
+NAME = "ttt"
+
+
+def register() -> None:
+    """Entry point of ``vllm.general_plugins``. Idempotent; imports nothing heavy."""
+    from vllm_ttt.patches import engine_args as patch
+
+    patch.install()
+
+
+def engine_args(preset: str | None = None, config: str | dict[str, Any] | TTTConfig | None = None) -> dict[str, Any]:
+    """Arguments for ``vllm.LLM`` that switch test-time training on: ``LLM(model=..., **engine_args())``.
+
+    Args:
+        preset: `last`.
+        config: a path to a YAML file, the same as a dict, or a TTTConfig.
+    Raises:
+        ConfigError: the config is not valid.
+    """
+    if isinstance(config, TTTConfig):
+        parsed = config
+    elif isinstance(config, str):
+        parsed = load_config(config, preset)
+    else:
+        parsed = parse_config(config, preset)
+    return {"additional_config": {NAME: settings(parsed, http=False)}}
+
+
+def settings(config: TTTConfig, http: bool) -> dict[str, Any]:
+    """What travels in additional_config: the config, and whether a front end checks and scopes session names."""
+    return {"config": config.model_dump(mode="json"), "http": http}
+
+
+def config_of(vllm_config: Any) -> TTTConfig | None:
+    """The TTTConfig of a VllmConfig or of EngineArgs, or None where ttt was not asked for."""
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or NAME not in additional:
+        return None
+    return TTTConfig.model_validate(additional[NAME]["config"])
+
+
+def config_from_flags(args: Namespace) -> TTTConfig:
+    """The TTTConfig that ``vllm serve``'s flags describe. Raises ConfigError."""
+    if args.ttt_config:
+        return load_config(args.ttt_config, args.ttt_preset)
+    return parse_config(None, args.ttt_preset)
+
+
+def installed_plugins() -> dict[str, str]:
+    """Names that ``--plugin`` takes, each with the distribution that provides it."""
+    from importlib.metadata import entry_points
+
+    found: dict[str, str] = {}
+    for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
+        for point in entry_points(group=group):
+            found[point.name] = point.dist.name if point.dist else "?"
+    return found
+
+
+def check(model: str | None = None) -> list[tuple[str, bool, str]]:
+    """Can this installation serve? (what, whether, why) for the vLLM release, each patch, and ``model`` where given."""
+    from vllm_ttt import patches, support
+
+    rows = [support.vllm_release()]
+    for name, verify in patches.contracts().items():
+        try:
+            verify()
+            rows.append((f"patch {name}", True, "signature as expected"))
+        except TTTError as error:
+            rows.append((f"patch {name}", False, str(error)))
+    if model is not None:
+        try:
+            rows.append((f"model {model}", True, support.describe_model(model)))
+        except (ConfigError, OSError, ValueError) as error:
+            rows.append((f"model {model}", False, str(error)))
+    return rows

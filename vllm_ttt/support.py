@@ -1,0 +1,100 @@
+"""Which vLLM, which model and which of vLLM's options can be served with ttt; what is set where the user set nothing.
+
+Refusals say what was found, why it cannot be, and the way out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_ttt.config import TTTConfig
+from vllm_ttt.errors import ConfigError
+
+#: Architectures with a tail that worker/tail.py knows, by the name in the model's config.json.
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+SCHEDULER = "vllm_ttt.engine.scheduler.TTTScheduler"
+CPU_WORKER = "vllm_ttt.worker.cpu_worker.TTTCPUWorker"
+
+
+def vllm_release() -> tuple[str, bool, str]:
+    """(what, whether it is supported, what was found)."""
+    from vllm import __version__
+
+    supported = __version__.split("+")[0].split(".")[:2] == ["0", "32"]
+    return f"vLLM {__version__}", supported, "supported" if supported else "vllm-ttt supports vLLM 0.32.x"
+
+
+def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
+    """Set what ttt needs on vLLM's EngineArgs. Raises ConfigError where the user asked for something else."""
+    from vllm.platforms import current_platform
+
+    what, supported, why = vllm_release()
+    if not supported:
+        raise ConfigError(f"{what}: {why}")
+    if engine_args.enable_lora or getattr(engine_args, "lora_modules", None):
+        raise ConfigError(
+            "--enable-lora and --lora-modules cannot be combined with --plugin ttt: ttt uses vLLM's multi-LoRA slots for its "
+            "sessions. Merge the adapter into the model, or serve it without ttt"
+        )
+    if engine_args.fully_sharded_loras:
+        raise ConfigError("--fully-sharded-loras is not supported with --plugin ttt; leave it out")
+    if engine_args.scheduler_cls is not None:
+        raise ConfigError("--scheduler-cls cannot be combined with --plugin ttt, which brings its own scheduler")
+    if not current_platform.is_cpu():
+        raise ConfigError(f"this release of vllm-ttt serves on vLLM's CPU backend only, not on {current_platform.device_type}")
+    engine_args.enable_lora = True
+    engine_args.max_lora_rank = config.adapt.rank
+    engine_args.max_loras = config.sessions.resident
+    engine_args.max_cpu_loras = config.sessions.resident
+    engine_args.scheduler_cls = SCHEDULER
+    if engine_args.worker_cls == "auto":
+        engine_args.worker_cls = CPU_WORKER
+
+
+def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
+    """Refuse what cannot be served, and give the adapted layers alone their slots."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    refusals = {
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
+        "--data-parallel-size": parallel.data_parallel_size > 1,
+        "--enable-dbo": parallel.enable_dbo,
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--runner pooling": model.runner_type != "generate",
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
+        "--quantization": model.quantization is not None,
+    }
+    for flag, refused in refusals.items():
+        if refused:
+            raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
+    hf = model.hf_text_config
+    _check_architecture(model.architectures, hf)
+    vllm_config.lora_config.target_modules = adapted_modules(hf.num_hidden_layers, config)
+
+
+def adapted_modules(num_layers: int, config: TTTConfig) -> list[str]:
+    """Full names of the adapted modules: the only ones that get LoRA slots, so every other layer stays as it was."""
+    names = {"o_proj": "self_attn.o_proj", "gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"}
+    first = num_layers - config.adapt.layers
+    return [f"model.layers.{i}.{names[m]}" for i in range(first, num_layers) for m in config.adapt.modules]
+
+
+def describe_model(model: str) -> str:
+    """One line about a model that can be served. Raises ConfigError (unsupported) or OSError (no config found)."""
+    from transformers import AutoConfig
+
+    hf = AutoConfig.from_pretrained(model)
+    _check_architecture(hf.architectures, hf)
+    return f"{hf.architectures[0]}, {hf.num_hidden_layers} layers, hidden {hf.hidden_size}, vocabulary {hf.vocab_size}"
+
+
+def _check_architecture(architectures: list[str] | None, hf: Any) -> None:
+    if not architectures or architectures[0] not in ARCHITECTURES:
+        raise ConfigError(
+            f"architecture {', '.join(architectures or ['unknown'])} is not supported with --plugin ttt: "
+            f"supported are {', '.join(ARCHITECTURES)}. A new one needs a tail in vllm_ttt/worker/tail.py"
+        )
+    if getattr(hf, "hidden_act", "silu") != "silu":
+        raise ConfigError(f"hidden_act {hf.hidden_act!r} is not supported with --plugin ttt: the tail knows silu alone")

@@ -1,0 +1,210 @@
+"""Captured tokens on their way to the micro-step.
+
+A chunk is a page of three static tensors. Rows of a batch are copied into the open page of their request; a page that is
+full, or whose prompt or answer has ended, joins its session's queue, in the order of arrival.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vllm_ttt.types import RequestPlan
+from vllm_ttt.worker.step_view import Rows
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """Up to ``chunk`` consecutive pairs of one request, in one page."""
+
+    session: int
+    request: str
+    page: int
+    rows: int = 0
+    #: rows whose gradient has been accumulated
+    done: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """What has been captured of a running request."""
+
+    plan: RequestPlan
+    #: the first pair that has not been captured; recomputed ones before it are not captured twice
+    next: int = 0
+    open: Chunk | None = None
+    #: the whole prompt has gone through the model
+    prompt_read: bool = False
+    #: chunks that wait for their step, the open one apart
+    unlearned: int = 0
+    #: nothing more will be captured
+    closed: bool = False
+
+
+@dataclass(slots=True)
+class Copy:
+    """Row indices for one gather: rows ``source`` of the capture buffers go to rows ``target`` of the pages."""
+
+    source: list[int] = field(default_factory=list)
+    target: list[int] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+
+
+class Backlog:
+    """Pages, running requests and queues. Shapes: h [P, C, D], a [P, C, Q], t [P, C] int64; P pages of C rows."""
+
+    def __init__(self, pages: int, chunk: int, min_chunk: int, h_ND: Tensor, a_NQ: Tensor):
+        """Allocate ``pages`` pages of ``chunk`` rows, like the rows of the capture buffers."""
+        self.h_PCD = h_ND.new_zeros(pages, chunk, h_ND.shape[1])
+        self.a_PCQ = a_NQ.new_zeros(pages, chunk, a_NQ.shape[1])
+        self.t_PC = torch.zeros(pages, chunk, dtype=torch.int64, device=h_ND.device)
+        self.chunk, self.min_chunk = chunk, min_chunk
+        self.free = list(range(pages - 1, -1, -1))
+        self.readings: dict[str, Reading] = {}
+        self.queues: OrderedDict[int, deque[Chunk]] = OrderedDict()
+        #: chunks too short to be learned, to be reported
+        self.short: list[Chunk] = []
+        #: learning requests until all of them has been learned; they may outlive their reading
+        self.closing: dict[str, Reading] = {}
+
+    def start(self, request: str, plan: RequestPlan) -> None:
+        self.readings[request] = Reading(plan)
+
+    def finish(self, request: str) -> None:
+        """The request has left the engine: close its last chunk. A prompt that was not read to its end loses its open chunk."""
+        reading = self.readings.pop(request, None)
+        if reading is None:
+            return
+        if reading.open is not None:
+            if reading.prompt_read:
+                self._close(reading)
+            else:
+                self._release(reading.open)
+                reading.open = None
+        if not reading.closed:
+            self._end(request, reading)
+
+    def take(self, view: list[Rows], h_ND: Tensor, a_NQ: Tensor) -> None:
+        """Copy the rows that are to be learned into their pages, and close the chunks that are complete."""
+        copy = Copy()
+        for rows in view:
+            reading = self.readings.get(rows.request)
+            if reading is not None and not reading.closed:
+                self._assign(rows, reading, copy)
+        if not copy.source:
+            return
+        device = h_ND.device
+        source = torch.tensor(copy.source, device=device)
+        target = torch.tensor(copy.target, device=device)
+        self.h_PCD.flatten(0, 1).index_copy_(0, target, h_ND.index_select(0, source))
+        self.a_PCQ.flatten(0, 1).index_copy_(0, target, a_NQ.index_select(0, source))
+        self.t_PC.flatten().index_copy_(0, target, torch.cat(copy.tokens))
+
+    def pages_needed(self, tokens: int) -> int:
+        """Pages that a batch of ``tokens`` rows can need at most, given the requests that run."""
+        learning = sum(1 for r in self.readings.values() if r.plan.learn and not r.closed)
+        return min(learning, tokens) + tokens // self.chunk
+
+    def heads(self) -> list[Chunk]:
+        """The next chunk of each session that has one, longest-waiting session first."""
+        return [queue[0] for queue in self.queues.values()]
+
+    def advance(self, chunk: Chunk) -> None:
+        """The chunk has been learned, or given up: free its page; its session goes to the end of the line."""
+        queue = self.queues[chunk.session]
+        assert queue[0] is chunk
+        queue.popleft()
+        if queue:
+            self.queues.move_to_end(chunk.session)
+        else:
+            del self.queues[chunk.session]
+        self._settle(chunk)
+        self._release(chunk)
+
+    def drop_session(self, session: int) -> None:
+        """Forget everything that waits for the session, and learn no more of its running requests."""
+        for chunk in self.queues.pop(session, ()):
+            self._settle(chunk)
+            self._release(chunk)
+        for request, reading in self.readings.items():
+            if reading.plan.session == session:
+                if reading.open is not None:
+                    self._release(reading.open)
+                    reading.open = None
+                if not reading.closed:
+                    self._end(request, reading)
+
+    def reading_sessions(self) -> set[int]:
+        """Sessions that have a prompt which has been read in part: their slot must not change now."""
+        return {r.plan.session for r in self.readings.values() if r.next > 0 and not r.prompt_read}
+
+    def settled(self) -> list[tuple[str, int]]:
+        """(request, session) of requests of which all has been learned. They stay until `forget`."""
+        return [(name, r.plan.session) for name, r in self.closing.items() if r.closed and not r.unlearned]
+
+    def forget(self, request: str) -> None:
+        del self.closing[request]
+
+    @property
+    def pending(self) -> int:
+        """Captured tokens that wait for their step."""
+        queued = sum(c.rows - c.done for q in self.queues.values() for c in q)
+        return queued + sum(r.open.rows for r in self.readings.values() if r.open)
+
+    def _assign(self, rows: Rows, reading: Reading, copy: Copy) -> None:
+        """Spread a request's rows over its pages."""
+        plan, count = reading.plan, len(rows.next_tokens)
+        last_of_prompt = plan.prompt - 1
+        position = max(rows.position, reading.next)
+        end = rows.position + count
+        while position < end:
+            in_prompt = position < last_of_prompt
+            part_end = min(end, last_of_prompt) if in_prompt else end
+            if plan.learn and (in_prompt or plan.learn_output):
+                if reading.open is None:
+                    reading.open = Chunk(plan.session, rows.request, self.free.pop())
+                chunk = reading.open
+                part_end = min(part_end, position + self.chunk - chunk.rows)
+                self._copy_rows(rows, position, part_end, chunk, copy)
+                if chunk.rows == self.chunk or part_end == last_of_prompt:
+                    self._close(reading)
+            position = part_end
+        reading.next = max(reading.next, end)
+        if not reading.prompt_read and reading.next >= last_of_prompt:
+            reading.prompt_read = True
+            if plan.learn and not plan.learn_output:
+                self._end(rows.request, reading)
+
+    def _copy_rows(self, rows: Rows, position: int, end: int, chunk: Chunk, copy: Copy) -> None:
+        offset, n = position - rows.position, end - position
+        copy.source.extend(range(rows.first + offset, rows.first + offset + n))
+        start = chunk.page * self.chunk + chunk.rows
+        copy.target.extend(range(start, start + n))
+        copy.tokens.append(rows.next_tokens[offset : offset + n])
+        chunk.rows += n
+
+    def _close(self, reading: Reading) -> None:
+        chunk, reading.open = reading.open, None
+        assert chunk is not None
+        if chunk.rows < self.min_chunk:
+            self.short.append(chunk)
+            self._release(chunk)
+            return
+        self.queues.setdefault(chunk.session, deque()).append(chunk)
+        reading.unlearned += 1
+        self.closing.setdefault(chunk.request, reading)
+
+    def _end(self, request: str, reading: Reading) -> None:
+        """Nothing more of the request will be captured."""
+        reading.closed = True
+        if reading.plan.learn:
+            self.closing.setdefault(request, reading)
+
+    def _settle(self, chunk: Chunk) -> None:
+        self.closing[chunk.request].unlearned -= 1
+
+    def _release(self, chunk: Chunk) -> None:
+        self.free.append(chunk.page)

@@ -1,0 +1,65 @@
+"""Keep what the micro-step needs of each token of a batch: the residual stream and the attention output of the last layer.
+
+One custom op copies them into static buffers while the model runs. It is opaque to torch.compile and sits inside CUDA graphs
+like any other kernel; a flag on the host makes it return at once in batches that have no session.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from vllm_ttt.worker.tail import TailModules
+
+
+def _capture(x: Tensor, buffer: Tensor, active: Tensor) -> None:
+    if active.item():  # on the host: no device sync
+        buffer[: x.shape[0]].copy_(x)
+
+
+def _capture_fake(x: Tensor, buffer: Tensor, active: Tensor) -> None:
+    return
+
+
+direct_register_custom_op(op_name="ttt_capture", op_func=_capture, mutates_args=["buffer"], fake_impl=_capture_fake)
+
+
+class CapturingNorm(RMSNorm):
+    """The norm after attention: its ``residual`` argument is the stream that enters the layer."""
+
+    ttt_buffer: Tensor
+    ttt_active: Tensor
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        torch.ops.vllm.ttt_capture(residual, self.ttt_buffer, self.ttt_active)
+        return super().forward(x, residual)
+
+
+class CapturingOutputProjection(RowParallelLinearWithLoRA):
+    """o_proj: its input is the attention output."""
+
+    ttt_buffer: Tensor
+    ttt_active: Tensor
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        torch.ops.vllm.ttt_capture(x, self.ttt_buffer, self.ttt_active)
+        return super().apply(x, bias)
+
+
+class Capture:
+    """The static buffers: ``h_ND`` and ``a_NQ``, N rows for as many tokens as a batch can have, in the model's dtype."""
+
+    def __init__(self, modules: TailModules, max_tokens: int, dtype: torch.dtype, device: torch.device):
+        self.h_ND = torch.zeros(max_tokens, modules.norm.hidden_size, dtype=dtype, device=device)
+        self.a_NQ = torch.zeros(max_tokens, modules.o_proj.input_size, dtype=dtype, device=device)
+        #: on the host; whether the batch that runs now has rows of a session
+        self.active = torch.zeros((), dtype=torch.bool)
+        for module, cls, buffer in (
+            (modules.norm, CapturingNorm, self.h_ND),
+            (modules.o_proj, CapturingOutputProjection, self.a_NQ),
+        ):
+            module.__class__ = cls
+            module.ttt_buffer, module.ttt_active = buffer, self.active

@@ -1,0 +1,108 @@
+"""The masters: each session's B in float32. LoRA slots hold copies; this is the truth.
+
+A session that is being learned has a row of device tensors; the others live in host memory, and rows are handed out in
+order of last use.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vllm_ttt.worker.micro_step import MODULES, Delta, Tail
+
+
+@dataclass(slots=True)
+class Session:
+    """A session as the worker knows it."""
+
+    #: updates committed to the master
+    version: int = 0
+    #: the version that is being served: the slot follows the master at once, or when a prompt has been read
+    served: int = 0
+    #: what is being served, in the model's dtype, while it is not the master
+    serving: Delta | None = None
+    #: chunks that were given to the step
+    chunks: int = 0
+    #: norm of B relative to W, by MODULES
+    norms: list[float] = field(default_factory=lambda: [0.0] * len(MODULES))
+    #: the master while it has no row: [1, out, R] float32 on the host; None: all zero
+    host: Delta | None = None
+
+
+class Deltas:
+    """Masters [rows, out, R] float32, and the gradient that a chunk accumulates, of the same shape."""
+
+    def __init__(self, tail: Tail, rows: int):
+        self.tail = tail
+        self.masters = Delta.zeros(tail, rows)
+        self.grads = Delta.zeros(tail, rows)
+        self.sessions: dict[int, Session] = {}
+        self.free = list(range(rows - 1, -1, -1))
+        #: session -> row, least recently used first
+        self.rows: OrderedDict[int, int] = OrderedDict()
+        #: sessions whose gradient is being accumulated: their rows stay
+        self.pinned: set[int] = set()
+        self.evictions = 0
+
+    def session(self, key: int) -> Session:
+        return self.sessions.setdefault(key, Session())
+
+    def row(self, key: int) -> int | None:
+        """The session's row, brought in where it has none; None where every row is pinned."""
+        if key in self.rows:
+            self.rows.move_to_end(key)
+            return self.rows[key]
+        if not self.free and not self._evict():
+            return None
+        session, row = self.session(key), self.free.pop()
+        self.rows[key] = row
+        for i, x in enumerate(self.masters.tensors()):
+            if session.host is None:
+                x[row].zero_()
+            else:
+                x[row].copy_(session.host.tensors()[i][0])
+        session.host = None
+        return row
+
+    def begin_chunk(self, key: int) -> None:
+        for x in self.grads.tensors():
+            x[self.rows[key]].zero_()
+        self.pinned.add(key)
+
+    def end_chunk(self, key: int) -> None:
+        self.pinned.discard(key)
+
+    def read(self, key: int) -> Delta:
+        """The session's master as [1, out, R] float32: a view of its row, or its copy on the host."""
+        if key in self.rows:
+            row = self.rows[key]
+            return Delta(*(x[row : row + 1] for x in self.masters.tensors()))
+        return self.session(key).host or Delta.zeros(self.tail, 1)
+
+    def drop(self, key: int) -> None:
+        """Forget the session: it is the base model again."""
+        self.sessions.pop(key, None)
+        self.pinned.discard(key)
+        if key in self.rows:
+            self.free.append(self.rows.pop(key))
+
+    def bytes_per_session(self) -> int:
+        return sum(x[0].numel() * x.element_size() for x in self.masters.tensors())
+
+    def _evict(self) -> bool:
+        key = next((k for k in self.rows if k not in self.pinned), None)
+        if key is None:
+            return False
+        self.sessions[key].host = Delta(*(x.to("cpu", copy=True) for x in self.read(key).tensors()))
+        self.free.append(self.rows.pop(key))
+        self.evictions += 1
+        return True
+
+
+def index(rows: list[int], like: Tensor) -> Tensor:
+    """Row numbers as an index on the device of ``like``."""
+    return torch.tensor(rows, device=like.device)

@@ -1,0 +1,91 @@
+"""vLLM's multi-LoRA slots as a cache of the masters: filled when vLLM activates an adapter, rewritten in place afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from vllm_ttt.types import ADAPTER_PATH
+from vllm_ttt.worker.deltas import Deltas, Session
+from vllm_ttt.worker.micro_step import Delta
+from vllm_ttt.worker.tail import TailModules
+
+
+class SessionLoRAManager(LRUCacheWorkerLoRAManager):
+    """Takes the place of vLLM's manager (by ``__class__``): a session's adapter is made from memory, never from a path."""
+
+    slots: Slots
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        if lora_request.lora_path.startswith(ADAPTER_PATH):
+            return self.slots.adapter(lora_request.lora_int_id)
+        return super()._load_adapter(lora_request)
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """As vLLM's, but a session's adapter that has lost its slot is made anew: what vLLM keeps of it is out of date."""
+        key = lora_request.lora_int_id
+        ours = lora_request.lora_path.startswith(ADAPTER_PATH)
+        if ours and not self.slots.holds(key):
+            self.remove_adapter(key)
+        added = super().add_adapter(lora_request)
+        if ours and added and (kept := self._adapter_manager.get_adapter(key)) is not None:
+            kept.loras = {}  # it is in its slot, and is never loaded from here again
+        return added
+
+
+class Slots:
+    def __init__(self, manager: Any, modules: TailModules, deltas: Deltas, dtype: torch.dtype):
+        manager.__class__ = SessionLoRAManager
+        manager.slots = self
+        self.manager, self.modules, self.deltas, self.dtype = manager, modules, deltas, dtype
+        wrapped = set(manager._adapter_manager.modules)
+        assert wrapped == set(modules.names.values()), f"LoRA slots on {wrapped}, expected {set(modules.names.values())}"
+
+    def adapter(self, key: int) -> LoRAModel:
+        """The session's adapter with the delta that is to be served: vLLM copies it into the slot that it chooses."""
+        session = self.deltas.session(key)
+        serving = session.serving or self.deltas.read(key).to(self.dtype)
+        if session.serving is None:
+            session.served = session.version
+        tail, parts = self.deltas.tail, dict(serving.parts())
+        parent = self.modules.names["gu"].rpartition(".")[0]
+        layers = {
+            self.modules.names["o"]: (tail.ao_RQ, parts["o"]),
+            f"{parent}.gate_proj": (tail.ai_RD, parts["g"]),
+            f"{parent}.up_proj": (tail.ai_RD, parts["u"]),
+            self.modules.names["d"]: (tail.ad_RF, parts["d"]),
+        }
+        rank = tail.rank
+        return LoRAModel(key, rank, {n: LoRALayerWeights(n, rank, rank, a, b[0]) for n, (a, b) in layers.items()})
+
+    def write(self, key: int, session: Session) -> None:
+        """Bring the session's slot, where it has one, to the master's version, in place.
+
+        A slot that cannot be written is given back, so that vLLM fills another from the master when the session is served next.
+        """
+        session.serving, session.served = None, session.version
+        if self.holds(key):
+            try:
+                self._copy(self.manager._adapter_manager.lora_index_to_id.index(key), self.deltas.read(key))
+            except Exception:
+                self.drop(key)
+                raise
+
+    def drop(self, key: int) -> None:
+        self.manager.remove_adapter(key)
+
+    def holds(self, key: int) -> bool:
+        return key in self.manager._adapter_manager.lora_index_to_id
+
+    def _copy(self, slot: int, delta: Delta) -> None:
+        for (_, b), (module, i) in zip(
+            delta.parts(),
+            ((self.modules.o_proj, 0), (self.modules.gate_up_proj, 0), (self.modules.gate_up_proj, 1), (self.modules.down_proj, 0)),
+            strict=True,
+        ):
+            module.lora_b_stacked[i][slot, 0].copy_(b[0])
