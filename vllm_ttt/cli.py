@@ -1,0 +1,171 @@
+"""The command line. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_ttt.errors import TTTError
+
+app = typer.Typer(
+    name="vllm-ttt",
+    help="Models that keep learning while they serve: test-time training per session, as a plugin for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The console script. ``serve`` hands its arguments on before anybody parses them: they are vLLM's."""
+    if sys.argv[1:2] == ["serve"]:
+        _serve(sys.argv[2:])
+        return
+    try:
+        app()
+    except TTTError as error:
+        typer.echo(f"vllm-ttt: {error}", err=True)
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        from vllm_ttt.metadata import ensure_vllm_metadata
+
+        typer.echo(f"vllm-ttt {version('vllm-ttt')} (vLLM {ensure_vllm_metadata() or 'is not installed'})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    short_help="`vllm serve MODEL ... --plugin ttt`; all options are vLLM's.",
+)
+def serve(context: typer.Context) -> None:
+    """The same as `vllm serve MODEL ... --plugin ttt`. Every argument, --help too, goes to vLLM untouched."""
+    _serve(context.args)
+
+
+def _serve(args: list[str]) -> None:
+    from vllm_ttt.metadata import ensure_vllm_metadata
+
+    if ensure_vllm_metadata() is None:
+        typer.echo("vllm-ttt: vLLM is not installed; pip install 'vllm-ttt[cuda]', or run make setup", err=True)
+        sys.exit(1)
+    named = [*zip(args, [*args[1:], ""], strict=True), *(tuple(a.split("=", 1)) for a in args if "=" in a)]
+    plugin = [] if ("--plugin", "ttt") in named else ["--plugin", "ttt"]
+    sys.argv = ["vllm", "serve", *args, *plugin]
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    vllm_main()
+
+
+@app.command()
+def demo(
+    model: Annotated[Path | None, typer.Option(help="Model folder; default: the repository's demo/model.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the plot, the figures and the server's log go.")] = Path("demo/out"),
+    port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1; default: a free one.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", envvar="KEEP", help="Leave the server running.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer requests: a minute or so.")] = False,
+) -> None:
+    """Start a server, and compare sessions that learn with the frozen model and with retrieval."""
+    from rich.console import Console
+
+    from vllm_ttt.eval.demo import demo as run
+
+    run(model, out, port, keep, quick, Console())
+
+
+@app.command("eval")
+def evaluate(
+    texts: Annotated[Path, typer.Option(help="Folder of <domain>/*.txt.")],
+    base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    protocol: Annotated[str, typer.Option(help="p2 (different documents), p3 (one document again), or all.")] = "all",
+    model: Annotated[str | None, typer.Option(help="Served model name; default: the server's first.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's API key.")] = None,
+    sessions_per_domain: Annotated[int, typer.Option(min=1)] = 2,
+    interactions: Annotated[int, typer.Option(min=2, help="Requests of a session in p2.")] = 10,
+    passes: Annotated[int, typer.Option(min=2, help="Requests of a session in p3.")] = 4,
+    retrieval: Annotated[bool, typer.Option(help="Compare with BM25 retrieval too (p2).")] = True,
+    frozen_only: Annotated[bool, typer.Option("--frozen-only", help="No sessions: works on any vLLM.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the curves here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves here (.png, .svg, .pdf).")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Curves of an earlier --json to compare with.")] = None,
+) -> None:
+    """Measure what sessions gain on your texts, on a server that runs."""
+    import asyncio
+
+    from rich.console import Console
+
+    from vllm_ttt.eval import report, runner
+    from vllm_ttt.eval import texts as reader
+    from vllm_ttt.eval.client import Client
+
+    if protocol not in ("p2", "p3", "all"):
+        raise typer.BadParameter(f"{protocol!r}; allowed: p2, p3, all", param_hint="--protocol")
+    counts = {name: n for name, n in {"p2": interactions, "p3": passes}.items() if protocol in (name, "all")}
+    arms = ("frozen", *["retrieval"] * retrieval, *["ttt"] * (not frozen_only))
+    console = Console()
+
+    async def measure() -> tuple[dict[str, Any], str]:
+        async with Client(base_url, model, api_key) as client:
+            docs = await reader.encode(reader.read_texts(texts), client.tokenize)
+            return await runner.run(client, docs, counts, sessions_per_domain, console, arms), client.model
+
+    results, served = asyncio.run(measure())
+    console.print(report.table(results))
+    if reference:
+        for curve, difference in report.compare(report.curves(results), json.loads(reference.read_text())).items():
+            console.print(f"worst difference from {reference.name}, {curve}: {difference:.4f} nats per token")
+    if json_file:
+        runner.write_json(json_file, results, {"command": f"vllm-ttt {' '.join(sys.argv[1:])}", "model": served})
+    if plot:
+        report.plot(results, plot, f"{served}: {len(next(iter(results.values())).domains)} sessions, mean")
+
+
+@app.command()
+def check(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or name; default: check the installation only.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Is this vLLM supported, do the patched functions have the signatures we know, does the model fit?"""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vllm_ttt.metadata import ensure_vllm_metadata
+
+    ensure_vllm_metadata()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_ttt.plugin import check as run
+
+    rows = run(model)
+    if as_json:
+        typer.echo(json.dumps([{"check": name, "ok": ok, "detail": detail} for name, ok, detail in rows], indent=1))
+    else:
+        table = Table("check", "", "detail")
+        for name, ok, detail in rows:
+            table.add_row(name, "[green]ok[/]" if ok else "[red]failed[/]", detail)
+        Console().print(table)
+    if not all(ok for _, ok, _ in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""A client of a running server, which may be any vLLM: it scores token ids, in a session or without one."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from vllm_ttt.errors import TTTError
+
+#: Requests in flight; the published figures have 16 sessions side by side.
+PARALLEL = 16
+
+
+class ServerError(TTTError):
+    """The server cannot be reached, or does not answer as a vLLM with the plugin does."""
+
+
+class Client:
+    """Use as an async context manager.
+
+    Args:
+        base_url: as in http://127.0.0.1:8000, with or without /v1.
+        model: the served model's name; None: the first that is not an adapter.
+        api_key: the server's ``--api-key``.
+        timeout: seconds for one answer; a held request waits for its session's earlier ones.
+        transport: how httpx connects, for tests.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 300,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ):
+        self.url = base_url.rstrip("/").removesuffix("/v1")
+        self.model = model or ""
+        #: tokens that a request may hold, known after ``connect``
+        self.max_model_len = 0
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=PARALLEL)
+        self._http = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, transport=transport)
+        self._turn = asyncio.Semaphore(PARALLEL)
+
+    async def __aenter__(self) -> Self:
+        try:
+            return await self.connect()
+        except BaseException:
+            await self._http.aclose()
+            raise
+
+    async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._http.aclose()
+
+    async def connect(self) -> Self:
+        """Find the model's name and its context. Raises ServerError."""
+        models = (await self._call("GET", "/v1/models"))["data"]
+        names = [m["id"] for m in models if not m.get("parent")]
+        if self.model and self.model not in [m["id"] for m in models]:
+            raise ServerError(f"{self.url} does not serve {self.model!r}; it serves {', '.join(names)}")
+        self.model = self.model or names[0]
+        answer = await self._call("POST", "/tokenize", {"model": self.model, "prompt": "a"})
+        self.max_model_len = answer["max_model_len"]
+        return self
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``, as the server would read it in a prompt."""
+        return (await self._call("POST", "/tokenize", {"model": self.model, "prompt": text}))["tokens"]
+
+    async def score(self, ids: list[int], session: str | None = None) -> list[float]:
+        """Negative log-likelihood in nats of every token but the first; with ``session``, it is learned afterwards.
+
+        Raises ServerError: the request was refused, or a session was named and the answer has no ``ttt`` object.
+        """
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": ids,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 0,
+        }
+        if session is not None:
+            body |= {"session_id": session, "vllm_xargs": {"ttt_learn": 1}}
+        async with self._turn:
+            answer = await self._call("POST", "/v1/completions", body)
+        if session is not None and "ttt" not in answer:
+            raise ServerError(f"{self.url} answers but does not learn: start it with `vllm serve MODEL --plugin ttt`")
+        # position i: {id of the token there: {"logprob": ...}}; nothing precedes the first
+        positions = answer["choices"][0]["prompt_logprobs"]
+        return [-position[str(token)]["logprob"] for token, position in zip(ids[1:], positions[1:], strict=True)]
+
+    async def forget(self, session: str) -> None:
+        """Delete a session. One that does not exist is no error."""
+        await self._call("DELETE", f"/v1/ttt/sessions/{session}", missing_ok=True)
+
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None = None, missing_ok: bool = False) -> Any:
+        try:
+            answer = await self._http.request(method, self.url + path, json=body)
+        except httpx.HTTPError as error:
+            raise ServerError(f"{method} {self.url}{path}: {error or type(error).__name__}") from error
+        if answer.is_success:
+            return answer.json() if answer.content else None
+        if missing_ok and answer.status_code in (404, 405):
+            return None
+        hint = " (--api-key)" if answer.status_code == 401 else ""
+        raise ServerError(f"{method} {self.url}{path}: {answer.status_code}{hint} {answer.text[:500]}")

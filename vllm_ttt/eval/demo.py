@@ -1,0 +1,76 @@
+"""`vllm-ttt demo`: a server, the comparison with the frozen model and with retrieval, one table and one plot."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from vllm_ttt.errors import ConfigError
+from vllm_ttt.eval import protocols, report, runner, server, texts
+from vllm_ttt.eval.client import Client
+
+#: The demo's model and texts: in the repository, not in the wheel.
+FOLDER = Path(__file__).resolve().parents[2] / "demo"
+
+SERVER = ["--plugin", "ttt", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30), "--max-num-seqs", "32"]
+
+#: interactions of P2 and passes of P3
+COUNTS = {"p2": 6, "p3": 4}
+QUICK = {"p2": 3, "p3": 2}
+
+
+def demo(model: Path | None, out: Path, port: int | None, keep: bool, quick: bool, console: Console) -> None:
+    """Run the demo; nothing that it started outlives it, unless ``keep``.
+
+    Args:
+        model: folder of the model to serve; None: the repository's ``demo/model``.
+        out: folder for server.log, demo.png and demo.json.
+        port: of the server, on 127.0.0.1; None: a free one.
+        keep: leave the server running.
+        quick: fewer interactions, two domains.
+    Raises:
+        ConfigError: the model or the texts are missing.
+        StartError: the server did not start.
+        ServerError: it does not answer as it should.
+    """
+    model = _existing(model or FOLDER / "model")
+    found = texts.read_texts(FOLDER / "texts")
+    if quick:
+        found = {domain: found[domain] for domain in ("kjv", "man_fr")}
+    port, log, began = port or server.free_port(), out / "server.log", time.monotonic()
+    with server.serve([str(model), *SERVER], port, log, keep) as process:
+        with console.status(f"starting vLLM (the first start compiles the model: about a minute; log: {log})"):
+            server.wait_healthy(process, port, log)
+        console.print(f"serving {model.name} on http://127.0.0.1:{port} after {time.monotonic() - began:.0f} s")
+        results = asyncio.run(_compare(f"http://127.0.0.1:{port}", found, QUICK if quick else COUNTS, console))
+        console.print(report.table(results))
+        runner.write_json(
+            out / "demo.json", results, {"command": "vllm-ttt demo" + " --quick" * quick, "model": model.name}
+        )
+        title = f"{model.name}: one TTT session in each of {len(found)} domains, mean"
+        report.plot(results, out / "demo.png", title)
+        console.print(
+            f"plot: {out / 'demo.png'}   figures: {out / 'demo.json'}   ({time.monotonic() - began:.0f} s in all)"
+        )
+        if keep:
+            console.print(f"the server keeps running: http://127.0.0.1:{port} (stop it with: kill {process.pid})")
+
+
+async def _compare(
+    url: str, found: dict[str, list[str]], counts: dict[str, int], console: Console
+) -> dict[str, protocols.Result]:
+    async with Client(url) as client:
+        docs = await texts.encode(found, client.tokenize)
+        return await runner.run(client, docs, counts, sessions=1, console=console)
+
+
+def _existing(model: Path) -> Path:
+    if (model / "config.json").is_file():
+        return model
+    raise ConfigError(
+        f"there is no model at {model}. The demo's model is part of the repository, not of the installed package: "
+        "run `make demo` in a checkout, or give the folder of another model with --model"
+    )

@@ -1,0 +1,113 @@
+"""A server of our own for the demo: started in a process group of its own, which never outlives the context."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import httpx
+
+from vllm_ttt.errors import TTTError
+
+#: Seconds that the group may take to end after SIGTERM, before SIGKILL.
+PATIENCE = 15.0
+
+
+class StartError(TTTError):
+    """The server ended before it was healthy, or did not become so in time."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve(args: list[str], port: int, log: Path, keep: bool) -> contextlib.AbstractContextManager[subprocess.Popen]:
+    """``process_group`` of ``vllm-ttt serve ARGS`` on 127.0.0.1:``port``."""
+    here = ["--host", "127.0.0.1", "--port", str(port)]
+    return process_group([sys.executable, "-m", "vllm_ttt.cli", "serve", *args, *here], log, keep)
+
+
+@contextlib.contextmanager
+def process_group(command: list[str], log: Path, keep: bool = False) -> Iterator[subprocess.Popen]:
+    """Run ``command`` in a process group of its own, output to ``log``; at exit end the whole group.
+
+    SIGTERM and SIGHUP to this process unwind the context as Ctrl-C does. With ``keep`` a normal exit leaves it running.
+    """
+    # found in its own folder only: nothing is fetched, nothing reported
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with _signals_unwind(), log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+        kept = False
+        try:
+            yield process
+            kept = keep
+        finally:
+            if not kept:
+                end_group(process)
+
+
+def wait_healthy(process: subprocess.Popen, port: int, log: Path, timeout: float = 600) -> None:
+    """Return when /health answers 200. Raises StartError, with the end of the log, when that cannot be any more."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise StartError(f"the server ended with code {process.returncode}; the end of {log}:\n{tail(log)}")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise StartError(f"the server was not healthy after {timeout:.0f} s; the end of {log}:\n{tail(log)}")
+
+
+def tail(log: Path, lines: int = 25) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def end_group(process: subprocess.Popen, patience: float = PATIENCE) -> None:
+    """SIGTERM to the leader, which ends its children in order; then SIGKILL to whatever the group still holds.
+
+    Signals that would interrupt this are ignored meanwhile.
+    """
+    ignored = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        if process.poll() is None:
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finally:
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _signals_unwind() -> Iterator[None]:
+    def stop(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
