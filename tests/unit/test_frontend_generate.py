@@ -1,0 +1,156 @@
+"""AsyncLLM.generate as patched, over vLLM's own generate with a fake engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from vllm_ttt.frontend import receipt
+from vllm_ttt.patches import frontend
+
+pytestmark = pytest.mark.unit
+
+PROMPT = {"type": "token", "prompt_token_ids": [1, 2]}
+
+
+@pytest.fixture(autouse=True)
+def _patched() -> None:
+    frontend.install()
+
+
+def output(kv: dict[str, Any] | None, finished: bool) -> RequestOutput:
+    return RequestOutput("r", None, [1], None, [], finished, kv_transfer_params=kv)
+
+
+class FakeLLM:
+    """What ``AsyncLLM.generate`` uses of its object; gives the outputs that it is made with, then waits forever."""
+
+    log_requests = False
+
+    def __init__(self, *outputs: RequestOutput):
+        self.outputs, self.aborted, self.added = list(outputs), [], {}
+
+    async def add_request(self, request_id: str, _prompt: Any, _params: Any, **kwargs: Any) -> Any:
+        self.added = kwargs
+        return SimpleNamespace(
+            request_id=request_id,
+            get_nowait=lambda: self.outputs.pop(0) if self.outputs else None,
+            get=asyncio.Event().wait,
+            close=lambda: None,
+        )
+
+    async def abort(self, request_id: str, **_: Any) -> None:
+        self.aborted.append(request_id)
+
+    def generate(self, prompt: Any = PROMPT, extra: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        params = SimpleNamespace(extra_args=extra)
+        return AsyncLLM.generate(cast(Any, self), prompt, cast(Any, params), "r", **kwargs)
+
+
+def collect(stream: Any) -> list[RequestOutput]:
+    async def run() -> list[RequestOutput]:
+        return [out async for out in stream]
+
+    return asyncio.run(run())
+
+
+def test_what_the_engine_says_goes_into_the_receipt() -> None:
+    first = output({"ttt": {"version": 2, "tokens_learned": 0}, "remote": 1}, finished=False)
+    last = output({"ttt": {"version": 2, "tokens_learned": 9}}, finished=True)
+    shared = first.kv_transfer_params
+    note = receipt.Receipt(session="s")
+    token = receipt.current.set(note)
+    try:
+        outs = collect(FakeLLM(first, last).generate(session_id="-/s"))
+    finally:
+        receipt.current.reset(token)
+    assert [out.kv_transfer_params for out in outs] == [{"remote": 1}, None]
+    assert shared is not None
+    assert "ttt" in shared  # the engine may share it between outputs
+    assert note.answer() == {"session_id": "s", "version": 2, "tokens_learned": 9}
+    assert note.finished
+
+
+def test_an_aborted_request_keeps_what_was_said_last() -> None:
+    outs = [output({"ttt": {"version": 2, "tokens_learned": 9}}, finished=False), output(None, finished=True)]
+    token = receipt.current.set(note := receipt.Receipt(session="s"))
+    try:
+        collect(FakeLLM(*outs).generate(session_id="-/s"))
+    finally:
+        receipt.current.reset(token)
+    assert note.answer() == {"session_id": "s", "version": 2, "tokens_learned": 9}
+
+
+def test_without_a_session_vllms_own_generator_is_returned() -> None:
+    kv = {"remote": 1}
+    stream = FakeLLM(output(kv, finished=True)).generate()
+    assert stream.ag_code is AsyncLLM.generate.__wrapped__.__code__  # pyright: ignore[reportFunctionMemberAccess]
+    assert collect(stream)[0].kv_transfer_params is kv
+
+
+def test_without_a_receipt_the_session_is_served_all_the_same() -> None:
+    llm = FakeLLM(output({"ttt": {"version": 0, "tokens_learned": 0}}, finished=True))
+    assert collect(llm.generate(session_id="s"))[0].kv_transfer_params is None
+    assert llm.added["session_id"] == "-/s"
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_a_client_that_leaves_aborts_the_request(how: str) -> None:
+    llm = FakeLLM(output(None, finished=False))
+
+    async def run() -> None:
+        stream = llm.generate(session_id="-/s")
+        await anext(stream)
+        if how == "close":
+            await stream.aclose()
+            return
+        task = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert llm.aborted == ["r"]
+
+
+async def _streamed() -> Any:
+    yield None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompt": {"type": "embeds", "prompt_embeds": object()}}, "prompt_embeds have none"),
+        ({"prompt": {"prompt_embeds": object()}}, "prompt_embeds have none"),
+        ({"prompt": SimpleNamespace(prompt_embeds=object())}, "prompt_embeds have none"),
+        ({"prompt": _streamed()}, "in one piece"),
+        ({"lora_request": object()}, "LoRA adapter"),
+        ({"session_id": "a b"}, "1 to 128 characters"),
+        ({"extra": {"ttt_learn": {"a": 1}}}, "ttt_learn must be 0 or 1"),
+        ({"extra": {"ttt_rate": 1}, "session_id": None}, "ttt_learn_output"),
+    ],
+)
+def test_refused_before_anything_is_generated(kwargs: dict[str, Any], message: str) -> None:
+    llm = FakeLLM()
+    with pytest.raises(VLLMValidationError, match=message):
+        llm.generate(**{"session_id": "-/s", **kwargs})
+    assert not llm.added
+
+
+def test_over_http_sampling_parameters_name_no_session() -> None:
+    llm = FakeLLM(output(None, finished=True))
+    token = receipt.current.set(receipt.Receipt())
+    try:
+        with pytest.raises(VLLMValidationError, match="X-Session-ID"):
+            llm.generate(extra={"session_id": "other-tenant/s"})
+    finally:
+        receipt.current.reset(token)
+    # From Python it is the engine that takes it.
+    assert len(collect(llm.generate(extra={"session_id": "s"}))) == 1

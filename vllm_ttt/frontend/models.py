@@ -1,0 +1,107 @@
+"""What the routes under /v1/ttt answer."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+#: JSON has no NaN: what was not finite is null.
+Loss = Annotated[float | None, BeforeValidator(_finite)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ChunkLoss(_Model):
+    """One chunk of what the session sent."""
+
+    version: int
+    """Version of the delta that the chunk was scored with, before it was learned."""
+    tokens: int
+    """Tokens in the chunk."""
+    loss: Loss
+    """Mean loss under that delta, nats per token; null where it was not finite."""
+    frozen_loss: Loss = None
+    """The same under the base model; null where it was not measured."""
+    skipped: str | None = None
+    """Why the chunk was not learned: `loss`, `nonfinite`, `short` or `error`; null: it was."""
+
+
+class SessionSummary(_Model):
+    """A session without its history."""
+
+    session_id: str
+    """As the client calls it."""
+    version: int
+    """Updates that were committed; 0: the base model."""
+    tokens_seen: int
+    """Tokens that the session sent, or had generated."""
+    tokens_learned: int
+    """Tokens of chunks that were learned."""
+    tokens_skipped: dict[str, int]
+    """Tokens that were not learned, by reason."""
+    tokens_pending: int
+    """Tokens that wait to be learned."""
+    requests_open: int
+    """Requests of the session that are waiting or running."""
+    created: float
+    """When the session was first named, seconds since 1970."""
+    last_used: float
+    """When the session was last named, seconds since 1970."""
+    norm: dict[str, Loss]
+    """Frobenius norm of the delta relative to that of the weight, by module."""
+    tier: Literal["slot", "memory"]
+    """Where the delta is: in one of vLLM's LoRA slots, or only in memory."""
+    bytes: int
+    """Memory that the session takes."""
+
+
+class Session(SessionSummary):
+    """A session."""
+
+    losses: list[ChunkLoss]
+    """The most recent chunks, oldest first."""
+
+
+class Sessions(_Model):
+    """The sessions of the API key that asks."""
+
+    sessions: list[SessionSummary]
+    """Most recently used first."""
+
+
+class Deleted(_Model):
+    """A session that is no more."""
+
+    session_id: str
+    """As the client called it."""
+    deleted: Literal[True] = True
+    """Always true; an unknown session is a 404."""
+
+
+class ErrorInfo(_Model):
+    """What is wrong, in OpenAI's shape."""
+
+    message: str
+    """What is wrong and what is allowed."""
+    type: str
+    """The kind of error."""
+    param: str | None = None
+    """The field that is wrong."""
+    code: int
+    """The HTTP status."""
+
+
+class ErrorResponse(_Model):
+    """The body of an answer that is not 2xx."""
+
+    error: ErrorInfo
+    """The error."""

@@ -1,0 +1,27 @@
+"""A RequestError in the shapes in which it leaves the server: vLLM's exceptions, and OpenAI's error object."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from vllm_ttt.errors import RequestError
+
+_TYPES = {400: "BadRequestError", 404: "NotFoundError"}
+
+
+def to_vllm(error: RequestError) -> Exception:
+    """The exception that vLLM's handlers answer with ``error.status`` (vllm/entrypoints/serve/exception_handling)."""
+    from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
+
+    if error.status == 400:
+        return VLLMValidationError(error.message, parameter=error.param)
+    if error.status == 404:
+        return VLLMNotFoundError(error.message)
+    return GracefulHTTPError(error.message, HTTPStatus(error.status))
+
+
+def to_openai(error: RequestError) -> dict[str, Any]:
+    """The JSON body of an answer that vLLM's handlers do not make."""
+    kind = _TYPES.get(error.status) or HTTPStatus(error.status).phrase
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.status}}

@@ -1,0 +1,94 @@
+"""vllm.v1.engine.async_llm.AsyncLLM.generate: what the engine says about a session goes into the answer's ``ttt``.
+
+The engine attaches it to every output as ``kv_transfer_params["ttt"]``. All online generation passes here, whichever
+route it came by, so the ``ttt_*`` knobs and the prompt are checked here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from vllm_ttt.errors import RequestError
+from vllm_ttt.frontend import naming, receipt, refusals
+from vllm_ttt.patches import _contract
+from vllm_ttt.types import Knobs, SessionKey, check_session_id
+
+_GENERATE = (
+    "self prompt sampling_params request_id prompt_text lora_request tokenization_kwargs trace_headers priority "
+    "data_parallel_rank session_id kv_hints reasoning_ended reasoning_parser_kwargs"
+)
+
+
+def install() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    _contract.wrap(AsyncLLM, "generate", _GENERATE, _generate)
+
+
+def check() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    _contract.check(AsyncLLM, "generate", _GENERATE)
+
+
+def _generate(original: Callable) -> Callable:
+    # Not a generator itself: a refusal must come before a streamed answer has begun, and who has no session gets vLLM's
+    # own generator.
+    def generate(
+        self: Any,
+        prompt: Any,
+        sampling_params: Any,
+        request_id: str,
+        *,
+        lora_request: Any | None = None,
+        session_id: str | None = None,
+        **rest: Any,
+    ) -> AsyncGenerator[Any, None]:
+        try:
+            session_id = _check(prompt, sampling_params, lora_request, session_id)
+        except RequestError as error:
+            raise refusals.to_vllm(error) from None
+        stream = original(
+            self, prompt, sampling_params, request_id, lora_request=lora_request, session_id=session_id, **rest
+        )
+        if session_id is None:
+            return stream
+        note = receipt.current.get()
+        return _without_ttt(stream, note.open() if note else receipt.Call())
+
+    return generate
+
+
+def _check(prompt: Any, sampling_params: Any, lora_request: Any | None, session_id: str | None) -> str | None:
+    """The session as the engine knows it, or None. Raises RequestError."""
+    extra = getattr(sampling_params, "extra_args", None) or {}
+    Knobs.parse(extra)
+    if session_id is None:
+        # Python callers may name a session in extra_args, and the engine takes it; over HTTP that would be a name that
+        # nobody checked or scoped.
+        if "session_id" in extra and receipt.current.get() is not None:
+            raise RequestError(
+                f"this route takes no session in its sampling parameters; use the header {naming.HEADER}",
+                param="session_id",
+            )
+        return None
+    naming.check_prompt(prompt, lora_request)
+    if "/" not in session_id:
+        # From Python, where there is no API key.
+        return SessionKey("-", check_session_id(session_id)).wire()
+    return session_id
+
+
+async def _without_ttt(stream: AsyncGenerator[Any, None], call: receipt.Call) -> AsyncGenerator[Any, None]:
+    """Pass on the outputs of ``stream``, and what they say of the session to ``call``."""
+    # Closing vLLM's generator is what aborts the request in the engine when the client is gone.
+    async with aclosing(stream):
+        async for output in stream:
+            params = output.kv_transfer_params
+            if params and "ttt" in params:
+                call.note(params["ttt"])
+                output.kv_transfer_params = {key: value for key, value in params.items() if key != "ttt"} or None
+            call.finished = output.finished
+            yield output
