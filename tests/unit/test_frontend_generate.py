@@ -7,7 +7,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from vllm.exceptions import VLLMValidationError
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -85,6 +86,14 @@ def test_an_aborted_request_keeps_what_was_said_last() -> None:
     finally:
         receipt.current.reset(token)
     assert note.answer() == {"session_id": "s", "version": 2, "tokens_learned": 9}
+
+
+@pytest.mark.parametrize(("status", "error"), [(400, VLLMValidationError), (429, GracefulHTTPError)])
+def test_what_the_engine_refuses_is_an_error(status: int, error: type[Exception]) -> None:
+    llm = FakeLLM(output({"ttt": {"status": status, "message": "at most 3 sessions"}}, finished=True))
+    with pytest.raises(error, match="at most 3 sessions") as caught:
+        collect(llm.generate(session_id="-/s"))
+    assert create_error_response(caught.value).error.code == status
 
 
 def test_without_a_session_vllms_own_generator_is_returned() -> None:

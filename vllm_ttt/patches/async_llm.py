@@ -82,13 +82,19 @@ def _check(prompt: Any, sampling_params: Any, lora_request: Any | None, session_
 
 
 async def _without_ttt(stream: AsyncGenerator[Any, None], call: receipt.Call) -> AsyncGenerator[Any, None]:
-    """Pass on the outputs of ``stream``, and what they say of the session to ``call``."""
+    """Pass on the outputs of ``stream``, and what they say of the session to ``call``.
+
+    Raises vLLM's exception where the engine refused: it then says ``{"status": 4xx, "message": str}``, and no version.
+    """
     # Closing vLLM's generator is what aborts the request in the engine when the client is gone.
     async with aclosing(stream):
         async for output in stream:
             params = output.kv_transfer_params
             if params and "ttt" in params:
-                call.note(params["ttt"])
+                ttt = params["ttt"]
+                if "message" in ttt:
+                    raise refusals.to_vllm(RequestError(ttt["message"], status=ttt["status"]))
+                call.note(ttt)
                 output.kv_transfer_params = {key: value for key, value in params.items() if key != "ttt"} or None
             call.finished = output.finished
             yield output
