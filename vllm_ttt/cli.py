@@ -131,7 +131,9 @@ def evaluate(
     console.print(report.table(results))
     if reference:
         for curve, difference in report.compare(report.curves(results), json.loads(reference.read_text())).items():
-            console.print(f"worst difference from {reference.name}, {curve}: {difference:.4f} nats per token")
+            console.print(
+                f"{reference.name}, {curve}: worst difference {difference:.4f} nats per token", soft_wrap=True
+            )
     if json_file:
         runner.write_json(json_file, results, {"command": f"vllm-ttt {' '.join(sys.argv[1:])}", "model": served})
     if plot:

@@ -15,7 +15,8 @@ from vllm_ttt.eval.client import Client
 #: The demo's model and texts: in the repository, not in the wheel.
 FOLDER = Path(__file__).resolve().parents[2] / "demo"
 
-SERVER = ["--plugin", "ttt", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30), "--max-num-seqs", "32"]
+#: Eager: compiling takes a minute or more, and the whole run not much longer.
+SERVER = ["--plugin", "ttt", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30), "--enforce-eager"]
 
 #: interactions of P2 and passes of P3
 COUNTS = {"p2": 6, "p3": 4}
@@ -36,25 +37,23 @@ def demo(model: Path | None, out: Path, port: int | None, keep: bool, quick: boo
         StartError: the server did not start.
         ServerError: it does not answer as it should.
     """
+    name = model.resolve().name if model else "ttt-demo-15m"
     model = _existing(model or FOLDER / "model")
     found = texts.read_texts(FOLDER / "texts")
     if quick:
         found = {domain: found[domain] for domain in ("kjv", "man_fr")}
     port, log, began = port or server.free_port(), out / "server.log", time.monotonic()
-    with server.serve([str(model), *SERVER], port, log, keep) as process:
-        with console.status(f"starting vLLM (the first start compiles the model: about a minute; log: {log})"):
+    with server.serve([str(model), *SERVER, "--served-model-name", name], port, log, keep) as process:
+        with console.status(f"starting vLLM (half a minute or more; log: {log})"):
             server.wait_healthy(process, port, log)
-        console.print(f"serving {model.name} on http://127.0.0.1:{port} after {time.monotonic() - began:.0f} s")
+        console.print(f"serving {name} on http://127.0.0.1:{port} after {time.monotonic() - began:.0f} s")
         results = asyncio.run(_compare(f"http://127.0.0.1:{port}", found, QUICK if quick else COUNTS, console))
         console.print(report.table(results))
-        runner.write_json(
-            out / "demo.json", results, {"command": "vllm-ttt demo" + " --quick" * quick, "model": model.name}
-        )
-        title = f"{model.name}: one TTT session in each of {len(found)} domains, mean"
+        runner.write_json(out / "demo.json", results, {"command": "vllm-ttt demo" + " --quick" * quick, "model": name})
+        title = f"{name}: one TTT session in each of {len(found)} domains, mean"
         report.plot(results, out / "demo.png", title)
-        console.print(
-            f"plot: {out / 'demo.png'}   figures: {out / 'demo.json'}   ({time.monotonic() - began:.0f} s in all)"
-        )
+        console.print(f"plot: {out / 'demo.png'}\nfigures: {out / 'demo.json'}", soft_wrap=True)
+        console.print(f"{time.monotonic() - began:.0f} s in all")
         if keep:
             console.print(f"the server keeps running: http://127.0.0.1:{port} (stop it with: kill {process.pid})")
 

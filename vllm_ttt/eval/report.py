@@ -13,7 +13,7 @@ from vllm_ttt.eval.protocols import Result
 
 #: of the reference categorical palette that colour-blind readers can tell apart (Okabe & Ito 2008)
 COLOURS = {"frozen": "#7f7f7f", "retrieval": "#E69F00", "ttt": "#0072B2"}
-LABELS = {"frozen": "frozen model", "retrieval": "frozen + BM25 retrieval", "ttt": "TTT session"}
+LABELS = {"frozen": "frozen model", "retrieval": "BM25 retrieval", "ttt": "TTT session"}
 
 Curves = dict[str, dict[str, Any]]
 
@@ -60,14 +60,14 @@ def compare(measured: Curves, reference: Curves) -> dict[str, float]:
 def table(results: dict[str, Result]) -> Table:
     """One table of perplexities for people, a section per protocol."""
     shown = Table(title="Perplexity per token (lower is better)", title_justify="left")
-    shown.add_column("")
+    shown.add_column("", no_wrap=True)
     arms = [arm for arm in COLOURS if any(getattr(result, arm) for result in results.values())]
     for arm in arms:
         shown.add_column(LABELS[arm], justify="right")
-    shown.add_column("TTT against frozen", justify="right")
+    shown.add_column("TTT/frozen", justify="right")
     for name, result in results.items():
         for i, row in enumerate(result.frozen):
-            what = f"interaction {i + 1}" if name == "p2" else f"same document, pass {i + 1}"
+            what = f"interaction {i + 1}" if name == "p2" else f"one document, pass {i + 1}"
             cells = [f"{math.exp(fmean(getattr(result, arm)[i])):.2f}" if getattr(result, arm) else "" for arm in arms]
             change = f"{math.expm1(fmean(result.ttt[i]) - fmean(row)):+.1%}" if result.ttt else ""
             shown.add_row(what, *cells, change, end_section=i + 1 == len(result.frozen))
