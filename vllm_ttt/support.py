@@ -43,17 +43,19 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
         raise ConfigError("--scheduler-cls cannot be combined with --plugin ttt, which brings its own scheduler")
     if not current_platform.is_cpu():
         raise ConfigError(f"this release of vllm-ttt serves on vLLM's CPU backend only, not on {current_platform.device_type}")
-    engine_args.enable_lora = True
-    engine_args.max_lora_rank = config.adapt.rank
-    engine_args.max_loras = config.sessions.resident
-    engine_args.max_cpu_loras = config.sessions.resident
     engine_args.scheduler_cls = SCHEDULER
     if engine_args.worker_cls == "auto":
         engine_args.worker_cls = CPU_WORKER
 
 
 def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
-    """Refuse what cannot be served, and give the adapted layers alone their slots."""
+    """Refuse what cannot be served, and give the adapted layers, and no others, LoRA slots.
+
+    LoRA joins the config when vLLM has finished it: so the model is compiled, or not, as it would be without ttt. (vLLM's CPU
+    backend switches compilation off with --enable-lora, and base requests would get other bits than from stock vLLM.)
+    """
+    from vllm.config.lora import LoRAConfig
+
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     refusals = {
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
@@ -71,7 +73,14 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
     hf = model.hf_text_config
     _check_architecture(model.architectures, hf)
-    vllm_config.lora_config.target_modules = adapted_modules(hf.num_hidden_layers, config)
+    lora = LoRAConfig(
+        max_lora_rank=config.adapt.rank,
+        max_loras=config.sessions.resident,
+        max_cpu_loras=config.sessions.resident,
+        target_modules=adapted_modules(hf.num_hidden_layers, config),
+    )
+    lora.verify_with_model_config(model)
+    vllm_config.lora_config = lora
 
 
 def adapted_modules(num_layers: int, config: TTTConfig) -> list[str]:

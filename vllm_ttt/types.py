@@ -40,9 +40,14 @@ class SessionKey(NamedTuple):
 def check_session_id(name: Any, param: str = "session_id") -> str:
     """Return ``name``, or raise RequestError (400) that says what a session id may be."""
     if not isinstance(name, str) or not SESSION_ID.match(name):
-        shown = repr(name) if len(repr(name)) <= 80 else repr(name)[:76] + "...'"
-        raise RequestError(f"{param} must be {SESSION_ID_RULE}; got {shown}", param=param)
+        raise RequestError(f"{param} must be {SESSION_ID_RULE}; got {shown(name)}", param=param)
     return name
+
+
+def shown(value: Any) -> str:
+    """``value`` as an error may show it: no longer than 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:76] + " ..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +72,9 @@ class Knobs:
             if not key.startswith("ttt_"):
                 continue
             if key not in values:
-                raise RequestError(f"unknown key {key!r} in vllm_xargs; allowed: {', '.join(values)}", param=key)
+                raise RequestError(f"unknown key {shown(key)} in vllm_xargs; allowed: {', '.join(values)}", param=key[:80])
             if isinstance(value, str | list | dict) or value not in (0, 1):
-                raise RequestError(f"{key} must be 0 or 1; got {value!r}", param=key)
+                raise RequestError(f"{key} must be 0 or 1; got {shown(value)}", param=key)
             values[key] = bool(value)
         return cls(values["ttt_learn"], values["ttt_learn"] and values["ttt_learn_output"])
 

@@ -32,6 +32,8 @@ class Attached:
 
     session: Session
     knobs: Knobs
+    #: whether its prompt is learned, by itself or, with n > 1, by the first of its siblings
+    prompt_learned: bool
     #: order of arrival; the children of a request with n > 1 share it
     arrival: int
     prompt: int
@@ -78,9 +80,10 @@ class TTTScheduler(AsyncScheduler):
         if session is None:
             limit = self.ttt_config.sessions.max_sessions
             raise RequestError(f"this server keeps at most {limit} sessions (sessions.max_sessions); delete one first", 429)
+        prompt_learned = knobs.learn
         arrival, knobs = self._arrive(request, knobs)
         request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")
-        attached = Attached(session, knobs, arrival, request.num_prompt_tokens)
+        attached = Attached(session, knobs, prompt_learned, arrival, request.num_prompt_tokens)
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
         if knobs.learn:
@@ -180,9 +183,7 @@ class TTTScheduler(AsyncScheduler):
         """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
         learn = self.ttt_config.learn
         accept = lambda n: n - n % learn.chunk * (n % learn.chunk < learn.min_chunk)  # noqa: E731
-        if not attached.knobs.learn:
-            return 0
-        tokens = accept(attached.prompt - 1)
+        tokens = accept(attached.prompt - 1) if attached.prompt_learned else 0
         request = self.requests.get(request_id)
         if attached.knobs.learn_output and request is not None:
             tokens += accept(request.num_output_tokens)

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 def contracts() -> dict[str, Callable[[], None]]:
     """For each group of patches, a function that raises PatchContractError where vLLM is not what they were written for."""
-    from vllm_ttt.patches import engine, engine_args, frontend
+    from vllm_ttt.patches import endpoint_plugins, engine, engine_args, frontend
 
-    return {"engine_args": engine_args.check, "engine": engine.check, "frontend": frontend.check}
+    modules = {"engine_args": engine_args, "endpoint_plugins": endpoint_plugins, "engine": engine, "frontend": frontend}
+    return {name: module.check for name, module in modules.items()}
 
 
 def check_all() -> None:

@@ -23,7 +23,7 @@ def check(owner: Any, name: str, parameters: str) -> Any:
         PatchContractError: the function is gone or takes other parameters.
     """
     where = f"{getattr(owner, '__module__', None) or ''}.{getattr(owner, '__qualname__', owner.__name__)}.{name}".lstrip(".")
-    raw = inspect.getattr_static(owner, name, None)
+    raw = vars(owner).get(name)  # an inherited function of that name is another one
     if raw is None:
         raise PatchContractError(f"{where} does not exist in this vLLM; vllm-ttt supports vLLM 0.32. {_ADVICE}")
     function = inspect.unwrap(raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw)

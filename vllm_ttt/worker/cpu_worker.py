@@ -13,5 +13,6 @@ from vllm_ttt.worker.worker import TTTWorkerMixin
 class TTTCPUWorker(TTTWorkerMixin, CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        for module in self.model_runner.lora_manager._adapter_manager.modules.values():
-            module.punica_wrapper.__class__ = GroupedPunicaCPU
+        modules = self.model_runner.lora_manager._adapter_manager.modules.values()
+        for wrapper in {id(m.punica_wrapper): m.punica_wrapper for m in modules}.values():
+            GroupedPunicaCPU.adopt(wrapper)
