@@ -34,7 +34,11 @@ class CapturingNorm(RMSNorm):
     ttt_active: Tensor
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        torch.ops.vllm.ttt_capture(residual, self.ttt_buffer, self.ttt_active)
+        assert residual is not None
+        # Inductor computes the residual stream anew in each kernel that reads it, without rounding in between. An op that reads
+        # the stream itself would make it a rounded buffer, and every base request would get other bits; a copy does not.
+        stream = residual.float() if torch.compiler.is_compiling() else residual
+        torch.ops.vllm.ttt_capture(stream, self.ttt_buffer, self.ttt_active)
         return super().forward(x, residual)
 
 
