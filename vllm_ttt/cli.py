@@ -45,9 +45,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions.")] = False,
 ) -> None:
     pass
 
@@ -131,9 +129,7 @@ def evaluate(
     console.print(report.table(results))
     if reference:
         for curve, difference in report.compare(report.curves(results), json.loads(reference.read_text())).items():
-            console.print(
-                f"{reference.name}, {curve}: worst difference {difference:.4f} nats per token", soft_wrap=True
-            )
+            console.print(f"{reference.name}, {curve}: worst difference {difference:.4f} nats per token", soft_wrap=True)
     if json_file:
         runner.write_json(json_file, results, {"command": f"vllm-ttt {' '.join(sys.argv[1:])}", "model": served})
     if plot:
@@ -142,9 +138,7 @@ def evaluate(
 
 @app.command()
 def check(
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder or name; default: check the installation only.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help="Model folder or name; default: check the installation only.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Is this vLLM supported, do the patched functions have the signatures we know, does the model fit?"""

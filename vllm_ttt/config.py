@@ -126,7 +126,7 @@ def parse_config(data: dict[str, Any] | None, preset: str | None = None, source:
     """
     if data is not None and not isinstance(data, dict):
         raise ConfigError(f"{source} must be a mapping of sections, not {type(data).__name__}")
-    merged = {section: values for section, values in (data or {}).items()}
+    merged = dict(data or {})
     adapt = merged.get("adapt") or {}
     name = preset or (adapt.get("preset") if isinstance(adapt, dict) else None) or "last"
     if name not in PRESETS:
@@ -162,5 +162,3 @@ def _explain(error: Any) -> str:
         return "unknown key"
     message = error["msg"].removeprefix("Value error, ")
     return f"{message} (got {error['input']!r})"
-
-

@@ -14,7 +14,10 @@ from vllm_ttt.errors import ConfigError
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 SCHEDULER = "vllm_ttt.engine.scheduler.TTTScheduler"
-CPU_WORKER = "vllm_ttt.worker.cpu_worker.TTTCPUWorker"
+WORKERS = {
+    "cpu": "vllm_ttt.worker.cpu_worker.TTTCPUWorker",
+    "cuda": "vllm_ttt.worker.cuda_worker.TTTCUDAWorker",
+}
 
 
 def vllm_release() -> tuple[str, bool, str]:
@@ -25,7 +28,7 @@ def vllm_release() -> tuple[str, bool, str]:
     return f"vLLM {__version__}", supported, "supported" if supported else "vllm-ttt supports vLLM 0.32.x"
 
 
-def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
+def prepare_engine_args(engine_args: Any) -> None:
     """Set what ttt needs on vLLM's EngineArgs. Raises ConfigError where the user asked for something else."""
     from vllm.platforms import current_platform
 
@@ -41,11 +44,12 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
         raise ConfigError("--fully-sharded-loras is not supported with --plugin ttt; leave it out")
     if engine_args.scheduler_cls is not None:
         raise ConfigError("--scheduler-cls cannot be combined with --plugin ttt, which brings its own scheduler")
-    if not current_platform.is_cpu():
-        raise ConfigError(f"this release of vllm-ttt serves on vLLM's CPU backend only, not on {current_platform.device_type}")
+    worker = WORKERS.get(current_platform.device_type)
+    if worker is None:
+        raise ConfigError(f"vllm-ttt serves on {' and '.join(WORKERS)}, not on {current_platform.device_type}")
     engine_args.scheduler_cls = SCHEDULER
     if engine_args.worker_cls == "auto":
-        engine_args.worker_cls = CPU_WORKER
+        engine_args.worker_cls = worker
 
 
 def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
@@ -71,6 +75,8 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     for flag, refused in refusals.items():
         if refused:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
+    if vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
+        raise ConfigError("on CUDA, --plugin ttt needs vLLM's model runner V2; unset VLLM_USE_V2_MODEL_RUNNER")
     hf = model.hf_text_config
     _check_architecture(model.architectures, hf)
     lora = LoRAConfig(

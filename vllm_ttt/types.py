@@ -97,6 +97,8 @@ class StepPlan:
 
     #: request id -> plan, for requests that this step schedules for the first time
     started: dict[str, RequestPlan] = field(default_factory=dict)
+    #: request id -> pairs that it has in all, for learning requests that have left the engine
+    ended: dict[str, int] = field(default_factory=dict)
     #: whether the batch has rows of a session
     sessions: bool = False
 

@@ -26,7 +26,11 @@ def admin(engine: Any, op: str, tenant: str, name: str) -> dict[str, Any]:
         return _ok(scheduler.ttt_config.model_dump(mode="json"))
     session = scheduler.ttt_ledger.find(SessionKey(tenant, name))
     if session is None:
-        return {"ok": False, "status": 404, "message": f"there is no session {name!r}; a request that names it makes it"}
+        return {
+            "ok": False,
+            "status": 404,
+            "message": f"there is no session {name!r}; a request that names it makes it",
+        }
     if op == "get":
         return _ok(_detail(engine, session, losses=True))
     if session.requests:

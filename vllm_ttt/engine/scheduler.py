@@ -38,6 +38,8 @@ class Attached:
     arrival: int
     prompt: int
     started: bool = False
+    #: tokens that have been generated
+    outputs: int = 0
     #: the version that serves its first token
     version: int = 0
 
@@ -47,7 +49,8 @@ class TTTScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         engine_patches.install()
         config = plugin.config_of(self.vllm_config)
-        assert config is not None and self.lora_config is not None
+        assert config is not None
+        assert self.lora_config is not None
         self.ttt_config = config
         self.ttt_http: bool = self.vllm_config.additional_config[plugin.NAME]["http"]
         self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, config.sessions.max_sessions, config.observe.recent_chunks)
@@ -56,6 +59,7 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_arrivals = 0
         self.ttt_parents: dict[str, int] = {}
         self.ttt_report = StepReport()
+        self.ttt_ended: dict[str, int] = {}
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -116,9 +120,9 @@ class TTTScheduler(AsyncScheduler):
             first = next(iter(session.open.values()), attached.arrival)
             if first < attached.arrival:
                 return False
-        if attached.knobs.learn and self.ttt_report.pending:
-            if self.ttt_report.pending + attached.prompt > self.ttt_config.schedule.backlog_tokens:
-                return False
+        pending = self.ttt_report.pending
+        if attached.knobs.learn and pending and pending + attached.prompt > self.ttt_config.schedule.backlog_tokens:
+            return False
         # vLLM counts the adapters of requests that this step schedules; one that runs but is not scheduled now keeps its slot.
         running = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
         assert self.lora_config is not None
@@ -126,7 +130,8 @@ class TTTScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
-        plan = StepPlan()
+        plan = StepPlan(ended=self.ttt_ended)
+        self.ttt_ended = {}
         if self.ttt_requests:
             for request_id in output.num_scheduled_tokens:
                 attached = self.ttt_requests.get(request_id)
@@ -174,20 +179,18 @@ class TTTScheduler(AsyncScheduler):
         attached = self.ttt_requests.get(output.request_id)
         if attached is None:
             return
-        answer = {"version": attached.version, "tokens_learned": self._accepted(output.request_id, attached)}
+        attached.outputs += len(output.new_token_ids)
+        answer = {"version": attached.version, "tokens_learned": self._accepted(attached)}
         output.kv_transfer_params = {**(output.kv_transfer_params or {}), "ttt": answer}
         if output.finish_reason is not None:
             self._detach(output.request_id)
 
-    def _accepted(self, request_id: str, attached: Attached) -> int:
+    def _accepted(self, attached: Attached) -> int:
         """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
         learn = self.ttt_config.learn
         accept = lambda n: n - n % learn.chunk * (n % learn.chunk < learn.min_chunk)  # noqa: E731
         tokens = accept(attached.prompt - 1) if attached.prompt_learned else 0
-        request = self.requests.get(request_id)
-        if attached.knobs.learn_output and request is not None:
-            tokens += accept(request.num_output_tokens)
-        return tokens
+        return tokens + (accept(attached.outputs) if attached.knobs.learn_output else 0)
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
         finished = super().finish_requests(request_ids, finished_status)
@@ -203,6 +206,8 @@ class TTTScheduler(AsyncScheduler):
         attached.session.requests.discard(request_id)
         if not attached.started:
             attached.session.open.pop(request_id, None)
+        elif attached.knobs.learn:
+            self.ttt_ended[request_id] = attached.prompt - 1 + attached.outputs
         if (child := _CHILD.fullmatch(request_id)) is not None and child.group(1) == "0":
             self.ttt_parents.pop(child.group(2), None)
 

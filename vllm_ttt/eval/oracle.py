@@ -49,9 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def tail_nll(
-    w: TailWeights, A: dict[str, Tensor], B: dict[str, Tensor], h: Tensor, a: Tensor, targets: Tensor
-) -> Tensor:
+def tail_nll(w: TailWeights, A: dict[str, Tensor], B: dict[str, Tensor], h: Tensor, a: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood [N] in nats of each pair; everything in the dtype of its (equal) inputs.
 
     Args:
@@ -70,9 +68,7 @@ def tail_nll(
     return F.cross_entropy(rms_norm(r, w.norm_final, w.eps) @ w.head.T, targets, reduction="none")
 
 
-def tail_loss(
-    w: TailWeights, A: dict[str, Tensor], B: dict[str, Tensor], h: Tensor, a: Tensor, targets: Tensor
-) -> Tensor:
+def tail_loss(w: TailWeights, A: dict[str, Tensor], B: dict[str, Tensor], h: Tensor, a: Tensor, targets: Tensor) -> Tensor:
     """Mean of ``tail_nll``: the loss of a chunk."""
     return tail_nll(w, A, B, h, a, targets).mean()
 
@@ -132,9 +128,7 @@ class Oracle:
     def reset(self) -> None:
         """Forget: B [out, R] is float32 (float64 where compute_dtype is) and zero again."""
         master = torch.promote_types(torch.float32, self.compute_dtype)
-        self.B = {
-            k: torch.zeros(getattr(self.weights, k).shape[0], self.config.adapt.rank, dtype=master) for k in "ogud"
-        }
+        self.B = {k: torch.zeros(getattr(self.weights, k).shape[0], self.config.adapt.rank, dtype=master) for k in "ogud"}
         #: updates so far
         self.version = 0
         #: tokens, by what became of them
@@ -218,9 +212,7 @@ def tail_weights(model: Any) -> TailWeights:
     """The tail of a Hugging Face model, in its own dtype, sharing its memory. Raises ConfigError for another shape."""
     config = model.config
     if config.model_type not in MODEL_TYPES or config.hidden_act != "silu":
-        raise ConfigError(
-            f"{config.model_type} ({config.hidden_act}) has no tail here; allowed: {', '.join(MODEL_TYPES)}"
-        )
+        raise ConfigError(f"{config.model_type} ({config.hidden_act}) has no tail here; allowed: {', '.join(MODEL_TYPES)}")
     layer = model.model.layers[-1]
     linears = layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, model.lm_head
     if any(x.bias is not None for x in linears):

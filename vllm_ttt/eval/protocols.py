@@ -74,9 +74,7 @@ async def run(
         ServerError: from the scorer.
     """
     if scorer.max_model_len < LENGTH + 2:
-        raise ConfigError(
-            f"the server's --max-model-len is {scorer.max_model_len}; a window needs at least {LENGTH + 2}"
-        )
+        raise ConfigError(f"the server's --max-model-len is {scorer.max_model_len}; a window needs at least {LENGTH + 2}")
     last = SCORED if protocol == "p2" else LENGTH
     result = Result(work.domains)
     for arm in arms:

@@ -81,9 +81,7 @@ def plot(results: dict[str, Result], file: str | Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        1, len(results), figsize=(6 * len(results), 4.2), squeeze=False, layout="constrained"
-    )
+    figure, axes = pyplot.subplots(1, len(results), figsize=(6 * len(results), 4.2), squeeze=False, layout="constrained")
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         for arm, colour in COLOURS.items():
             rows = getattr(result, arm)

@@ -59,9 +59,7 @@ def interactions(docs: Documents, sessions: int = 2, count: int = 10) -> Session
         missing = count * sessions - len(pool)
         if missing > 0:
             further = [
-                ids[start : start + LENGTH + 1]
-                for ids in documents
-                for start in range(LENGTH, len(ids) - LENGTH - 1, LENGTH)
+                ids[start : start + LENGTH + 1] for ids in documents for start in range(LENGTH, len(ids) - LENGTH - 1, LENGTH)
             ]
             random.Random(5).shuffle(further)
             pool += further[:missing]

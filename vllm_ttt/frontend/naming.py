@@ -49,17 +49,11 @@ def check_prompt(prompt: Any, lora_request: Any | None) -> None:
     kind = prompt.get("type") if isinstance(prompt, dict) else None
     embeds = prompt.get("prompt_embeds") if isinstance(prompt, dict) else getattr(prompt, "prompt_embeds", None)
     if kind == "embeds" or embeds is not None:
-        raise RequestError(
-            "a session learns tokens and prompt_embeds have none; send text or token ids", param="prompt_embeds"
-        )
+        raise RequestError("a session learns tokens and prompt_embeds have none; send text or token ids", param="prompt_embeds")
     if hasattr(prompt, "__anext__"):
-        raise RequestError(
-            "a session cannot learn from a streamed prompt; send the prompt in one piece", param="prompt"
-        )
+        raise RequestError("a session cannot learn from a streamed prompt; send the prompt in one piece", param="prompt")
     if lora_request is not None:
-        raise RequestError(
-            "a session adapts the base model and cannot be combined with a LoRA adapter as model", param="model"
-        )
+        raise RequestError("a session adapts the base model and cannot be combined with a LoRA adapter as model", param="model")
 
 
 def scoped(name: str, raw_request: Any | None) -> str:

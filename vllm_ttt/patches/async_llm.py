@@ -50,9 +50,7 @@ def _generate(original: Callable) -> Callable:
             session_id = _check(prompt, sampling_params, lora_request, session_id)
         except RequestError as error:
             raise refusals.to_vllm(error) from None
-        stream = original(
-            self, prompt, sampling_params, request_id, lora_request=lora_request, session_id=session_id, **rest
-        )
+        stream = original(self, prompt, sampling_params, request_id, lora_request=lora_request, session_id=session_id, **rest)
         if session_id is None:
             return stream
         note = receipt.current.get()

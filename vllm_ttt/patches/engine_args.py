@@ -108,7 +108,7 @@ def _create_engine_config(original: Callable) -> Callable:
         from vllm_ttt import patches, support
 
         patches.check_all()
-        support.prepare_engine_args(self, config)
+        support.prepare_engine_args(self)
         vllm_config = original(self, *args, **kwargs)
         support.finish_vllm_config(vllm_config, config)
         return vllm_config

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
+from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.step_view import Rows
 
 
@@ -73,11 +74,17 @@ class Backlog:
     def start(self, request: str, plan: RequestPlan) -> None:
         self.readings[request] = Reading(plan)
 
-    def finish(self, request: str) -> None:
-        """The request has left the engine: close its last chunk. A prompt that was not read to its end loses its open chunk."""
+    def finish(self, request: str, pairs: int | None = None) -> None:
+        """The request has left the engine: close its last chunk. A prompt that was not read to its end loses its open chunk.
+
+        Args:
+            pairs: how many pairs the request has; what was captured beyond (an iteration that ran ahead) is not learned.
+        """
         reading = self.readings.pop(request, None)
         if reading is None:
             return
+        if reading.open is not None and pairs is not None:
+            reading.open.rows -= max(0, min(reading.next - pairs, reading.open.rows))
         if reading.open is not None:
             if reading.prompt_read:
                 self._close(reading)
@@ -97,8 +104,8 @@ class Backlog:
         if not copy.source:
             return
         device = h_ND.device
-        source = torch.tensor(copy.source, device=device)
-        target = torch.tensor(copy.target, device=device)
+        source = to_device(torch.tensor(copy.source), device)
+        target = to_device(torch.tensor(copy.target), device)
         self.h_PCD.flatten(0, 1).index_copy_(0, target, h_ND.index_select(0, source))
         self.a_PCQ.flatten(0, 1).index_copy_(0, target, a_NQ.index_select(0, source))
         self.t_PC.flatten().index_copy_(0, target, torch.cat(copy.tokens))
@@ -112,8 +119,12 @@ class Backlog:
         """The next chunk of each session that has one, longest-waiting session first."""
         return [queue[0] for queue in self.queues.values()]
 
+    def wanted(self) -> dict[str, Reading]:
+        """Running requests of which rows are still to be captured, or whose prompt is still being read."""
+        return {name: reading for name, reading in self.readings.items() if not reading.closed}
+
     def advance(self, chunk: Chunk) -> None:
-        """The chunk has been learned, or given up: free its page; its session goes to the end of the line."""
+        """The chunk's step is under way, or it is given up: free its page; its session goes to the end of the line."""
         queue = self.queues[chunk.session]
         assert queue[0] is chunk
         queue.popleft()
@@ -121,13 +132,17 @@ class Backlog:
             self.queues.move_to_end(chunk.session)
         else:
             del self.queues[chunk.session]
-        self._settle(chunk)
         self._release(chunk)
+
+    def settle(self, chunk: Chunk) -> None:
+        """The outcome of the chunk's step is known."""
+        if (reading := self.closing.get(chunk.request)) is not None:
+            reading.unlearned -= 1
 
     def drop_session(self, session: int) -> None:
         """Forget everything that waits for the session, and learn no more of its running requests."""
         for chunk in self.queues.pop(session, ()):
-            self._settle(chunk)
+            self.settle(chunk)
             self._release(chunk)
         for request, reading in self.readings.items():
             if reading.plan.session == session:
@@ -175,7 +190,7 @@ class Backlog:
         reading.next = max(reading.next, end)
         if not reading.prompt_read and reading.next >= last_of_prompt:
             reading.prompt_read = True
-            if plan.learn and not plan.learn_output:
+            if not (plan.learn and plan.learn_output):
                 self._end(rows.request, reading)
 
     def _copy_rows(self, rows: Rows, position: int, end: int, chunk: Chunk, copy: Copy) -> None:
@@ -190,7 +205,8 @@ class Backlog:
         chunk, reading.open = reading.open, None
         assert chunk is not None
         if chunk.rows < self.min_chunk:
-            self.short.append(chunk)
+            if chunk.rows:
+                self.short.append(chunk)
             self._release(chunk)
             return
         self.queues.setdefault(chunk.session, deque()).append(chunk)
@@ -202,9 +218,6 @@ class Backlog:
         reading.closed = True
         if reading.plan.learn:
             self.closing.setdefault(request, reading)
-
-    def _settle(self, chunk: Chunk) -> None:
-        self.closing[chunk.request].unlearned -= 1
 
     def _release(self, chunk: Chunk) -> None:
         self.free.append(chunk.page)

@@ -6,35 +6,48 @@ from __future__ import annotations
 SMALLEST = 32
 
 
+def tile_sizes(tokens_per_step: int) -> list[int]:
+    """The tiles whose cost is known: powers of two from SMALLEST, and ``tokens_per_step``."""
+    sizes = [min(SMALLEST, tokens_per_step)]
+    while sizes[-1] * 2 <= tokens_per_step:
+        sizes.append(sizes[-1] * 2)
+    return sizes if sizes[-1] == tokens_per_step else [*sizes, tokens_per_step]
+
+
 class Budget:
     """Time for learning, earned by time spent serving: (max_slowdown - 1) seconds for each second.
 
-    What is earned by an iteration is spent before the next one or lost, except for what a smallest tile costs: so a long
+    What is earned by an iteration is spent before one of the next or lost, except for what the smallest tile costs: so a long
     prefill does not buy a long pause in the decoding that follows.
     """
 
     def __init__(self, tokens_per_step: int, max_slowdown: float):
         self.tokens_per_step, self.share = tokens_per_step, max_slowdown - 1.0
-        self.seconds_per_token: float | None = None
+        #: seconds that a tile of so many tokens takes, ascending; measured at start, corrected while serving
+        self.costs: dict[int, float] = {}
         self.credit = 0.0
+
+    def calibrate(self, tokens: int, seconds: float) -> None:
+        self.costs[tokens] = seconds
 
     def served(self, seconds: float) -> None:
         """An iteration of the engine took ``seconds``, learning apart."""
         earned = seconds * self.share
-        self.credit = min(self.credit + earned, max(earned, SMALLEST * (self.seconds_per_token or 0.0)))
+        self.credit = min(self.credit + earned, max(earned, min(self.costs.values(), default=0.0)))
 
     def tokens(self) -> int:
-        """How many tokens the credit buys: 0, or at least a smallest tile."""
-        if self.share <= 0.0:
-            return 0
-        if self.seconds_per_token is None:
-            return SMALLEST  # unknown yet: measure
-        affordable = int(self.credit / self.seconds_per_token)
-        return min(affordable, self.tokens_per_step) if affordable >= SMALLEST else 0
+        """How many tokens the credit buys; they are paid for by `learned`."""
+        affordable = [tokens for tokens, seconds in self.costs.items() if seconds <= self.credit]
+        return max(affordable, default=0) if self.share > 0.0 else 0
+
+    def spend(self, tokens: int) -> None:
+        """``tokens`` are going to be learned: take their expected cost off the credit."""
+        self.credit -= min(self.credit, self._cost(tokens))
 
     def learned(self, tokens: int, seconds: float) -> None:
-        """Learning ``tokens`` tokens took ``seconds``."""
-        if tokens:
-            rate = seconds / tokens
-            self.seconds_per_token = rate if self.seconds_per_token is None else 0.8 * self.seconds_per_token + 0.2 * rate
-            self.credit = max(0.0, self.credit - seconds)
+        """A step over ``tokens`` took ``seconds``: correct what a tile of that size is thought to cost."""
+        if tokens in self.costs:
+            self.costs[tokens] += 0.2 * (seconds - self.costs[tokens])
+
+    def _cost(self, tokens: int) -> float:
+        return next((s for t, s in self.costs.items() if t >= tokens), max(self.costs.values(), default=0.0))

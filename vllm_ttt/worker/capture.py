@@ -15,12 +15,12 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm_ttt.worker.tail import TailModules
 
 
-def _capture(x: Tensor, buffer: Tensor, active: Tensor) -> None:
-    if active.item():  # on the host: no device sync
+def _capture(x: Tensor, buffer: Tensor, idle: Tensor) -> None:
+    if not idle.item():  # on the host: no device sync
         buffer[: x.shape[0]].copy_(x)
 
 
-def _capture_fake(x: Tensor, buffer: Tensor, active: Tensor) -> None:
+def _capture_fake(x: Tensor, buffer: Tensor, idle: Tensor) -> None:
     return
 
 
@@ -31,14 +31,14 @@ class CapturingNorm(RMSNorm):
     """The norm after attention: its ``residual`` argument is the stream that enters the layer."""
 
     ttt_buffer: Tensor
-    ttt_active: Tensor
+    ttt_idle: Tensor
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         assert residual is not None
         # Inductor computes the residual stream anew in each kernel that reads it, without rounding in between. An op that reads
         # the stream itself would make it a rounded buffer, and every base request would get other bits; a copy does not.
         stream = residual.float() if torch.compiler.is_compiling() else residual
-        torch.ops.vllm.ttt_capture(stream, self.ttt_buffer, self.ttt_active)
+        torch.ops.vllm.ttt_capture(stream, self.ttt_buffer, self.ttt_idle)
         return super().forward(x, residual)
 
 
@@ -46,24 +46,23 @@ class CapturingOutputProjection(RowParallelLinearWithLoRA):
     """o_proj: its input is the attention output."""
 
     ttt_buffer: Tensor
-    ttt_active: Tensor
+    ttt_idle: Tensor
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        torch.ops.vllm.ttt_capture(x, self.ttt_buffer, self.ttt_active)
+        torch.ops.vllm.ttt_capture(x, self.ttt_buffer, self.ttt_idle)
         return super().apply(x, bias)
 
 
 class Capture:
     """The static buffers: ``h_ND`` and ``a_NQ``, N rows for as many tokens as a batch can have, in the model's dtype."""
 
-    def __init__(self, modules: TailModules, max_tokens: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, modules: TailModules, max_tokens: int, dtype: torch.dtype, device: torch.device, idle: Tensor):
+        """``idle``: bool, on the host; whether the batch that runs has no row of a session."""
         self.h_ND = torch.zeros(max_tokens, modules.norm.hidden_size, dtype=dtype, device=device)
         self.a_NQ = torch.zeros(max_tokens, modules.o_proj.input_size, dtype=dtype, device=device)
-        #: on the host; whether the batch that runs now has rows of a session
-        self.active = torch.zeros((), dtype=torch.bool)
         for module, cls, buffer in (
             (modules.norm, CapturingNorm, self.h_ND),
             (modules.o_proj, CapturingOutputProjection, self.a_NQ),
         ):
             module.__class__ = cls
-            module.ttt_buffer, module.ttt_active = buffer, self.active
+            module.ttt_buffer, module.ttt_idle = buffer, idle

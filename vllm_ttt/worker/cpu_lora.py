@@ -37,9 +37,7 @@ def _grouped_lora_fake(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], r
     return
 
 
-direct_register_custom_op(
-    op_name="ttt_grouped_lora", op_func=_grouped_lora, mutates_args=["y"], fake_impl=_grouped_lora_fake
-)
+direct_register_custom_op(op_name="ttt_grouped_lora", op_func=_grouped_lora, mutates_args=["y"], fake_impl=_grouped_lora_fake)
 
 
 class GroupedPunicaCPU(PunicaWrapperCPU):

@@ -1,18 +1,31 @@
-"""vLLM's CPU worker (model runner V1, eager) with the TTT hooks."""
+"""vLLM's CPU worker (model runner V1, synchronous scheduling) with the TTT hooks."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ttt.worker.cpu_lora import GroupedPunicaCPU
+from vllm_ttt.worker.step_view import Rows, view_v1
+from vllm_ttt.worker.tail import TailModules
 from vllm_ttt.worker.worker import TTTWorkerMixin
 
 
 class TTTCPUWorker(TTTWorkerMixin, CPUWorker):
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
-        modules = self.model_runner.lora_manager._adapter_manager.modules.values()
-        for wrapper in {id(m.punica_wrapper): m.punica_wrapper for m in modules}.values():
-            GroupedPunicaCPU.adopt(wrapper)
+    def ttt_idle_flag(self, modules: TailModules) -> Tensor:
+        GroupedPunicaCPU.adopt(modules.o_proj.punica_wrapper)
+        return torch.ones((), dtype=torch.bool)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        plan = getattr(scheduler_output, "ttt", None)
+        self.idle.fill_(plan is None or not plan.sessions)
+        return super().execute_model(scheduler_output)
+
+    def ttt_batch(self, scheduler_output: Any) -> Any:
+        return scheduler_output  # the runner's input batch describes it until the next step
+
+    def ttt_view(self, ran: Any, wanted: Any) -> list[Rows]:
+        return view_v1(self.model_runner, ran, wanted)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.micro_step import MODULES, Delta, Tail
 
 
@@ -19,18 +20,23 @@ from vllm_ttt.worker.micro_step import MODULES, Delta, Tail
 class Session:
     """A session as the worker knows it."""
 
-    #: updates committed to the master
+    #: updates committed to the master, as far as their outcome is known
     version: int = 0
-    #: the version that is being served: the slot follows the master at once, or when a prompt has been read
-    served: int = 0
-    #: what is being served, in the model's dtype, while it is not the master
+    #: what is being served, in the model's dtype, while it is not the master: the slot follows when a prompt has been read
     serving: Delta | None = None
+    #: the version of ``serving``
+    serving_version: int = 0
     #: chunks that were given to the step
     chunks: int = 0
     #: norm of B relative to W, by MODULES
     norms: list[float] = field(default_factory=lambda: [0.0] * len(MODULES))
     #: the master while it has no row: [1, out, R] float32 on the host; None: all zero
     host: Delta | None = None
+
+    @property
+    def served(self) -> int:
+        """The version that is being served."""
+        return self.version if self.serving is None else self.serving_version
 
 
 class Deltas:
@@ -105,4 +111,4 @@ class Deltas:
 
 def index(rows: list[int], like: Tensor) -> Tensor:
     """Row numbers as an index on the device of ``like``."""
-    return torch.tensor(rows, device=like.device)
+    return to_device(torch.tensor(rows), like.device)

@@ -159,7 +159,14 @@ def accumulate(
 
 
 def update(
-    tail: Tail, delta: Delta, grad: Delta, loss_S: Tensor, share_S: Tensor, rate: float, decay: float, max_norm: float,
+    tail: Tail,
+    delta: Delta,
+    grad: Delta,
+    loss_S: Tensor,
+    share_S: Tensor,
+    rate: float,
+    decay: float,
+    max_norm: float,
     max_loss: float,
 ) -> tuple[Delta, Tensor, Tensor]:
     """One step of the optimiser for each session, as new tensors; nothing is changed in place.
@@ -197,10 +204,12 @@ def orthogonalise(g_SOR: Tensor) -> Tensor:
     tall = g_SOR.shape[1] > g_SOR.shape[2]
     x = g_SOR.transpose(1, 2) if tall else g_SOR
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-12)
+    if x.device.type == "cuda":
+        x = x.bfloat16()  # what the tensor cores are for; the iteration contracts its rounding
     for _ in range(5):
         xx = torch.bmm(x, x.transpose(1, 2))
         x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.transpose(1, 2) if tall else x
+    return (x.transpose(1, 2) if tall else x).float()
 
 
 def _cross_entropy(tail: Tail, y_TD: Tensor, t_T: Tensor, w_T: Tensor, backward: bool) -> tuple[Tensor, Tensor | None]:

@@ -50,8 +50,6 @@ class Slots:
         """The session's adapter with the delta that is to be served: vLLM copies it into the slot that it chooses."""
         session = self.deltas.session(key)
         serving = session.serving or self.deltas.read(key).to(self.dtype)
-        if session.serving is None:
-            session.served = session.version
         tail, parts = self.deltas.tail, dict(serving.parts())
         parent = self.modules.names["gu"].rpartition(".")[0]
         layers = {
@@ -68,7 +66,7 @@ class Slots:
 
         A slot that cannot be written is given back, so that vLLM fills another from the master when the session is served next.
         """
-        session.serving, session.served = None, session.version
+        session.serving = None
         if self.holds(key):
             try:
                 self._copy(self.manager._adapter_manager.lora_index_to_id.index(key), self.deltas.read(key))
@@ -85,7 +83,12 @@ class Slots:
     def _copy(self, slot: int, delta: Delta) -> None:
         for (_, b), (module, i) in zip(
             delta.parts(),
-            ((self.modules.o_proj, 0), (self.modules.gate_up_proj, 0), (self.modules.gate_up_proj, 1), (self.modules.down_proj, 0)),
+            (
+                (self.modules.o_proj, 0),
+                (self.modules.gate_up_proj, 0),
+                (self.modules.gate_up_proj, 1),
+                (self.modules.down_proj, 0),
+            ),
             strict=True,
         ):
             module.lora_b_stacked[i][slot, 0].copy_(b[0])

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_ttt.worker.clock import to_device
+
 
 @dataclass(slots=True)
 class Rows:
@@ -41,3 +43,26 @@ def view_v1(runner: Any, scheduler_output: Any, wanted: Any) -> list[Rows]:
             rows.append(Rows(request, first, position, tokens))
         first += count
     return rows
+
+
+def view_v2(runner: Any, batch: Any, wanted: Any) -> list[Rows]:
+    """Model runner V2 (vllm/v1/worker/gpu/model_runner.py), after ``sample_tokens``: every next token is known on the device.
+
+    Args:
+        batch: the InputBatch of the step.
+        wanted: request ids to return, a container.
+    """
+    spans, states, positions = [], [], []
+    for index, request in enumerate(batch.req_ids):
+        if request in wanted:
+            count = int(batch.num_scheduled_tokens[index])
+            position = int(batch.num_computed_tokens_np[index])
+            spans.append((request, int(batch.query_start_loc_np[index]), position, count))
+            states.append(torch.full((count,), int(batch.idx_mapping_np[index])))
+            positions.append(torch.arange(position + 1, position + 1 + count))
+    if not spans:
+        return []
+    tokens = runner.req_states.all_token_ids.gpu
+    where = to_device(torch.stack((torch.cat(states), torch.cat(positions))), batch.input_ids.device)
+    next_tokens = tokens[where[0], where[1]].long().split([count for *_, count in spans])
+    return [Rows(r, first, position, t) for (r, first, position, _), t in zip(spans, next_tokens, strict=True)]

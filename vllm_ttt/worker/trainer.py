@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from vllm.logger import init_logger
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.types import ChunkReport, StepReport
 from vllm_ttt.worker.backlog import Backlog, Chunk
+from vllm_ttt.worker.clock import Clock, to_device, to_host
 from vllm_ttt.worker.deltas import Deltas, index
 from vllm_ttt.worker.micro_step import Delta, Tail, accumulate, update
 from vllm_ttt.worker.slots import Slots
@@ -28,6 +31,16 @@ class Tile:
     rows: int
 
 
+@dataclass(slots=True)
+class Outcome:
+    """What a commit did, on its way to the host."""
+
+    chunks: list[Chunk]
+    #: [3 + modules, S]: whether it was applied, loss, frozen loss (NaN where not measured), norms
+    values: Tensor
+    mark: Any
+
+
 class Trainer:
     """One per worker. Not thread-safe: it runs between vLLM's iterations, on the same stream."""
 
@@ -39,6 +52,8 @@ class Trainer:
         # Sums over the tiles of the chunk that is being learned, by row of the masters.
         self.loss_R = torch.zeros(rows, device=tail.head_VD.device)
         self.frozen_R = torch.zeros(rows, device=tail.head_VD.device)
+        self.clock = Clock(tail.head_VD.device)
+        self.outcomes: deque[Outcome] = deque()
         #: sessions whose slot does not follow their master yet
         self.dirty: set[int] = set()
         self.report = StepReport()
@@ -57,8 +72,24 @@ class Trainer:
             left -= sum(tile.rows for tile in tiles)
         return tokens - left
 
+    def collect(self, wait: bool = False) -> None:
+        """Take in the outcomes that have arrived; with ``wait``, all of them."""
+        while self.outcomes and (wait or self.clock.done(self.outcomes[0].mark)):
+            outcome = self.outcomes.popleft()
+            self.clock.wait(outcome.mark)
+            for chunk, (ok, loss, frozen, *norms) in zip(outcome.chunks, outcome.values.T.tolist(), strict=True):
+                self.backlog.settle(chunk)
+                if (session := self.deltas.sessions.get(chunk.session)) is None:
+                    continue  # dropped meanwhile
+                if ok:
+                    session.version += 1
+                    session.norms = norms
+                reason = None if ok else ("loss" if self.max_loss < loss < math.inf else "nonfinite")
+                self._report_chunk(chunk, loss, None if math.isnan(frozen) else frozen, reason)
+
     def sync(self) -> None:
         """Write the slots of sessions whose master has moved, except where a prompt has been read in part."""
+        self.collect()
         for key in self.dirty - self.backlog.reading_sessions():
             self.dirty.discard(key)
             if (session := self.deltas.sessions.get(key)) is None:
@@ -70,6 +101,7 @@ class Trainer:
 
     def take_report(self) -> StepReport:
         """What has happened since the last report. Requests of which all is learned and served are reported once."""
+        self.collect()
         for chunk in self.backlog.short:
             self._report_chunk(chunk, math.nan, None, "short")
         self.backlog.short.clear()
@@ -79,7 +111,7 @@ class Trainer:
                 self.report.settled.append((request, key))
         report, self.report = self.report, StepReport()
         report.pending, report.errors = self.backlog.pending, self.errors
-        report.busy = bool(self.backlog.queues or self.dirty or self.backlog.settled())
+        report.busy = bool(self.backlog.queues or self.dirty or self.outcomes or self.backlog.settled())
         return report
 
     def drop(self, key: int) -> None:
@@ -106,7 +138,7 @@ class Trainer:
             tokens -= tiles[-1].rows
             if chunk.done == 0:
                 self.deltas.begin_chunk(chunk.session)
-                self.loss_R[row] = self.frozen_R[row] = 0.0
+                self.loss_R[row] = self.frozen_R[row] = 0.0  # sums over tiles
             else:
                 self.deltas.pinned.add(chunk.session)
         return tiles
@@ -137,20 +169,19 @@ class Trainer:
             flat[s, : tile.rows] = torch.arange(start, start + tile.rows)
             weight[s, : tile.rows] = 1.0 / tile.chunk.rows
         device = backlog.t_PC.device
-        flat = flat.flatten().to(device)
+        flat, weight = to_device(flat.flatten(), device), to_device(weight, device)
         pick = lambda x: x.flatten(0, 1).index_select(0, flat).view(S, C, *x.shape[2:])  # noqa: E731
-        return pick(backlog.h_PCD), pick(backlog.a_PCQ), pick(backlog.t_PC), weight.to(device)
+        return pick(backlog.h_PCD), pick(backlog.a_PCQ), pick(backlog.t_PC), weight
 
-    def _frozen(
-        self, tiles: list[Tile], served: Delta, h: Tensor, a: Tensor, t: Tensor, w: Tensor, loss_S: Tensor
-    ) -> Tensor:
-        """[S] loss under the frozen model, where it is due; 0 elsewhere."""
-        frozen_S = torch.zeros_like(loss_S)
+    def _frozen(self, tiles: list[Tile], served: Delta, h: Tensor, a: Tensor, t: Tensor, w: Tensor, loss_S: Tensor) -> Tensor:
+        """[S] loss under the frozen model, NaN where it is not due. A session's first chunk is scored under it anyway."""
+        frozen_S = torch.full_like(loss_S, math.nan)
         due = [s for s, tile in enumerate(tiles) if self._frozen_due(tile.chunk)]
-        untouched = [s for s in due if self.deltas.session(tiles[s].chunk.session).version == 0]
-        for s in untouched:
-            frozen_S[s] = loss_S[s]
-        if rest := [s for s in due if s not in untouched]:
+        first = [s for s in due if self.deltas.session(tiles[s].chunk.session).chunks == 0]
+        if first:
+            i = index(first, loss_S)
+            frozen_S[i] = loss_S[i]
+        if rest := [s for s in due if s not in first]:
             i = index(rest, loss_S)
             base = Delta(*(torch.zeros_like(x[: len(rest)]) for x in served.tensors()))
             frozen_S[i] = accumulate(self.tail, base, h[i], a[i], t[i], w[i], None)
@@ -163,7 +194,7 @@ class Trainer:
     def _commit(self, tiles: list[Tile]) -> None:
         learn = self.config.learn
         rows_S = index([tile.row for tile in tiles], self.loss_R)
-        share_S = torch.tensor([tile.chunk.rows / learn.chunk for tile in tiles], device=self.loss_R.device)
+        share_S = to_device(torch.tensor([tile.chunk.rows / learn.chunk for tile in tiles]), self.loss_R.device)
         loss_S = self.loss_R.index_select(0, rows_S)
         new, ok_S, norm_MS = update(
             self.tail, self.deltas.masters.select(rows_S), self.deltas.grads.select(rows_S), loss_S, share_S,
@@ -175,20 +206,16 @@ class Trainer:
             if tile.chunk.session in reading and session.serving is None:
                 current = self.deltas.read(tile.chunk.session)
                 session.serving = Delta(*(x.to(self.dtype, copy=True) for x in current.tensors()))
+                session.serving_version = session.version
         for x, part in zip(self.deltas.masters.tensors(), new.tensors(), strict=True):
             x.index_copy_(0, rows_S, part)
-        losses, frozen = loss_S.tolist(), self.frozen_R.index_select(0, rows_S).tolist()
-        for s, (tile, ok) in enumerate(zip(tiles, ok_S.tolist(), strict=True)):
+        values = torch.cat((torch.stack((ok_S.float(), loss_S, self.frozen_R.index_select(0, rows_S))), norm_MS))
+        values = to_host(values)
+        self.outcomes.append(Outcome([tile.chunk for tile in tiles], values, self.clock.mark()))
+        for tile in tiles:
             key = tile.chunk.session
-            session = self.deltas.session(key)
-            if ok:
-                session.version += 1
-                session.norms = norm_MS[:, s].tolist()
-                self.dirty.add(key)
-            reason = None if ok else ("loss" if math.isfinite(losses[s]) and losses[s] > self.max_loss else "nonfinite")
-            frozen_loss = frozen[s] if self._frozen_due(tile.chunk) else None
-            session.chunks += 1
-            self._report_chunk(tile.chunk, losses[s], frozen_loss, reason)
+            self.dirty.add(key)
+            self.deltas.session(key).chunks += 1
             self.deltas.end_chunk(key)
             self.backlog.advance(tile.chunk)
 
@@ -198,9 +225,8 @@ class Trainer:
         if queue and queue[0] is chunk:
             self._report_chunk(chunk, math.nan, None, reason)
             self.backlog.advance(chunk)
+            self.backlog.settle(chunk)
 
     def _report_chunk(self, chunk: Chunk, loss: float, frozen: float | None, skipped: str | None) -> None:
         version = self.deltas.session(chunk.session).version
-        self.report.chunks.append(
-            ChunkReport(chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, version)
-        )
+        self.report.chunks.append(ChunkReport(chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, version))

@@ -1,24 +1,26 @@
-"""The hooks in vLLM's worker, for every device and model runner. Each guards itself: serving never fails because of learning."""
+"""The hooks in vLLM's worker, for every device and model runner. Serving never fails because of them: each is guarded."""
 
 from __future__ import annotations
 
 import copy
-import time
+from collections import deque
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.logger import init_logger
 
+from vllm_ttt.config import TTTConfig
 from vllm_ttt.plugin import config_of
 from vllm_ttt.types import StepPlan
 from vllm_ttt.worker.backlog import Backlog
-from vllm_ttt.worker.budget import Budget
+from vllm_ttt.worker.budget import Budget, tile_sizes
 from vllm_ttt.worker.capture import Capture
 from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.micro_step import MODULES
+from vllm_ttt.worker.micro_step import MODULES, Delta, accumulate, update
 from vllm_ttt.worker.slots import Slots
-from vllm_ttt.worker.step_view import view_v1
-from vllm_ttt.worker.tail import build_tail, find_modules
+from vllm_ttt.worker.step_view import Rows
+from vllm_ttt.worker.tail import TailModules, build_tail, find_modules
 from vllm_ttt.worker.trainer import Trainer
 
 logger = init_logger(__name__)
@@ -31,96 +33,166 @@ class TTTWorkerMixin:
     vllm_config: Any
     trainer: Trainer
 
+    # What differs between devices and model runners.
+
+    def ttt_idle_flag(self, modules: TailModules) -> Tensor:
+        """A bool tensor on the host: whether the batch that runs has no row of a session. Make the LoRA path ours, too."""
+        raise NotImplementedError
+
+    def ttt_view(self, ran: Any, wanted: Any) -> list[Rows]:
+        """Rows of the batch that has just run, of the requests in ``wanted``; ``ran`` is what `ttt_batch` returned."""
+        raise NotImplementedError
+
+    def ttt_batch(self, scheduler_output: Any) -> Any:
+        """What `ttt_view` needs of the batch whose forward has been launched; called before ``sample_tokens``."""
+        raise NotImplementedError
+
+    # vLLM's entry points.
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         config = config_of(self.vllm_config)
         assert config is not None, "a TTT worker needs additional_config['ttt']"
         runner = self.model_runner
-        model = runner.get_model()
-        modules = find_modules(model)
-        tail = build_tail(model, modules, config.adapt.rank, config.adapt.seed)
+        modules = find_modules(runner.get_model())
+        tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed)
         dtype, device = tail.head_VD.dtype, tail.head_VD.device
         max_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
-        self.capture = Capture(modules, max_tokens, dtype, device)
+        self.idle = self.ttt_idle_flag(modules)
+        self.capture = Capture(modules, max_tokens, dtype, device, self.idle)
         pages = config.schedule.backlog_tokens // config.learn.chunk + config.sessions.resident
         self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, self.capture.h_ND, self.capture.a_NQ)
         deltas = Deltas(tail, config.sessions.resident)
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots)
+        self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
-        self.ran: Any = None  # the SchedulerOutput whose rows are in the capture buffers
-        self.serving_seconds = 0.0
+        #: (before learning, before the forward, after sampling, tokens learned) of iterations whose times are not known yet
+        self.iterations: deque[tuple[Any, Any, Any, int]] = deque()
+        self.ran: Any = None
+        self.marks: tuple[Any, Any, int] | None = None
         self.began: dict[str, int] = {}
+        self.ttt_warm_up(config)
         logger.info(
-            "vllm-ttt: adapting %s; rank %d, %d resident sessions, %.1f MB each, backlog of %d tokens",
+            "vllm-ttt: adapting %s; rank %d, %d resident sessions of %.1f MB, backlog of %d tokens, "
+            "%d tokens are learned in %.1f ms",
             ", ".join(modules.names.values()), config.adapt.rank, config.sessions.resident,
             deltas.bytes_per_session() / 1e6, pages * config.learn.chunk,
+            config.schedule.tokens_per_step, 1e3 * self.budget.costs[config.schedule.tokens_per_step],
         )  # fmt: skip
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
         plan: StepPlan = getattr(scheduler_output, "ttt", None) or StepPlan()
         serving = scheduler_output.total_num_scheduled_tokens > 0
-        self._guard(self._between, scheduler_output, plan, serving)
-        self.capture.active.fill_(plan.sessions)
-        started = time.perf_counter()
+        before = self.clock.mark()
+        learned = self._guard(self._between, scheduler_output, plan, serving) or 0
+        self.marks = (before, self.clock.mark(), learned)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
-        self.serving_seconds = time.perf_counter() - started
-        self.ran = scheduler_output if plan.sessions else None
-        if output is not None and not serving:
+        if serving:
+            self.ran = self.ttt_batch(scheduler_output) if plan.sessions else None
+        elif output is not None:
             output = copy.copy(output)  # vLLM shares one empty output
             output.ttt = self._report()
         return output
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
-        started = time.perf_counter()
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        self.budget.served(self.serving_seconds + time.perf_counter() - started)
+        if self.marks is not None:
+            self.iterations.append((self.marks[0], self.marks[1], self.clock.mark(), self.marks[2]))
+            self.marks = None
         if self.ran is not None:
             self._guard(self._take)
-        output.ttt = self._report()
+        if output is not None:
+            getattr(output, "model_runner_output", output).ttt = self._report()
         return output
 
+    # Called through collective_rpc.
+
     def ttt_session(self, key: int) -> dict[str, Any]:
-        """What the worker knows of a session; called through collective_rpc."""
-        trainer = self.trainer
-        session = trainer.deltas.sessions.get(key)
+        """What the worker knows of a session."""
+        session = self.trainer.deltas.sessions.get(key)
         norms = session.norms if session else [0.0] * len(MODULES)
         return {
-            "tier": "slot" if trainer.slots.holds(key) else "memory",
-            "bytes": trainer.deltas.bytes_per_session(),
+            "tier": "slot" if self.trainer.slots.holds(key) else "memory",
+            "bytes": self.trainer.deltas.bytes_per_session(),
             "norm": dict(zip(MODULES, norms, strict=True)),
         }
 
     @torch.inference_mode()
     def ttt_drop(self, key: int) -> None:
-        """Reset a session that has no request in the engine; called through collective_rpc."""
+        """Make a session that has no request in the engine the base model again."""
         self.trainer.drop(key)
 
     def ttt_delta(self, key: int) -> dict[str, list[list[float]]]:
-        """The master B of a session, by module; for tests and tools, through collective_rpc."""
+        """The master B of a session, by module; for tests and tools."""
         return {name: b[0].tolist() for name, b in self.trainer.deltas.read(key).parts()}
 
-    def _between(self, scheduler_output: Any, plan: StepPlan, serving: bool) -> None:
+    def ttt_pending(self) -> int:
+        """Captured tokens that wait for their step."""
+        return self.backlog.pending
+
+    # Between iterations.
+
+    @torch.inference_mode()
+    def ttt_warm_up(self, config: TTTConfig) -> None:
+        """Run steps of each size on empty sessions: measures what they cost, and loads the kernels that they use."""
+        tail, chunk = self.trainer.tail, config.learn.chunk
+        for tokens in tile_sizes(config.schedule.tokens_per_step):
+            S = min(-(-tokens // chunk), config.sessions.resident)
+            C = -(-tokens // S)
+            h = self.capture.h_ND.new_ones(S, C, self.capture.h_ND.shape[1])
+            a = self.capture.a_NQ.new_ones(S, C, self.capture.a_NQ.shape[1])
+            t = torch.zeros(S, C, dtype=torch.int64, device=h.device)
+            w = torch.full((S, C), 1.0 / C, device=h.device)
+            times = []
+            for _ in range(3):
+                first = self.clock.mark()
+                grad = Delta.zeros(tail, S)
+                loss = accumulate(tail, Delta.zeros(tail, S, h.dtype), h, a, t, w, grad)
+                update(tail, Delta.zeros(tail, S), grad, loss, torch.ones_like(loss), 0.01, 0.0, 1.0, 1.0)
+                last = self.clock.mark()
+                self.clock.wait(last)
+                times.append(self.clock.seconds(first, last))
+            self.budget.calibrate(tokens, min(times))
+
+    def _between(self, scheduler_output: Any, plan: StepPlan, serving: bool) -> int:
         """Before an iteration: learn what the budget allows, or all that may be where nobody is served; then the slots."""
         for request in scheduler_output.finished_req_ids:
-            self.backlog.finish(request)
+            self.backlog.finish(request, plan.ended.get(request))
+        self._read_times()
+        learned = 0
         if self.backlog.queues:
+            if not serving:
+                self.trainer.collect(wait=True)  # one step at a time, so that a request that comes now waits for one only
             tokens = self.budget.tokens() if serving else self.budget.tokens_per_step
-            if tokens:
-                started = time.perf_counter()
-                learned = self.trainer.learn(tokens)
-                self.budget.learned(learned, time.perf_counter() - started)
+            learned = self.trainer.learn(tokens) if tokens else 0
+            if serving:
+                self.budget.spend(learned)
         self.trainer.sync()
         for request, request_plan in plan.started.items():
             self.backlog.start(request, request_plan)
             self.began[request] = self.trainer.deltas.session(request_plan.session).served
+        if not serving:
+            self.trainer.collect(wait=not self.backlog.queues)
+        return learned
+
+    def _read_times(self) -> None:
+        """Tell the budget of iterations that are over."""
+        while self.iterations and self.clock.done(self.iterations[0][2]):
+            before, start, end, tokens = self.iterations.popleft()
+            self.budget.served(self.clock.seconds(start, end))
+            if tokens:
+                self.budget.learned(tokens, self.clock.seconds(before, start))
 
     def _take(self) -> None:
         """After an iteration: keep the rows that are to be learned, before the next one overwrites them."""
-        scheduler_output, self.ran = self.ran, None
-        view = view_v1(self.model_runner, scheduler_output, self.backlog.readings)
+        ran, self.ran = self.ran, None
+        wanted = self.backlog.wanted()
+        if not wanted:
+            return
+        view = self.ttt_view(ran, wanted)
         needed = self.backlog.pages_needed(sum(len(rows.next_tokens) for rows in view))
         while len(self.backlog.free) < needed and self.backlog.queues:
             self.trainer.learn(self.budget.tokens_per_step)  # the backlog is full: learning cannot yield any longer
@@ -131,10 +203,11 @@ class TTTWorkerMixin:
         report.began, self.began = self.began, {}
         return report
 
-    def _guard(self, hook: Any, *args: Any) -> None:
+    def _guard(self, hook: Any, *args: Any) -> Any:
         try:
-            hook(*args)
+            return hook(*args)
         except Exception:
             self.trainer.failed(f"{hook.__name__} failed; what waited to be learned is given up")
             for key in list(self.backlog.queues) + [r.plan.session for r in self.backlog.readings.values()]:
                 self.backlog.drop_session(key)
+            return None

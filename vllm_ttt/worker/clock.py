@@ -1,0 +1,46 @@
+"""Times of work on the device, without waiting for it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Clock:
+    """Marks in the stream of work: CUDA events, or the wall clock where work is done when the call returns."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def done(self, mark: Any) -> bool:
+        """Whether everything before the mark has been done."""
+        return mark.query() if self.cuda else True
+
+    def wait(self, mark: Any) -> None:
+        """Block until everything before the mark has been done."""
+        if self.cuda:
+            mark.synchronize()
+
+    def seconds(self, first: Any, second: Any) -> float:
+        """Seconds between two marks that are done."""
+        return first.elapsed_time(second) / 1e3 if self.cuda else second - first
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host without waiting for the device."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(values: Tensor) -> Tensor:
+    """Copy to the host without waiting; it may be read once a later mark is done."""
+    return values.to("cpu", non_blocking=True) if values.device.type != "cpu" else values
