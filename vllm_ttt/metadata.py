@@ -32,7 +32,7 @@ class _Finder(DistributionFinder):
     def __init__(self, alias_version: str):
         self._alias = _Alias(alias_version)
 
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:  # noqa: ARG002
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         return None
 
     def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterable[Distribution]:

@@ -32,7 +32,7 @@ class TTTEndpointPlugin:
         app.add_middleware(AnswerMiddleware)
         app.include_router(router)
 
-    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:  # noqa: ARG002 (vLLM's interface)
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         state.ttt_engine = engine_client
 
 
