@@ -180,6 +180,8 @@ class TTTScheduler(AsyncScheduler):
         if attached is None:
             return
         attached.outputs += len(output.new_token_ids)
+        if attached.knobs.learn_output:
+            attached.session.tokens_seen += len(output.new_token_ids)
         answer = {"version": attached.version, "tokens_learned": self._accepted(attached)}
         output.kv_transfer_params = {**(output.kv_transfer_params or {}), "ttt": answer}
         if output.finish_reason is not None:

@@ -1,0 +1,31 @@
+"""Unit tests come first; then the engine tests, sorted by the server that they use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+DEMO = Path(__file__).parents[1] / "demo"
+
+# Two cores and a server beside: how long an example takes says nothing.
+settings.register_profile("vllm-ttt", deadline=None, max_examples=60, print_blob=True)
+settings.load_profile("vllm-ttt")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> tuple[bool, bool]:
+        return item.get_closest_marker("unit") is None, "exact" not in getattr(item, "fixturenames", ())
+
+    items.sort(key=rank)  # stable: within a rank the order stays as it was
+
+
+@pytest.fixture(scope="session")
+def documents() -> dict[str, list[list[int]]]:
+    """Token ids of demo/texts by domain."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model", local_files_only=True)
+    read = lambda file: tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]  # noqa: E731
+    return {d.name: [read(f) for f in sorted(d.glob("*.txt"))] for d in sorted((DEMO / "texts").iterdir())}

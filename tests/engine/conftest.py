@@ -1,0 +1,135 @@
+"""Three servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
+
+``reference``: stock vLLM, for its log-probabilities. ``exact``: float32 and four slots, so that nothing but the algorithm
+separates it from the oracle. ``server``: bfloat16 as users have it, for everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from served import SCORED, Documents, Served, logprobs
+from torch import nn
+
+from vllm_ttt.config import TTTConfig
+from vllm_ttt.eval import server as processes
+from vllm_ttt.eval.oracle import Oracle, load_model
+
+HERE = Path(__file__).parent
+MODEL = HERE.parents[1] / "demo" / "model"
+FLAGS = ["--served-model-name", "demo", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28), "--enforce-eager"]
+#: name: (vllm-ttt's config, further flags)
+SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "exact": ({"sessions": {"resident": 4}}, ["--dtype", "float32"]),
+    "server": ({"sessions": {"resident": 6}}, []),
+}
+
+
+@contextlib.contextmanager
+def running(log: Path, module: str, flags: list[str], environment: dict[str, str]) -> Iterator[Served]:
+    """``python -m MODULE serve demo/model FLAGS`` in a process group of its own, on a free port."""
+    port = processes.free_port()
+    command = [sys.executable, "-m", module, "serve", str(MODEL), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        with processes.process_group(command, log) as process:
+            processes.wait_healthy(process, port, log)
+            yield Served(f"http://127.0.0.1:{port}", log, process)
+
+
+@contextlib.contextmanager
+def running_ttt(folder: Path, config: dict[str, Any], flags: list[str]) -> Iterator[Served]:
+    """A server with the plugin, whose worker the tests can watch and break."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "ttt.yaml"
+    file.write_text(yaml.safe_dump(config))
+    flags = ["--ttt-config", str(file), "--worker-cls", "faulty_worker.FaultyWorker", *flags]
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    environment = {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1"}
+    with running(folder / "server.log", "vllm_ttt.cli", flags, environment) as served:
+        served.complete(list(range(10, 30)), prompt_logprobs=0)  # vLLM compiles a kernel at the first of these
+        yield served
+
+
+class Stage:
+    """Holds the server that runs; another one starts when it has ended."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.name, self.served, self.running = folder, "", None, contextlib.ExitStack()
+
+    def get(self, name: str) -> Served:
+        if self.name != name:
+            self.running.close()
+            self.name = name
+            self.served = self.running.enter_context(running_ttt(self.folder / name, *SERVERS[name]))
+        assert self.served is not None
+        return self.served
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    stage = Stage(tmp_path_factory.mktemp("servers"))
+    with stage.running:
+        yield stage
+
+
+@pytest.fixture
+def exact(stage: Stage) -> Iterator[Served]:
+    yield from at_rest(stage.get("exact"))
+
+
+@pytest.fixture
+def server(reference: Any, stage: Stage) -> Iterator[Served]:
+    yield from at_rest(stage.get("server"))
+
+
+def at_rest(served: Served) -> Iterator[Served]:
+    """Nothing is under way before a test, and nothing has leaked after it."""
+    served.settle()
+    yield served
+    state = served.settle()
+    assert state["pages_free"] == state["pages"], "pages of the backlog have leaked"
+    assert state["pinned"] == 0, "rows of the masters have leaked"
+
+
+@pytest.fixture(scope="session")
+def base_prompts(documents: Documents) -> list[list[int]]:
+    """Prompts of 200 tokens, which stock vLLM serves batch-invariantly."""
+    return [ids[start : start + 200] for domain in documents.values() for ids in domain[:1] for start in (0, 300)]
+
+
+@pytest.fixture(scope="session")
+def long_prompts(documents: Documents) -> list[list[int]]:
+    return [documents["kjv"][0][:1025], documents["py_dns"][0][:700], documents["man_fr"][0][:260]]
+
+
+@pytest.fixture(scope="session")
+def reference(base_prompts: list[list[int]], long_prompts: list[list[int]], stage: Stage) -> dict[tuple[int, ...], list[float]]:
+    """Log-probabilities of stock vLLM, each prompt alone."""
+    stage.running.close()
+    stage.name = ""
+    with running(stage.folder / "stock.log", "vllm.entrypoints.cli.main", [], {"VLLM_PLUGINS": ""}) as stock:
+        assert stock.http.get("/v1/ttt/config").status_code == 404
+        return {tuple(p): logprobs(stock.complete(p, **SCORED)) for p in [*base_prompts, *long_prompts]}
+
+
+@pytest.fixture(scope="session")
+def models() -> dict[torch.dtype, nn.Module]:
+    """The model that is served, for the oracle."""
+    torch.set_num_threads(1)
+    return {dtype: load_model(MODEL, dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+@pytest.fixture
+def oracle(models: dict[torch.dtype, nn.Module]) -> Callable[[], Oracle]:
+    """Fresh sessions of the plain loop, float32 throughout as ``exact`` is."""
+    return lambda: Oracle(models[torch.float32], TTTConfig())

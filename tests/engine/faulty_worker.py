@@ -1,0 +1,152 @@
+"""The worker of the tests: TTTCPUWorker, whose steps can be watched and broken through collective_rpc."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from vllm_ttt.worker.cpu_lora import GroupedPunicaCPU
+from vllm_ttt.worker.cpu_worker import TTTCPUWorker
+
+
+class FaultyWorker(TTTCPUWorker):
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        #: for each step with tokens: {request id: tokens scheduled}
+        self.test_batches: list[dict[str, int]] = []
+        #: for each of them: updates committed in all sessions before it ran
+        self.test_updates: list[int] = []
+        self.test_asked = -1
+        #: session: what each of its tiles was learned from, while `test_watch` is on
+        self.test_rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.test_watching = False
+        self.test_score = self.trainer.compute.score
+        self.trainer.compute.score = self._watched_score
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        output = super().execute_model(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens:
+            self.test_batches.append(dict(scheduler_output.num_scheduled_tokens))
+            self.test_updates.append(self._updates())
+        return output
+
+    def ttt_session(self, key: int) -> dict[str, Any]:
+        """Asked by GET /v1/ttt/sessions/{id}: the way from a session's name to its adapter id."""
+        self.test_asked = key
+        return super().ttt_session(key)
+
+    def test_delta(self) -> dict[str, str]:
+        """The master of the session that GET asked for last: float32 in base64, by module."""
+        parts = self.trainer.deltas.read(self.test_asked).parts()
+        return {name: _encode(b[0]) for name, b in parts}
+
+    def test_slot_is_master(self) -> dict[str, bool]:
+        """Whether the slot of the session that GET asked for last holds its master, bit for bit in the model's dtype."""
+        slots, key = self.trainer.slots, self.test_asked
+        if not slots.holds(key):
+            return {"held": False, "equal": False}
+        slot = slots.manager._adapter_manager.lora_index_to_id.index(key)
+        modules = slots.modules
+        places = ((modules.o_proj, 0), (modules.gate_up_proj, 0), (modules.gate_up_proj, 1), (modules.down_proj, 0))
+        parts = self.trainer.deltas.read(key).to(slots.dtype).parts()
+        equal = [bool((m.lora_b_stacked[i][slot, 0] == b[0]).all()) for (_, b), (m, i) in zip(parts, places, strict=True)]
+        return {"held": True, "equal": all(equal)}
+
+    def test_watch(self, on: int) -> None:
+        """Whether to keep the rows that are learned from now on; those kept before are forgotten."""
+        self.test_watching, self.test_rows = bool(on), {}
+
+    def test_learned_rows(self) -> dict[str, str]:
+        """Of the session that GET asked for last: residual stream and attention output of each learned row, float32."""
+        tiles = self.test_rows[self.test_asked]
+        return {name: _encode(torch.cat([tile[i] for tile in tiles])) for i, name in enumerate("ha")}
+
+    def test_state(self) -> dict[str, int]:
+        """How much is under way, and what is held."""
+        backlog, deltas = self.backlog, self.trainer.deltas
+        return {
+            "readings": len(backlog.readings),
+            "queued": sum(map(len, backlog.queues.values())),
+            "closing": len(backlog.closing),
+            "dirty": len(self.trainer.dirty),
+            "pages_free": len(backlog.free),
+            "pages": backlog.t_PC.shape[0],
+            "pinned": len(deltas.pinned),
+            "evictions": deltas.evictions,
+            "errors": self.trainer.errors,
+        }
+
+    def test_recorded(self) -> dict[str, list]:
+        """The batches since the last call, and the updates that had been committed before each."""
+        recorded = {"batches": self.test_batches, "updates": self.test_updates}
+        self.test_batches, self.test_updates = [], []
+        return recorded
+
+    def test_cpu_lora(self, which: str) -> None:
+        """``stock``: vLLM's own LoRA on the CPU, as it is without our cure; ``grouped``: ours."""
+        cls = {"stock": PunicaWrapperCPU, "grouped": GroupedPunicaCPU}[which]
+        manager = self.model_runner.lora_manager._adapter_manager
+        for module in manager.modules.values():
+            module.punica_wrapper.__class__ = cls
+        manager._last_mapping = None
+
+    def test_plant(self, what: str) -> None:
+        """One fault: the next call of what is named fails, those after it work."""
+        compute = self.trainer.compute
+        if what == "step":
+            _once(compute, "score", _raise)
+        elif what == "nan":
+            _once(compute, "score", self._nan_gradient)
+        elif what == "nan_loss":
+            _once(compute, "score", self._nan_loss)
+        elif what == "commit":
+            _once(compute, "apply", _raise)
+        elif what == "slot":
+            _once(self.trainer.slots, "_copy", _raise)
+        elif what == "take":
+            _once(self.backlog, "take", _raise)
+        else:
+            raise ValueError(what)
+
+    def _nan_gradient(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
+        score(flat, weight, rows, keep)
+        self.trainer.deltas.grads.d[rows, 0, 0] = float("nan")
+
+    def _nan_loss(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
+        score(flat, weight, rows, keep)
+        self.trainer.compute.loss_R[rows] = float("nan")
+
+    def _watched_score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
+        if self.test_watching:
+            sessions = {row: session for session, row in self.trainer.deltas.rows.items()}
+            pages = self.backlog.h_PCD.flatten(0, 1), self.backlog.a_PCQ.flatten(0, 1)
+            for row, numbers, weights in zip(rows.tolist(), flat, weight, strict=True):
+                h, a = (x[numbers[weights > 0]].clone() for x in pages)
+                self.test_rows.setdefault(sessions[row], []).append((h, a))
+        self.test_score(flat, weight, rows, keep)
+
+    def _updates(self) -> int:
+        return sum(session.version for session in self.trainer.deltas.sessions.values())
+
+
+def _encode(x: Tensor) -> str:
+    return base64.b64encode(x.float().contiguous().numpy().tobytes()).decode()
+
+
+def _once(owner: Any, name: str, fault: Callable) -> None:
+    original = getattr(owner, name)
+
+    def broken(*args: Any) -> Any:
+        setattr(owner, name, original)
+        return fault(original, *args)
+
+    setattr(owner, name, broken)
+
+
+def _raise(*_: Any) -> Any:
+    raise RuntimeError("planted by a test")

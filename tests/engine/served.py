@@ -1,0 +1,133 @@
+"""A server that the tests talk to: HTTP as any client, and collective_rpc to look into the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from torch import Tensor
+
+from vllm_ttt.eval.oracle import Oracle
+
+Delta = dict[str, Tensor]
+Documents = dict[str, list[list[int]]]
+
+#: Of the demo model: hidden size, and attention output.
+WIDTH = 384
+
+#: A request whose answer holds the log-probability of every token.
+SCORED: dict[str, Any] = {"prompt_logprobs": 0, "logprobs": 1, "max_tokens": 8, "ignore_eos": True}
+
+
+@dataclass
+class Served:
+    url: str
+    log: Path
+    process: subprocess.Popen
+    http: httpx.Client = field(init=False)
+    names: int = 0
+
+    def __post_init__(self) -> None:
+        self.http = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+
+    def fresh(self, label: str = "s") -> str:
+        """A session id that no test has used yet."""
+        self.names += 1
+        return f"{label}-{self.names}"
+
+    def post(
+        self, prompt: Any, session: str | None = None, *, headers: dict[str, str] | None = None, **body: Any
+    ) -> httpx.Response:
+        return self.http.post("/v1/completions", json=completion(prompt, session, **body), headers=headers)
+
+    def complete(self, prompt: Any, session: str | None = None, **body: Any) -> dict[str, Any]:
+        answer = self.post(prompt, session, **body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def together(self, *bodies: dict[str, Any], headers: list[dict[str, str]] | None = None) -> list[httpx.Response]:
+        """POST completions at once; the answers, in order."""
+
+        async def send() -> list[httpx.Response]:
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(base_url=self.url, timeout=120, trust_env=False, limits=limits) as http:
+                extra = headers or [{}] * len(bodies)
+                calls = [http.post("/v1/completions", json=b, headers=h) for b, h in zip(bodies, extra, strict=True)]
+                return await asyncio.gather(*calls)
+
+        return asyncio.run(send())
+
+    def session(self, name: str) -> dict[str, Any]:
+        answer = self.http.get(f"/v1/ttt/sessions/{name}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def rpc(self, method: str, *args: Any) -> Any:
+        answer = self.http.post("/collective_rpc", json={"method": method, "args": list(args)})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["results"][0]
+
+    def delta(self, name: str) -> Delta:
+        """The master of a session, [out, R] by module, once all that it sent has been learned."""
+        self.settle()
+        self.session(name)
+        return _decode(self.rpc("test_delta"))
+
+    def learned_rows(self, name: str) -> tuple[Tensor, Tensor]:
+        """(h [N, D], a [N, attention width]) of what the session has learned since ``test_watch``, in order."""
+        self.settle()
+        self.session(name)
+        rows = _decode(self.rpc("test_learned_rows"))
+        return rows["h"].view(-1, WIDTH), rows["a"].view(-1, WIDTH)
+
+    def settle(self) -> dict[str, int]:
+        """Wait until nothing is under way in the worker; its state then."""
+        deadline, state = time.monotonic() + 60, {}
+        while time.monotonic() < deadline:
+            state = self.rpc("test_state")
+            if not any(state[key] for key in ("readings", "queued", "closing", "dirty")):
+                return state
+            time.sleep(0.02)
+        raise AssertionError(f"the worker does not come to rest: {state}")
+
+    def logged(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Of the Frobenius norm."""
+    return ((found.reshape(expected.shape) - expected).norm() / expected.norm()).item()
+
+
+def assert_same(delta: Delta, oracle: Oracle) -> None:
+    """The delta is the oracle's: relative error under 2 % in every module."""
+    for key, expected in oracle.B.items():
+        assert expected.any(), "the oracle learned nothing: the comparison would prove nothing"
+        assert relative_error(delta[key], expected) < 0.02, key
+
+
+def _decode(parts: dict[str, str]) -> Delta:
+    return {k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.float32) for k, v in parts.items()}
+
+
+def completion(prompt: Any, session: str | None = None, **body: Any) -> dict[str, Any]:
+    """The body of a request; ``session`` None: of the base model."""
+    body = {"model": "demo", "prompt": prompt, "max_tokens": 1, "temperature": 0, **body}
+    return body if session is None else {**body, "session_id": session}
+
+
+def logprobs(answer: dict[str, Any]) -> list[float]:
+    """Log-probabilities of the prompt's tokens but the first, then of the generated ones, exactly as the server gave them.
+
+    For requests with ``prompt_logprobs: 0``: a position then holds its own token alone.
+    """
+    choice = answer["choices"][0]
+    prompt = [next(iter(position.values()))["logprob"] for position in choice["prompt_logprobs"][1:]]
+    return prompt + (choice["logprobs"]["token_logprobs"] if choice.get("logprobs") else [])
