@@ -2,9 +2,9 @@
 
     python loadtests/bench_engine.py MODEL [--load-format dummy] [--batches 1,8,32,64] [--arms stock,ttt,lora]
 
-Each engine runs in a process of its own, one after the other: stock vLLM; vLLM with ttt (idle; sessions resident and frozen;
-sessions that learn their prompts; prompts and outputs); and, where asked, stock multi-LoRA on all layers. A figure is the median
-over `--repeat` rounds; the table gives it as a ratio to stock in the same run.
+Each engine runs in a process of its own, one after the other: stock vLLM; vLLM with ttt (idle; sessions resident and
+frozen; sessions that learn their prompts; prompts and outputs); and, where asked, stock multi-LoRA on all layers. A figure
+is the median over `--repeat` rounds; the table gives it as a ratio to stock in the same run.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(llm: Any, size: int, args: argparse.Namespace, extra: Any, tokens_ou
                 first.append(now - begin)
             last[output.request_id] = now
     wall = time.perf_counter() - begin
-    while args.arm == "ttt" and any(llm.collective_rpc("ttt_pending")):
+    while args.arm == "ttt" and any(worker["pending"] for worker in llm.collective_rpc("ttt_status")):
         time.sleep(0.001)
     drained = time.perf_counter() - begin
     gaps.sort()
@@ -115,6 +115,8 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
         if name == "learn prompts":
             result["together"] = together(llm, args, extra)
             log(f"8 sessions together / one after the other: {result['together']:.2f}")
+            result["worker"] = llm.collective_rpc("ttt_status")[0]
+            log(f"worker: {result['worker']}")
         if args.profile and name in ("stock", "idle", "frozen"):
             llm.start_profile(name)
             measure(llm, max(args.batches), args, extra, tokens_out=8)

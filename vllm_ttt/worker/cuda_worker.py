@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_ttt.plugin import config_of
 from vllm_ttt.worker.gpu_lora import AsyncPunicaGPU
 from vllm_ttt.worker.step_view import Rows, view_v2
 from vllm_ttt.worker.tail import TailModules
@@ -28,20 +26,3 @@ class TTTCUDAWorker(TTTWorkerMixin, Worker):
 
     def ttt_view(self, ran: Any, wanted: Any) -> list[Rows]:
         return view_v2(self.model_runner, ran, wanted)
-
-    @torch.inference_mode()
-    def determine_available_memory(self) -> int:
-        """As vLLM's, with the step's workspace counted: it runs once while vLLM measures its own peak."""
-        profile_run = self.model_runner.profile_run
-        config = config_of(self.vllm_config)
-        assert config is not None
-
-        def with_step(*args: Any, **kwargs: Any) -> None:
-            profile_run(*args, **kwargs)
-            self.ttt_warm_up(config)
-
-        self.model_runner.profile_run = with_step
-        try:
-            return super().determine_available_memory()
-        finally:
-            self.model_runner.profile_run = profile_run

@@ -9,10 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.micro_step import MODULES, Delta, Tail
 
 
@@ -43,9 +39,11 @@ class Deltas:
     """Masters [rows, out, R] float32, and the gradient that a chunk accumulates, of the same shape."""
 
     def __init__(self, tail: Tail, rows: int):
+        """``rows`` sessions on the device, and one spare row that belongs to none: padding of a batch is written there."""
         self.tail = tail
-        self.masters = Delta.zeros(tail, rows)
-        self.grads = Delta.zeros(tail, rows)
+        self.masters = Delta.zeros(tail, rows + 1)
+        self.grads = Delta.zeros(tail, rows + 1)
+        self.spare = rows
         self.sessions: dict[int, Session] = {}
         self.free = list(range(rows - 1, -1, -1))
         #: session -> row, least recently used first
@@ -75,8 +73,7 @@ class Deltas:
         return row
 
     def begin_chunk(self, key: int) -> None:
-        for x in self.grads.tensors():
-            x[self.rows[key]].zero_()
+        """Keep the session's row until `end_chunk`."""
         self.pinned.add(key)
 
     def end_chunk(self, key: int) -> None:
@@ -107,8 +104,3 @@ class Deltas:
         self.free.append(self.rows.pop(key))
         self.evictions += 1
         return True
-
-
-def index(rows: list[int], like: Tensor) -> Tensor:
-    """Row numbers as an index on the device of ``like``."""
-    return to_device(torch.tensor(rows), like.device)

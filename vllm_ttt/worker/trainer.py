@@ -14,9 +14,10 @@ from vllm.logger import init_logger
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.types import ChunkReport, StepReport
 from vllm_ttt.worker.backlog import Backlog, Chunk
-from vllm_ttt.worker.clock import Clock, to_device, to_host
-from vllm_ttt.worker.deltas import Deltas, index
-from vllm_ttt.worker.micro_step import Delta, Tail, accumulate, update
+from vllm_ttt.worker.clock import Clock, to_host
+from vllm_ttt.worker.compute import Compute
+from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.micro_step import Delta, Tail
 from vllm_ttt.worker.slots import Slots
 
 logger = init_logger(__name__)
@@ -36,7 +37,9 @@ class Outcome:
     """What a commit did, on its way to the host."""
 
     chunks: list[Chunk]
-    #: [3 + modules, S]: whether it was applied, loss, frozen loss (NaN where not measured), norms
+    #: whether the frozen loss was measured
+    frozen: list[bool]
+    #: what `Compute.apply` returns
     values: Tensor
     mark: Any
 
@@ -45,13 +48,9 @@ class Trainer:
     """One per worker. Not thread-safe: it runs between vLLM's iterations, on the same stream."""
 
     def __init__(self, tail: Tail, config: TTTConfig, backlog: Backlog, deltas: Deltas, slots: Slots):
-        self.tail, self.config, self.backlog, self.deltas, self.slots = tail, config, backlog, deltas, slots
-        self.max_loss = config.learn.max_loss * math.log(tail.head_VD.shape[0])
+        self.config, self.backlog, self.deltas, self.slots = config, backlog, deltas, slots
         self.dtype = tail.head_VD.dtype
-        rows = deltas.masters.o.shape[0]
-        # Sums over the tiles of the chunk that is being learned, by row of the masters.
-        self.loss_R = torch.zeros(rows, device=tail.head_VD.device)
-        self.frozen_R = torch.zeros(rows, device=tail.head_VD.device)
+        self.compute = Compute(tail, config.learn, backlog, deltas)
         self.clock = Clock(tail.head_VD.device)
         self.outcomes: deque[Outcome] = deque()
         #: sessions whose slot does not follow their master yet
@@ -77,15 +76,16 @@ class Trainer:
         while self.outcomes and (wait or self.clock.done(self.outcomes[0].mark)):
             outcome = self.outcomes.popleft()
             self.clock.wait(outcome.mark)
-            for chunk, (ok, loss, frozen, *norms) in zip(outcome.chunks, outcome.values.T.tolist(), strict=True):
+            values = outcome.values.T.tolist()
+            for chunk, measured, (ok, loss, frozen, *norms) in zip(outcome.chunks, outcome.frozen, values, strict=True):
                 self.backlog.settle(chunk)
                 if (session := self.deltas.sessions.get(chunk.session)) is None:
                     continue  # dropped meanwhile
                 if ok:
                     session.version += 1
                     session.norms = norms
-                reason = None if ok else ("loss" if self.max_loss < loss < math.inf else "nonfinite")
-                self._report_chunk(chunk, loss, None if math.isnan(frozen) else frozen, reason)
+                reason = None if ok else ("loss" if self.compute.max_loss < loss < math.inf else "nonfinite")
+                self._report_chunk(chunk, loss, frozen if measured else None, reason)
 
     def sync(self) -> None:
         """Write the slots of sessions whose master has moved, except where a prompt has been read in part."""
@@ -136,70 +136,39 @@ class Trainer:
                 continue
             tiles.append(Tile(chunk, row, min(chunk.rows - chunk.done, tokens)))
             tokens -= tiles[-1].rows
-            if chunk.done == 0:
-                self.deltas.begin_chunk(chunk.session)
-                self.loss_R[row] = self.frozen_R[row] = 0.0  # sums over tiles
-            else:
-                self.deltas.pinned.add(chunk.session)
+            self.deltas.begin_chunk(chunk.session)
         return tiles
 
     def _step(self, tiles: list[Tile]) -> None:
-        h_SCD, a_SCQ, t_SC, w_SC = self._gather(tiles)
-        rows_S = index([tile.row for tile in tiles], self.loss_R)
-        served = self.deltas.masters.select(rows_S).to(self.dtype)
-        grad = self.deltas.grads.select(rows_S)
-        loss_S = accumulate(self.tail, served, h_SCD, a_SCQ, t_SC, w_SC, grad)
-        frozen_S = self._frozen(tiles, served, h_SCD, a_SCQ, t_SC, w_SC, loss_S)
-        for x, part in zip(self.deltas.grads.tensors(), grad.tensors(), strict=True):
-            x.index_copy_(0, rows_S, part)
-        self.loss_R.index_add_(0, rows_S, loss_S)
-        self.frozen_R.index_add_(0, rows_S, frozen_S)
+        flat, weight = self._rows(tiles)
+        rows = torch.tensor([tile.row for tile in tiles])
+        keep = torch.tensor([tile.chunk.done > 0 for tile in tiles])
+        self.compute.score(flat, weight, rows, keep)
+        if due := [s for s, tile in enumerate(tiles) if self._frozen_due(tile.chunk)]:
+            self.compute.score_frozen(flat[due], weight[due], rows[due], keep[due])
         for tile in tiles:
             tile.chunk.done += tile.rows
         complete = [tile for tile in tiles if tile.chunk.done == tile.chunk.rows]
         if complete:
             self._commit(complete)
 
-    def _gather(self, tiles: list[Tile]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows of the pages as [S, C, ...], and each row's weight, which is 0 where a tile is shorter than the longest."""
-        S, C, backlog = len(tiles), max(tile.rows for tile in tiles), self.backlog
+    def _rows(self, tiles: list[Tile]) -> tuple[Tensor, Tensor]:
+        """Row numbers in the pages and weights, [S, C]. A tile shorter than the longest is filled up with rows of its own, at
+        weight 0: what is not finite in one session never meets another."""
+        S, C = len(tiles), max(tile.rows for tile in tiles)
         flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.zeros(S, C)
         for s, tile in enumerate(tiles):
-            start = tile.chunk.page * backlog.chunk + tile.chunk.done
-            flat[s, : tile.rows] = torch.arange(start, start + tile.rows)
+            start = tile.chunk.page * self.backlog.chunk + tile.chunk.done
+            flat[s] = start
+            flat[s, : tile.rows] += torch.arange(tile.rows)
             weight[s, : tile.rows] = 1.0 / tile.chunk.rows
-        device = backlog.t_PC.device
-        flat, weight = to_device(flat.flatten(), device), to_device(weight, device)
-        pick = lambda x: x.flatten(0, 1).index_select(0, flat).view(S, C, *x.shape[2:])  # noqa: E731
-        return pick(backlog.h_PCD), pick(backlog.a_PCQ), pick(backlog.t_PC), weight
-
-    def _frozen(self, tiles: list[Tile], served: Delta, h: Tensor, a: Tensor, t: Tensor, w: Tensor, loss_S: Tensor) -> Tensor:
-        """[S] loss under the frozen model, NaN where it is not due. A session's first chunk is scored under it anyway."""
-        frozen_S = torch.full_like(loss_S, math.nan)
-        due = [s for s, tile in enumerate(tiles) if self._frozen_due(tile.chunk)]
-        first = [s for s in due if self.deltas.session(tiles[s].chunk.session).chunks == 0]
-        if first:
-            i = index(first, loss_S)
-            frozen_S[i] = loss_S[i]
-        if rest := [s for s in due if s not in first]:
-            i = index(rest, loss_S)
-            base = Delta(*(torch.zeros_like(x[: len(rest)]) for x in served.tensors()))
-            frozen_S[i] = accumulate(self.tail, base, h[i], a[i], t[i], w[i], None)
-        return frozen_S
+        return flat, weight
 
     def _frozen_due(self, chunk: Chunk) -> bool:
         every = self.config.observe.frozen_every
         return every > 0 and self.deltas.session(chunk.session).chunks % every == 0
 
     def _commit(self, tiles: list[Tile]) -> None:
-        learn = self.config.learn
-        rows_S = index([tile.row for tile in tiles], self.loss_R)
-        share_S = to_device(torch.tensor([tile.chunk.rows / learn.chunk for tile in tiles]), self.loss_R.device)
-        loss_S = self.loss_R.index_select(0, rows_S)
-        new, ok_S, norm_MS = update(
-            self.tail, self.deltas.masters.select(rows_S), self.deltas.grads.select(rows_S), loss_S, share_S,
-            learn.rate, learn.decay, learn.max_norm, self.max_loss,
-        )  # fmt: skip
         reading = self.backlog.reading_sessions()
         for tile in tiles:
             session = self.deltas.session(tile.chunk.session)
@@ -207,11 +176,11 @@ class Trainer:
                 current = self.deltas.read(tile.chunk.session)
                 session.serving = Delta(*(x.to(self.dtype, copy=True) for x in current.tensors()))
                 session.serving_version = session.version
-        for x, part in zip(self.deltas.masters.tensors(), new.tensors(), strict=True):
-            x.index_copy_(0, rows_S, part)
-        values = torch.cat((torch.stack((ok_S.float(), loss_S, self.frozen_R.index_select(0, rows_S))), norm_MS))
-        values = to_host(values)
-        self.outcomes.append(Outcome([tile.chunk for tile in tiles], values, self.clock.mark()))
+        rows = torch.tensor([tile.row for tile in tiles])
+        share = torch.tensor([tile.chunk.rows / self.config.learn.chunk for tile in tiles])
+        values = to_host(self.compute.apply(rows, share))
+        measured = [self._frozen_due(tile.chunk) for tile in tiles]
+        self.outcomes.append(Outcome([tile.chunk for tile in tiles], measured, values, self.clock.mark()))
         for tile in tiles:
             key = tile.chunk.session
             self.dirty.add(key)

@@ -17,7 +17,7 @@ from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.budget import Budget, tile_sizes
 from vllm_ttt.worker.capture import Capture
 from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.micro_step import MODULES, Delta, accumulate, update
+from vllm_ttt.worker.micro_step import MODULES
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.step_view import Rows
 from vllm_ttt.worker.tail import TailModules, build_tail, find_modules
@@ -129,33 +129,36 @@ class TTTWorkerMixin:
         """The master B of a session, by module; for tests and tools."""
         return {name: b[0].tolist() for name, b in self.trainer.deltas.read(key).parts()}
 
-    def ttt_pending(self) -> int:
-        """Captured tokens that wait for their step."""
-        return self.backlog.pending
+    def ttt_status(self) -> dict[str, Any]:
+        """Captured tokens that wait for their step, updates committed to all sessions, errors, and ms per tile of so many tokens."""
+        self.trainer.collect()
+        return {
+            "pending": self.backlog.pending,
+            "updates": sum(session.version for session in self.trainer.deltas.sessions.values()),
+            "errors": self.trainer.errors,
+            "tile_ms": {tokens: 1e3 * seconds for tokens, seconds in self.budget.costs.items()},
+        }
 
     # Between iterations.
 
     @torch.inference_mode()
     def ttt_warm_up(self, config: TTTConfig) -> None:
-        """Run steps of each size on empty sessions: measures what they cost, and loads the kernels that they use."""
-        tail, chunk = self.trainer.tail, config.learn.chunk
-        for tokens in tile_sizes(config.schedule.tokens_per_step):
-            S = min(-(-tokens // chunk), config.sessions.resident)
-            C = -(-tokens // S)
-            h = self.capture.h_ND.new_ones(S, C, self.capture.h_ND.shape[1])
-            a = self.capture.a_NQ.new_ones(S, C, self.capture.a_NQ.shape[1])
-            t = torch.zeros(S, C, dtype=torch.int64, device=h.device)
-            w = torch.full((S, C), 1.0 / C, device=h.device)
-            times = []
-            for _ in range(3):
-                first = self.clock.mark()
-                grad = Delta.zeros(tail, S)
-                loss = accumulate(tail, Delta.zeros(tail, S, h.dtype), h, a, t, w, grad)
-                update(tail, Delta.zeros(tail, S), grad, loss, torch.ones_like(loss), 0.01, 0.0, 1.0, 1.0)
-                last = self.clock.mark()
-                self.clock.wait(last)
-                times.append(self.clock.seconds(first, last))
-            self.budget.calibrate(tokens, min(times))
+        """Run steps of each size: measures what they cost, loads the kernels that they use, and captures their graphs."""
+        sizes = tile_sizes(config.schedule.tokens_per_step)
+        sessions = [min(-(-tokens // config.learn.chunk), config.sessions.resident) for tokens in sizes]
+        shapes = [(S, min(-(-tokens // S), config.learn.chunk)) for S, tokens in zip(sessions, sizes, strict=True)]
+        for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed), strict=True):
+            self.budget.calibrate(tokens, seconds)
+
+    def _timed(self, run: Any) -> float:
+        times = []
+        for _ in range(3):
+            first = self.clock.mark()
+            run()
+            last = self.clock.mark()
+            self.clock.wait(last)
+            times.append(self.clock.seconds(first, last))
+        return min(times)
 
     def _between(self, scheduler_output: Any, plan: StepPlan, serving: bool) -> int:
         """Before an iteration: learn what the budget allows, or all that may be where nobody is served; then the slots."""

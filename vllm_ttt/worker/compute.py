@@ -1,0 +1,162 @@
+"""The device's side of a step: reads pages and masters by index, writes gradients and masters by index, waits for nothing.
+
+On CUDA the shapes that occur most are replayed from graphs: a step is some hundred small kernels, and launching them would
+take the host longer than running them takes the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_ttt.config import LearnConfig
+from vllm_ttt.worker.backlog import Backlog
+from vllm_ttt.worker.clock import to_device
+from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.micro_step import Delta, Tail, accumulate, update
+
+
+@dataclass
+class Graph:
+    """A captured function of static inputs."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+    def __call__(self, *values: Tensor) -> Tensor:
+        """Copy the host tensors ``values`` into the inputs and replay; the output is overwritten by the next call."""
+        for static, value in zip(self.inputs, values, strict=True):
+            static.copy_(value.pin_memory(), non_blocking=True)
+        self.graph.replay()
+        return self.output
+
+
+class Compute:
+    """Arguments are host tensors. ``flat`` [S, C] are row numbers in the flattened pages, ``weight`` [S, C] the weights of
+    their losses, ``rows`` [S] rows of the masters, ``keep`` [S] bool: whether what the row holds belongs to this chunk.
+    """
+
+    def __init__(self, tail: Tail, learn: LearnConfig, backlog: Backlog, deltas: Deltas):
+        self.tail, self.learn, self.backlog, self.deltas = tail, learn, backlog, deltas
+        self.device = tail.head_VD.device
+        self.max_loss = learn.max_loss * math.log(tail.head_VD.shape[0])
+        rows = deltas.masters.o.shape[0]
+        # Sums over the tiles of the chunk that is being learned, by row of the masters.
+        self.loss_R = torch.zeros(rows, device=self.device)
+        self.frozen_R = torch.zeros(rows, device=self.device)
+        self.score_graphs: dict[tuple[int, int], Graph] = {}
+        self.apply_graphs: dict[int, Graph] = {}
+
+    def score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
+        """Add the gradient and the loss of some rows to what their chunks have accumulated."""
+        S, C = flat.shape
+        shape = next((s for s in sorted(self.score_graphs) if s[0] >= S and s[1] >= C), None)
+        if shape is None:
+            self._score(*(to_device(x, self.device) for x in (flat, weight, rows, keep)))
+        else:
+            self.score_graphs[shape](*_pad(shape, flat, weight, rows, keep, self.deltas.spare))
+
+    def score_frozen(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
+        """Add the loss of the same rows under the frozen model."""
+        flat, weight, rows, keep = (to_device(x, self.device) for x in (flat, weight, rows, keep))
+        base = Delta(*(torch.zeros_like(x[: len(rows)]) for x in self.deltas.masters.tensors())).to(self.tail.head_VD.dtype)
+        loss_S = accumulate(self.tail, base, *self._gather(flat), weight, None)
+        self._add(self.frozen_R, rows, keep, loss_S)
+
+    def apply(self, rows: Tensor, share: Tensor) -> Tensor:
+        """One step of the optimiser on each master. ``share`` [S]: rows of the chunk / rows of a full one.
+
+        Returns:
+            [3 + modules, S]: whether it was applied, the chunk's loss, its frozen loss, norms of B relative to W; on the
+            device, overwritten by the next call.
+        """
+        S = len(rows)
+        size = next((s for s in sorted(self.apply_graphs) if s >= S), None)
+        if size is None:
+            return self._apply(to_device(rows, self.device), to_device(share, self.device))
+        pad = size - S
+        rows = torch.cat((rows, rows.new_full((pad,), self.deltas.spare)))
+        return self.apply_graphs[size](rows, torch.cat((share, share.new_zeros(pad))))[:, :S]
+
+    def warm_up(self, shapes: list[tuple[int, int]], timed: Callable[[Callable[[], None]], float]) -> list[float]:
+        """Run each shape [S, C] on the spare row, on CUDA capture it; returns seconds per shape, commits included."""
+        times = []
+        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        for S, C in shapes:
+            flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.full((S, C), 1.0 / C)
+            rows, keep = torch.full((S,), self.deltas.spare), torch.zeros(S, dtype=torch.bool)
+            share = torch.ones(S)
+            if pool is not None:
+                self.score_graphs[S, C] = self._capture(self._score, (flat, weight, rows, keep), pool)
+                if S not in self.apply_graphs:
+                    self.apply_graphs[S] = self._capture(self._apply, (rows, share), pool)
+
+            def once(args: tuple[Tensor, ...] = (flat, weight, rows, keep, share)) -> None:
+                self.score(*args[:4])
+                self.apply(args[2], args[4])
+
+            times.append(timed(once))
+        for x in (*self.deltas.masters.tensors(), *self.deltas.grads.tensors()):
+            x[self.deltas.spare].zero_()
+        return times
+
+    def _score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+        served = self.deltas.masters.select(rows).to(self.tail.head_VD.dtype)
+        grad = Delta(*(torch.where(keep[:, None, None], x.index_select(0, rows), 0.0) for x in self.deltas.grads.tensors()))
+        loss_S = accumulate(self.tail, served, *self._gather(flat), weight, grad)
+        for x, part in zip(self.deltas.grads.tensors(), grad.tensors(), strict=True):
+            x.index_copy_(0, rows, part)
+        self._add(self.loss_R, rows, keep, loss_S)
+        return loss_S
+
+    def _apply(self, rows: Tensor, share: Tensor) -> Tensor:
+        masters, learn = self.deltas.masters, self.learn
+        loss_S = self.loss_R.index_select(0, rows)
+        new, ok_S, norm_MS = update(
+            self.tail, masters.select(rows), self.deltas.grads.select(rows), loss_S, share,
+            learn.rate, learn.decay, learn.max_norm, self.max_loss,
+        )  # fmt: skip
+        for x, part in zip(masters.tensors(), new.tensors(), strict=True):
+            x.index_copy_(0, rows, part)
+        return torch.cat((torch.stack((ok_S.float(), loss_S, self.frozen_R.index_select(0, rows))), norm_MS))
+
+    def _gather(self, flat_SC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pages, flat = self.backlog, flat_SC.flatten()
+        pick = lambda x: x.flatten(0, 1).index_select(0, flat).view(*flat_SC.shape, *x.shape[2:])  # noqa: E731
+        return pick(pages.h_PCD), pick(pages.a_PCQ), pick(pages.t_PC)
+
+    @staticmethod
+    def _add(sum_R: Tensor, rows: Tensor, keep: Tensor, loss_S: Tensor) -> None:
+        sum_R.index_copy_(0, rows, torch.where(keep, sum_R.index_select(0, rows), 0.0) + loss_S)
+
+    def _capture(self, function: Callable[..., Tensor], values: tuple[Tensor, ...], pool: tuple[int, int]) -> Graph:
+        inputs = tuple(x.to(self.device) for x in values)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # load every kernel before the capture
+            for _ in range(2):
+                function(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            output = function(*inputs)
+        return Graph(graph, inputs, output)
+
+
+def _pad(shape: tuple[int, int], flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, spare: int) -> tuple[Tensor, ...]:
+    """Widen to ``shape``: more rows of weight 0, each a copy of its own session's first one; more sessions, the spare row's."""
+    (S, C), (s, c) = shape, flat.shape
+    wide = flat[:, :1].expand(s, C).contiguous()
+    wide[:, :c] = flat
+    more = S - s
+    return (
+        torch.cat((wide, wide[:1].expand(more, C))),
+        torch.nn.functional.pad(weight, (0, C - c, 0, more)),
+        torch.cat((rows, rows.new_full((more,), spare))),
+        torch.cat((keep, keep.new_zeros(more))),
+    )
