@@ -1,0 +1,231 @@
+"""What the documents say is what the code does: the config table, the register of patches, the routes, the links."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from vllm_ttt.config import RANKS, TTTConfig, load_config
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REGISTER = (ROOT / "patches" / "README.md").read_text(encoding="utf-8")
+
+
+def tracked() -> list[Path]:
+    try:
+        listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def documents() -> list[Path]:
+    """The Markdown files, wherever the sources came from."""
+    found = [*ROOT.glob("*.md"), *(p for d in ("docs", "patches", "demo") for p in (ROOT / d).rglob("*.md"))]
+    assert len(found) >= 6
+    return sorted(found)
+
+
+# Configuration
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    """Section -> its model."""
+    return {name: type(field.default) for name, field in TTTConfig.model_fields.items()}
+
+
+def limits(name: str, field: FieldInfo) -> str:
+    """What the field may be, in words."""
+    if name == "rank":
+        return ", ".join(map(str, RANKS))
+    kind = field.annotation
+    if get_origin(kind) is tuple:
+        return "all of " + ", ".join(f"`{v}`" for v in get_args(get_args(kind)[0]))
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{v}`" for v in get_args(kind))
+    bounds = {b: getattr(m, b) for m in field.metadata for b in ("ge", "gt", "le", "lt") if hasattr(m, b)}
+    if set(bounds) == {"ge", "le"} and bounds["ge"] == bounds["le"]:
+        return str(bounds["ge"])
+    if set(bounds) == {"ge", "le"}:
+        return f"{bounds['ge']} to {bounds['le']}"
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    return ", ".join(f"{signs[b]} {'2^63' if value == 2**63 else value}" for b, value in bounds.items())
+
+
+def config_table() -> str:
+    rows = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+    for section, model in sections().items():
+        for name, field in model.model_fields.items():
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            shown = "all three" if isinstance(default, list) else default
+            rows.append(f"| `{section}.{name}` | {shown} | {limits(name, field)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def test_readme_has_the_config_table() -> None:
+    expected = config_table()
+    assert expected in README, f"README.md: replace the table of settings by\n\n{expected}\n"
+
+
+def test_default_yaml_is_every_key_and_its_default() -> None:
+    file = ROOT / "configs" / "default.yaml"
+    assert yaml.safe_load(file.read_text(encoding="utf-8")) == TTTConfig().model_dump(mode="json")
+    assert load_config(file) == TTTConfig()
+    settings = [line for line in file.read_text(encoding="utf-8").splitlines() if re.match(r"  \w+:", line)]
+    assert all(" # " in line for line in settings), "each setting has its comment"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.name)
+def test_configs_load(file: Path) -> None:
+    load_config(file)
+    assert file.name in {"default.yaml"} or load_config(file) != TTTConfig(), "a file that changes nothing is not needed"
+
+
+# The register of patches
+
+
+def wrapped(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Full names of all functions that the modules of vllm_ttt/patches would wrap or add."""
+    from vllm_ttt import patches
+    from vllm_ttt.patches import _contract
+
+    names: set[str] = set()
+
+    def record(owner: Any, name: str, *_: Any) -> None:
+        home = owner.__name__ if inspect.ismodule(owner) else f"{owner.__module__}.{owner.__qualname__}"
+        names.add(f"{home}.{name}")
+
+    monkeypatch.setattr(_contract, "wrap", record)
+    monkeypatch.setattr(_contract, "add", record)
+    for info in pkgutil.iter_modules(patches.__path__, f"{patches.__name__}."):
+        install = getattr(importlib.import_module(info.name), "install", None)
+        if install is not None:
+            install(*[() for _ in inspect.signature(install).parameters])
+    return names
+
+
+def test_every_patch_has_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = wrapped(monkeypatch)
+    assert len(names) >= 10
+    rows = set(re.findall(r"^\| `(vllm\.[\w.]+)` \|", REGISTER.partition("## Classes")[0], re.MULTILINE))
+    assert rows == names, f"missing: {sorted(names - rows)}; no longer patched: {sorted(rows - names)}"
+
+
+def subclasses() -> set[str]:
+    """Classes of the engine's and the worker's side that extend one of vLLM's."""
+    found = set()
+    for file in [*(ROOT / "vllm_ttt" / "engine").rglob("*.py"), *(ROOT / "vllm_ttt" / "worker").rglob("*.py")]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "vllm"]
+        vllm = {alias.asname or alias.name for n in imports for alias in n.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id in vllm for b in node.bases):
+                found.add(node.name)
+    return found
+
+
+def test_every_subclass_has_its_row() -> None:
+    rows = set(re.findall(r"^\| `(\w+)` \|", REGISTER.partition("## Classes")[2], re.MULTILINE))
+    assert rows == subclasses()
+
+
+# What the documents promise
+
+
+def test_every_route_is_in_the_readme() -> None:
+    from vllm_ttt.frontend.routes import router
+
+    for route in router.routes:
+        path = route.path.replace(":path}", "}").replace("{session_id}", "{id}")  # pyright: ignore
+        for method in route.methods:  # pyright: ignore
+            assert f"`{method} {path}`" in README
+
+
+@pytest.mark.parametrize("file", [ROOT / "README.md"], ids=["README.md"])
+def test_bodies_of_the_examples_are_accepted(file: Path) -> None:
+    from vllm_ttt.types import Knobs, check_session_id
+
+    bodies = re.findall(r"-d '(.+?)'", file.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(bodies) >= 3
+    for text in bodies:
+        body = json.loads(text)
+        Knobs.parse(body.get("vllm_xargs"))
+        if "session_id" in body:
+            check_session_id(body["session_id"])
+
+
+def test_make_targets_and_commands_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    commands = set(re.findall(r"^def (\w+)\(|command\(\"(\w+)\"", (ROOT / "vllm_ttt/cli.py").read_text(), re.MULTILINE))
+    commands = {a or b for a, b in commands}
+    for file in documents():
+        text = file.read_text(encoding="utf-8")
+        code = "\n".join([*re.findall(r"^```sh\n(.+?)^```", text, re.MULTILINE | re.DOTALL), *re.findall(r"`([^`\n]+)`", text)])
+        for target in re.findall(r"^make (\w+)", code, re.MULTILINE):
+            assert target in targets, f"{file.name}: make {target}"
+        for command in re.findall(r"^(?:\.venv/bin/)?vllm-ttt (\w+)", code, re.MULTILINE):
+            assert command in commands, f"{file.name}: vllm-ttt {command}"
+
+
+def test_the_map_has_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for file in (ROOT / "vllm_ttt").rglob("*.py"):
+        if file.name != "__init__.py" and file.parent.name not in ("eval", "patches"):
+            assert re.search(rf"\b{file.name}\b", text), f"{file.relative_to(ROOT)} is not on the map"
+
+
+def test_tests_that_are_named_exist() -> None:
+    for file in documents():
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", file.read_text(encoding="utf-8")):
+            assert (ROOT / path).is_file(), f"{file.name}: {path}"
+            assert f"def {name}" in (ROOT / path).read_text(encoding="utf-8"), f"{file.name}: {path}::{name}"
+
+
+@pytest.mark.parametrize("file", documents(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (file.parent / path).resolve() if path else file
+        assert linked.exists(), f"{target}: no such file"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {_anchor(h) for h in headings}, f"{target}: no such heading"
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_no_place_of_one_machine_is_named() -> None:
+    """No absolute path of somebody's machine, no host of a package registry."""
+    machine = re.compile(r"(?<![\w.}])/(?:work|home|root|Users|mnt)/\w")
+    registry = re.compile(r"pypi\.(?:org|python)|pythonhosted|download\.pytorch|registry\.npmjs|(?:docker|ghcr|quay|nvcr)\.io")
+    texts = ROOT / "demo" / "texts"  # documents that others wrote
+    for file in tracked():
+        if file == Path(__file__).resolve() or texts in file.parents:
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for pattern in (machine, registry):
+            assert not (found := pattern.search(text)), f"{file.relative_to(ROOT)}: {found.group()}"
