@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 import json
 import platform
 import random
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,26 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kernels(folder: str) -> dict[str, Counter[str]]:
+    """Case -> how often each kernel ran, from the profiler's traces below ``folder``."""
+    found: dict[str, Counter[str]] = {}
+    for path in sorted(Path(folder).glob("*/*.trace.json.gz")):
+        with gzip.open(path) as file:
+            events = json.load(file)["traceEvents"]
+        found[path.name.split("_rank")[0]] = Counter(e["name"] for e in events if e.get("cat") == "kernel")
+    return found
+
+
+def kernel_table(found: dict[str, Counter[str]]) -> str:
+    """Markdown: kernels in all, and those by name that the cases do not run equally often."""
+    names = sorted({n for c in found.values() for n in c}, key=lambda n: -max(c[n] for c in found.values()))
+    unequal = [n for n in names if len({c[n] for c in found.values()}) > 1]
+    lines = ["| kernel | " + " | ".join(found) + " |", "|" + " --- |" * (len(found) + 1)]
+    lines.append("| all | " + " | ".join(str(c.total()) for c in found.values()) + " |")
+    lines += [f"| `{n[:90]}` | " + " | ".join(str(c[n]) for c in found.values()) + " |" for n in unequal[:25]]
+    return "\n".join(lines)
+
+
 def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -215,6 +237,9 @@ def main() -> None:
     text = (
         f"# {args.name}\n\n{report['hardware']}, {report['versions']}, {report['date']}\n\n    {command}\n\n{table(report)}\n"
     )
+    if args.profile:
+        text += f"\nKernels in one prefill and eight decode steps of {max(args.batches)} requests:\n\n"
+        text += kernel_table(kernels(args.profile)) + "\n"
     stem.with_suffix(".md").write_text(text)
     print(text)
 

@@ -20,7 +20,7 @@ from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
 from vllm_ttt.types import ADAPTER_PATH, Knobs, RequestPlan, SessionKey, StepPlan, StepReport
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
 #: Child of a request with n > 1: index and parent (vllm/v1/engine/parallel_sampling.py).
 _CHILD = re.compile(r"(\d+)_(.+)", re.DOTALL)

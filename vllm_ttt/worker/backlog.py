@@ -49,8 +49,8 @@ class Reading:
 class Copy:
     """Row indices for one gather: rows ``source`` of the capture buffers go to rows ``target`` of the pages."""
 
-    source: list[int] = field(default_factory=list)
-    target: list[int] = field(default_factory=list)
+    source: list[Tensor] = field(default_factory=list)
+    target: list[Tensor] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
 
 
@@ -104,8 +104,7 @@ class Backlog:
         if not copy.source:
             return
         device = h_ND.device
-        source = to_device(torch.tensor(copy.source), device)
-        target = to_device(torch.tensor(copy.target), device)
+        source, target = to_device(torch.cat(copy.source), device), to_device(torch.cat(copy.target), device)
         self.h_PCD.flatten(0, 1).index_copy_(0, target, h_ND.index_select(0, source))
         self.a_PCQ.flatten(0, 1).index_copy_(0, target, a_NQ.index_select(0, source))
         self.t_PC.flatten().index_copy_(0, target, torch.cat(copy.tokens))
@@ -139,18 +138,28 @@ class Backlog:
         if (reading := self.closing.get(chunk.request)) is not None:
             reading.unlearned -= 1
 
-    def drop_session(self, session: int) -> None:
-        """Forget everything that waits for the session, and learn no more of its running requests."""
-        for chunk in self.queues.pop(session, ()):
+    def drop_session(self, session: int) -> list[Chunk]:
+        """Forget everything that waits for the session, and learn no more of its running requests.
+
+        Returns:
+            what is lost: queued and open chunks, and of each prompt the rest that would have been captured.
+        """
+        lost = list(self.queues.pop(session, ()))
+        for chunk in lost:
             self.settle(chunk)
             self._release(chunk)
         for request, reading in self.readings.items():
-            if reading.plan.session == session:
-                if reading.open is not None:
-                    self._release(reading.open)
-                    reading.open = None
-                if not reading.closed:
-                    self._end(request, reading)
+            if reading.plan.session != session or reading.closed:
+                continue
+            if reading.open is not None:
+                lost.append(reading.open)
+                self._release(reading.open)
+                reading.open = None
+            rest = reading.plan.prompt - 1 - reading.next
+            if reading.plan.learn and rest > 0:
+                lost.append(Chunk(session, request, page=-1, rows=rest))
+            self._end(request, reading)
+        return lost
 
     def reading_sessions(self) -> set[int]:
         """Sessions that have a prompt which has been read in part: their slot must not change now."""
@@ -195,9 +204,9 @@ class Backlog:
 
     def _copy_rows(self, rows: Rows, position: int, end: int, chunk: Chunk, copy: Copy) -> None:
         offset, n = position - rows.position, end - position
-        copy.source.extend(range(rows.first + offset, rows.first + offset + n))
         start = chunk.page * self.chunk + chunk.rows
-        copy.target.extend(range(start, start + n))
+        copy.source.append(torch.arange(rows.first + offset, rows.first + offset + n))
+        copy.target.append(torch.arange(start, start + n))
         copy.tokens.append(rows.next_tokens[offset : offset + n])
         chunk.rows += n
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_ttt.worker.gpu_lora import AsyncPunicaGPU
+from vllm_ttt.worker.gpu_lora import SessionPunicaGPU
 from vllm_ttt.worker.step_view import Rows, view_v2
 from vllm_ttt.worker.tail import TailModules
 from vllm_ttt.worker.worker import TTTWorkerMixin
@@ -16,7 +16,7 @@ from vllm_ttt.worker.worker import TTTWorkerMixin
 class TTTCUDAWorker(TTTWorkerMixin, Worker):
     def ttt_idle_flag(self, modules: TailModules) -> Tensor:
         wrapper = modules.o_proj.punica_wrapper
-        AsyncPunicaGPU.adopt(wrapper)
+        SessionPunicaGPU.adopt(wrapper)
         # The flag that makes vLLM's own LoRA kernels return at once; graphs are captured for either value of it.
         return wrapper.token_mapping_meta.no_lora_flag_cpu
 

@@ -20,6 +20,16 @@ class SessionLoRAManager(LRUCacheWorkerLoRAManager):
     """Takes the place of vLLM's manager (by ``__class__``): a session's adapter is made from memory, never from a path."""
 
     slots: Slots
+    #: the adapters of the last batch, all of which have a slot
+    applied: frozenset[int] = frozenset()
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        """As vLLM's, which looks each adapter up in copies of its tables: not again for a batch of the same adapters."""
+        wanted = frozenset(request.lora_int_id for request in lora_requests if request)
+        if wanted == self.applied and wanted.issubset(self._adapter_manager.lora_index_to_id):
+            return
+        super()._apply_adapters(lora_requests)
+        self.applied = wanted
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         if lora_request.lora_path.startswith(ADAPTER_PATH):

@@ -20,7 +20,7 @@ from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.micro_step import Delta, Tail
 from vllm_ttt.worker.slots import Slots
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class Trainer:
         #: sessions whose slot does not follow their master yet
         self.dirty: set[int] = set()
         self.report = StepReport()
-        self.errors = 0
+        self.errors = self.nonfinite = 0
 
     def learn(self, tokens: int) -> int:
         """Learn up to ``tokens`` tokens of what waits; returns how many. Never raises: what fails is given up and counted."""
@@ -85,6 +85,12 @@ class Trainer:
                     session.version += 1
                     session.norms = norms
                 reason = None if ok else ("loss" if self.compute.max_loss < loss < math.inf else "nonfinite")
+                if reason == "nonfinite":
+                    self.nonfinite += 1
+                    if self.nonfinite <= 10 or self.nonfinite % 1000 == 0:
+                        logger.warning(
+                            "vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", self.nonfinite
+                        )
                 self._report_chunk(chunk, loss, frozen if measured else None, reason)
 
     def sync(self) -> None:
@@ -120,6 +126,14 @@ class Trainer:
         self.deltas.drop(key)
         self.slots.drop(key)
         self.dirty.discard(key)
+
+    def abandon(self) -> None:
+        """Give up everything that waits, of all sessions, and the rest of what they are sending now; their masters stay."""
+        reading = {r.plan.session for r in self.backlog.readings.values()}
+        for key in reading | set(self.backlog.queues):
+            for chunk in self.backlog.drop_session(key):
+                self._report_chunk(chunk, math.nan, None, "error")
+            self.deltas.end_chunk(key)
 
     def failed(self, what: str) -> None:
         """Count an error that serving survives, and log it; call it while the exception is handled."""

@@ -23,7 +23,7 @@ from vllm_ttt.worker.step_view import Rows
 from vllm_ttt.worker.tail import TailModules, build_tail, find_modules
 from vllm_ttt.worker.trainer import Trainer
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
 
 class TTTWorkerMixin:
@@ -86,7 +86,10 @@ class TTTWorkerMixin:
         plan: StepPlan = getattr(scheduler_output, "ttt", None) or StepPlan()
         serving = scheduler_output.total_num_scheduled_tokens > 0
         before = self.clock.mark()
-        learned = self._guard(self._between, scheduler_output, plan, serving) or 0
+        # Guarded one by one: a request whose start or end is missed would keep its session waiting for ever.
+        self._guard(self._finish, scheduler_output, plan)
+        learned = self._guard(self._between, serving) or 0
+        self._guard(self._start, plan)
         self.marks = (before, self.clock.mark(), learned)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         if serving:
@@ -130,7 +133,7 @@ class TTTWorkerMixin:
         return {name: b[0].tolist() for name, b in self.trainer.deltas.read(key).parts()}
 
     def ttt_status(self) -> dict[str, Any]:
-        """Captured tokens that wait for their step, updates committed to all sessions, errors, and ms per tile of so many tokens."""
+        """Captured tokens that wait, updates committed to all sessions, errors, and ms that a tile of so many tokens takes."""
         self.trainer.collect()
         return {
             "pending": self.backlog.pending,
@@ -160,10 +163,17 @@ class TTTWorkerMixin:
             times.append(self.clock.seconds(first, last))
         return min(times)
 
-    def _between(self, scheduler_output: Any, plan: StepPlan, serving: bool) -> int:
-        """Before an iteration: learn what the budget allows, or all that may be where nobody is served; then the slots."""
+    def _finish(self, scheduler_output: Any, plan: StepPlan) -> None:
         for request in scheduler_output.finished_req_ids:
             self.backlog.finish(request, plan.ended.get(request))
+
+    def _start(self, plan: StepPlan) -> None:
+        for request, request_plan in plan.started.items():
+            self.backlog.start(request, request_plan)
+            self.began[request] = self.trainer.deltas.session(request_plan.session).served
+
+    def _between(self, serving: bool) -> int:
+        """Before an iteration: learn what the budget allows, or all that may be where nobody is served; then the slots."""
         self._read_times()
         learned = 0
         if self.backlog.queues:
@@ -174,9 +184,6 @@ class TTTWorkerMixin:
             if serving:
                 self.budget.spend(learned)
         self.trainer.sync()
-        for request, request_plan in plan.started.items():
-            self.backlog.start(request, request_plan)
-            self.began[request] = self.trainer.deltas.session(request_plan.session).served
         if not serving:
             self.trainer.collect(wait=not self.backlog.queues)
         return learned
@@ -211,6 +218,5 @@ class TTTWorkerMixin:
             return hook(*args)
         except Exception:
             self.trainer.failed(f"{hook.__name__} failed; what waited to be learned is given up")
-            for key in list(self.backlog.queues) + [r.plan.session for r in self.backlog.readings.values()]:
-                self.backlog.drop_session(key)
+            self.trainer.abandon()
             return None
