@@ -104,12 +104,18 @@ class FaultyWorker(TTTCPUWorker):
             _once(compute, "score", self._nan_gradient)
         elif what == "nan_loss":
             _once(compute, "score", self._nan_loss)
+        elif what == "nan_row":
+            _once(compute, "score", self._nan_row)
         elif what == "commit":
             _once(compute, "apply", _raise)
         elif what == "slot":
             _once(self.trainer.slots, "_copy", _raise)
+        elif what == "sync":
+            _once(self.trainer, "sync", _raise)
         elif what == "take":
             _once(self.backlog, "take", _raise)
+        elif what == "after_take":
+            _once(self.backlog, "take", _after)
         else:
             raise ValueError(what)
 
@@ -120,6 +126,10 @@ class FaultyWorker(TTTCPUWorker):
     def _nan_loss(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
         score(flat, weight, rows, keep)
         self.trainer.compute.loss_R[rows] = float("nan")
+
+    def _nan_row(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
+        self.backlog.h_PCD.flatten(0, 1)[flat[0, 0]] = float("nan")
+        score(flat, weight, rows, keep)
 
     def _watched_score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
         if self.test_watching:
@@ -150,3 +160,8 @@ def _once(owner: Any, name: str, fault: Callable) -> None:
 
 def _raise(*_: Any) -> Any:
     raise RuntimeError("planted by a test")
+
+
+def _after(original: Callable, *args: Any) -> Any:
+    original(*args)
+    _raise()

@@ -1,0 +1,100 @@
+"""Each mistake is a 4xx that says what is allowed; the server goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from served import Documents, Served, completion
+
+from vllm_ttt.types import SESSION_ID_RULE
+
+pytestmark = pytest.mark.engine
+
+NAMES: list[Any] = [
+    *("", "x" * 129, "two words", "a/b", "a\\b", "a?b", "tab\t", "new\nline", "nul\x00", "bell\x07", "é", "会话"),
+    *(7, ["a"], {"a": 1}),
+]
+ROUTES = {
+    "/v1/completions": {"prompt": "x"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/responses": {"input": "x"},
+}
+KNOBS: list[tuple[dict[str, Any], str]] = [
+    ({"ttt_learn": 2}, "ttt_learn must be 0 or 1; got 2"),
+    ({"ttt_learn": -1}, "ttt_learn must be 0 or 1; got -1"),
+    ({"ttt_learn": 0.5}, "ttt_learn must be 0 or 1; got 0.5"),
+    ({"ttt_learn": "yes"}, "ttt_learn must be 0 or 1; got 'yes'"),
+    ({"ttt_learn": [1]}, "ttt_learn must be 0 or 1"),
+    ({"ttt_learn": {"a": 1}}, "ttt_learn must be 0 or 1"),
+    ({"ttt_learn": None}, "ttt_learn must be 0 or 1"),
+    ({"ttt_learn_output": 3}, "ttt_learn_output must be 0 or 1; got 3"),
+    ({"ttt_lern": 1}, "unknown key 'ttt_lern' in vllm_xargs; allowed: ttt_learn, ttt_learn_output"),
+    ({"ttt_" + "x" * 500: 1}, "allowed: ttt_learn, ttt_learn_output"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _the_server_goes_on(server: Served, documents: Documents) -> Any:
+    known = {s["session_id"] for s in server.http.get("/v1/ttt/sessions").json()["sessions"]}
+    yield
+    assert {s["session_id"] for s in server.http.get("/v1/ttt/sessions").json()["sessions"]} == known, "no session was made"
+    name = server.fresh("after")
+    assert server.complete(documents["kjv"][0][:40], name)["ttt"]["tokens_learned"] == 39
+    server.settle()
+    assert server.http.delete(f"/v1/ttt/sessions/{name}").status_code == 200
+
+
+def refused(answer: Any, message: str) -> None:
+    assert 400 <= answer.status_code < 500, answer.text
+    assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_session_ids_in_the_body(server: Served, route: str) -> None:
+    for name in NAMES:
+        body = {"model": "demo", **ROUTES[route], "session_id": name}
+        refused(server.http.post(route, json=body), SESSION_ID_RULE)
+        refused(server.http.post(route, json={**body, "stream": True}), SESSION_ID_RULE)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_session_ids_in_the_header(server: Served, route: str) -> None:
+    """What HTTP lets through at all."""
+    body = {"model": "demo", **ROUTES[route]}
+    for name in (b"", b"x" * 129, b"two words", b"a/b", b"a\tb", "é".encode(), "é".encode("latin-1")):
+        refused(server.http.post(route, json=body, headers=[(b"X-Session-ID", name)]), SESSION_ID_RULE)
+
+
+def test_session_ids_in_paths(server: Served) -> None:
+    for name in ("x" * 129, "two%20words", "a%2Fb", "a/b", "%C3%A9", "%00"):
+        for method, route in (("GET", ""), ("DELETE", ""), ("POST", "/reset")):
+            refused(server.http.request(method, f"/v1/ttt/sessions/{name}{route}"), SESSION_ID_RULE)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_knobs(server: Served, route: str) -> None:
+    for xargs, message in KNOBS:
+        for session in ({"session_id": "bad-knobs"}, {}):
+            body = {"model": "demo", **ROUTES[route], **session, "vllm_xargs": xargs}
+            refused(server.http.post(route, json=body), message)
+
+
+def test_beam_search(server: Served) -> None:
+    body = {**completion("x", "beams"), "use_beam_search": True, "n": 2}
+    refused(server.http.post("/v1/completions", json=body), "cannot learn with beam search")
+
+
+@pytest.mark.parametrize("route", ["/v1/embeddings", "/pooling", "/score", "/rerank"])
+def test_routes_that_cannot_learn(server: Served, route: str) -> None:
+    message = "cannot learn and takes no session; sessions work on /v1/chat/completions"
+    refused(server.http.post(route, json={"model": "demo", "input": "x", "session_id": "emb"}), message)
+    refused(server.http.post(route, json={"model": "demo", "input": "x"}, headers={"X-Session-ID": "emb"}), message)
+
+
+def test_longer_than_the_context(server: Served) -> None:
+    refused(server.http.post("/v1/completions", json=completion([5] * 2100, "long")), "2048")
+
+
+def test_token_ids_outside_the_vocabulary(server: Served) -> None:
+    refused(server.http.post("/v1/completions", json=completion([5, 6, 100_000], "ids")), "out of vocabulary")

@@ -1,0 +1,127 @@
+"""Who has no session gets stock vLLM's bits: alone, beside sessions that learn, and in a fresh session."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any
+
+import httpx
+import pytest
+from served import SCORED, Documents, Served, completion, logprobs
+
+pytestmark = pytest.mark.engine
+
+Reference = dict[tuple[int, ...], list[float]]
+SESSIONS = 5
+
+
+def test_alone(server: Served, reference: Reference) -> None:
+    """200-token prompts and longer ones, prompt and answer."""
+    for prompt, expected in reference.items():
+        assert logprobs(server.complete(list(prompt), **SCORED)) == expected
+
+
+def test_fresh_session(server: Served, reference: Reference) -> None:
+    for prompt, expected in reference.items():
+        answer = server.complete(list(prompt), server.fresh(), vllm_xargs={"ttt_learn": 0}, **SCORED)
+        assert logprobs(answer) == expected
+        assert answer["ttt"]["version"] == 0
+    prompt = next(iter(reference))
+    answer = server.complete(list(prompt), server.fresh(), **SCORED)
+    assert logprobs(answer) == reference[prompt], "the first request of a session that learns, too"
+
+
+def test_reset_session(server: Served, reference: Reference, documents: Documents) -> None:
+    name, prompt = server.fresh(), next(iter(reference))
+    server.complete(documents["kjv"][0][:1025], name)
+    server.settle()
+    learned = server.complete(list(prompt), name, vllm_xargs={"ttt_learn": 0}, **SCORED)
+    assert learned["ttt"]["version"] == 4
+    assert logprobs(learned) != reference[prompt]
+    assert server.http.post(f"/v1/ttt/sessions/{name}/reset").json()["version"] == 0
+    again = server.complete(list(prompt), name, vllm_xargs={"ttt_learn": 0}, **SCORED)
+    assert (logprobs(again), again["ttt"]["version"]) == (reference[prompt], 0)
+
+
+def test_beside_five_sessions_that_learn(
+    server: Served, reference: Reference, base_prompts: list[list[int]], documents: Documents
+) -> None:
+    answers, beside, updates = mixed(server, base_prompts, documents)
+    for prompt, answer in zip(base_prompts, answers, strict=True):
+        assert logprobs(answer) == reference[tuple(prompt)]
+    assert max(len(sessions) for sessions in beside) == SESSIONS, "no base request shared a batch with all five"
+    assert all(beside), "a base request met no session: nothing was proven for it"
+    assert min(updates.values()) >= 3, f"not every session learned meanwhile: {updates}"
+
+
+def test_vllms_own_lora_fails_the_same_test(
+    server: Served, reference: Reference, base_prompts: list[list[int]], documents: Documents
+) -> None:
+    """Taken out, vLLM's LoRA on the CPU serves base requests with somebody's delta: the test above would see that."""
+    prompts = base_prompts[:4]  # it is slow, too
+    server.rpc("test_cpu_lora", "stock")
+    try:
+        answers, _, _ = mixed(server, prompts, documents)
+    finally:
+        server.settle()
+        server.rpc("test_cpu_lora", "grouped")
+    assert [p for p, a in zip(prompts, answers, strict=True) if logprobs(a) != reference[tuple(p)]]
+    assert logprobs(server.complete(prompts[0], **SCORED)) == reference[tuple(prompts[0])]
+
+
+def mixed(
+    server: Served, prompts: list[list[int]], documents: Documents
+) -> tuple[list[dict[str, Any]], list[set[str]], dict[str, int]]:
+    """Send ``prompts`` without a session while five sessions send text after text.
+
+    Returns:
+        the answers; for each, the sessions whose rows were in a batch with its prompt; updates of each session meanwhile.
+    """
+    names = [server.fresh("beside") for _ in range(SESSIONS)]
+    for name, domain in zip(names, documents, strict=False):
+        server.complete(documents[domain][1][:513], name)  # so that a leak has something to leak
+    server.settle()
+    server.rpc("test_recorded")
+
+    talking: set[str] = set()
+
+    async def converse(http: httpx.AsyncClient, name: str, text: list[int], done: asyncio.Event) -> None:
+        for i in itertools.count():
+            if done.is_set():
+                return
+            start = 30 * i % (len(text) - 40)
+            body = completion(text[start : start + 40], name, max_tokens=24, ignore_eos=True)
+            answer = await http.post("/v1/completions", json=body, headers={"X-Request-Id": f"{name}-{i}"})
+            assert answer.status_code == 200, answer.text
+            talking.add(name)
+
+    async def run() -> list[dict[str, Any]]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, trust_env=False, limits=limits) as http:
+            done = asyncio.Event()
+            texts = list(documents.values())
+            async with asyncio.TaskGroup() as group:
+                for i, name in enumerate(names):
+                    group.create_task(converse(http, name, texts[i][2], done))
+                while len(talking) < SESSIONS:
+                    await asyncio.sleep(0.01)
+                answers = []
+                for i, prompt in enumerate(prompts):
+                    headers = {"X-Request-Id": f"base-{i}."}
+                    answer = await http.post("/v1/completions", json=completion(prompt, **SCORED), headers=headers)
+                    answers.append(answer.json())
+                done.set()
+        return answers
+
+    answers = asyncio.run(run())
+    server.settle()
+    updates = {name: server.session(name)["version"] - 2 for name in names}
+    batches: list[dict[str, int]] = server.rpc("test_recorded")["batches"]
+    beside = []
+    for i, prompt in enumerate(prompts):
+        mine = [b for b in batches if any(f"base-{i}." in request for request in b)]
+        read = [b for b in mine if any(f"base-{i}." in r and n == len(prompt) for r, n in b.items())]
+        assert len(read) == 1, "the prompt was split, or read twice: stock vLLM is not batch-invariant then"
+        beside.append({name for name in names if any(f"{name}-" in request for request in read[0])})
+    return answers, beside, updates
