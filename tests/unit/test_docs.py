@@ -145,6 +145,12 @@ def test_every_subclass_has_its_row() -> None:
     assert rows == subclasses()
 
 
+def test_every_custom_op_is_registered() -> None:
+    for file in (ROOT / "vllm_ttt").rglob("*.py"):
+        for name in re.findall(r'op_name="(\w+)"', file.read_text(encoding="utf-8")):
+            assert f"`vllm::{name}`" in REGISTER
+
+
 # What the documents promise
 
 
