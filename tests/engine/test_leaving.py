@@ -63,7 +63,8 @@ def test_held_requests_proceed_when_the_first_leaves(exact: Served, documents: D
     async def run() -> list[int]:
         async with httpx.AsyncClient(base_url=exact.url, timeout=60, trust_env=False) as http:
             async with http.stream("POST", "/v1/completions", json=long) as answer:
-                await anext(answer.aiter_lines())
+                lines = answer.aiter_lines()  # the stream is closed when nobody holds this
+                await anext(lines)
                 held = [
                     asyncio.create_task(http.post("/v1/completions", json=completion(documents["kjv"][1][:100], name)))
                     for _ in range(3)
@@ -112,8 +113,8 @@ def test_leaving_at_any_time(exact: Served, oracle: Fresh, documents: Documents,
             others = [
                 asyncio.create_task(http.post("/v1/completions", json=completion(documents["kjv"][i][:1500]))) for i in range(2)
             ]
+            body = completion(prompt, name, max_tokens=600, ignore_eos=True)
             with pytest.raises(httpx.ReadTimeout):
-                body = completion(prompt, name, max_tokens=600, ignore_eos=True)
                 await http.post("/v1/completions", json=body, timeout=httpx.Timeout(60, read=seconds))
             assert [(await other).status_code for other in others] == [200, 200]
 
@@ -133,7 +134,7 @@ def test_longer_than_the_context(exact: Served, oracle: Fresh, documents: Docume
     name, text, reference = exact.fresh(), documents["kjv"][0], oracle()
     exact.complete(text[:257], name)
     reference.learn(text[:257])
-    refused = exact.http.post("/v1/completions", json=completion([5] * 2048, name))
+    refused = exact.http.post("/v1/completions", json=completion([5] * 2049, name))
     assert refused.status_code == 400
     assert "2048" in refused.json()["error"]["message"]
     assert_same(exact.delta(name), reference)
