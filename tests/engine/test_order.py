@@ -51,6 +51,19 @@ def test_thirty_requests_over_five_sessions(server: Served, documents: Documents
         assert len({answer.json()["ttt"]["version"] for answer in answers[i::5]}) == 6, "each saw all before it, in some order"
 
 
+def test_learning_goes_on_while_others_are_answered(server: Served, documents: Documents) -> None:
+    """A long answer to somebody else must not keep a session's next request waiting until it ends."""
+    name = server.fresh()
+    long = completion(documents["man2"][0][:50], max_tokens=1900, ignore_eos=True, stream=True)
+    with server.http.stream("POST", "/v1/completions", json=long) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        for i in range(4):
+            body = completion(documents["kjv"][0][: 513 - i], name)
+            assert server.together(body)[0].json()["ttt"]["version"] == 2 * i
+        assert sum(line.startswith("data: {") for line in lines) > 300, "all of it was over before the long answer was"
+
+
 def test_more_sessions_at_once_than_slots(server: Served, documents: Documents) -> None:
     names = [server.fresh("crowd") for _ in range(10)]
     answers = server.together(*(completion(documents["kjv"][0][:257], name, max_tokens=30) for name in names))

@@ -42,7 +42,8 @@ class Budget:
 
     def spend(self, tokens: int) -> None:
         """``tokens`` are going to be learned: take their expected cost off the credit."""
-        self.credit -= min(self.credit, self._cost(tokens))
+        if tokens:
+            self.credit -= min(self.credit, self._cost(tokens))
 
     def learned(self, tokens: int, seconds: float) -> None:
         """A step over ``tokens`` took ``seconds``: correct what a tile of that size is thought to cost."""

@@ -1,0 +1,115 @@
+"""The configuration: defaults, presets, and what is refused."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from vllm_ttt import engine_args
+from vllm_ttt.config import PRESETS, TTTConfig, load_config, parse_config
+from vllm_ttt.errors import ConfigError
+
+pytestmark = pytest.mark.unit
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_the_file_in_configs_shows_the_defaults() -> None:
+    file = REPOSITORY / "configs" / "default.yaml"
+    assert file.is_file(), "the file that shows every key must exist"
+    assert load_config(file) == TTTConfig()
+    text = file.read_text()
+    for section, fields in TTTConfig().model_dump().items():
+        assert f"{section}:" in text
+        assert all(f"{field}:" in text for field in fields), f"{section} lacks a key"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str) -> None:
+    preset = parse_config(None, name)
+    assert preset.adapt.preset == name
+    for section, values in PRESETS[name].items():
+        assert {key: getattr(getattr(preset, section), key) for key in values} == values
+    changed = parse_config({"learn": {"rate": 0.01}}, name)
+    assert (changed.learn.rate, changed.learn.decay) == (0.01, preset.learn.decay)
+    assert parse_config({"adapt": {"preset": name}}) == preset
+
+
+def test_nothing_given_is_all_defaults() -> None:
+    assert parse_config(None) == parse_config({}) == parse_config({"learn": None}) == TTTConfig()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"lern": {}}, "lern: unknown key"),
+        ({"learn": {"ratio": 1}}, "learn.ratio: unknown key"),
+        ({"learn": {"rate": 0}}, "learn.rate: Input should be greater than 0 (got 0)"),
+        ({"learn": {"rate": "fast"}}, "learn.rate"),
+        ({"learn": {"chunk": 8}}, "learn.chunk: Input should be greater than or equal to 16 (got 8)"),
+        ({"learn": {"tokens": "none"}}, "learn.tokens: Input should be 'prompt' or 'all' (got 'none')"),
+        ({"adapt": {"rank": 100}}, "adapt.rank: rank 100 is not one that vLLM's LoRA slots can hold"),
+        ({"adapt": {"layers": 2}}, "adapt.layers"),
+        ({"adapt": {"modules": ["o_proj"]}}, "adapt.modules: modules must be o_proj, gate_up_proj and down_proj"),
+        ({"adapt": {"preset": "first"}}, "preset 'first' is not available; allowed: last"),
+        ({"schedule": {"max_slowdown": 0.9}}, "schedule.max_slowdown"),
+        ({"sessions": {"resident": 0}}, "sessions.resident"),
+        ({"learn": []}, "learn"),
+        ({"learn": {"rate": float("nan")}}, "learn.rate"),
+        ([], "must be a mapping of sections, not list"),
+        ("text", "must be a mapping of sections, not str"),
+    ],
+)
+def test_refusals(data: Any, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(data)
+    assert says in str(error.value)
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config({"learn": {"rate": 7, "chunk": 1}, "adapt": {"x": 1}})
+    assert all(key in str(error.value) for key in ("learn.rate", "learn.chunk", "adapt.x"))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "ttt.yaml"
+    with pytest.raises(ConfigError, match=f"--ttt-config {file}: No such file"):
+        load_config(file)
+    for text in ("learn: {rate: [", "a: b: c", "\t- x"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="is not YAML"):
+            load_config(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(file)
+    file.write_text("!!python/object/apply:os.getcwd []")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(file)
+    file.write_text("learn: {rte: 1}")
+    with pytest.raises(ConfigError, match=r"(?s)--ttt-config .*ttt.yaml is not valid:.*learn.rte: unknown key"):
+        load_config(file)
+    file.write_text("")
+    assert load_config(file) == TTTConfig()
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        TTTConfig().learn.rate = 1.0  # type: ignore[misc]
+
+
+def test_engine_args_take_what_users_have(tmp_path: Path) -> None:
+    file = tmp_path / "ttt.yaml"
+    file.write_text("learn: {rate: 0.02}")
+    expected = engine_args(config={"learn": {"rate": 0.02}})
+    assert expected["additional_config"]["ttt"]["config"]["learn"]["rate"] == 0.02
+    assert engine_args(config=str(file)) == engine_args(config=parse_config({"learn": {"rate": 0.02}})) == expected
+    with pytest.raises(ConfigError, match="unknown key"):
+        engine_args(config={"learn": {"rte": 1}})
+    with pytest.raises(ConfigError, match="allowed: last"):
+        engine_args(preset="everything")

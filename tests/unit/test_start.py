@@ -1,0 +1,208 @@
+"""Starting: what is refused, with its reason; and that an installed plugin which nobody asked for changes nothing."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_ttt import engine_args, plugin
+from vllm_ttt.errors import ConfigError, PatchContractError
+from vllm_ttt.patches import _contract
+
+pytestmark = pytest.mark.unit
+
+MODEL = Path(__file__).parents[2] / "demo" / "model"
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    plugin.register()
+
+
+def from_flags(*flags: str) -> Any:
+    """EngineArgs as `vllm serve` makes them."""
+    parser: Any = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    return EngineArgs.from_cli_args(parser.parse_args(["--model", str(MODEL), "--max-model-len", "256", *flags]))
+
+
+def offline(**options: Any) -> Any:
+    return EngineArgs(**{"model": str(MODEL), "max_model_len": 256, "enforce_eager": True, **engine_args(), **options})
+
+
+def test_flags_become_a_config(tmp_path: Path) -> None:
+    file = tmp_path / "ttt.yaml"
+    file.write_text("sessions: {resident: 3}\nadapt: {rank: 64}")
+    made = from_flags("--plugin", "ttt", "--ttt-config", str(file), "--enforce-eager").create_engine_config()
+    config = plugin.config_of(made)
+    assert config is not None
+    assert config.sessions.resident == made.lora_config.max_loras == 3
+    assert made.lora_config.max_lora_rank == 64
+    assert made.scheduler_config.scheduler_cls.endswith("TTTScheduler")
+    assert made.parallel_config.worker_cls.endswith("TTTCPUWorker")
+    assert sorted(made.lora_config.target_modules) == [
+        f"model.layers.7.{name}" for name in ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj")
+    ], "only the adapted layers have slots"
+
+
+def test_compiled_as_without_ttt() -> None:
+    """vLLM switches compilation off for LoRA on the CPU; a base request would then get other bits than from stock vLLM."""
+    with_ttt = offline(enforce_eager=False).create_engine_config()
+    without = offline(enforce_eager=False, additional_config={}).create_engine_config()
+    assert with_ttt.compilation_config.mode == without.compilation_config.mode
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--plugin", "nothing"), "--plugin nothing: no such vLLM plugin is installed; installed: "),
+        (("--ttt-preset", "last"), "--ttt-preset needs --plugin ttt"),
+        (("--ttt-config", "x.yaml"), "--ttt-config needs --plugin ttt"),
+        (("--ttt-state-dir", "x"), "--ttt-state-dir needs --plugin ttt"),
+        (("--plugin", "ttt", "--ttt-state-dir", "x"), "not available yet"),
+        (("--plugin", "ttt", "--ttt-config", "missing.yaml"), "--ttt-config missing.yaml: No such file"),
+        (("--plugin", "ttt", "--ttt-preset", "wide"), "preset 'wide' is not available; allowed: last"),
+    ],
+)
+def test_flags_that_are_refused(flags: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_flags(*flags)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("lern: {}", "lern: unknown key"), ("learn: {rate: 5}", "learn.rate: Input should be less than")]
+)
+def test_config_files_that_are_refused(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "ttt.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        from_flags("--plugin", "ttt", "--ttt-config", str(file))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"enable_lora": True}, "--enable-lora and --lora-modules cannot be combined with --plugin ttt"),
+        ({"fully_sharded_loras": True}, "--fully-sharded-loras is not supported"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls cannot be combined"),
+        ({"runner": "pooling"}, "--runner pooling is not supported with --plugin ttt"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds is not supported with --plugin ttt"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        offline(**options).create_engine_config()
+    assert says in str(error.value)
+
+
+def changed_model(folder: Path, **change: Any) -> str:
+    config = json.loads((MODEL / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    return str(folder)
+
+
+def test_another_activation_is_refused(tmp_path: Path) -> None:
+    model = changed_model(tmp_path, hidden_act="gelu")
+    with pytest.raises(ConfigError, match="hidden_act 'gelu' is not supported"):
+        offline(model=model, skip_tokenizer_init=True).create_engine_config()
+
+
+def test_another_architecture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = changed_model(tmp_path, architectures=["GemmaForCausalLM"], model_type="gemma")
+    says = "architecture GemmaForCausalLM is not supported with --plugin ttt: supported are LlamaForCausalLM, Mistral"
+    (row,) = [row for row in plugin.check(model) if row[0].startswith("model ")]
+    assert not row[1]
+    assert says in row[2]
+    # To look at Gemma itself, vLLM would start a process that imports it.
+    monkeypatch.setattr(ModelConfig, "architectures", ["GemmaForCausalLM"])
+    with pytest.raises(ConfigError, match=says):
+        offline().create_engine_config()
+
+
+def test_a_rank_wider_than_the_model_is_refused_with_the_way_out() -> None:
+    from vllm_ttt.worker.tail import make_projection
+
+    with pytest.raises(ConfigError, match="choose a smaller rank"):
+        make_projection(64, 128, 0)
+
+
+@pytest.mark.parametrize("name", ["schedule", "add_request", "update_from_output", "has_requests", "finish_requests"])
+def test_a_changed_vllm_function_stops_the_start_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(self: Any, something_new: int) -> None: ...
+
+    monkeypatch.setattr(Scheduler, name, changed)
+    for start in (lambda: from_flags("--plugin", "ttt"), lambda: offline().create_engine_config()):
+        with pytest.raises(PatchContractError, match=rf"Scheduler.{name} takes \(self something_new\)"):
+            start()
+    from_flags()  # who does not ask for ttt is not stopped
+
+
+def test_a_changed_flag_parser_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self, usage: (self, usage))
+    with pytest.raises(PatchContractError, match=r"EngineArgs.create_engine_config takes \(self usage\)"):
+        plugin.register()
+
+
+def test_registering_twice_wraps_once() -> None:
+    names = ("add_cli_args", "from_cli_args", "create_engine_config")
+    before = [inspect.getattr_static(EngineArgs, name) for name in names]
+    plugin.register()
+    assert [inspect.getattr_static(EngineArgs, name) for name in names] == before
+    assert getattr(EngineArgs.create_engine_config, _contract.MARK)
+
+
+PROBE = """
+import sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
+import vllm.plugins
+parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+args = EngineArgs.from_cli_args(parser.parse_args(["--model", sys.argv[1], "--max-model-len", "256"]))
+config = args.create_engine_config()
+functions = [AsyncLLM.generate, GenerateBaseServing._get_session_id, kv_cache_utils._gen_lora_extra_hash_keys,
+             vllm.plugins.load_endpoint_plugins]
+scheduler, worker = config.scheduler_config.scheduler_cls, config.parallel_config.worker_cls
+result = (config.additional_config, config.lora_config, scheduler, worker,
+          config.compute_hash(), [hasattr(f, "__wrapped__") for f in functions], hasattr(EngineCore, "ttt_admin"))
+print("RESULT", result)
+print("plugin is loaded:", hasattr(EngineArgs.create_engine_config, "__vllm_ttt__"), file=sys.stderr)
+print("worker modules of ours:", [m for m in sys.modules if m.startswith("vllm_ttt.") and ".worker" in m], file=sys.stderr)
+"""
+
+
+def test_installed_but_not_asked_for_changes_nothing() -> None:
+    """The same config, bit for bit, in a process that loads the plugin and in one that does not; nothing else is wrapped."""
+    stock = {k: v for k, v in os.environ.items() if k != "VLLM_PLUGINS"}
+    command = [sys.executable, "-c", PROBE, str(MODEL)]
+    start = lambda env: subprocess.Popen(  # noqa: E731
+        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    environments = {True: stock, False: {**stock, "VLLM_PLUGINS": ""}}
+    started = {loads: start(e) for loads, e in environments.items()}
+    results = []
+    for loads, process in started.items():
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        results += [line for line in out.splitlines() if line.startswith("RESULT")]
+        assert f"plugin is loaded: {loads}" in err
+        assert "worker modules of ours: []" in err
+    assert results[0] == results[1]
+    assert results[0].startswith("RESULT ({}, None, None, 'vllm.v1.worker.cpu_worker.CPUWorker'")

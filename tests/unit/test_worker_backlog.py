@@ -1,0 +1,249 @@
+"""The backlog: whatever vLLM does with a request, each pair is learned at most once and in order, and no page is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from vllm_ttt.types import RequestPlan
+from vllm_ttt.worker.backlog import Backlog, Chunk
+from vllm_ttt.worker.step_view import Rows
+
+pytestmark = pytest.mark.unit
+
+CHUNK, MIN_CHUNK, PAGES, WIDTH, BATCH = 8, 3, 12, 2, 24
+SESSIONS = 3
+
+
+class Request:
+    """A request as the scheduler sees it. The row of position p holds 1000 number + p, and is followed by token p + 1."""
+
+    def __init__(self, number: int, plan: RequestPlan, outputs: int):
+        self.number, self.plan, self.outputs = number, plan, outputs
+        self.name = f"r{number}"
+        self.computed = 0
+        #: tokens known: the prompt, then one more with each step that reaches the end
+        self.known = plan.prompt
+
+    @property
+    def done(self) -> bool:
+        return self.known >= self.plan.prompt + self.outputs
+
+
+class Backlogs(RuleBasedStateMachine):
+    @initialize()
+    def begin(self) -> None:
+        self.h, self.a = torch.zeros(BATCH, WIDTH), torch.zeros(BATCH, WIDTH)
+        self.backlog = Backlog(PAGES, CHUNK, MIN_CHUNK, self.h, self.a)
+        self.running: dict[str, Request] = {}
+        self.all: list[Request] = []
+        #: session: (request, pair) in the order in which they were learned
+        self.learned: dict[int, list[tuple[int, int]]] = {s: [] for s in range(SESSIONS)}
+        self.sizes: list[tuple[int, int, int]] = []
+        self.short: set[tuple[int, int]] = set()
+        self.settled: set[str] = set()
+
+    @precondition(lambda self: len(self.running) < 4)
+    @rule(
+        session=st.integers(0, SESSIONS - 1),
+        prompt=st.integers(1, 30),
+        outputs=st.integers(1, 12),
+        learn=st.booleans(),
+        learn_output=st.booleans(),
+    )
+    def start(self, session: int, prompt: int, outputs: int, learn: bool, learn_output: bool) -> None:
+        if any(r.plan.session == session for r in self.running.values()):
+            return  # read-your-writes: a session's learning requests follow each other
+        request = Request(len(self.all), RequestPlan(session, prompt, learn, learn and learn_output), outputs)
+        self.all.append(request)
+        self.running[request.name] = request
+        self.backlog.start(request.name, request.plan)
+
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        """One iteration: each running request gets some of its next tokens, or none."""
+        view, first = [], 0
+        for request in self.running.values():
+            most = min(request.known - request.computed, BATCH - first)
+            count = data.draw(st.integers(0, most), label=request.name)
+            if not count:
+                continue
+            reaches_end = request.computed + count == request.known
+            rows = torch.arange(request.computed, request.computed + count)
+            self.h[first : first + count] = (1000 * request.number + rows)[:, None]
+            self.a[first : first + count] = -(1000 * request.number + rows)[:, None].float()
+            # The token after the last row is known where the step has sampled it.
+            view.append(Rows(request.name, first, request.computed, rows + 1))
+            first += count
+            request.computed += count
+            request.known += reaches_end
+        needed = self.backlog.pages_needed(sum(len(rows.next_tokens) for rows in view))
+        while len(self.backlog.free) < needed and self.backlog.queues:
+            self.learn_one(next(iter(self.backlog.queues)))
+        self.backlog.take(view, self.h, self.a)
+        for request in [r for r in self.running.values() if r.done]:
+            self.leave(request)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        """vLLM computes the request again from the start, or from a block that it still has."""
+        request = data.draw(st.sampled_from(list(self.running.values())))
+        request.computed = data.draw(st.integers(0, request.computed))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.leave(data.draw(st.sampled_from(list(self.running.values()))))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def abort_an_iteration_late(self, data: st.DataObject) -> None:
+        """Asynchronous scheduling: an iteration ran ahead of the end, and its last pairs do not count."""
+        request = data.draw(st.sampled_from(list(self.running.values())))
+        pairs = max(request.plan.prompt - 1, request.known - 1 - data.draw(st.integers(0, 2)))
+        request.known = min(request.known, pairs + 1)
+        self.leave(request, pairs)
+
+    @precondition(lambda self: self.backlog.queues)
+    @rule(data=st.data())
+    def learn(self, data: st.DataObject) -> None:
+        self.learn_one(data.draw(st.sampled_from(list(self.backlog.queues))))
+
+    @rule(session=st.integers(0, SESSIONS - 1))
+    def drop(self, session: int) -> None:
+        self.backlog.drop_session(session)
+        assert session not in self.backlog.queues
+
+    @rule()
+    def report(self) -> None:
+        """What the worker does after each step."""
+        for chunk in self.backlog.short:
+            assert 0 < chunk.rows < MIN_CHUNK
+        self.backlog.short.clear()
+        for name, session in self.backlog.settled():
+            assert name not in self.settled, "settled twice"
+            assert not any(c.request == name for q in self.backlog.queues.values() for c in q)
+            assert session == self.all[int(name[1:])].plan.session
+            self.settled.add(name)
+            self.backlog.forget(name)
+
+    def leave(self, request: Request, pairs: int | None = None) -> None:
+        del self.running[request.name]
+        self.backlog.finish(request.name, pairs)
+
+    def learn_one(self, session: int) -> None:
+        chunk: Chunk = self.backlog.queues[session][0]
+        rows = self.backlog.h_PCD[chunk.page, : chunk.rows, 0].long()
+        attention = self.backlog.a_PCQ[chunk.page, : chunk.rows, 1].long()
+        tokens = self.backlog.t_PC[chunk.page, : chunk.rows]
+        assert torch.equal(attention, -rows)
+        assert torch.equal(tokens, rows % 1000 + 1), "each row keeps the token that follows it"
+        assert MIN_CHUNK <= chunk.rows <= CHUNK
+        pairs = [(row // 1000, row % 1000) for row in rows.tolist()]
+        assert len({number for number, _ in pairs}) == 1, "a chunk never spans two requests"
+        self.learned[session] += pairs
+        self.backlog.advance(chunk)
+        self.backlog.settle(chunk)
+
+    @invariant()
+    def nothing_is_learned_twice_or_out_of_order(self) -> None:
+        for session, pairs in getattr(self, "learned", {}).items():
+            assert pairs == sorted(set(pairs))
+            for number, pair in pairs:
+                plan = self.all[number].plan
+                assert plan.session == session
+                assert plan.learn
+                assert pair < plan.prompt - 1 or plan.learn_output
+                assert pair < self.all[number].known - 1, "the pair is of this request"
+
+    @invariant()
+    def pages_balance(self) -> None:
+        if not hasattr(self, "backlog"):
+            return
+        used = [c.page for q in self.backlog.queues.values() for c in q]
+        used += [r.open.page for r in self.backlog.readings.values() if r.open]
+        assert sorted(used + self.backlog.free) == list(range(PAGES))
+        assert self.backlog.pending >= 0
+
+    def teardown(self) -> None:
+        """Everybody leaves, everything is learned: nothing is held, and whoever was to learn has been reported settled."""
+        if not hasattr(self, "backlog"):
+            return
+        for request in list(self.running.values()):
+            self.leave(request)
+        while self.backlog.queues:
+            self.learn_one(next(iter(self.backlog.queues)))
+        self.report()
+        assert len(self.backlog.free) == PAGES
+        assert not self.backlog.readings
+        assert not self.backlog.closing
+        assert self.settled == {r.name for r in self.all if r.plan.learn}
+
+
+Backlogs.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBacklogs = Backlogs.TestCase
+
+
+def take(backlog: Backlog, name: str, first: int, count: int) -> None:
+    rows = torch.arange(first, first + count)
+    h = torch.zeros(64, WIDTH)
+    h[:count] = rows[:, None]
+    backlog.take([Rows(name, 0, first, rows + 1)], h, h)
+
+
+def make(prompt: int, learn_output: bool = False) -> Backlog:
+    buffer = torch.zeros(64, WIDTH)
+    backlog = Backlog(PAGES, CHUNK, MIN_CHUNK, buffer, buffer)
+    backlog.start("r", RequestPlan(7, prompt, True, learn_output))
+    return backlog
+
+
+def queued(backlog: Backlog) -> list[int]:
+    return [chunk.rows for chunk in backlog.queues.get(7, ())]
+
+
+def test_every_pair_of_a_prompt_is_learned() -> None:
+    backlog = make(prompt=21)
+    take(backlog, "r", 0, 5)
+    assert (queued(backlog), backlog.pending, backlog.reading_sessions()) == ([], 5, {7})
+    take(backlog, "r", 5, 7)
+    assert queued(backlog) == [8]
+    take(backlog, "r", 12, 9)
+    assert queued(backlog) == [8, 8, 4]
+    assert not backlog.reading_sessions()
+    take(backlog, "r", 21, 1)
+    assert queued(backlog) == [8, 8, 4], "the answer is not learned"
+
+
+def test_the_answers_first_pair_is_the_prompts_last_position() -> None:
+    backlog = make(prompt=9, learn_output=True)
+    take(backlog, "r", 0, 9)
+    assert queued(backlog) == [8]
+    for position in range(9, 13):
+        take(backlog, "r", position, 1)
+    backlog.finish("r", pairs=8 + 5)
+    assert queued(backlog) == [8, 5]
+
+
+def test_a_prompt_that_was_not_read_to_its_end_loses_its_open_chunk() -> None:
+    backlog = make(prompt=30)
+    take(backlog, "r", 0, 13)
+    backlog.finish("r")
+    assert queued(backlog) == [8]
+    assert len(backlog.free) == PAGES - 1
+
+
+def test_what_is_dropped_is_told() -> None:
+    """Queued chunks, the open one, and the rest of the prompt: all its pairs, once."""
+    backlog = make(prompt=31)
+    take(backlog, "r", 0, 21)
+    lost = backlog.drop_session(7)
+    assert [chunk.rows for chunk in lost] == [8, 8, 5, 9]
+    take(backlog, "r", 21, 10)
+    assert not backlog.queues
+    assert backlog.settled() == [("r", 7)]
+    assert backlog.drop_session(7) == []
