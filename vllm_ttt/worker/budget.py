@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 #: Tokens of the smallest tile that is worth a step.
 SMALLEST = 32
 
@@ -14,11 +16,14 @@ def tile_sizes(tokens_per_step: int) -> list[int]:
     return sizes if sizes[-1] == tokens_per_step else [*sizes, tokens_per_step]
 
 
+#: An iteration counts as no longer than the shortest of so many: a prefill does not buy a pause in the decoding that follows.
+RECENT = 8
+
+
 class Budget:
     """Time for learning, earned by time spent serving: (max_slowdown - 1) seconds for each second.
 
-    What is earned by an iteration is spent before one of the next or lost, except for what the smallest tile costs: so a long
-    prefill does not buy a long pause in the decoding that follows.
+    What an iteration earns is spent before the next or lost, except for what the smallest tile costs.
     """
 
     def __init__(self, tokens_per_step: int, max_slowdown: float):
@@ -26,13 +31,15 @@ class Budget:
         #: seconds that a tile of so many tokens takes, ascending; measured at start, corrected while serving
         self.costs: dict[int, float] = {}
         self.credit = 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT)
 
     def calibrate(self, tokens: int, seconds: float) -> None:
         self.costs[tokens] = seconds
 
     def served(self, seconds: float) -> None:
         """An iteration of the engine took ``seconds``, learning apart."""
-        earned = seconds * self.share
+        self.recent.append(seconds)
+        earned = min(self.recent) * self.share
         self.credit = min(self.credit + earned, max(earned, min(self.costs.values(), default=0.0)))
 
     def tokens(self) -> int:

@@ -1,0 +1,189 @@
+"""What learning costs a client on the CPU backend: times to answers of 1,024-token requests, side by side on one server.
+
+    python loadtests/bench_cpu.py [--requests 20] [--compiled] [--base-url http://127.0.0.1:8000] [--json FILE]
+
+The server is `vllm serve demo/model --plugin ttt`, or the one at --base-url. The arms take turns, and every prompt is new,
+so that no prefix cache helps.
+
+* With pauses: one request at a time, each after everything before it has been learned. Base; in a session with ttt_learn 0;
+  in a session that learns.
+* Back to back: blocks of requests of one session, each sent when the one before is answered. A learned one waits until its
+  predecessor has been learned. The first of a block waits for nothing and is not counted.
+
+A dated JSON and a Markdown table are written to loadtests/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import httpx
+
+from vllm_ttt.eval import server
+from vllm_ttt.eval.texts import read_texts
+
+HERE = Path(__file__).resolve().parent
+DEMO = HERE.parent / "demo"
+SERVE = [str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**29), "--served-model-name", "demo"]
+#: Pairs of a request: it sends one token more.
+TOKENS = 1024
+#: Counted requests of a back-to-back block.
+BLOCK = 5
+#: name: (numerator, denominator, what issue 3 asks for)
+RATIOS = {
+    "learned / unlearned, with pauses": ("learned", "unlearned", 1.25),
+    "learned / base, with pauses": ("learned", "base", None),
+    "unlearned / base, with pauses": ("unlearned", "base", None),
+    "learned / unlearned, back to back": ("learned back to back", "unlearned back to back", 2.0),
+}
+
+
+class Bench:
+    """``prompts`` never ends, and no two of its prompts begin alike."""
+
+    def __init__(self, url: str, max_tokens: int):
+        self.http = httpx.Client(base_url=url, timeout=300, trust_env=False)
+        self.model: str = self.http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+        self.max_tokens = max_tokens
+        self.prompts = self._prompts()
+        self.session = f"bench-{os.getpid()}-{int(time.time())}"
+        self.times: dict[str, list[float]] = {}
+
+    def _prompts(self) -> Iterator[list[int]]:
+        texts = [self._tokens(text) for domain in read_texts(DEMO / "texts").values() for text in domain[:2]]
+        windows = [ids[start : start + TOKENS - 1] for ids in texts for start in range(0, len(ids) - TOKENS, TOKENS)]
+        for i, window in zip(itertools.count(), itertools.cycle(windows)):  # noqa: B905 (both are endless)
+            yield [10 + i // 64 % 64, 10 + i % 64, *window]
+
+    def _tokens(self, text: str) -> list[int]:
+        body = {"model": self.model, "prompt": text}
+        return self.http.post("/tokenize", json=body).raise_for_status().json()["tokens"]
+
+    def send(self, learn: bool | None) -> float:
+        """Seconds to the answer; ``learn`` None: of the base model."""
+        prompt = next(self.prompts)
+        body: dict[str, Any] = {"model": self.model, "prompt": prompt, "max_tokens": self.max_tokens, "ignore_eos": True}
+        if learn is not None:
+            body |= {"session_id": self.session, "vllm_xargs": {"ttt_learn": int(learn)}}
+        began = time.perf_counter()
+        answer = self.http.post("/v1/completions", json=body)
+        seconds = time.perf_counter() - began
+        answer.raise_for_status()
+        accepted = answer.json().get("ttt", {}).get("tokens_learned", 0)
+        if accepted != (TOKENS if learn else 0):
+            sys.exit(f"{accepted} of {TOKENS} tokens were accepted for learning: is the server one with --plugin ttt?")
+        return seconds
+
+    def pause(self) -> None:
+        """Until all that was sent has been learned."""
+        while True:
+            session = self.http.get(f"/v1/ttt/sessions/{self.session}").raise_for_status().json()
+            if session["tokens_learned"] + sum(session["tokens_skipped"].values()) == session["tokens_seen"]:
+                break
+            time.sleep(0.01)
+        time.sleep(0.1)
+
+    def run(self, requests: int) -> None:
+        for learn in (None, False, True, True):  # warm
+            self.send(learn)
+        for _ in range(requests):
+            for arm, learn in (("base", None), ("unlearned", False), ("learned", True)):
+                self.pause()
+                self.times.setdefault(arm, []).append(self.send(learn))
+        for _ in range(-(-requests // BLOCK)):
+            for arm, learn in (("unlearned back to back", False), ("learned back to back", True)):
+                self.pause()
+                self.send(learn)
+                self.times.setdefault(arm, []).extend(self.send(learn) for _ in range(min(BLOCK, requests)))
+        self.pause()
+        learned = self.http.get(f"/v1/ttt/sessions/{self.session}").json()
+        assert not learned["tokens_skipped"], f"not everything was learned: {learned['tokens_skipped']}"
+        self.http.delete(f"/v1/ttt/sessions/{self.session}").raise_for_status()
+
+
+def figures(times: dict[str, list[float]]) -> dict[str, Any]:
+    arms = {arm: {"median_s": median(s), "quartiles_s": quantiles(s, n=4)[::2], "seconds": s} for arm, s in times.items()}
+    ratios = {
+        name: {"ratio": arms[a]["median_s"] / arms[b]["median_s"], "target": target} for name, (a, b, target) in RATIOS.items()
+    }
+    return {"arms": arms, "ratios": ratios}
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = ["| arm | median ms | quartiles ms | requests |", "| --- | --- | --- | --- |"]
+    for arm, x in report["arms"].items():
+        low, high = (f"{1e3 * q:.0f}" for q in x["quartiles_s"])
+        lines.append(f"| {arm} | {1e3 * x['median_s']:.0f} | {low} - {high} | {len(x['seconds'])} |")
+    lines += ["", "| ratio of medians | measured | at most |", "| --- | --- | --- |"]
+    for name, x in report["ratios"].items():
+        lines.append(f"| {name} | {x['ratio']:.2f} | {x['target'] or ''} |")
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    load = " ".join(f"{x:.2f}" for x in os.getloadavg())
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores; load average at the start {load}"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from vllm_ttt.metadata import ensure_vllm_metadata
+
+    return {"vllm": ensure_vllm_metadata() or "?", "vllm-ttt": version("vllm-ttt"), "python": platform.python_version()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=20, help="of each arm; at least 2")
+    parser.add_argument("--max-tokens", type=int, default=1, help="tokens of an answer")
+    parser.add_argument("--base-url", help="a server that runs; default: one is started")
+    parser.add_argument("--compiled", action="store_true", help="start the server without --enforce-eager")
+    parser.add_argument("--json", help="write the figures here, too")
+    parser.add_argument("--out", default=str(HERE / "results"), help="folder for the dated JSON and Markdown")
+    args = parser.parse_args()
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "command": "python " + " ".join(["loadtests/bench_cpu.py", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    with contextlib.ExitStack() as stack:
+        url = args.base_url
+        if url is None:
+            port, folder = server.free_port(), stack.enter_context(tempfile.TemporaryDirectory())
+            flags = SERVE if args.compiled else [*SERVE, "--enforce-eager"]
+            about["server"] = "vllm serve demo/model --plugin ttt " + " ".join(flags[1:])
+            process = stack.enter_context(server.serve(flags, port, log := Path(folder) / "server.log", keep=False))
+            print(f"starting vLLM on port {port}: a minute", file=sys.stderr)
+            server.wait_healthy(process, port, log)
+            url = f"http://127.0.0.1:{port}"
+        bench = Bench(url, args.max_tokens)
+        bench.run(args.requests)
+    report = {**about, **figures(bench.times)}
+    text = f"# Learning on the CPU\n\n{about['hardware']}; {about['versions']}; {about['date']}\n\n    {about['command']}\n"
+    text += (f"    {about['server']}\n" if "server" in about else "") + f"\n{table(report)}\n"
+    print(text)
+    stem = Path(args.out) / f"{about['date']}-cpu{'-compiled' if args.compiled else ''}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".md").write_text(text)
+    for file in (stem.with_suffix(".json"), *([Path(args.json)] if args.json else [])):
+        file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
