@@ -65,7 +65,7 @@ class Bench:
     def _prompts(self) -> Iterator[list[int]]:
         texts = [self._tokens(text) for domain in read_texts(DEMO / "texts").values() for text in domain[:2]]
         windows = [ids[start : start + TOKENS - 1] for ids in texts for start in range(0, len(ids) - TOKENS, TOKENS)]
-        for i, window in zip(itertools.count(), itertools.cycle(windows)):  # noqa: B905 (both are endless)
+        for i, window in zip(itertools.count(), itertools.cycle(windows)):
             yield [10 + i // 64 % 64, 10 + i % 64, *window]
 
     def _tokens(self, text: str) -> list[int]:

@@ -54,14 +54,14 @@ def test_thirty_requests_over_five_sessions(server: Served, documents: Documents
 def test_learning_goes_on_while_others_are_answered(server: Served, documents: Documents) -> None:
     """A long answer to somebody else must not keep a session's next request waiting until it ends."""
     name = server.fresh()
-    long = completion(documents["man2"][0][:50], max_tokens=1900, ignore_eos=True, stream=True)
+    long = completion(documents["man2"][0][:50], max_tokens=1000, ignore_eos=True, stream=True)
     with server.http.stream("POST", "/v1/completions", json=long) as answer:
         lines = answer.iter_lines()
         next(lines)
-        for i in range(4):
+        for i in range(3):
             body = completion(documents["kjv"][0][: 513 - i], name)
             assert server.together(body)[0].json()["ttt"]["version"] == 2 * i
-        assert sum(line.startswith("data: {") for line in lines) > 300, "all of it was over before the long answer was"
+        assert sum(line.startswith("data: {") for line in lines) > 100, "all of it was over before the long answer was"
 
 
 def test_more_sessions_at_once_than_slots(server: Served, documents: Documents) -> None:
