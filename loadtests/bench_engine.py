@@ -225,14 +225,14 @@ def main() -> None:
         "versions": {"vllm": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "arms": {},
     }
+    stem = Path(args.out) / f"{report['date']}-{args.name}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
     for arm in args.arms.split(","):
         child = subprocess.run([sys.executable, *sys.argv, "--arm", arm], stdout=subprocess.PIPE, text=True, check=False)
         lines = [line for line in child.stdout.splitlines() if line.startswith("RESULT ")]
         if child.returncode or not lines:
             sys.exit(f"the arm {arm} failed with exit status {child.returncode}; its log is above")
         report["arms"][arm] = json.loads(lines[-1].removeprefix("RESULT "))
-        stem = Path(args.out) / f"{report['date']}-{args.name}"
-        stem.parent.mkdir(parents=True, exist_ok=True)
         stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     text = (
         f"# {args.name}\n\n{report['hardware']}, {report['versions']}, {report['date']}\n\n    {command}\n\n{table(report)}\n"

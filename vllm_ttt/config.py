@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_ttt.errors import ConfigError
 
@@ -91,8 +91,10 @@ class SessionsConfig(_Model):
 
     resident: Annotated[int, Field(ge=1, le=1024)] = 64
     """Sessions that can be served at the same time: vLLM's multi-LoRA slots."""
-    max_sessions: PositiveInt = 10_000
-    """Sessions kept in host memory; one more is refused with 429."""
+    host_gib: Annotated[float, Field(gt=0, le=65536)] = 8.0
+    """GiB of memory for the sessions that have no slot; where it is full, a new session is refused with 429."""
+    per_key: Annotated[int, Field(ge=1, le=10**9)] = 1000
+    """Sessions of one API key; one more is refused with 429."""
 
 
 class ObserveConfig(_Model):

@@ -78,6 +78,8 @@ def check(model: str | None = None) -> list[tuple[str, bool, str]]:
     from vllm_ttt import patches, support
 
     rows = [support.vllm_release()]
+    if not rows[0][1]:
+        return rows
     for name, verify in patches.contracts().items():
         try:
             verify()

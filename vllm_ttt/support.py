@@ -22,7 +22,10 @@ WORKERS = {
 
 def vllm_release() -> tuple[str, bool, str]:
     """(what, whether it is supported, what was found)."""
-    from vllm import __version__
+    try:
+        from vllm import __version__
+    except ModuleNotFoundError:
+        return "vLLM", False, "not installed; pip install 'vllm-ttt[cuda]' or 'vllm-ttt[cpu]', or run make setup"
 
     supported = __version__.split("+")[0].split(".")[:2] == ["0", "32"]
     return f"vLLM {__version__}", supported, "supported" if supported else "vllm-ttt supports vLLM 0.32.x"
@@ -80,7 +83,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     hf = model.hf_text_config
     _check_architecture(model.architectures, hf)
     lora = LoRAConfig(
-        max_lora_rank=config.adapt.rank,
+        max_lora_rank=config.adapt.rank,  # type: ignore[arg-type]  # one of RANKS
         max_loras=config.sessions.resident,
         max_cpu_loras=config.sessions.resident,
         target_modules=adapted_modules(hf.num_hidden_layers, config),
@@ -96,13 +99,21 @@ def adapted_modules(num_layers: int, config: TTTConfig) -> list[str]:
     return [f"model.layers.{i}.{names[m]}" for i in range(first, num_layers) for m in config.adapt.modules]
 
 
+def max_sessions(hf: Any, config: TTTConfig) -> int:
+    """How many sessions fit: those with a slot, and as many as ``sessions.host_gib`` holds in float32."""
+    outputs = 2 * hf.hidden_size + 2 * hf.intermediate_size  # o and down, gate and up
+    per_session = 4 * config.adapt.rank * outputs * config.adapt.layers
+    return config.sessions.resident + int(config.sessions.host_gib * 2**30 / per_session)
+
+
 def describe_model(model: str) -> str:
     """One line about a model that can be served. Raises ConfigError (unsupported) or OSError (no config found)."""
     from transformers import AutoConfig
 
     hf = AutoConfig.from_pretrained(model)
     _check_architecture(hf.architectures, hf)
-    return f"{hf.architectures[0]}, {hf.num_hidden_layers} layers, hidden {hf.hidden_size}, vocabulary {hf.vocab_size}"
+    kind = (hf.architectures or ["unknown"])[0]
+    return f"{kind}, {hf.num_hidden_layers} layers, hidden {hf.hidden_size}, vocabulary {hf.vocab_size}"
 
 
 def _check_architecture(architectures: list[str] | None, hf: Any) -> None:

@@ -197,6 +197,4 @@ def test_retrieval_finds_the_chunk_that_shares_rare_tokens():
     assert retrieve(earlier, request, room=100) == found[-100:]
     assert retrieve([], request, room=100) == []
     scored = [7] * 256 + list(range(5128, 5256))
-    assert retrieve(earlier, scored, 10_000) == retrieve(earlier, [7] * 256, 10_000), (
-        "what is scored must not be searched"
-    )
+    assert retrieve(earlier, scored, 10_000) == retrieve(earlier, [7] * 256, 10_000), "what is scored must not be searched"

@@ -118,9 +118,7 @@ def test_serve_passes_everything_on():
     shown = run_python(textwrap.dedent(code), "serve", *given).stdout.strip()
     assert shown == repr(["vllm", "serve", *given, "--plugin", "ttt"])
     for named in (["--plugin", "ttt"], ["--plugin=ttt"]):
-        assert run_python(textwrap.dedent(code), "serve", "m", *named).stdout.strip() == repr(
-            ["vllm", "serve", "m", *named]
-        )
+        assert run_python(textwrap.dedent(code), "serve", "m", *named).stdout.strip() == repr(["vllm", "serve", "m", *named])
 
 
 def test_vllm_has_a_version_without_a_distribution_of_its_name():

@@ -137,9 +137,7 @@ def test_stream_cut_anywhere(cuts: list[int], finished: bool) -> None:
         assert out == BODY
         return
     events = out.split(b"\n\n")
-    assert sorted(events) == sorted(
-        (*BODY[: BODY.index(EVENTS[3])].split(b"\n\n")[:-1], events[-3], b"data: [DONE]", b"")
-    )
+    assert sorted(events) == sorted((*BODY[: BODY.index(EVENTS[3])].split(b"\n\n")[:-1], events[-3], b"data: [DONE]", b""))
     assert events[-2:] == [b"data: [DONE]", b""]
     assert json.loads(events[-3].removeprefix(b"data: ")) == {**json.loads(EVENTS[3][6:]), "ttt": TTT}
     assert events[-3].startswith(EVENTS[3].rstrip()[:-1])

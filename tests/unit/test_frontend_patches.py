@@ -155,9 +155,7 @@ def test_the_warning_names_those_that_are_left_out(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_a_broken_plugin_that_was_asked_for_stops_the_start(
-    points: list[Point], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_plugin_that_was_asked_for_stops_the_start(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> None:
     points[1].error = RuntimeError("no such thing")
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     with pytest.raises(ConfigError, match=r"--plugin ttt.*no such thing"):

@@ -51,9 +51,7 @@ def test_the_key_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> N
         tenants.tenant_of(request(None, None))
 
 
-@pytest.mark.parametrize(
-    "authorization", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic key-a", "key-a", "Bearer ä"]
-)
+@pytest.mark.parametrize("authorization", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic key-a", "key-a", "Bearer ä"])
 def test_an_unknown_key_has_no_sessions(authorization: str | None) -> None:
     with pytest.raises(RequestError) as caught:
         tenants.tenant_of(request(authorization, ["key-a"]))

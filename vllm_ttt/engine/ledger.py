@@ -8,6 +8,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ChunkReport, SessionKey
 
 
@@ -21,7 +22,6 @@ class Session:
     version: int = 0
     tokens_seen: int = 0
     tokens_learned: int = 0
-    tokens_pending: int = 0
     tokens_skipped: Counter[str] = field(default_factory=Counter)
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
@@ -58,7 +58,6 @@ class Session:
             "tokens_seen": self.tokens_seen,
             "tokens_learned": self.tokens_learned,
             "tokens_skipped": dict(self.tokens_skipped),
-            "tokens_pending": self.tokens_pending,
             "requests_open": len(self.requests),
             "created": self.created,
             "last_used": self.last_used,
@@ -68,20 +67,27 @@ class Session:
 class Ledger:
     """All sessions, by key and by adapter id."""
 
-    def __init__(self, first_adapter: int, max_sessions: int, recent: int):
-        self.next_adapter, self.max_sessions, self.recent = first_adapter, max_sessions, recent
+    def __init__(self, first_adapter: int, limit: int, per_key: int, recent: int):
+        """``limit``: sessions in all. ``per_key``: sessions of one tenant. ``recent``: chunk losses kept of each."""
+        self.next_adapter, self.limit, self.per_key, self.recent = first_adapter, limit, per_key, recent
+        self.tenants: Counter[str] = Counter()
         self.sessions: dict[SessionKey, Session] = {}
         self.by_adapter: dict[int, Session] = {}
 
     def find(self, key: SessionKey) -> Session | None:
         return self.sessions.get(key)
 
-    def open(self, key: SessionKey) -> Session | None:
-        """The session of that key, made where there is none; None where there is room for no other."""
+    def open(self, key: SessionKey) -> Session:
+        """The session of that key, made where there is none; raises RequestError (429) where there is room for no other."""
         session = self.sessions.get(key)
         if session is None:
-            if len(self.sessions) >= self.max_sessions:
-                return None
+            if len(self.sessions) >= self.limit:
+                raise RequestError(
+                    f"this server keeps at most {self.limit} sessions (sessions.host_gib); delete one first", 429
+                )
+            if self.tenants[key.tenant] >= self.per_key:
+                raise RequestError(f"a key has at most {self.per_key} sessions (sessions.per_key); delete one first", 429)
+            self.tenants[key.tenant] += 1
             session = Session(key, self.next_adapter, self.recent)
             self.next_adapter += 1
             self.sessions[key] = self.by_adapter[session.adapter] = session
@@ -90,6 +96,7 @@ class Ledger:
 
     def remove(self, session: Session) -> None:
         del self.sessions[session.key]
+        self.tenants[session.key.tenant] -= 1
         del self.by_adapter[session.adapter]
 
     def of_tenant(self, tenant: str) -> list[Session]:

@@ -14,7 +14,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_ttt import plugin
+from vllm_ttt import plugin, support
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
@@ -52,8 +52,11 @@ class TTTScheduler(AsyncScheduler):
         assert config is not None
         assert self.lora_config is not None
         self.ttt_config = config
-        self.ttt_http: bool = self.vllm_config.additional_config[plugin.NAME]["http"]
-        self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, config.sessions.max_sessions, config.observe.recent_chunks)
+        additional = self.vllm_config.additional_config
+        assert isinstance(additional, dict)
+        self.ttt_http: bool = additional[plugin.NAME]["http"]
+        limit = support.max_sessions(self.vllm_config.model_config.hf_text_config, config)
+        self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, limit, config.sessions.per_key, config.observe.recent_chunks)
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = 0
@@ -81,9 +84,6 @@ class TTTScheduler(AsyncScheduler):
             return
         knobs = Knobs.parse(extra, learn_output=self.ttt_config.learn.tokens == "all")
         session = self.ttt_ledger.open(SessionKey.from_wire(wire))
-        if session is None:
-            limit = self.ttt_config.sessions.max_sessions
-            raise RequestError(f"this server keeps at most {limit} sessions (sessions.max_sessions); delete one first", 429)
         prompt_learned = knobs.learn
         arrival, knobs = self._arrive(request, knobs)
         request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")

@@ -24,11 +24,11 @@ class ChunkLoss(_Model):
     """One chunk of what the session sent."""
 
     version: int
-    """Version of the delta that the chunk was scored with, before it was learned."""
+    """The session's version after the chunk: it was scored under the one before."""
     tokens: int
     """Tokens in the chunk."""
     loss: Loss
-    """Mean loss under that delta, nats per token; null where it was not finite."""
+    """Mean loss before it was learned, nats per token; null where it was not finite."""
     frozen_loss: Loss = None
     """The same under the base model; null where it was not measured."""
     skipped: str | None = None

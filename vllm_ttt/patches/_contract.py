@@ -41,7 +41,7 @@ def wrap(owner: Any, name: str, parameters: str, make: Callable[[Callable], Call
     """
     raw = inspect.getattr_static(owner, name, None)
     kind = type(raw) if isinstance(raw, classmethod | staticmethod) else None
-    original = raw.__func__ if kind else raw
+    original: Any = raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw
     if getattr(original, MARK, False):
         return
     check(owner, name, parameters)

@@ -178,6 +178,11 @@ class Backlog:
         queued = sum(c.rows - c.done for q in self.queues.values() for c in q)
         return queued + sum(r.open.rows for r in self.readings.values() if r.open)
 
+    def pending_of(self, session: int) -> int:
+        """Captured tokens of one session that wait for their step."""
+        queued = sum(c.rows - c.done for c in self.queues.get(session, ()))
+        return queued + sum(r.open.rows for r in self.readings.values() if r.open and r.plan.session == session)
+
     def _assign(self, rows: Rows, reading: Reading, copy: Copy) -> None:
         """Spread a request's rows over its pages."""
         plan, count = reading.plan, len(rows.next_tokens)

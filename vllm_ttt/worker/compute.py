@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ class Compute:
     def _add(sum_R: Tensor, rows: Tensor, keep: Tensor, loss_S: Tensor) -> None:
         sum_R.index_copy_(0, rows, torch.where(keep, sum_R.index_select(0, rows), 0.0) + loss_S)
 
-    def _capture(self, function: Callable[..., Tensor], values: tuple[Tensor, ...], pool: tuple[int, int]) -> Graph:
+    def _capture(self, function: Callable[..., Tensor], values: tuple[Tensor, ...], pool: Any) -> Graph:
         inputs = tuple(x.to(self.device) for x in values)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -25,7 +25,7 @@ BLOCK = 64
 
 
 @triton.jit
-def _expand_rows(r, b, y, slots, y_stride, b_stride, R: tl.constexpr, BLOCK_N: tl.constexpr):
+def _expand_rows(r: Any, b: Any, y: Any, slots: Any, y_stride: Any, b_stride: Any, R: tl.constexpr, BLOCK_N: tl.constexpr):
     """y[t, n] += sum_k r[t, k] b[slots[t], n, k]; a row of slot -1 is not touched. Grid: (out / BLOCK_N, rows)."""
     row = tl.program_id(1)
     slot = tl.load(slots + row)
@@ -64,7 +64,14 @@ def _session_lora(
     for part in b:
         out = part.shape[2]
         _expand_rows[(out // BLOCK, x.shape[0])](
-            r, part, y[:, offset:], slots, y.stride(0), part.stride(0), R=rank, BLOCK_N=BLOCK
+            r,
+            part,
+            y[:, offset:],
+            slots,
+            y.stride(0),
+            part.stride(0),
+            R=rank,
+            BLOCK_N=BLOCK,  # type: ignore[arg-type]
         )
         offset += out
 

@@ -231,7 +231,7 @@ def _cross_entropy(tail: Tail, y_TD: Tensor, t_T: Tensor, w_T: Tensor, backward:
 
 def _nll(tail: Tail, logits: Tensor, t_T: Tensor, backward: bool) -> Tensor:
     """Losses of some rows; where asked, ``logits`` becomes their gradient, softmax - onehot, in place."""
-    x = logits.float()
+    x, slope = logits.float(), None
     if tail.soft_cap is not None:
         x = torch.tanh(x / tail.soft_cap)
         slope = 1 - x.square()
@@ -242,7 +242,7 @@ def _nll(tail: Tail, logits: Tensor, t_T: Tensor, backward: bool) -> Tensor:
         x.exp_().scatter_add_(1, t_T[:, None], x.new_full((1, 1), -1.0).expand(len(t_T), 1))
         if tail.logit_scale != 1.0:
             x *= tail.logit_scale
-        if tail.soft_cap is not None:
+        if slope is not None:
             x *= slope
         logits.copy_(x)
     return loss_T

@@ -120,6 +120,7 @@ class TTTWorkerMixin:
         return {
             "tier": "slot" if self.trainer.slots.holds(key) else "memory",
             "bytes": self.trainer.deltas.bytes_per_session(),
+            "tokens_pending": self.backlog.pending_of(key),
             "norm": dict(zip(MODULES, norms, strict=True)),
         }
 
