@@ -40,9 +40,11 @@ def test_each_row_gets_its_sessions_delta_and_no_other(rows: int, real: int) -> 
     before = torch.randn(rows, 2 * OUT, device=cuda).bfloat16()
     y = before.clone()
 
-    on_device = [t.to(cuda) for t in (slots, by_slot, tokens, starts, active)]
     everybody = torch.tensor([SLOTS + 1], dtype=torch.int32)
-    gpu_lora._session_lora(y, x, a, b, *on_device, torch.tensor([False]), everybody)
+    gpu_lora._session_lora(
+        y, x, a, b, slots.to(cuda), by_slot.to(cuda), tokens.to(cuda), starts.to(cuda), active.to(cuda),
+        torch.tensor([False]), everybody,
+    )  # fmt: skip
 
     expected = before.float()
     for row, slot in enumerate(slots.tolist()):

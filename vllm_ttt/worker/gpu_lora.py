@@ -9,7 +9,7 @@ a batch that decodes, each row has another B: it is read once, at the memory's s
 from __future__ import annotations
 
 import bisect
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -60,18 +60,11 @@ def _session_lora(
         lora_expand(r.unsqueeze(0).expand(len(b), -1, -1).contiguous(), b, y, slots, by_slot, counts, starts, active, no_lora,
                     num_active, offset_start=0, add_inputs=True)  # fmt: skip
         return
-    offset = 0
+    offset, sizes = 0, {"R": rank, "BLOCK_N": BLOCK}
     for part in b:
         out = part.shape[2]
-        _expand_rows[(out // BLOCK, x.shape[0])](
-            r,
-            part,
-            y[:, offset:],
-            slots,
-            y.stride(0),
-            part.stride(0),
-            R=rank,
-            BLOCK_N=BLOCK,  # type: ignore[arg-type]
+        _expand_rows[out // BLOCK, x.shape[0]](
+            r, part, y[:, offset:], slots, y.stride(0), part.stride(0), **cast("dict[str, Any]", sizes)
         )
         offset += out
 
