@@ -60,12 +60,10 @@ def _session_lora(
         lora_expand(r.unsqueeze(0).expand(len(b), -1, -1).contiguous(), b, y, slots, by_slot, counts, starts, active, no_lora,
                     num_active, offset_start=0, add_inputs=True)  # fmt: skip
         return
-    offset, sizes = 0, {"R": rank, "BLOCK_N": BLOCK}
+    offset, sizes = 0, cast("dict[str, Any]", {"R": rank, "BLOCK_N": BLOCK})
     for part in b:
         out = part.shape[2]
-        _expand_rows[out // BLOCK, x.shape[0]](
-            r, part, y[:, offset:], slots, y.stride(0), part.stride(0), **cast("dict[str, Any]", sizes)
-        )
+        _expand_rows[out // BLOCK, x.shape[0]](r, part, y[:, offset:], slots, y.stride(0), part.stride(0), **sizes)
         offset += out
 
 
