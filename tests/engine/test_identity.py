@@ -14,6 +14,8 @@ pytestmark = pytest.mark.engine
 
 Reference = dict[tuple[int, ...], list[float]]
 SESSIONS = 5
+#: Who shares a batch with whom is up to the scheduler: the prompts are sent again until each has met somebody, and one all five.
+ROUNDS = 6
 
 
 def test_alone(server: Served, reference: Reference) -> None:
@@ -47,12 +49,18 @@ def test_reset_session(server: Served, reference: Reference, documents: Document
 def test_beside_five_sessions_that_learn(
     server: Served, reference: Reference, base_prompts: list[list[int]], documents: Documents
 ) -> None:
-    answers, beside, updates = mixed(server, base_prompts, documents)
-    for prompt, answer in zip(base_prompts, answers, strict=True):
-        assert logprobs(answer) == reference[tuple(prompt)]
-    assert max(len(sessions) for sessions in beside) == SESSIONS, "no base request shared a batch with all five"
-    assert all(beside), "a base request met no session: nothing was proven for it"
-    assert min(updates.values()) >= 3, f"not every session learned meanwhile: {updates}"
+    met, most = [False] * len(base_prompts), 0
+    for _ in range(ROUNDS):
+        answers, beside, updates = mixed(server, base_prompts, documents)
+        for prompt, answer in zip(base_prompts, answers, strict=True):
+            assert logprobs(answer) == reference[tuple(prompt)]
+        assert min(updates.values()) >= 3, f"not every session learned meanwhile: {updates}"
+        met = [before or bool(sessions) for before, sessions in zip(met, beside, strict=True)]
+        most = max(most, *(len(sessions) for sessions in beside))
+        if most == SESSIONS and all(met):
+            return
+    assert most == SESSIONS, "no base request shared a batch with all five"
+    assert all(met), "a base request met no session: nothing was proven for it"
 
 
 def test_vllms_own_lora_fails_the_same_test(
