@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
 
 Reference = dict[tuple[int, ...], list[float]]
 SESSIONS = 5
-#: Who shares a batch with whom is up to the scheduler: the prompts are sent again until each has met somebody, and one all five.
+#: Who shares a batch with whom is up to the scheduler: the prompts are sent again until each has met a session, one all five.
 ROUNDS = 6
 
 
