@@ -1,7 +1,7 @@
 # make setup   create .venv from the locked requirements (VARIANT=cpu|cuda, guessed from the machine)
 # make demo    start a server that learns, compare it with the frozen model and with retrieval, draw the plot
 # make test    ruff, pyright and pytest (ARGS='-k name' passes options on to pytest)
-# make bench   what learning costs, beside stock vLLM, in one run
+# make bench   what learning costs a client, on the CPU (loadtests/bench_engine.py: beside stock vLLM, on a GPU)
 # make format  rewrite the sources as ruff wants them
 # make lock    resolve the requirements anew
 # make clean   remove what setup made
