@@ -70,8 +70,6 @@ def _serve(args: list[str]) -> None:
     sys.argv = ["vllm", "serve", *args, *plugin]
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    from vllm_ttt.errors import TTTError
-
     try:
         vllm_main()
     except TTTError as error:

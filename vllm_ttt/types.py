@@ -133,4 +133,3 @@ class StepReport:
     pending: int = 0
     #: whether the worker has work that needs another step, even where no request does
     busy: bool = False
-    errors: int = 0

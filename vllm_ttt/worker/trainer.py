@@ -116,7 +116,7 @@ class Trainer:
                 self.backlog.forget(request)
                 self.report.settled.append((request, key))
         report, self.report = self.report, StepReport()
-        report.pending, report.errors = self.backlog.pending, self.errors
+        report.pending = self.backlog.pending
         report.busy = bool(self.backlog.queues or self.dirty or self.outcomes or self.backlog.settled())
         return report
 

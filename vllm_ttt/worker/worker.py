@@ -129,10 +129,6 @@ class TTTWorkerMixin:
         """Make a session that has no request in the engine the base model again."""
         self.trainer.drop(key)
 
-    def ttt_delta(self, key: int) -> dict[str, list[list[float]]]:
-        """The master B of a session, by module; for tests and tools."""
-        return {name: b[0].tolist() for name, b in self.trainer.deltas.read(key).parts()}
-
     def ttt_status(self) -> dict[str, Any]:
         """Captured tokens that wait, updates committed to all sessions, errors, and ms that a tile of so many tokens takes."""
         self.trainer.collect()
