@@ -3,8 +3,8 @@
     python loadtests/bench_engine.py MODEL [--load-format dummy] [--batches 1,8,32,64] [--arms stock,ttt,lora]
 
 Each engine runs in a process of its own, one after the other: stock vLLM; vLLM with ttt (idle; sessions resident and
-frozen; sessions that learn their prompts; prompts and outputs); and, where asked, stock multi-LoRA on all layers. A figure
-is the median over `--repeat` rounds; the table gives it as a ratio to stock in the same run.
+frozen; sessions that learn their prompts; prompts and outputs); and, where asked, stock multi-LoRA with an adapter per request,
+on all layers. A figure is the median over `--repeat` rounds; the table gives it as a ratio to stock in the same run.
 """
 
 from __future__ import annotations
@@ -12,74 +12,123 @@ from __future__ import annotations
 import argparse
 import datetime
 import gzip
+import itertools
 import json
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dummy_adapter import write_adapter
+
+#: Rank of stock multi-LoRA's adapters: at 128, 64 of them on all layers of an 8B model are more than half of an H100.
+LORA_RANK = 16
 RESULTS = Path(__file__).parent / "results"
 
 
-def measure(llm: Any, size: int, args: argparse.Namespace, extra: Any, tokens_out: int | None = None) -> dict[str, float]:
+@dataclass
+class Round:
+    """What some requests that were handed over at once took. Seconds, one entry per request where it is a list."""
+
+    tokens: int
+    learned: int
+    #: until the last answer, and until all has been learned too
+    wall: float
+    drained: float
+    #: to the first token
+    ttft: list[float]
+    #: from the first token to the last, per token after the first (as `vllm bench serve` counts)
+    tpot: list[float]
+    #: between one token and the next, of all requests
+    itl: list[float]
+
+
+def measure(llm: Any, size: int, args: argparse.Namespace, extra: Any, tokens_out: int | None = None) -> Round:
     """Hand ``size`` requests of random tokens over at once and decode them.
 
     Args:
-        extra: i -> SamplingParams.extra_args of request i, or None.
-    Returns:
-        seconds and tokens per second. ``wall`` ends with the last answer, ``drained`` when all has been learned too.
+        extra: i -> SamplingParams.extra_args of request i, or None; in the arm "lora" its adapter's LoRARequest.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     engine, out = llm.llm_engine, tokens_out or args.tokens_out
     vocab = engine.vllm_config.model_config.get_vocab_size()
+    learned = learned_so_far(llm, args)
     begin = time.perf_counter()
     for i in range(size):
         prompt = {"prompt_token_ids": [random.randrange(10, vocab) for _ in range(args.tokens_in)]}
+        lora = args.arm == "lora"
         params = SamplingParams(
             temperature=0, max_tokens=out, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
-            extra_args=extra(i),
+            extra_args=None if lora else extra(i),
         )  # fmt: skip
-        engine.add_request(f"{begin}-{i}", prompt, params)
-    last: dict[str, float] = {}
-    first: list[float] = []
-    gaps: list[float] = []
+        engine.add_request(f"{begin}-{i}", prompt, params, lora_request=extra(i) if lora else None)
+    times: dict[str, list[float]] = {}
     while engine.has_unfinished_requests():
         outputs = engine.step()
         now = time.perf_counter()
         for output in outputs:
-            if output.request_id in last:
-                gaps.append(now - last[output.request_id])
-            else:
-                first.append(now - begin)
-            last[output.request_id] = now
+            times.setdefault(output.request_id, []).append(now)
     wall = time.perf_counter() - begin
     while args.arm == "ttt" and any(worker["pending"] for worker in llm.collective_rpc("ttt_status")):
         time.sleep(0.001)
     drained = time.perf_counter() - begin
-    gaps.sort()
-    tokens = size * (args.tokens_in + out)
+    return Round(
+        tokens=size * (args.tokens_in + out),
+        learned=learned_so_far(llm, args) - learned,
+        wall=wall,
+        drained=drained,
+        ttft=[t[0] - begin for t in times.values()],
+        tpot=[(t[-1] - t[0]) / (len(t) - 1) for t in times.values() if len(t) > 1],
+        itl=[b - a for t in times.values() for a, b in itertools.pairwise(t)],
+    )
+
+
+def learned_so_far(llm: Any, args: argparse.Namespace) -> int:
+    return sum(w["tokens_learned"] for w in llm.collective_rpc("ttt_status")) if args.arm == "ttt" else 0
+
+
+def figures(rounds: list[Round], size: int) -> dict[str, float]:
+    """Medians over rounds of what belongs to a round; quantiles over the requests, or tokens, of all rounds."""
+    pooled = lambda name: sorted(x for r in rounds for x in getattr(r, name))  # noqa: E731
+    p99 = lambda values: 1e3 * values[int(len(values) * 0.99)] if values else 0.0  # noqa: E731
+    p50 = lambda values: 1e3 * statistics.median(values) if values else 0.0  # noqa: E731
+    over = lambda count: statistics.median(count(r) for r in rounds)  # noqa: E731
+    ttft, tpot, itl = pooled("ttft"), pooled("tpot"), pooled("itl")
     return {
-        "wall_s": wall,
-        "drained_s": drained,
-        "tokens_per_s": tokens / wall,
-        "tokens_per_s_drained": tokens / drained,
-        "decode_tokens_per_s": size / statistics.median(gaps) if gaps else 0.0,
-        "ttft_mean_ms": 1e3 * statistics.mean(first),
-        "ttft_p99_ms": 1e3 * sorted(first)[int(len(first) * 0.99)],
-        "tpot_p50_ms": 1e3 * statistics.median(gaps) if gaps else 0.0,
-        "tpot_p99_ms": 1e3 * gaps[int(len(gaps) * 0.99)] if gaps else 0.0,
+        "wall_s": over(lambda r: r.wall),
+        "drained_s": over(lambda r: r.drained),
+        "tokens_per_s": over(lambda r: r.tokens / r.wall),
+        "tokens_per_s_drained": over(lambda r: r.tokens / r.drained),
+        "learned_per_s": over(lambda r: r.learned / r.drained),
+        "decode_tokens_per_s": size / statistics.median(itl) if itl else 0.0,
+        "ttft_mean_ms": 1e3 * statistics.mean(ttft),
+        "ttft_p99_ms": p99(ttft),
+        "tpot_p50_ms": p50(tpot),
+        "tpot_p99_ms": p99(tpot),
+        "itl_p99_ms": p99(itl),
     }
 
 
 def cases(args: argparse.Namespace) -> dict[str, Any]:
-    """name -> (i -> extra_args) for the engine of this process."""
+    """name -> (i -> extra_args, or adapter) for the engine of this process."""
+    if args.arm == "lora":
+        from transformers import AutoConfig
+        from vllm.lora.request import LoRARequest
+
+        folder = tempfile.mkdtemp(prefix="bench-lora-")
+        path = str(write_adapter(Path(folder), AutoConfig.from_pretrained(args.model), LORA_RANK))
+        # One file under many names: to vLLM they are as many adapters.
+        return {"stock multi-LoRA": lambda i: LoRARequest(f"adapter-{i % args.slots}", 1 + i % args.slots, path)}
     if args.arm != "ttt":
         return {args.arm: lambda i: None}
     return {
@@ -100,21 +149,26 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
         settings = {"sessions": {"resident": args.slots}, "learn": {"max_loss": 2.0}}
         options |= vllm_ttt.engine_args(config=settings)
     if args.arm == "lora":
-        options |= {"enable_lora": True, "max_loras": args.slots, "max_lora_rank": 128}
+        options |= {"enable_lora": True, "max_loras": args.slots, "max_lora_rank": LORA_RANK}
     if args.profile:
         options["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": str(Path(args.profile, args.arm).resolve())}
     begin = time.perf_counter()
     llm = LLM(**options, **json.loads(args.options))
-    result: dict[str, Any] = {"startup_s": time.perf_counter() - begin, "device_mib": device_memory(), "cases": {}}
+    cache = llm.llm_engine.vllm_config.cache_config
+    result: dict[str, Any] = {
+        "startup_s": time.perf_counter() - begin,
+        "device_mib": device_memory(),
+        "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
+        "cases": {},
+    }
     log(f"{args.arm}: engine up after {result['startup_s']:.0f} s, {result['device_mib']} MiB")
     for name, extra in cases(args).items():
         for size in args.batches:
             measure(llm, size, args, extra, tokens_out=4)
-            rounds = [measure(llm, size, args, extra) for _ in range(args.repeat)]
-            figures = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-            result["cases"].setdefault(name, {})[size] = figures
-            log(f"{name:>14} {size:>3}: " + " ".join(f"{k} {v:.1f}" for k, v in figures.items() if k != "wall_s"))
-        if name == "learn prompts":
+            measured = figures([measure(llm, size, args, extra) for _ in range(args.repeat)], size)
+            result["cases"].setdefault(name, {})[size] = measured
+            log(f"{name:>14} {size:>3}: " + " ".join(f"{k} {v:.1f}" for k, v in measured.items() if k != "wall_s"))
+        if name == "learn prompts" and max(args.batches) > 1:
             result["together"] = together(llm, args, extra)
             log(f"8 sessions together / one after the other: {result['together']:.2f}")
             result["worker"] = llm.collective_rpc("ttt_status")[0]
@@ -129,8 +183,8 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
 def together(llm: Any, args: argparse.Namespace, extra: Any) -> float:
     """Throughput of eight learning sessions together over that of the same eight one after the other."""
     size = min(8, args.slots)
-    joint = measure(llm, size, args, extra)["drained_s"]
-    return sum(measure(llm, 1, args, lambda _, i=i: extra(i))["drained_s"] for i in range(size)) / joint
+    joint = measure(llm, size, args, extra).drained
+    return sum(measure(llm, 1, args, lambda _, i=i: extra(i)).drained for i in range(size)) / joint
 
 
 def device_memory() -> int | None:
@@ -152,19 +206,31 @@ def hardware() -> str:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: each case as ratios to stock, which is given in full."""
-    head = ["case", "batch", "decode tok/s", "tok/s", "tok/s, learned", "TTFT mean", "TTFT p99", "TPOT p50", "TPOT p99"]
+    head = ["case", "batch", "decode tok/s", "tok/s", "tok/s, all learned", "TTFT mean", "TTFT p99", "TPOT p50", "TPOT p99",
+            "ITL p99", "learned tok/s"]  # fmt: skip
     keys = ["decode_tokens_per_s", "tokens_per_s", "tokens_per_s_drained", "ttft_mean_ms", "ttft_p99_ms", "tpot_p50_ms",
-            "tpot_p99_ms"]  # fmt: skip
+            "tpot_p99_ms", "itl_p99_ms"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     stock = report["arms"]["stock"]["cases"]["stock"]
-    for size, figures in stock.items():
-        lines.append(f"| stock | {size} | " + " | ".join(f"{figures[k]:,.1f}" for k in keys) + " |")
+    for size, values in stock.items():
+        lines.append(f"| stock | {size} | " + " | ".join(f"{values[k]:,.1f}" for k in keys) + " | |")
     for arm in report["arms"].values():
         for name, sizes in arm["cases"].items():
-            for size, figures in sizes.items():
+            for size, values in sizes.items():
                 if name != "stock" and size in stock:
-                    ratios = (figures[k] / stock[size][k] if stock[size][k] else float("nan") for k in keys)
-                    lines.append(f"| {name} / stock | {size} | " + " | ".join(f"{r:.3f}" for r in ratios) + " |")
+                    ratios = (values[k] / stock[size][k] if stock[size][k] else float("nan") for k in keys)
+                    learned = f" | {values['learned_per_s']:,.0f} |" if values["learned_per_s"] else " | |"
+                    lines.append(f"| {name} / stock | {size} | " + " | ".join(f"{r:.3f}" for r in ratios) + learned)
+    return "\n".join(lines)
+
+
+def memory_table(report: dict[str, Any]) -> str:
+    """Markdown: what the engines hold. vLLM fills its share of the device with KV cache, so what ttt takes is missing there."""
+    lines = ["| engine | device MiB in use | KV cache, tokens | / stock |", "| --- | --- | --- | --- |"]
+    stock = report["arms"]["stock"]["kv_tokens"]
+    for name, arm in report["arms"].items():
+        used = "" if arm["device_mib"] is None else f"{arm['device_mib']:,}"
+        lines.append(f"| {name} | {used} | {arm['kv_tokens']:,} | {arm['kv_tokens'] / stock:.3f} |")
     return "\n".join(lines)
 
 
@@ -217,7 +283,7 @@ def main() -> None:
     import torch
     from vllm import __version__
 
-    command = "python " + " ".join(sys.argv)
+    command = shlex.join(["python", *sys.argv])
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": command,
@@ -235,7 +301,8 @@ def main() -> None:
         report["arms"][arm] = json.loads(lines[-1].removeprefix("RESULT "))
         stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     text = (
-        f"# {args.name}\n\n{report['hardware']}, {report['versions']}, {report['date']}\n\n    {command}\n\n{table(report)}\n"
+        f"# {args.name}\n\n{report['hardware']}, {report['versions']}, {report['date']}\n\n    {command}\n\n{table(report)}\n\n"
+        f"Ratios to stock in the same run; learned tok/s as it is. Times in ms.\n\n{memory_table(report)}\n"
     )
     if args.profile:
         text += f"\nKernels in one prefill and eight decode steps of {max(args.batches)} requests:\n\n"

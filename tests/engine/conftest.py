@@ -74,6 +74,10 @@ class Stage:
         assert self.served is not None
         return self.served
 
+    def stop(self) -> None:
+        self.running.close()
+        self.name = ""
+
 
 @pytest.fixture(scope="session")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
@@ -115,8 +119,7 @@ def long_prompts(documents: Documents) -> list[list[int]]:
 @pytest.fixture(scope="session")
 def reference(base_prompts: list[list[int]], long_prompts: list[list[int]], stage: Stage) -> dict[tuple[int, ...], list[float]]:
     """Log-probabilities of stock vLLM, each prompt alone."""
-    stage.running.close()
-    stage.name = ""
+    stage.stop()
     with running(stage.folder / "stock.log", "vllm.entrypoints.cli.main", [], {"VLLM_PLUGINS": ""}) as stock:
         assert stock.http.get("/v1/ttt/config").status_code == 404
         return {tuple(p): logprobs(stock.complete(p, **SCORED)) for p in [*base_prompts, *long_prompts]}

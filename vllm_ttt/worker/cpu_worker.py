@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -18,6 +19,12 @@ class TTTCPUWorker(TTTWorkerMixin, CPUWorker):
     def ttt_idle_flag(self, modules: TailModules) -> Tensor:
         GroupedPunicaCPU.adopt(modules.o_proj.punica_wrapper)
         return torch.ones((), dtype=torch.bool)
+
+    def ttt_memory_left(self) -> int:
+        explicit = self.cache_config.kv_cache_memory_bytes
+        if explicit is not None:
+            return psutil.virtual_memory().available - explicit
+        return self.requested_cpu_memory - psutil.Process().memory_info().rss
 
     def execute_model(self, scheduler_output: Any) -> Any:
         plan = getattr(scheduler_output, "ttt", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -19,6 +20,14 @@ class TTTCUDAWorker(TTTWorkerMixin, Worker):
         SessionPunicaGPU.adopt(wrapper)
         # The flag that makes vLLM's own LoRA kernels return at once; graphs are captured for either value of it.
         return wrapper.token_mapping_meta.no_lora_flag_cpu
+
+    def ttt_memory_left(self) -> int:
+        torch.cuda.empty_cache()  # at start only: what the loading of the weights has left behind
+        free, _ = torch.cuda.mem_get_info()
+        explicit = self.cache_config.kv_cache_memory_bytes
+        if explicit is not None:
+            return free - explicit
+        return int(self.requested_memory) - (self.init_snapshot.free_memory - free)
 
     def ttt_batch(self, scheduler_output: Any) -> Any:
         state = self.model_runner.execute_model_state

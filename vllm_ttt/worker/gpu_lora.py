@@ -24,8 +24,9 @@ ROWS = 128
 BLOCK = 64
 
 
+# No annotation but constexpr: Triton looks any other name up among the globals of the kernel, and does not compile.
 @triton.jit
-def _expand_rows(r: Any, b: Any, y: Any, slots: Any, y_stride: Any, b_stride: Any, R: tl.constexpr, BLOCK_N: tl.constexpr):
+def _expand_rows(r, b, y, slots, y_stride, b_stride, R: tl.constexpr, BLOCK_N: tl.constexpr):
     """y[t, n] += sum_k r[t, k] b[slots[t], n, k]; a row of slot -1 is not touched. Grid: (out / BLOCK_N, rows)."""
     row = tl.program_id(1)
     slot = tl.load(slots + row)

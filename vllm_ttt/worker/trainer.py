@@ -23,6 +23,10 @@ from vllm_ttt.worker.slots import Slots
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
 
+#: A tile counts as at least so many tokens: reading a session's B and one step of its optimiser cost as much.
+SMALLEST_SHARE = 128
+
+
 @dataclass(slots=True)
 class Tile:
     """Rows of one chunk, and the row of its session's master."""
@@ -30,6 +34,11 @@ class Tile:
     chunk: Chunk
     row: int
     rows: int
+
+    @property
+    def cost(self) -> int:
+        """In tokens."""
+        return max(self.rows, SMALLEST_SHARE)
 
 
 @dataclass(slots=True)
@@ -56,10 +65,11 @@ class Trainer:
         #: sessions whose slot does not follow their master yet
         self.dirty: set[int] = set()
         self.report = StepReport()
-        self.errors = self.nonfinite = 0
+        self.errors = self.nonfinite = self.tokens_learned = 0
 
     def learn(self, tokens: int) -> int:
-        """Learn up to ``tokens`` tokens of what waits; returns how many. Never raises: what fails is given up and counted."""
+        """Learn up to ``tokens`` tokens of what waits; returns how many, each tile counted as its cost in tokens, and at most
+        ``tokens``. Never raises: what fails is given up and counted."""
         left = tokens
         while left > 0 and (tiles := self._pick(left)):
             try:
@@ -68,8 +78,8 @@ class Trainer:
                 self.failed("a micro-step failed; its chunks are given up and their sessions stay at their last version")
                 for tile in tiles:
                     self._give_up(tile.chunk, "error")
-            left -= sum(tile.rows for tile in tiles)
-        return tokens - left
+            left -= sum(tile.cost for tile in tiles)
+        return tokens - max(left, 0)
 
     def collect(self, wait: bool = False) -> None:
         """Take in the outcomes that have arrived; with ``wait``, all of them."""
@@ -84,6 +94,7 @@ class Trainer:
                 if ok:
                     session.version += 1
                     session.norms = norms
+                    self.tokens_learned += chunk.rows
                 reason = None if ok else ("loss" if self.compute.max_loss < loss < math.inf else "nonfinite")
                 if reason == "nonfinite":
                     self.nonfinite += 1
@@ -142,14 +153,14 @@ class Trainer:
             logger.exception("vllm-ttt: %s (error %d)", what, self.errors)
 
     def _pick(self, tokens: int) -> list[Tile]:
-        """The next rows of as many sessions as fit, one chunk each."""
+        """The next rows of as many sessions as fit, one chunk each; this bounds the workspace of a step, too."""
         tiles: list[Tile] = []
         for chunk in self.backlog.heads():
             row = self.deltas.row(chunk.session) if tokens > 0 else None
             if row is None or any(tile.row == row for tile in tiles):
                 continue
             tiles.append(Tile(chunk, row, min(chunk.rows - chunk.done, tokens)))
-            tokens -= tiles[-1].rows
+            tokens -= tiles[-1].cost
             self.deltas.begin_chunk(chunk.session)
         return tiles
 

@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.plugin import config_of
 from vllm_ttt.types import StepPlan
+from vllm_ttt.worker import memory
 from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.budget import Budget, tile_sizes
 from vllm_ttt.worker.capture import Capture
@@ -21,7 +22,7 @@ from vllm_ttt.worker.micro_step import MODULES
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.step_view import Rows
 from vllm_ttt.worker.tail import TailModules, build_tail, find_modules
-from vllm_ttt.worker.trainer import Trainer
+from vllm_ttt.worker.trainer import SMALLEST_SHARE, Trainer
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -47,6 +48,10 @@ class TTTWorkerMixin:
         """What `ttt_view` needs of the batch whose forward has been launched; called before ``sample_tokens``."""
         raise NotImplementedError
 
+    def ttt_memory_left(self) -> int:
+        """Bytes that vLLM may still use on the device once the model is loaded, KV cache included."""
+        raise NotImplementedError
+
     # vLLM's entry points.
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -55,12 +60,14 @@ class TTTWorkerMixin:
         assert config is not None, "a TTT worker needs additional_config['ttt']"
         runner = self.model_runner
         modules = find_modules(runner.get_model())
+        model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
+        left = self.ttt_memory_left()
+        memory.check(memory.needs(modules, config, max_tokens, model.dtype.itemsize, model.get_vocab_size()), left)
         tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed)
         dtype, device = tail.head_VD.dtype, tail.head_VD.device
-        max_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
         self.idle = self.ttt_idle_flag(modules)
         self.capture = Capture(modules, max_tokens, dtype, device, self.idle)
-        pages = config.schedule.backlog_tokens // config.learn.chunk + config.sessions.resident
+        pages = memory.pages(config)
         self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, self.capture.h_ND, self.capture.a_NQ)
         deltas = Deltas(tail, config.sessions.resident)
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
@@ -74,10 +81,10 @@ class TTTWorkerMixin:
         self.began: dict[str, int] = {}
         self.ttt_warm_up(config)
         logger.info(
-            "vllm-ttt: adapting %s; rank %d, %d resident sessions of %.1f MB, backlog of %d tokens, "
+            "vllm-ttt: adapting %s; rank %d, %d resident sessions of %.1f MB, backlog of %d tokens, %.2f GiB in all; "
             "%d tokens are learned in %.1f ms",
             ", ".join(modules.names.values()), config.adapt.rank, config.sessions.resident,
-            deltas.bytes_per_session() / 1e6, pages * config.learn.chunk,
+            deltas.bytes_per_session() / 1e6, pages * config.learn.chunk, (left - self.ttt_memory_left()) / 2**30,
             config.schedule.tokens_per_step, 1e3 * self.budget.costs[config.schedule.tokens_per_step],
         )  # fmt: skip
 
@@ -130,11 +137,13 @@ class TTTWorkerMixin:
         self.trainer.drop(key)
 
     def ttt_status(self) -> dict[str, Any]:
-        """Captured tokens that wait, updates committed to all sessions, errors, and ms that a tile of so many tokens takes."""
+        """Captured tokens that wait, updates committed to all sessions, tokens learned and errors since the start, and ms that
+        a tile of so many tokens takes."""
         self.trainer.collect()
         return {
             "pending": self.backlog.pending,
             "updates": sum(session.version for session in self.trainer.deltas.sessions.values()),
+            "tokens_learned": self.trainer.tokens_learned,
             "errors": self.trainer.errors,
             "tile_ms": {tokens: 1e3 * seconds for tokens, seconds in self.budget.costs.items()},
         }
@@ -147,7 +156,10 @@ class TTTWorkerMixin:
         sizes = tile_sizes(config.schedule.tokens_per_step)
         sessions = [min(-(-tokens // config.learn.chunk), config.sessions.resident) for tokens in sizes]
         shapes = [(S, min(-(-tokens // S), config.learn.chunk)) for S, tokens in zip(sessions, sizes, strict=True)]
-        for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed), strict=True):
+        many = min(config.schedule.tokens_per_step // SMALLEST_SHARE, config.sessions.resident)
+        if many > 1:
+            shapes.append((many, min(SMALLEST_SHARE, config.learn.chunk)))  # many sessions with a little to learn each
+        for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed), strict=False):
             self.budget.calibrate(tokens, seconds)
 
     def _timed(self, run: Any) -> float:

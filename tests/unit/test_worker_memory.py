@@ -1,0 +1,43 @@
+"""What is said to be needed is what is allocated."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_ttt.config import parse_config
+from vllm_ttt.errors import ConfigError
+from vllm_ttt.worker import memory
+from vllm_ttt.worker.backlog import Backlog
+from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.micro_step import Tail
+
+pytestmark = pytest.mark.unit
+
+D, Q, F, V, R, N = 32, 48, 64, 96, 8, 40
+
+
+def test_needs_are_the_bytes_of_the_buffers() -> None:
+    config = parse_config({"adapt": {"rank": R}, "sessions": {"resident": 3}, "schedule": {"backlog_tokens": 1024}})
+    modules: Any = SimpleNamespace(
+        norm=SimpleNamespace(hidden_size=D), o_proj=SimpleNamespace(input_size=Q), down_proj=SimpleNamespace(input_size=F)
+    )
+    new = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)  # noqa: E731
+    tail = Tail(
+        new(D, Q), new(2 * F, D), new(D, F), new(V, D), new(D), new(D), 1e-5, 1e-5, new(R, Q), new(R, D), new(R, F),
+        dict.fromkeys("ogud", 1.0),
+    )  # fmt: skip
+    deltas = Deltas(tail, config.sessions.resident)
+    h, a = new(N, D), new(N, Q)
+    backlog = Backlog(memory.pages(config), config.learn.chunk, 8, h, a)
+    buffers = [*deltas.masters.tensors(), *deltas.grads.tensors(), backlog.h_PCD, backlog.a_PCQ, backlog.t_PC, h, a]
+    buffers += [tail.ao_RQ, tail.ai_RD, tail.ad_RF, tail.logits]
+    needs = memory.needs(modules, config, N, 2, V)
+    assert sum(needs.values()) == sum(x.nbytes for x in buffers)
+
+    memory.check(needs, sum(needs.values()))
+    with pytest.raises(ConfigError, match=r"needs 0\.00 GiB of device memory"):
+        memory.check(needs, sum(needs.values()) - 1)
