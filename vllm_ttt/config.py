@@ -71,6 +71,10 @@ class LearnConfig(_Model):
     """A chunk whose loss exceeds this times ln(vocabulary) is not learned: it is noise."""
     min_chunk: Annotated[int, Field(ge=1, le=1024)] = 8
     """A remainder of a prompt shorter than this is not learned."""
+    history: Literal["skip", "learn"] = "skip"
+    """Where a prompt goes on from an earlier one of its session: whether what they share is skipped, or learned again."""
+    interleave: bool = False
+    """Whether a prompt is read chunk by chunk, each learned before the next is scored, where a request does not say."""
 
 
 class ScheduleConfig(_Model):

@@ -58,16 +58,18 @@ class Knobs:
     learn: bool = True
     #: learn the generated tokens too
     learn_output: bool = False
+    #: read the prompt chunk by chunk, and learn each before the next is scored
+    interleave: bool = False
 
     @classmethod
-    def parse(cls, xargs: dict[str, Any] | None, learn_output: bool = False) -> Knobs:
+    def parse(cls, xargs: dict[str, Any] | None, learn_output: bool = False, interleave: bool = False) -> Knobs:
         """Read ``vllm_xargs``. Raises RequestError (400) for an unknown ``ttt_*`` key or a value other than 0 or 1.
 
         Args:
             xargs: as the client sent them; keys without the prefix ``ttt_`` are not ours.
-            learn_output: what ``ttt_learn_output`` is where the request does not say.
+            learn_output, interleave: what those knobs are where the request does not say.
         """
-        values = {"ttt_learn": True, "ttt_learn_output": learn_output}
+        values = {"ttt_learn": True, "ttt_learn_output": learn_output, "ttt_interleave": interleave}
         for key, value in (xargs or {}).items():
             if not key.startswith("ttt_"):
                 continue
@@ -76,7 +78,8 @@ class Knobs:
             if isinstance(value, str | list | dict) or value not in (0, 1):
                 raise RequestError(f"{key} must be 0 or 1; got {shown(value)}", param=key)
             values[key] = bool(value)
-        return cls(values["ttt_learn"], values["ttt_learn"] and values["ttt_learn_output"])
+        learn = values["ttt_learn"]
+        return cls(learn, learn and values["ttt_learn_output"], learn and values["ttt_interleave"])
 
 
 @dataclass(slots=True)
@@ -89,6 +92,10 @@ class RequestPlan:
     prompt: int
     learn: bool
     learn_output: bool
+    #: the first pair to learn; those before are history
+    start: int = 0
+    #: the slot follows the master while the prompt is being read
+    interleave: bool = False
 
 
 @dataclass(slots=True)
@@ -116,6 +123,8 @@ class ChunkReport:
     frozen_loss: float | None
     #: None: learned. Otherwise why not: "loss", "nonfinite", "short" or "error"
     skipped: str | None
+    #: the pair of the request that comes after its last one
+    end: int
     #: the session's version after the chunk
     version: int
 

@@ -25,7 +25,8 @@ from vllm_ttt.eval.oracle import Oracle, load_model
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "demo" / "model"
-FLAGS = ["--served-model-name", "demo", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28), "--enforce-eager"]
+FLAGS = ["--served-model-name", "demo", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28)]
+FLAGS += ["--enforce-eager", "--enable-prompt-tokens-details"]
 #: name: (vllm-ttt's config, further flags)
 SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "exact": ({"sessions": {"resident": 4}}, ["--dtype", "float32"]),

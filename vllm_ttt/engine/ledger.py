@@ -8,8 +8,27 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_ttt.engine.history import History
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ChunkReport, SessionKey
+
+
+@dataclass(slots=True)
+class Open:
+    """A learning request that is not settled: some of it may still be waiting for its step."""
+
+    #: order of arrival
+    arrival: int
+    #: pairs that have been learned, history included, and pairs of which it is known what became of them
+    learned: int = 0
+    done: int = 0
+    #: its prefixes in the session's history
+    prefixes: list[bytes] = field(default_factory=list)
+
+    def note(self, chunk: ChunkReport) -> None:
+        self.done = max(self.done, chunk.end)
+        if chunk.skipped not in ("short", "error"):  # those are left to the next turn; other chunks had their turn
+            self.learned = max(self.learned, chunk.end)
 
 
 @dataclass(slots=True)
@@ -26,13 +45,17 @@ class Session:
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     losses: deque[dict[str, Any]] = field(default_factory=deque)
-    #: learning requests that are not settled yet, in order of arrival: request id -> arrival number
-    open: dict[str, int] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+    #: by request id, in order of arrival
+    open: dict[str, Open] = field(default_factory=dict)
     #: requests in the engine
     requests: set[str] = field(default_factory=set)
 
     def record(self, chunk: ChunkReport) -> None:
         """Count a chunk that was learned or skipped, and remember its losses."""
+        self.version = chunk.version
+        if (opened := self.open.get(chunk.request)) is not None:
+            opened.note(chunk)
         if chunk.skipped is None:
             self.tokens_learned += chunk.tokens
         else:

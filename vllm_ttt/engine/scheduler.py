@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -15,7 +16,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt import plugin, support
-from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.history import BLOCK
+from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
 from vllm_ttt.types import ADAPTER_PATH, Knobs, RequestPlan, SessionKey, StepPlan, StepReport
@@ -30,6 +32,7 @@ _CHILD = re.compile(r"(\d+)_(.+)", re.DOTALL)
 class Attached:
     """A request of a session, while it is in the engine."""
 
+    request: Request
     session: Session
     knobs: Knobs
     #: whether its prompt is learned, by itself or, with n > 1, by the first of its siblings
@@ -38,6 +41,8 @@ class Attached:
     arrival: int
     prompt: int
     started: bool = False
+    #: the first pair to learn, known from the start on; those before are history
+    start: int = 0
     #: tokens that have been generated
     outputs: int = 0
     #: the version that serves its first token
@@ -61,6 +66,9 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = 0
         self.ttt_parents: dict[str, int] = {}
+        self.ttt_interleaved: dict[str, Attached] = {}
+        #: whether a request that this step has passed over waits for nothing but a slot
+        self.ttt_slot_awaited = False
         self.ttt_report = StepReport()
         self.ttt_ended: dict[str, int] = {}
 
@@ -82,18 +90,22 @@ class TTTScheduler(AsyncScheduler):
             wire = f"-/{name}"
         if wire is None or params is None:
             return
-        knobs = Knobs.parse(extra, learn_output=self.ttt_config.learn.tokens == "all")
+        learn = self.ttt_config.learn
+        knobs = Knobs.parse(extra, learn_output=learn.tokens == "all", interleave=learn.interleave)
+        if knobs.interleave and not self.scheduler_config.enable_chunked_prefill:
+            message = "ttt_interleave reads a prompt in chunks, and this server runs with --no-enable-chunked-prefill"
+            raise RequestError(message, param="ttt_interleave")
         session = self.ttt_ledger.open(SessionKey.from_wire(wire))
         prompt_learned = knobs.learn
         arrival, knobs = self._arrive(request, knobs)
         request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")
-        attached = Attached(session, knobs, prompt_learned, arrival, request.num_prompt_tokens)
+        attached = Attached(request, session, knobs, prompt_learned, arrival, request.num_prompt_tokens)
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
         if knobs.learn:
-            # A token read from the prefix cache has no activations to learn from.
-            request.skip_reading_prefix_cache = True
-            session.open[request.request_id] = arrival
+            session.open[request.request_id] = Open(arrival)
+            if knobs.interleave:
+                self.ttt_interleaved[request.request_id] = attached
             session.tokens_seen += max(0, attached.prompt - 1)
 
     def _arrive(self, request: Request, knobs: Knobs) -> tuple[int, Knobs]:
@@ -117,8 +129,8 @@ class TTTScheduler(AsyncScheduler):
     def _may_start(self, attached: Attached) -> bool:
         session = attached.session
         if self.ttt_config.schedule.consistency == "read-your-writes":
-            first = next(iter(session.open.values()), attached.arrival)
-            if first < attached.arrival:
+            first = next(iter(session.open.values()), None)
+            if first is not None and first.arrival < attached.arrival:
                 return False
         pending = self.ttt_report.pending
         if attached.knobs.learn and pending and pending + attached.prompt > self.ttt_config.schedule.backlog_tokens:
@@ -126,9 +138,46 @@ class TTTScheduler(AsyncScheduler):
         # vLLM counts the adapters of requests that this step schedules; one that runs but is not scheduled now keeps its slot.
         running = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
         assert self.lora_config is not None
-        return session.adapter in running or len(running) < self.lora_config.max_loras
+        if len(running) < self.lora_config.max_loras:
+            return True
+        # A session that has a slot does not keep it by sending more while an older request waits for one.
+        if session.adapter in running and not self.ttt_slot_awaited:
+            return True
+        self.ttt_slot_awaited = True
+        return False
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """A token read from the prefix cache has no activations to learn from: what is to be learned is computed."""
+        attached = self.ttt_requests.get(request.request_id)
+        if attached is None or request.request_id not in attached.session.open:
+            return super()._get_local_prefix_cache_hit(request)
+        if not attached.started and self.ttt_config.learn.history == "skip":
+            attached.start = attached.session.history.known(request.prompt_token_ids or ())
+        cache = self.kv_cache_manager
+        if not cache.prefix_cache_lookup_enabled(request):
+            return cache.empty_kv_cache_blocks, 0, 0, False
+        blocks, tokens, _ = cache.coordinator.find_longest_cache_hit(request.block_hashes, attached.start)
+        return cache.create_kv_cache_blocks(blocks), tokens, 0, False
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Called for every request that could be scheduled: where vLLM, too, makes a part of a prompt shorter."""
+        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if self.ttt_interleaved and (attached := self.ttt_interleaved.get(request.request_id)) is not None:
+            readable = self._readable(attached)
+            return tokens if readable is None else max(0, min(tokens, readable - num_computed_tokens))
+        return tokens
+
+    def _readable(self, attached: Attached) -> int | None:
+        """Tokens of an interleaved prompt that may be read: to the end of the first chunk that is not learned. None: all."""
+        opened = attached.session.open.get(attached.request.request_id)
+        if opened is None:
+            return None
+        chunk = self.ttt_config.learn.chunk
+        end = attached.start + (max(opened.done - attached.start, 0) // chunk + 1) * chunk
+        return end if end < attached.prompt - 1 else None
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self.ttt_slot_awaited = False
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended)
         self.ttt_ended = {}
@@ -140,11 +189,20 @@ class TTTScheduler(AsyncScheduler):
                 plan.sessions = True
                 if not attached.started:
                     attached.started = True
-                    plan.started[request_id] = RequestPlan(
-                        attached.session.adapter, attached.prompt, attached.knobs.learn, attached.knobs.learn_output
-                    )
+                    plan.started[request_id] = self._plan(attached)
         output.ttt = plan  # type: ignore[attr-defined]  # a plain dataclass: extra attributes travel with it
         return output
+
+    def _plan(self, attached: Attached) -> RequestPlan:
+        session, knobs, start = attached.session, attached.knobs, attached.start
+        opened = session.open.get(attached.request.request_id)
+        if opened is not None:
+            opened.learned = opened.done = start
+            tokens = attached.request.prompt_token_ids or ()
+            opened.prefixes = session.history.add(tokens, [attached.prompt], start + self._accept(attached.prompt - 1 - start))
+            if start:
+                session.tokens_skipped["history"] += start
+        return RequestPlan(session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -169,10 +227,13 @@ class TTTScheduler(AsyncScheduler):
         for chunk in report.chunks:
             if (session := by_adapter.get(chunk.session)) is not None:
                 session.record(chunk)
-                session.version = chunk.version
+                interleaved = self.ttt_interleaved.get(chunk.request)
+                if interleaved is not None and not interleaved.outputs:
+                    interleaved.version = chunk.version
         for request_id, adapter in report.settled:
-            if (session := by_adapter.get(adapter)) is not None:
-                session.open.pop(request_id, None)
+            session = by_adapter.get(adapter)
+            if session is not None and (opened := session.open.pop(request_id, None)) is not None:
+                session.history.settle(opened.prefixes, opened.learned)
 
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""
@@ -189,10 +250,13 @@ class TTTScheduler(AsyncScheduler):
 
     def _accepted(self, attached: Attached) -> int:
         """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
-        learn = self.ttt_config.learn
-        accept = lambda n: n - n % learn.chunk * (n % learn.chunk < learn.min_chunk)  # noqa: E731
-        tokens = accept(attached.prompt - 1) if attached.prompt_learned else 0
-        return tokens + (accept(attached.outputs) if attached.knobs.learn_output else 0)
+        tokens = self._accept(attached.prompt - 1 - attached.start) if attached.prompt_learned else 0
+        return tokens + (self._accept(attached.outputs) if attached.knobs.learn_output else 0)
+
+    def _accept(self, pairs: int) -> int:
+        """How many of so many consecutive pairs are learned: all but a rest that is too short."""
+        rest = pairs % self.ttt_config.learn.chunk
+        return pairs - rest if rest < self.ttt_config.learn.min_chunk else pairs
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
         finished = super().finish_requests(request_ids, finished_status)
@@ -206,12 +270,25 @@ class TTTScheduler(AsyncScheduler):
         if attached is None:
             return
         attached.session.requests.discard(request_id)
+        self.ttt_interleaved.pop(request_id, None)
         if not attached.started:
             attached.session.open.pop(request_id, None)
         elif attached.knobs.learn:
             self.ttt_ended[request_id] = attached.prompt - 1 + attached.outputs
+            if attached.knobs.learn_output and attached.outputs:
+                self._remember_answer(attached)
         if (child := _CHILD.fullmatch(request_id)) is not None and child.group(1) == "0":
             self.ttt_parents.pop(child.group(2), None)
+
+    def _remember_answer(self, attached: Attached) -> None:
+        """What was generated is learned, and history when the client sends it back within the next prompt."""
+        opened = attached.session.open.get(attached.request.request_id)
+        if opened is None:
+            return
+        end = attached.prompt + attached.outputs
+        tokens = list(attached.request.all_token_ids)[:end]
+        lengths = [*range(attached.prompt + BLOCK, end, BLOCK), end]
+        opened.prefixes += attached.session.history.add(tokens, lengths, end - 1)
 
     def _refuse(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, error in self.ttt_refused:

@@ -161,14 +161,16 @@ class Oracle:
         served = {k: v.to(self.dtype).to(self.compute_dtype) for k, v in self.B.items()}
         return tail_nll(self.weights, self.A, served, h[:-1], a[:-1], torch.tensor(ids[1:]))
 
-    def learn(self, ids: list[int]) -> list[float]:
-        """Learn a request chunk by chunk. Returns the loss of each chunk before its step, also where it was skipped
-        for its loss; a remainder shorter than ``min_chunk`` has none.
+    def learn(self, ids: list[int], start: int = 0) -> list[float]:
+        """Learn a request chunk by chunk, from pair ``start`` on: those before it are history.
+
+        Returns the loss of each chunk before its step, also where it was skipped for its loss; a remainder shorter than
+        ``min_chunk`` has none.
         """
         h, a = self.activations(ids)
         targets, losses, learn = torch.tensor(ids[1:]), [], self.config.learn
-        for start in range(0, len(targets), learn.chunk):
-            rows = slice(start, min(start + learn.chunk, len(targets)))
+        for first in range(start, len(targets), learn.chunk):
+            rows = slice(first, min(first + learn.chunk, len(targets)))
             n = rows.stop - rows.start
             if n < learn.min_chunk:
                 self.tokens["short"] += n

@@ -34,6 +34,8 @@ def check() -> None:
         "finish_requests": "self request_ids finished_status",
         "has_requests": "self",
         "_handle_blocked_waiting_request": "self request",
+        "_get_local_prefix_cache_hit": "self request",
+        "_reserve_prefill_lookahead": "self request num_computed_tokens num_new_tokens",
     }.items():
         _contract.check(Scheduler, name, parameters)
 

@@ -24,9 +24,15 @@ class Chunk:
     session: int
     request: str
     page: int
+    #: its first pair
+    first: int
     rows: int = 0
     #: rows whose gradient has been accumulated
     done: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.first + self.rows
 
 
 @dataclass(slots=True, eq=False)
@@ -34,8 +40,8 @@ class Reading:
     """What has been captured of a running request."""
 
     plan: RequestPlan
-    #: the first pair that has not been captured; recomputed ones before it are not captured twice
-    next: int = 0
+    #: the first pair that has not been captured; history and recomputed ones before it are not captured
+    next: int
     open: Chunk | None = None
     #: the whole prompt has gone through the model
     prompt_read: bool = False
@@ -72,7 +78,7 @@ class Backlog:
         self.closing: dict[str, Reading] = {}
 
     def start(self, request: str, plan: RequestPlan) -> None:
-        self.readings[request] = Reading(plan)
+        self.readings[request] = Reading(plan, plan.start)
 
     def finish(self, request: str, pairs: int | None = None) -> None:
         """The request has left the engine: close its last chunk. A prompt that was not read to its end loses its open chunk.
@@ -157,13 +163,14 @@ class Backlog:
                 reading.open = None
             rest = reading.plan.prompt - 1 - reading.next
             if reading.plan.learn and rest > 0:
-                lost.append(Chunk(session, request, page=-1, rows=rest))
+                lost.append(Chunk(session, request, page=-1, first=reading.next, rows=rest))
             self._end(request, reading)
         return lost
 
     def reading_sessions(self) -> set[int]:
-        """Sessions that have a prompt which has been read in part: their slot must not change now."""
-        return {r.plan.session for r in self.readings.values() if r.next > 0 and not r.prompt_read}
+        """Sessions that have a prompt which has been read in part: their slot must not change now, but for interleaving."""
+        started = (r for r in self.readings.values() if r.next > r.plan.start and not r.prompt_read)
+        return {r.plan.session for r in started if not r.plan.interleave}
 
     def settled(self) -> list[tuple[str, int]]:
         """(request, session) of requests of which all has been learned. They stay until `forget`."""
@@ -194,7 +201,7 @@ class Backlog:
             part_end = min(end, last_of_prompt) if in_prompt else end
             if plan.learn and (in_prompt or plan.learn_output):
                 if reading.open is None:
-                    reading.open = Chunk(plan.session, rows.request, self.free.pop())
+                    reading.open = Chunk(plan.session, rows.request, self.free.pop(), first=position)
                 chunk = reading.open
                 part_end = min(part_end, position + self.chunk - chunk.rows)
                 self._copy_rows(rows, position, part_end, chunk, copy)

@@ -223,4 +223,6 @@ class Trainer:
 
     def _report_chunk(self, chunk: Chunk, loss: float, frozen: float | None, skipped: str | None) -> None:
         version = self.deltas.session(chunk.session).version
-        self.report.chunks.append(ChunkReport(chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, version))
+        self.report.chunks.append(
+            ChunkReport(chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, chunk.end, version)
+        )

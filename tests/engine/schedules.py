@@ -1,0 +1,247 @@
+"""Random schedules on a real engine, in this process, step by step; run by test_schedules.py.
+
+    python schedules.py MODEL EXAMPLES
+
+Hypothesis draws arrivals, chat turns, repeats, aborts, n, and how many tokens an iteration may have; the KV cache is so small
+that requests are preempted. `Expected` says in the plainest way what each session should have learned; the oracle learns it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+from vllm_ttt.config import TTTConfig
+from vllm_ttt.engine.history import BLOCK
+from vllm_ttt.eval.oracle import Oracle, load_model
+from vllm_ttt.types import SessionKey
+
+CONFIG = {"sessions": {"resident": 3}, "learn": {"chunk": 32, "max_loss": 2.0}, "schedule": {"tokens_per_step": 48}}
+CONTEXT = 320
+#: what the schedules brought about, to show that they are not tame
+seen: Counter[str] = Counter()
+
+
+@dataclass
+class Turn:
+    """One request as it is drawn; ``kind``: of the session's last request, or a new text."""
+
+    #: None: a request of the base model, which takes up room
+    session: int | None
+    kind: str
+    length: int
+    offset: int
+    answer: int
+    n: int
+    learn: bool
+    learn_output: bool
+    interleave: bool
+    #: steps of the engine before it arrives, and after which it is aborted; None: never
+    wait: int
+    abort: int | None
+
+
+turns = st.builds(
+    Turn,
+    session=st.sampled_from([0, 1, 2, 3, 4, None]),
+    kind=st.sampled_from(["new", "new", "grow", "grow", "grow", "repeat"]),
+    length=st.one_of(st.integers(60, 200), st.integers(2, 200)),
+    offset=st.integers(0, 4000),
+    answer=st.one_of(st.integers(1, 12), st.integers(1, 12), st.just(70)),
+    n=st.sampled_from([1, 1, 1, 2]),
+    learn=st.sampled_from([True, True, True, False]),
+    learn_output=st.booleans(),
+    interleave=st.sampled_from([False, False, True]),
+    wait=st.sampled_from([0, 0, 0, 1, 3, 8]),
+    abort=st.one_of(st.none(), st.none(), st.integers(0, 20)),
+)
+
+
+@dataclass
+class Sent:
+    """A request that the engine was given, and what is known of it."""
+
+    turn: Turn
+    session: str | None
+    prompt: list[int]
+    answer: list[int] = field(default_factory=list)
+    finished: bool = False
+    aborted: bool = False
+    left: int = 0
+    #: positions that have been computed, at most
+    computed: int = 0
+
+
+@dataclass
+class Expected:
+    """One session, told of its requests in the order in which it sent them."""
+
+    oracle: Oracle
+    #: (tokens, pairs learned of them) of prefixes that later prompts may go on from
+    prefixes: list[tuple[list[int], int]] = field(default_factory=list)
+
+    def learn(self, sent: Sent) -> None:
+        if not sent.turn.learn or not sent.computed:
+            return
+        prompt, chunk, least = sent.prompt, self.oracle.config.learn.chunk, self.oracle.config.learn.min_chunk
+        known = [learned for tokens, learned in self.prefixes if len(tokens) < len(prompt) and prompt[: len(tokens)] == tokens]
+        start, pairs = max(known, default=0), len(prompt) - 1
+        if sent.computed < len(prompt):  # aborted: chunks that were complete are learned
+            pairs = start + max(sent.computed - start, 0) // chunk * chunk
+        self.oracle.learn(prompt[: pairs + 1], start)
+        rest = (pairs - start) % chunk
+        learned = pairs - rest if rest < least else pairs
+        self.prefixes.append((prompt, learned))
+        if sent.turn.learn_output and sent.answer and pairs == len(prompt) - 1:
+            whole = prompt + sent.answer
+            self.oracle.learn(whole, len(prompt) - 1)
+            rest = len(sent.answer) % chunk
+            if rest == 0 or rest >= least or len(sent.answer) > rest:
+                learned = len(whole) - 1 - (rest if rest < least else 0)
+            self.prefixes[-1] = (prompt, min(learned, len(prompt) - 1))
+            ends = [*range(len(prompt) + BLOCK, len(whole), BLOCK), len(whole)]
+            self.prefixes += [(whole[:end], min(learned, end - 1)) for end in ends]
+
+
+class Driver:
+    def __init__(self, model: str):
+        from vllm import LLM
+
+        import vllm_ttt
+
+        options: dict[str, Any] = {"block_size": 32, "num_gpu_blocks_override": 13, "max_num_seqs": 6, "dtype": "float32"}
+        options |= {"kv_cache_memory_bytes": 2**26, "enforce_eager": True, "max_num_batched_tokens": 128}
+        self.llm = LLM(model, max_model_len=CONTEXT, **options, **vllm_ttt.engine_args(config=CONFIG))
+        self.engine: Any = self.llm.llm_engine
+        self.core: Any = self.engine.engine_core.engine_core
+        self.model = load_model(model, torch.float32)
+        torch.set_num_threads(1)
+        self.text = torch.randint(20, 4000, (6000,), generator=torch.Generator().manual_seed(1)).tolist()
+        self.runs = self.names = 0
+        preempt = self.core.scheduler._preempt_request
+        self.core.scheduler._preempt_request = lambda *a, **k: (seen.update(["preempted"]), preempt(*a, **k))[1]
+
+    def run(self, plan: list[Turn], budget: int) -> None:
+        """Serve a schedule, then compare every session with what is expected of it."""
+        try:
+            self.serve(plan, budget)
+        except BaseException:  # hypothesis goes on with a smaller schedule
+            self.engine.abort_request(list(self.engine.output_processor.external_req_ids))
+            self.drain()
+            raise
+
+    def drain(self) -> None:
+        while self.core.scheduler.has_requests():
+            self.core.step()
+
+    def serve(self, plan: list[Turn], budget: int) -> None:
+        from vllm import SamplingParams
+
+        self.runs += 1
+        torch.manual_seed(0)  # what is sampled from; a seed of its own kills vLLM's CPU worker in a chunked prefill
+        self.core.scheduler.max_num_scheduled_tokens = budget
+        requests: dict[str, Sent] = {}
+        for turn in plan:
+            for _ in range(turn.wait):
+                self.step(requests)
+            name = None if turn.session is None else f"r{self.runs}-s{turn.session}"
+            sent = Sent(turn, name, self.prompt(turn, name, requests), left=turn.abort if turn.abort is not None else -1)
+            knobs = {"ttt_learn": turn.learn, "ttt_learn_output": turn.learn_output, "ttt_interleave": turn.interleave}
+            extra = {"session_id": name, **{key: int(value) for key, value in knobs.items()}} if name else None
+            params = SamplingParams(
+                n=turn.n, max_tokens=turn.answer, temperature=0.8, ignore_eos=True, detokenize=False, extra_args=extra
+            )
+            self.names += 1
+            requests[f"q{self.names}"] = sent
+            self.engine.add_request(f"q{self.names}", {"prompt_token_ids": sent.prompt}, params)
+            note(f"q{self.names}: {name} {turn.kind}, {len(sent.prompt)} tokens, {turn}")
+        while self.engine.has_unfinished_requests():
+            self.step(requests)
+        self.drain()
+        self.compare(requests)
+
+    def prompt(self, turn: Turn, name: str | None, requests: dict[str, Sent]) -> list[int]:
+        earlier = [sent for sent in requests.values() if sent.session == name]
+        fresh = self.text[turn.offset : turn.offset + turn.length]
+        if not earlier or turn.kind == "new":
+            return fresh
+        last = earlier[-1]
+        seen.update([turn.kind])
+        if turn.kind == "repeat":
+            return last.prompt
+        grown = last.prompt + (last.answer if last.finished else []) + fresh
+        return grown if len(grown) < CONTEXT - 16 else fresh
+
+    def step(self, requests: dict[str, Sent]) -> None:
+        """One iteration; then the aborts that are due."""
+        if not self.engine.has_unfinished_requests():
+            return
+        for output in self.engine.step():
+            sent = requests[output.request_id]
+            first = next((o for o in output.outputs if o.index == 0), None)
+            if first is not None:
+                sent.answer = list(first.token_ids)
+            sent.finished = output.finished
+        for request_id, sent in requests.items():
+            live = [r for key, r in self.core.scheduler.requests.items() if self.belongs(key, request_id)]
+            for request in live:
+                sent.computed = max(sent.computed, request.num_computed_tokens)
+            if sent.finished:
+                sent.computed = max(sent.computed, len(sent.prompt))
+            elif sent.left == 0 and not sent.aborted:
+                seen.update(["aborted"])
+                sent.aborted = sent.finished = True
+                self.engine.abort_request([request_id])
+            sent.left -= 1
+
+    @staticmethod
+    def belongs(key: str, request_id: str) -> bool:
+        """Whether the engine's request is the one that learns: of n samples the first."""
+        return key.startswith((f"{request_id}-", f"0_{request_id}-")) or key in (request_id, f"0_{request_id}")
+
+    def compare(self, requests: dict[str, Sent]) -> None:
+        scheduler, worker = self.core.scheduler, self.core.model_executor.driver_worker.worker
+        sessions = {sent.session for sent in requests.values() if sent.session}
+        for name in sorted(sessions):
+            expected = Expected(Oracle(self.model, TTTConfig.model_validate(CONFIG), torch.float32))
+            for sent in requests.values():
+                if sent.session == name:
+                    expected.learn(sent)
+            session = scheduler.ttt_ledger.find(SessionKey("-", name))
+            assert session is not None
+            learned = expected.oracle.tokens["learned"]
+            assert session.tokens_learned == learned, (name, session.summary(), expected.oracle.tokens)
+            assert session.version == expected.oracle.version
+            assert not session.open
+            seen.update({"sessions": 1, "chunks": session.version, "history": session.tokens_skipped["history"] > 0})
+            for key, b in worker.trainer.deltas.read(session.adapter).parts():
+                want = expected.oracle.B[key]
+                assert (b[0] - want).norm() <= 0.02 * want.norm() + 1e-9, (name, key)
+        assert len(worker.backlog.free) == worker.backlog.t_PC.shape[0], "pages have leaked"
+        assert not worker.trainer.deltas.pinned
+
+
+def main() -> None:
+    model, examples = sys.argv[1], int(sys.argv[2])
+    driver = Driver(model)
+
+    slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=slow, database=None)
+    @given(st.lists(turns, min_size=4, max_size=12), st.integers(9, 128))
+    def schedules(plan: list[Turn], budget: int) -> None:
+        driver.run(plan, budget)
+
+    schedules()
+    print("SEEN " + json.dumps(seen), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Whatever the schedule: every session has learned what it should have, once (schedules.py draws them)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+HERE = Path(__file__).parent
+#: Each takes some seconds; `TTT_EXAMPLES=200 pytest tests/engine/test_schedules.py` looks further.
+EXAMPLES = os.environ.get("TTT_EXAMPLES", "8")
+
+
+def test_random_schedules(stage: Any) -> None:
+    """In a process of its own: the engine runs inside it, and vLLM's CPU worker binds the process to a core."""
+    stage.stop()
+    command = [sys.executable, str(HERE / "schedules.py"), str(HERE.parents[1] / "demo" / "model"), EXAMPLES]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-6000:]
+    seen = json.loads(done.stdout[done.stdout.rindex("SEEN ") + 5 :])
+    for what in ("sessions", "chunks", "history", "grow", "repeat", "aborted", "preempted"):
+        assert seen[what] > 0, f"the schedules were tame: {seen}"

@@ -1,0 +1,43 @@
+"""What a session is thought to know of a prompt, beside lists of tokens compared one by one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ttt.engine.history import LIMIT, History
+
+pytestmark = pytest.mark.unit
+
+tokens = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+
+
+@given(st.lists(st.tuples(tokens, st.integers(0, 11)), max_size=20), tokens)
+def test_history_is_the_longest_learned_prefix(requests: list[tuple[list[int], int]], prompt: list[int]) -> None:
+    history, plain = History(), {}
+    for sent, learned in requests:
+        history.add(sent, [len(sent)], learned)
+        plain[tuple(sent)] = min(learned, len(sent) - 1)
+    known = [learned for sent, learned in plain.items() if len(sent) < len(prompt) and tuple(prompt[: len(sent)]) == sent]
+    assert history.known(prompt) == max(known, default=0)
+    assert History.from_state(history.to_state()).known(prompt) == max(known, default=0)
+
+
+def test_what_was_not_learned_in_the_end_is_not_history() -> None:
+    history = History()
+    prefixes = history.add(range(100), [60, 80, 100], 99)
+    assert history.known(range(200)) == 99
+    history.settle(prefixes, 64)
+    assert history.known(range(200)) == 64
+    assert history.known(range(70)) == 59, "of a shorter prefix no more than it has"
+
+
+def test_it_is_bounded_and_keeps_what_was_met_last() -> None:
+    history = History()
+    history.add(range(50), [50], 49)
+    for i in range(LIMIT + 20):
+        history.add([1000 + i, 1], [2], 1)
+        assert history.known(range(60)) == 49, "it was met a moment ago"
+    assert len(history.prefixes) == LIMIT
+    assert history.known([1000, 1, 2]) == 0
