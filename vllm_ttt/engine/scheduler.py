@@ -15,7 +15,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt import plugin, support
+from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.store import open_store
+from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
 from vllm_ttt.types import ADAPTER_PATH, Knobs, RequestPlan, SessionKey, StepPlan, StepReport
@@ -56,7 +59,11 @@ class TTTScheduler(AsyncScheduler):
         assert isinstance(additional, dict)
         self.ttt_http: bool = additional[plugin.NAME]["http"]
         limit = support.max_sessions(self.vllm_config.model_config.hf_text_config, config)
-        self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, limit, config.sessions.per_key, config.observe.recent_chunks)
+        self.ttt_store = open_store(self.vllm_config, config)
+        first = self.lora_config.max_loras + 1
+        self.ttt_ledger = Ledger(first, limit, config.sessions.per_key, config.observe.recent_chunks, self.ttt_store)
+        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up)
+        self.ttt_alarm: Alarm | None = None
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = 0
@@ -84,6 +91,11 @@ class TTTScheduler(AsyncScheduler):
             return
         knobs = Knobs.parse(extra, learn_output=self.ttt_config.learn.tokens == "all")
         session = self.ttt_ledger.open(SessionKey.from_wire(wire))
+        if not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck:
+            raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)
+        self.ttt_tiers.changes(session)
+        if session.frozen:
+            knobs = Knobs(learn=False)
         prompt_learned = knobs.learn
         arrival, knobs = self._arrive(request, knobs)
         request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")
@@ -116,6 +128,8 @@ class TTTScheduler(AsyncScheduler):
 
     def _may_start(self, attached: Attached) -> bool:
         session = attached.session
+        if not self.ttt_tiers.ready(session):
+            return False
         if self.ttt_config.schedule.consistency == "read-your-writes":
             first = next(iter(session.open.values()), attached.arrival)
             if first < attached.arrival:
@@ -130,7 +144,7 @@ class TTTScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
-        plan = StepPlan(ended=self.ttt_ended)
+        plan = StepPlan(ended=self.ttt_ended, files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
         if self.ttt_requests:
             for request_id in output.num_scheduled_tokens:
@@ -170,9 +184,12 @@ class TTTScheduler(AsyncScheduler):
             if (session := by_adapter.get(chunk.session)) is not None:
                 session.record(chunk)
                 session.version = chunk.version
+                self.ttt_tiers.changes(session)
         for request_id, adapter in report.settled:
             if (session := by_adapter.get(adapter)) is not None:
                 session.open.pop(request_id, None)
+        if report.files:
+            self.ttt_tiers.read(report.files)
 
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""
@@ -210,6 +227,7 @@ class TTTScheduler(AsyncScheduler):
             attached.session.open.pop(request_id, None)
         elif attached.knobs.learn:
             self.ttt_ended[request_id] = attached.prompt - 1 + attached.outputs
+        self.ttt_tiers.left(attached.session)
         if (child := _CHILD.fullmatch(request_id)) is not None and child.group(1) == "0":
             self.ttt_parents.pop(child.group(2), None)
 
@@ -225,4 +243,24 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_refused.clear()
 
     def has_requests(self) -> bool:
-        return super().has_requests() or self.ttt_report.busy or bool(self.ttt_refused)
+        return super().has_requests() or self.ttt_report.busy or bool(self.ttt_refused) or self.ttt_tiers.busy
+
+    def _give_up(self, session: Session, error: RequestError) -> None:
+        """Refuse the requests of a session that cannot be brought back; none of them has started."""
+        waiting = [self.requests[request_id] for request_id in session.requests if request_id in self.requests]
+        self.finish_requests([request.request_id for request in waiting], RequestStatus.FINISHED_ABORTED)
+        self.ttt_refused += [(request, error) for request in waiting]
+
+    def ttt_loop(self, engine: Any) -> None:
+        """Called by the engine core whenever it may rest or end."""
+        if self.ttt_store is None:
+            return
+        if not engine.is_running():
+            self.ttt_tiers.close()
+        elif self.ttt_alarm is None:
+            self.ttt_alarm = Alarm(engine, self.ttt_config.sessions.autosave, self.ttt_tiers)
+
+    def shutdown(self) -> None:
+        if self.ttt_store is not None:
+            self.ttt_store.close()
+        super().shutdown()

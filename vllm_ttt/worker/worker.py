@@ -11,12 +11,14 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_ttt.config import TTTConfig
+from vllm_ttt.geometry import Geometry
 from vllm_ttt.plugin import config_of
 from vllm_ttt.types import StepPlan
 from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.budget import Budget, tile_sizes
 from vllm_ttt.worker.capture import Capture
 from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.micro_step import MODULES
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.step_view import Rows
@@ -63,8 +65,11 @@ class TTTWorkerMixin:
         pages = config.schedule.backlog_tokens // config.learn.chunk + config.sessions.resident
         self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, self.capture.h_ND, self.capture.a_NQ)
         deltas = Deltas(tail, config.sessions.resident)
+        geometry = Geometry.of(self.vllm_config.model_config.hf_text_config, config.adapt)
+        assert deltas.bytes_per_session() == geometry.bytes, "the model's configuration and its weights disagree"
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots)
+        self.files = Files(self.trainer, geometry, self.vllm_config.model_config.model)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
         #: (before learning, before the forward, after sampling, tokens learned) of iterations whose times are not known yet
@@ -86,6 +91,8 @@ class TTTWorkerMixin:
         plan: StepPlan = getattr(scheduler_output, "ttt", None) or StepPlan()
         serving = scheduler_output.total_num_scheduled_tokens > 0
         before = self.clock.mark()
+        if plan.files or not self.files.idle:
+            self.files.step(plan.files)
         # Guarded one by one: a request whose start or end is missed would keep its session waiting for ever.
         self._guard(self._finish, scheduler_output, plan)
         learned = self._guard(self._between, serving) or 0
@@ -123,6 +130,16 @@ class TTTWorkerMixin:
             "tokens_pending": self.backlog.pending_of(key),
             "norm": dict(zip(MODULES, norms, strict=True)),
         }
+
+    def ttt_sessions(self, keys: list[int]) -> list[dict[str, Any]]:
+        """`ttt_session` of several."""
+        return [self.ttt_session(key) for key in keys]
+
+    @torch.inference_mode()
+    def ttt_copy(self, key: int, to: int) -> None:
+        """Give the new session ``to`` the delta of ``key``, for which nothing waits to be learned."""
+        self.trainer.collect(wait=True)
+        self.trainer.deltas.copy(key, to)
 
     @torch.inference_mode()
     def ttt_drop(self, key: int) -> None:
@@ -208,6 +225,7 @@ class TTTWorkerMixin:
     def _report(self) -> Any:
         report = self.trainer.take_report()
         report.began, self.began = self.began, {}
+        report.files = self.files.take_reports()
         return report
 
     def _guard(self, hook: Any, *args: Any) -> Any:
