@@ -121,6 +121,8 @@ class FileReport:
     outcome: Literal["taken", "done", "failed", "damaged"]
     #: of the delta in the file
     version: int = 0
+    #: taken: how many of the chunks in the same report the snapshot holds; the others came later
+    chunks: int = 0
     bytes: int = 0
     #: sha256 of the file, hexadecimal
     checksum: str = ""

@@ -21,7 +21,7 @@ from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
-from vllm_ttt.types import ADAPTER_PATH, Knobs, RequestPlan, SessionKey, StepPlan, StepReport
+from vllm_ttt.types import ADAPTER_PATH, ChunkReport, Knobs, RequestPlan, SessionKey, StepPlan, StepReport
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -179,17 +179,24 @@ class TTTScheduler(AsyncScheduler):
         for request_id, version in report.began.items():
             if (attached := self.ttt_requests.get(request_id)) is not None:
                 attached.version = version
+        counted = 0
+        for file in report.files:
+            if file.outcome == "taken":  # what was learned later is not in the snapshot
+                self._count(report.chunks[counted : file.chunks])
+                counted = file.chunks
+            self.ttt_tiers.read(file)
+        self._count(report.chunks[counted:])
         by_adapter = self.ttt_ledger.by_adapter
-        for chunk in report.chunks:
-            if (session := by_adapter.get(chunk.session)) is not None:
-                session.record(chunk)
-                session.version = chunk.version
-                self.ttt_tiers.changes(session)
         for request_id, adapter in report.settled:
             if (session := by_adapter.get(adapter)) is not None:
                 session.open.pop(request_id, None)
-        if report.files:
-            self.ttt_tiers.read(report.files)
+
+    def _count(self, chunks: list[ChunkReport]) -> None:
+        for chunk in chunks:
+            if (session := self.ttt_ledger.by_adapter.get(chunk.session)) is not None:
+                session.record(chunk)
+                session.version = chunk.version
+                self.ttt_tiers.changes(session)
 
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""

@@ -103,15 +103,14 @@ class Tiers:
         orders, self.orders = self.orders, []
         return orders
 
-    def read(self, reports: list[FileReport]) -> None:
-        """Take in what the worker has done. Learning that the same step reports must have been counted before."""
-        for report in reports:
-            if report.action == "save":
-                self._read_save(report)
-            elif report.action == "load":
-                self._read_load(report)
-            elif report.action == "export" and report.outcome != "taken":
-                self._read_export(report)
+    def read(self, report: FileReport) -> None:
+        """Take in what the worker has done. Where a snapshot was taken, the ledger must have counted what it holds, and no more."""
+        if report.action == "save":
+            self._read_save(report)
+        elif report.action == "load":
+            self._read_load(report)
+        elif report.action == "export" and report.outcome != "taken":
+            self._read_export(report)
 
     @property
     def busy(self) -> bool:

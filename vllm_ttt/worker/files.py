@@ -84,7 +84,8 @@ class Files:
                 raise RuntimeError("the session is not in memory")
             snapshot = self._snapshot(order.session, session or Session())
             version = snapshot.state["version"]
-            self.reports.append(FileReport(order.action, order.session, order.path, "taken", version))
+            counted = len(self.trainer.report.chunks)
+            self.reports.append(FileReport(order.action, order.session, order.path, "taken", version, counted))
             job = self._save if order.action == "save" else self._export
             self._run(self.writer, order, job, order, snapshot)
 
@@ -122,7 +123,7 @@ class Files:
         data = delta_file.encode(self._tensors(snapshot), metadata)
         checksum = delta_file.write(Path(order.path), data)
         version = snapshot.state["version"]
-        return FileReport("save", order.session, order.path, "done", version, len(data), checksum), None
+        return FileReport("save", order.session, order.path, "done", version, bytes=len(data), checksum=checksum), None
 
     def _load(self, order: FileOrder) -> tuple[FileReport, Session]:
         tensors, metadata = delta_file.load(Path(order.path), order.checksum, self.geometry)
@@ -134,7 +135,7 @@ class Files:
         metadata = {**order.metadata, "version": str(snapshot.state["version"])}
         data = peft.adapter(self._tensors(snapshot), self.geometry, self.trainer.dtype, self.base_model, metadata)
         delta_file.write(Path(order.path), data)
-        return FileReport("export", order.session, order.path, "done", snapshot.state["version"], len(data)), None
+        return FileReport("export", order.session, order.path, "done", snapshot.state["version"], bytes=len(data)), None
 
     def _tensors(self, snapshot: Snapshot) -> dict[str, torch.Tensor]:
         if snapshot.mark is not None:
