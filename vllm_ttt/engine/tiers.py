@@ -104,7 +104,7 @@ class Tiers:
         return orders
 
     def read(self, report: FileReport) -> None:
-        """Take in what the worker has done. Where a snapshot was taken, the ledger must have counted what it holds, and no more."""
+        """Take in what the worker has done. For a snapshot, the ledger must have counted what it holds, and no more."""
         if report.action == "save":
             self._read_save(report)
         elif report.action == "load":

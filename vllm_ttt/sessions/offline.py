@@ -172,7 +172,8 @@ class Offline:
         except (FileError, OSError, ValueError, KeyError, TypeError) as error:
             return str(error)
         if not found == version.version == version.state.get("version"):
-            return f"it holds version {found}; recorded are version {version.version} and the ledger of {version.state.get('version')}"
+            ledger = version.state.get("version")
+            return f"it holds version {found}; recorded are version {version.version} and the ledger of version {ledger}"
         return None
 
     def _read_adapter(self, source: Path) -> tuple[dict[str, torch.Tensor], int]:
