@@ -151,7 +151,7 @@ def test_a_snapshot_has_the_ledger_of_its_version(make: Make) -> None:
     """Also where more is learned in the step in which it is taken."""
     world = make()
     session = world.use("a", 1.0)
-    future = world.tiers.save(session)
+    future = world.saves.save(session)
     world.files.step(world.tiers.take_orders())
     world.trainer.learn(session.adapter, 2.0)
     world.run(future.done)
@@ -165,7 +165,7 @@ def test_a_snapshot_waits_for_a_step_that_is_under_way(make: Make) -> None:
     world = make()
     session = world.use("a", 1.0)
     world.trainer.flying.add(session.adapter)
-    future = world.tiers.save(session)
+    future = world.saves.save(session)
     for _ in range(20):
         world.step()
     assert not files(world)
@@ -320,7 +320,7 @@ def test_sessions_that_nobody_uses_expire(make: Make) -> None:
         session.last_used -= 7200
         session.touched = True
         world.tiers.changes(session)
-        world.wait(world.tiers.save(session))
+        world.wait(world.saves.save(session))
         world.tiers.left(session)
     world.run()
     world.tiers.next_sweep = 0.0
@@ -362,7 +362,7 @@ def test_autosave(make: Make) -> None:
     world = make(autosave=0.1)
     session = world.use("a", 1.0)
     world.run(lambda: session.saved is not None)
-    assert not world.tiers.changed
+    assert not world.saves.changed
 
 
 def test_leftovers_are_removed_and_unknown_files_do_not_exist(make: Make) -> None:

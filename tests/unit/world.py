@@ -69,6 +69,8 @@ class World:
         self.store = Store(StateDir(folder), IDENTITY, self.config.keep_versions, disk)
         self.ledger = Ledger(100, limit, self.config.per_key, 8, self.store)
         self.tiers = Tiers(self.ledger, self.config, self.store, self.give_up)
+        assert self.tiers.saves is not None
+        self.saves = self.tiers.saves
         self.trainer = FakeTrainer(rows)
         self.files: Any = Files(self.trainer, GEOMETRY, "tiny")  # type: ignore[arg-type]
         self.refused: list[RequestError] = []
@@ -125,7 +127,7 @@ class World:
     def save(self, name: str) -> Any:
         session = self.ledger.find(SessionKey("-", name))
         assert session is not None
-        saved = self.wait(self.tiers.save(session))
+        saved = self.wait(self.saves.save(session))
         self.tiers.left(session)
         return saved
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_ttt.engine import records
 from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.saves import Saves
 from vllm_ttt.engine.store import Change
 from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.errors import RequestError
@@ -86,7 +87,7 @@ class Admin:
         return self._set_frozen(key, False)
 
     def save(self, key: SessionKey, _: Any) -> Future:
-        self._need_store("save")
+        saves = self._need_saves("save")
         session = self._find(key)
 
         def saved(_: Any) -> dict[str, Any]:
@@ -95,10 +96,10 @@ class Admin:
             self.tiers.left(session)
             return detail
 
-        return _then(self.tiers.save(session), saved)
+        return _then(saves.save(session), saved)
 
     def rollback(self, key: SessionKey, version: Any) -> Future:
-        store = self._need_store("rollback")
+        store = self._need_saves("rollback").store
         session = self._idle(key)
         kept = {v.version: v for v in records.versions(store.reader, session.uid)}
         if version not in kept:
@@ -194,10 +195,10 @@ class Admin:
             raise RequestError(message, 409)
         return session
 
-    def _need_store(self, what: str) -> Any:
-        if self.store is None:
+    def _need_saves(self, what: str) -> Saves:
+        if self.tiers.saves is None:
             raise RequestError(f"{what} needs a state dir; start the server with --ttt-state-dir", 409)
-        return self.store
+        return self.tiers.saves
 
     def _detail(self, session: Session) -> dict[str, Any]:
         worker = self._away(session)

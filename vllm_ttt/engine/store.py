@@ -57,6 +57,19 @@ def open_store(vllm_config: Any, config: TTTConfig) -> Store | None:
     return Store(StateDir(sessions.state_dir), identity(vllm_config, config), sessions.keep_versions, limit)
 
 
+def check_dir(vllm_config: Any, config: TTTConfig) -> None:
+    """Raise ConfigError where `open_store` would: before anything is loaded. Changes nothing in a dir that is in use."""
+    if config.sessions.state_dir is None:
+        return
+    folder = StateDir(config.sessions.state_dir)
+    folder.create()
+    folder.lock()
+    folder.unlock()
+    if folder.exists():
+        with contextlib.closing(records.connect(folder.database)) as db:
+            compare(records.read_identity(db), identity(vllm_config, config), folder.root)
+
+
 class Store:
     """Raises ConfigError where the dir is in use, is not ours, or belongs to another model or other settings."""
 

@@ -111,6 +111,10 @@ def _create_engine_config(original: Callable) -> Callable:
         support.prepare_engine_args(self, config)
         vllm_config = original(self, *args, **kwargs)
         support.finish_vllm_config(vllm_config, config)
+        if config.sessions.state_dir is not None:
+            from vllm_ttt.engine.store import check_dir
+
+            check_dir(vllm_config, config)
         return vllm_config
 
     return create_engine_config

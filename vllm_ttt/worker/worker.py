@@ -20,6 +20,7 @@ from vllm_ttt.worker.capture import Capture
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.micro_step import MODULES
+from vllm_ttt.worker.signals import leave_with_the_engine
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.step_view import Rows
 from vllm_ttt.worker.tail import TailModules, build_tail, find_modules
@@ -55,6 +56,8 @@ class TTTWorkerMixin:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         config = config_of(self.vllm_config)
         assert config is not None, "a TTT worker needs additional_config['ttt']"
+        if config.sessions.state_dir is not None:
+            leave_with_the_engine()
         runner = self.model_runner
         modules = find_modules(runner.get_model())
         tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed)
@@ -140,11 +143,6 @@ class TTTWorkerMixin:
         """Give the new session ``to`` the delta of ``key``, for which nothing waits to be learned."""
         self.trainer.collect(wait=True)
         self.trainer.deltas.copy(key, to)
-
-    @torch.inference_mode()
-    def ttt_drop(self, key: int) -> None:
-        """Make a session that has no request in the engine the base model again."""
-        self.trainer.drop(key)
 
     def ttt_status(self) -> dict[str, Any]:
         """Captured tokens that wait, updates committed to all sessions, errors, and ms that a tile of so many tokens takes."""
