@@ -54,7 +54,7 @@ def server(folder: Path, log: str) -> Iterator[Served]:
 
 
 class Load:
-    """Clients that learn, probe and save until the server is gone. ``acknowledged``: name -> version of a save that was answered."""
+    """Clients that learn, probe and save until the server is gone. ``acknowledged``: name -> version of an answered save."""
 
     def __init__(self, served: Served, documents: Documents, seed: int, acknowledged: dict[str, int]):
         self.served, self.acknowledged, self.errors = served, acknowledged, []
@@ -114,7 +114,7 @@ def check(served: Served, folder: Path, documents: Documents, acknowledged: dict
 
 def assert_same_delta(delta: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], geometry: Geometry) -> None:
     """Bit for bit."""
-    expected = [x.flatten() for x in tensors.values()]
+    expected = [tensors[name].flatten() for name in geometry.shapes]
     assert torch.equal(torch.cat([delta[key] for key in "ogud"]), torch.cat(expected))
 
 
@@ -139,9 +139,8 @@ def test_kill_9_at_random_moments(stage: Stage, tmp_path: Path, documents: Docum
             load.end()
         report = Offline(state).fsck()
         assert report["problems"] == [], f"after kill {cycle}"
-        print(
-            f"kill {cycle}: {len(acknowledged)} acknowledged, {report['versions']} versions, {len(report['leftovers'])} leftovers"
-        )
+        versions, leftovers = report["versions"], len(report["leftovers"])
+        print(f"kill {cycle}: {len(acknowledged)} acknowledged, {versions} versions, {leftovers} leftovers", flush=True)
     assert acknowledged
     with server(tmp_path, "server-last.log") as served:
         check(served, state, documents, acknowledged)

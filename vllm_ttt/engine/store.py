@@ -78,10 +78,13 @@ class Store:
         self.folder, self.keep, self.limit = folder, keep, limit
         folder.create()
         folder.lock()
-        self.reader = records.connect(folder.database)
-        self.identity = records.create(self.reader, identity)
-        compare(self.identity, identity, folder.root)
-        self._recover()
+        try:
+            self.reader = records.connect(folder.database)
+            compare(records.create(self.reader, identity), identity, folder.root)
+            self._recover()
+        except BaseException:
+            folder.unlock()
+            raise
         self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
         self.bytes = sum(self.sizes.values())
         #: why the last save found no room; "" once one did, or something was removed
