@@ -39,6 +39,20 @@ async def list_sessions(request: Request, all: bool = False) -> Any:
     return await _ask(request, "list_all" if all else "list")
 
 
+# Before the route of the session itself, whose path would take its end for a part of the id.
+@router.get(
+    _SESSION + "/adapter",
+    response_class=StreamingResponse,
+    responses={**_ERRORS, 200: {"content": {"application/octet-stream": {}, "application/x-tar": {}}}},
+)
+async def get_adapter(
+    session_id: SessionId, request: Request, format: Literal["safetensors", "tar"] = "safetensors"
+) -> StreamingResponse:
+    """The delta as a PEFT adapter: one .safetensors with its configuration in the metadata, or a tar of both files."""
+    written = await _ask(request, "export", session_id)
+    return adapter.answer(written["path"], session_id, format)
+
+
 @router.get(_SESSION, response_model=models.Session, responses=_ERRORS)
 async def get_session(session_id: SessionId, request: Request) -> Any:
     """One session: how far it has come, and the losses of what it sent recently."""
@@ -88,19 +102,6 @@ async def fork_session(session_id: SessionId, body: models.Fork, request: Reques
     return await _ask(request, "fork", session_id, _checked(body.to, "to"))
 
 
-@router.get(
-    _SESSION + "/adapter",
-    response_class=StreamingResponse,
-    responses={**_ERRORS, 200: {"content": {"application/octet-stream": {}, "application/x-tar": {}}}},
-)
-async def get_adapter(
-    session_id: SessionId, request: Request, format: Literal["safetensors", "tar"] = "safetensors"
-) -> StreamingResponse:
-    """The delta as a PEFT adapter: one .safetensors with its configuration in the metadata, or a tar of both files."""
-    written = await _ask(request, "export", session_id)
-    return adapter.answer(written["path"], session_id, format)
-
-
 @router.get("/config")
 async def get_config(request: Request) -> dict[str, Any]:
     """The configuration that is in force, defaults filled in."""
@@ -127,7 +128,12 @@ async def _ask(request: Request, op: str, session_id: str | None = None, *argume
     try:
         name = "" if session_id is None else check_session_id(session_id)
         tenant = tenants.tenant_of(request)
-        answer = await request.app.state.ttt_engine.engine_core.call_utility_async("ttt_admin", op, tenant, name, *argument)
+        try:
+            answer = await request.app.state.ttt_engine.engine_core.call_utility_async("ttt_admin", op, tenant, name, *argument)
+        except Exception as error:
+            if "shutting down" not in str(error):
+                raise
+            raise RequestError("the server is shutting down; what it has learned is being saved", status=503) from None
         if not answer["ok"]:
             raise RequestError(answer["message"], status=answer["status"])
     except RequestError as error:
