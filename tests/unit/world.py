@@ -145,6 +145,8 @@ class World:
         self.tiers.close()
         self.run()
         self.store.close()
+        self.files.writer.shutdown()
+        self.files.reader.shutdown()
 
     def _count(self, chunks: list[ChunkReport]) -> None:
         for chunk in chunks:
