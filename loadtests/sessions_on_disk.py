@@ -8,7 +8,7 @@ of a probe, and the SHA-256 of its adapter. Then the server is stopped and start
 
 * those are asked once more, each alone: log-probabilities and adapter must be the same, bit for bit. The first answer of each
   has to wake it, a second one right after it does not: the difference is the cost of waking;
-* all are asked, in another order, and must be at the version that they had;
+* all are asked, in another order, and must be at the version that they had (0 where the prompt was noise and was not learned);
 * a base answer is streamed alone, and again while 100 adapters are exported.
 
 A dated JSON and a Markdown table are written to loadtests/results.
@@ -65,6 +65,8 @@ class Memory(threading.Thread):
                     if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) != self.group:
                         continue
                     fields = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+                    if not fields["Name"].strip().startswith("VLLM::"):
+                        continue
                     name, size = fields["Name"].strip(), int(fields["VmRSS"].split()[0]) / 1024
                     self.peak[name] = max(self.peak.get(name, 0), size)
 
@@ -89,12 +91,21 @@ class Client:
         adapter = await self.http.get(f"/v1/ttt/sessions/{session}/adapter")
         adapter.raise_for_status()
         scores = [next(iter(position.values()))["logprob"] for position in choice["prompt_logprobs"][1:]]
-        return {"logprobs": scores, "adapter": hashlib.sha256(adapter.content).hexdigest()}
+        tensors = adapter.content[8 + int.from_bytes(adapter.content[:8], "little") :]
+        return {"logprobs": scores, "adapter": hashlib.sha256(tensors).hexdigest()}
 
-    async def learned(self, session: str) -> None:
-        """Until what was sent has been learned."""
-        while (await self.http.get(f"/v1/ttt/sessions/{session}")).json()["version"] == 0:
+    async def settled(self, session: str) -> None:
+        """Until what was sent has been learned, or skipped."""
+        while True:
+            found = (await self.http.get(f"/v1/ttt/sessions/{session}")).json()
+            if found["tokens_learned"] + sum(found["tokens_skipped"].values()) == found["tokens_seen"]:
+                return
             await asyncio.sleep(0.01)
+
+    async def versions(self) -> dict[str, int]:
+        """Of every session."""
+        listed = (await self.http.get("/v1/ttt/sessions")).json()["sessions"]
+        return {session["session_id"]: session["version"] for session in listed}
 
     async def gaps(self, prompt: list[int], tokens: int) -> list[float]:
         """Seconds between the events of a streamed base answer."""
@@ -123,6 +134,8 @@ class Run:
         self.names = [f"session-{i}" for i in range(sessions)]
         self.step = max(1, sessions // check)
         self.seen: dict[str, dict[str, Any]] = {}
+        self.versions: dict[str, int] = {}
+        self.memory: Memory | None = None
         self.figures: dict[str, Any] = {"sessions": sessions}
 
     def read(self, url: str) -> None:
@@ -145,11 +158,19 @@ class Run:
                 lambda name=name, prompt=prompt: client.complete(prompt, name, True)
                 for name, prompt in zip(wave, prompts, strict=True)
             )
-            await client.learned(wave[0])
+            await client.settled(wave[0])
             self.seen[wave[0]] = await client.look(wave[0], self.probe)
             if first % (50 * self.step) == 0:
                 print(f"{first + len(wave)} sessions, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+            if self.memory is not None and first <= len(self.names) // 10:
+                self.figures["peak_tenth_mb"] = self.memory.peak.get("VLLM::Worker", 0)
         self.figures["learn_s"] = time.perf_counter() - began
+        await client.settled(self.names[-1])
+        await asyncio.sleep(2)
+        began, self.versions = time.perf_counter(), await client.versions()
+        self.figures["list_s"] = time.perf_counter() - began
+        assert len(self.versions) == len(self.names)
+        self.figures["skipped"] = sum(version == 0 for version in self.versions.values())
 
     async def come_back(self, url: str) -> None:
         client = Client(url)
@@ -167,7 +188,7 @@ class Run:
         order, began, wrong = random.Random(1).sample(self.names, len(self.names)), time.perf_counter(), []
 
         async def ask(name: str) -> None:
-            if (await client.complete(self.probe, name, False))["ttt"]["version"] != 1:
+            if (await client.complete(self.probe, name, False))["ttt"]["version"] != self.versions[name]:
                 wrong.append(name)
 
         await in_turn(lambda name=name: ask(name) for name in order)
@@ -191,10 +212,11 @@ def spread(seconds: list[float]) -> str:
 
 def table(x: dict[str, Any]) -> str:
     rows = [
-        ("sessions", x["sessions"]),
+        ("sessions; of which learned nothing, their text being noise to the model", f"{x['sessions']}; {x['skipped']}"),
         ("learned and put away, s", f"{x['learn_s']:.0f}"),
         ("after the restart: same log-probabilities and adapter, bit for bit", f"{x['same']} of {x['checked']}"),
         ("asked again: at another version than they had", f"{x['wrong_version']} of {x['sessions']}"),
+        ("listing all of them, s", f"{x['list_s']:.2f}"),
         (f"asking all, {AT_ONCE} at a time, s", f"{x['all_s']:.0f}"),
         ("answer of a session on disk, ms: median, 99th percentile", spread(x["cold_s"])),
         ("answer of the same session right after, ms", spread(x["warm_s"])),
@@ -205,6 +227,7 @@ def table(x: dict[str, Any]) -> str:
         ("time between tokens, ms, alone: median, 99th percentile", spread(x["tpot_alone_s"])),
         (f"the same beside {len(x['export_s'])} exports", spread(x["tpot_exports_s"])),
         ("an export, ms: median, 99th percentile", spread(x["export_s"])),
+        ("largest resident set of VLLM::Worker after a tenth of the sessions, MB", f"{x['peak_tenth_mb']:.0f}"),
         *((f"largest resident set of {name}, MB", f"{size:.0f}") for name, size in sorted(x["peak_mb"].items())),
     ]
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
@@ -235,7 +258,7 @@ def main() -> None:
                 server.wait_healthy(process, port, log)
                 run.figures[name] = time.perf_counter() - began
                 print(f"{name} {run.figures[name]:.0f}", file=sys.stderr)
-                memory = Memory(process.pid)
+                memory = run.memory = Memory(process.pid)
                 asyncio.run(part(f"http://127.0.0.1:{port}"))
                 memory.ended.set()
                 memory.join()

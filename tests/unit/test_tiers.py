@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -283,6 +285,44 @@ def test_the_next_save_succeeds(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     world.run(lambda: session.saved is not None)
     assert session.error is None
     world.use("c", 1.0)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("only root may mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_real_disk_that_is_full(small_disk: Path) -> None:
+    """ENOSPC from the file system. What was on the disk stays, and the next save succeeds when there is room."""
+    world = World(small_disk / "state", limit=4)
+    world.use("a", 1.0)
+    assert world.save("a").version == 1
+    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)) == 4096:
+            pass
+    session = world.use("a", 2.0)
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"No space left|disk is full|disk I/O"):
+            world.save("a")
+    assert world.value("a") == 3.0, "it is served from memory"
+    assert session.saved is not None
+    assert session.saved.version == 1
+    assert session.error is not None
+    (small_disk / "filler").unlink()
+    assert world.save("a").version == 2
+    assert session.error is None
+    world.end()
+    again = World(small_disk / "state")
+    assert again.value("a") == 3.0
+    again.end()
+    assert Offline(small_disk / "state").fsck()["problems"] == []
 
 
 def test_the_bytes_of_a_state_dir_are_bounded(make: Make) -> None:
