@@ -158,20 +158,23 @@ class Admin:
             else:
                 future.set_result(rows)
 
-        self.store.write(lambda db: Change(records.listing(db, tenant, MAX_LISTED)), then)
-        return _then(future, lambda rows: self._listed(self.ledger.of_tenant(tenant), rows, tenant is None))
+        # On the thread of the store: of ten thousand sessions it takes a while.
+        read = lambda db: [self._describe(self.ledger.from_row(row)) for row in records.listing(db, tenant, MAX_LISTED)]  # noqa: E731
+        self.store.write(lambda db: Change(read(db)), then)
+        return _then(future, lambda away: self._listed(self.ledger.of_tenant(tenant), away, tenant is None))
 
-    def _listed(self, here: Any, rows: Any, tenants: bool) -> dict[str, Any]:
-        known = {session.key for session in here}
-        sessions = [*here, *(self.ledger.from_row(row) for row in rows if row.key not in known)]
-        sessions = sorted(sessions, key=lambda s: -s.last_used)[:MAX_LISTED]
-        adapters = [s.adapter for s in sessions if s.place == "memory"]
+    def _listed(self, here: Any, away: Any, tenants: bool) -> dict[str, Any]:
+        adapters = [s.adapter for s in here if s.place == "memory"]
         (found,) = self.rpc("ttt_sessions", args=(adapters,)) if adapters else ([],)
         workers = dict(zip(adapters, found, strict=True))
-        details = [{**self._summary(s), **(workers.get(s.adapter) or self._away(s))} for s in sessions]
-        if tenants:
-            details = [{**d, "tenant": s.key.tenant} for d, s in zip(details, sessions, strict=True)]
-        return {"sessions": details}
+        details = [self._describe(s, workers.get(s.adapter)) for s in here]
+        known = {session.key for session in here}
+        details += [d for d in away if (d["tenant"], d["session_id"]) not in known]
+        details = sorted(details, key=lambda d: -d["last_used"])[:MAX_LISTED]
+        return {"sessions": details if tenants else [{**d, "tenant": None} for d in details]}
+
+    def _describe(self, session: Session, worker: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {**self._summary(session), **(worker or self._away(session)), "tenant": session.key.tenant}
 
     def _set_frozen(self, key: SessionKey, frozen: bool) -> dict[str, Any]:
         session = self._find(key)

@@ -73,13 +73,12 @@ class Session:
 
     def from_state(self, state: dict[str, Any]) -> None:
         """Take over what `to_state` said; a key that is missing keeps what a fresh session has."""
-        fresh = Session(self.key, self.adapter, self.recent)
-        self.version = state.get("version", fresh.version)
-        self.tokens_seen = state.get("tokens_seen", fresh.tokens_seen)
-        self.tokens_learned = state.get("tokens_learned", fresh.tokens_learned)
+        self.version = state.get("version", 0)
+        self.tokens_seen = state.get("tokens_seen", 0)
+        self.tokens_learned = state.get("tokens_learned", 0)
         self.tokens_skipped = Counter(state.get("tokens_skipped", {}))
         self.losses = deque(state.get("losses", ()), maxlen=self.recent)
-        self.frozen = state.get("frozen", fresh.frozen)
+        self.frozen = state.get("frozen", False)
 
     def row(self, newest: Version | None = None) -> Row:
         """As the state dir records it now."""
