@@ -107,7 +107,8 @@ def test_import_brings_it_back(exported: dict[str, Any], tmp_path: Path) -> None
         found = safetensors.torch.load(data)
         original = safetensors.torch.load((exported["folder"] / "one.safetensors").read_bytes())
         assert found.keys() == original.keys()
-        assert all(torch.equal(found[key], original[key]) for key in original)
+        for key, value in original.items():  # A is drawn anew: another number of threads may round it otherwise
+            assert torch.equal(found[key], value) if "lora_B" in key else (found[key] - value).abs().max() < 1e-6
     parts = {key.split(".")[-3]: value for key, value in found.items() if "lora_B" in key}
     expected = {"o_proj": "o", "gate_proj": "g", "up_proj": "u", "down_proj": "d"}
     assert all(torch.equal(parts[key].flatten(), exported["delta"][short]) for key, short in expected.items())

@@ -138,7 +138,7 @@ def test_refusals_of_the_engine(keyed: TestClient, serving: FakeServing, status:
 
 def test_an_adapter_is_streamed_and_its_file_is_gone(keyed: TestClient, serving: FakeServing, tmp_path: Path) -> None:
     tensors = {name: torch.ones(shape) for name, shape in GEOMETRY.shapes.items()}
-    data = peft.adapter(tensors, GEOMETRY, torch.bfloat16, "tiny", {"version": "3"})
+    data = peft.adapter(tensors, peft.projections(GEOMETRY, torch.bfloat16), GEOMETRY, "tiny", {"version": "3"})
     for format in ("safetensors", "tar"):
         path = tmp_path / "x.safetensors"
         path.write_bytes(data)

@@ -51,7 +51,7 @@ def run(*args: Any, fails: bool = False) -> Any:
 def adapter(folder: Path, **changes: Any) -> Path:
     """An adapter's folder that fits; ``changes`` to its configuration, and to its tensors by full name."""
     tensors = {name: torch.ones(shape) for name, shape in GEOMETRY.shapes.items()}
-    data = safetensors.torch.load(peft.adapter(tensors, GEOMETRY, torch.bfloat16, "tiny", {}))
+    data = safetensors.torch.load(peft.adapter(tensors, peft.projections(GEOMETRY, torch.bfloat16), GEOMETRY, "tiny", {}))
     config = peft.config(GEOMETRY, "tiny")
     for key, value in changes.items():
         if isinstance(value, torch.Tensor):

@@ -17,6 +17,7 @@ from vllm_ttt.errors import RequestError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.state_dir import StateDir
 from vllm_ttt.types import ChunkReport, SessionKey, StepReport
+from vllm_ttt.worker import peft
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.micro_step import Tail
@@ -35,10 +36,10 @@ class FakeTrainer:
     """Learning a chunk adds the next number of a sequence to B: what a session holds says what it learned, in order."""
 
     def __init__(self, rows: int):
-        zeros = torch.zeros
+        zeros, drawn = torch.zeros, peft.projections(GEOMETRY, torch.bfloat16)
         tail = Tail(
             zeros(D, Q), zeros(2 * F, D), zeros(D, F), zeros(10, D), torch.ones(D), torch.ones(D), 1e-5, 1e-5,
-            zeros(R, Q), zeros(R, D), zeros(R, F), dict.fromkeys("ogud", 1.0),
+            drawn[Q], drawn[D], drawn[F], dict.fromkeys("ogud", 1.0),
         )  # fmt: skip
         self.deltas, self.dtype, self.report = Deltas(tail, rows), torch.bfloat16, StepReport()
         self.flying: set[int] = set()

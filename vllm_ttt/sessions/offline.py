@@ -78,7 +78,7 @@ class Offline:
         dtype = getattr(torch, self.identity["dtype"])
         metadata = {"session_id": name, "version": str(row.newest.version)}
         base = self.identity["model"]["name"]
-        data = peft.adapter(tensors, self.geometry, dtype, base, metadata)
+        data = peft.adapter(tensors, peft.projections(self.geometry, dtype), self.geometry, base, metadata)
         out.mkdir(parents=True, exist_ok=True)
         delta_file.write(out / "adapter_model.safetensors", data)
         (out / "adapter_config.json").write_text(json.dumps(peft.config(self.geometry, base), indent=2) + "\n")

@@ -133,7 +133,9 @@ class Files:
 
     def _export(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
         metadata = {**order.metadata, "version": str(snapshot.state["version"])}
-        data = peft.adapter(self._tensors(snapshot), self.geometry, self.trainer.dtype, self.base_model, metadata)
+        tail = self.deltas.tail
+        served = {a.shape[1]: a.cpu() for a in (tail.ao_RQ, tail.ai_RD, tail.ad_RF)}
+        data = peft.adapter(self._tensors(snapshot), served, self.geometry, self.base_model, metadata)
         delta_file.write(Path(order.path), data)
         return FileReport("export", order.session, order.path, "done", snapshot.state["version"], bytes=len(data)), None
 
