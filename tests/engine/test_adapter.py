@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import MODEL, Stage, running
-from served import SCORED, Documents, logprobs
+from served import SCORED, Documents, Served, logprobs
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.identity import identity
@@ -53,7 +53,7 @@ def exported(stage: Stage, documents: Documents, tmp_path_factory: pytest.TempPa
     }  # fmt: skip
 
 
-def test_the_tar_and_the_file_are_the_same_adapter(exported: dict[str, Any]) -> None:
+def test_the_tar_and_the_file_are_the_same_adapter(exact: Served, exported: dict[str, Any]) -> None:
     folder: Path = exported["folder"]
     assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "one.safetensors"}
     one, two = (safetensors.torch.load((folder / f"{n}.safetensors").read_bytes()) for n in ("one", "adapter_model"))
@@ -64,7 +64,7 @@ def test_the_tar_and_the_file_are_the_same_adapter(exported: dict[str, Any]) -> 
     assert exported["again"] == exported["served"], "to export it changes nothing"
 
 
-def test_peft_loads_it(exported: dict[str, Any]) -> None:
+def test_peft_loads_it(exact: Served, exported: dict[str, Any]) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -1,6 +1,6 @@
 """SIGKILL at random moments, with the real state dir, files and threads of a process; learning alone is a stand-in.
 
-`tests/engine/test_lasting.py` does the same to a whole server, fewer times, since each start takes a minute.
+`tests/engine/test_survival.py` does the same to a whole server, fewer times, since each start takes a minute.
 """
 
 from __future__ import annotations
