@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,7 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_ledger = Ledger(first, limit, config.sessions.per_key, config.observe.recent_chunks, self.ttt_store)
         self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up)
         self.ttt_alarm: Alarm | None = None
+        self.ttt_errors = 0
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = 0
@@ -144,7 +146,7 @@ class TTTScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
-        plan = StepPlan(ended=self.ttt_ended, files=self.ttt_tiers.take_orders())
+        plan = StepPlan(ended=self.ttt_ended, files=self._guard(self.ttt_tiers.take_orders) or [])
         self.ttt_ended = {}
         if self.ttt_requests:
             for request_id in output.num_scheduled_tokens:
@@ -184,7 +186,7 @@ class TTTScheduler(AsyncScheduler):
             if file.outcome == "taken":  # what was learned later is not in the snapshot
                 self._count(report.chunks[counted : file.chunks])
                 counted = file.chunks
-            self.ttt_tiers.read(file)
+            self._guard(self.ttt_tiers.read, file)
         self._count(report.chunks[counted:])
         by_adapter = self.ttt_ledger.by_adapter
         for request_id, adapter in report.settled:
@@ -251,6 +253,16 @@ class TTTScheduler(AsyncScheduler):
 
     def has_requests(self) -> bool:
         return super().has_requests() or self.ttt_report.busy or bool(self.ttt_refused) or self.ttt_tiers.busy
+
+    def _guard(self, hook: Callable[..., Any], *args: Any) -> Any:
+        """Serving goes on whatever befalls the state dir."""
+        try:
+            return hook(*args)
+        except Exception:
+            self.ttt_errors += 1
+            if self.ttt_errors <= 10 or self.ttt_errors % 1000 == 0:
+                logger.exception("vllm-ttt: %s failed (error %d)", hook.__qualname__, self.ttt_errors)
+            return None
 
     def _give_up(self, session: Session, error: RequestError) -> None:
         """Refuse the requests of a session that cannot be brought back; none of them has started."""
