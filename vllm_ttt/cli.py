@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_ttt.errors import TTTError
+from vllm_ttt.sessions.commands import app as sessions
 
 app = typer.Typer(
     name="vllm-ttt",
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(sessions, name="sessions")
 
 
 def main() -> None:

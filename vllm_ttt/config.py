@@ -5,6 +5,7 @@ It travels to the engine core and the workers in ``VllmConfig.additional_config[
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,9 +97,27 @@ class SessionsConfig(_Model):
     resident: Annotated[int, Field(ge=1, le=1024)] = 64
     """Sessions that can be served at the same time: vLLM's multi-LoRA slots."""
     host_gib: Annotated[float, Field(gt=0, le=65536)] = 8.0
-    """GiB of memory for the sessions that have no slot; where it is full, a new session is refused with 429."""
+    """GiB of memory for sessions without a slot. Where it is full: to the state dir; without one, a new session is a 429."""
+    state_dir: str | None = None
+    """Folder in which sessions outlive the server (`--ttt-state-dir`); null: they end with it."""
+    autosave: Annotated[float, Field(ge=0.1, le=86400)] = 30.0
+    """Seconds after which a session that has learned is saved, at the latest."""
+    keep_versions: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Saved versions that are kept of each session, for rollback and in case one is damaged."""
+    disk_gib: Annotated[float, Field(gt=0, le=2**20)] = 100.0
+    """GiB of files in the state dir. Where they are full, older versions go first; then a new session is refused with 429."""
+    ttl: Annotated[str, Field(pattern=r"^([1-9][0-9]{0,5}[smhd]|never)$")] = "30d"
+    """A session that was not used for so long is removed, with its files."""
+    admin_key_file: str | None = None
+    """File with an API key that may list the sessions of all keys."""
     per_key: Annotated[int, Field(ge=1, le=10**9)] = 1000
     """Sessions of one API key; one more is refused with 429."""
+
+    @property
+    def ttl_seconds(self) -> float:
+        """``ttl`` in seconds; infinite for `never`."""
+        units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+        return math.inf if self.ttl == "never" else float(int(self.ttl[:-1]) * units[self.ttl[-1]])
 
 
 class ObserveConfig(_Model):

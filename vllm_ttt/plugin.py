@@ -57,9 +57,12 @@ def config_of(vllm_config: Any) -> TTTConfig | None:
 
 def config_from_flags(args: Namespace) -> TTTConfig:
     """The TTTConfig that ``vllm serve``'s flags describe. Raises ConfigError."""
-    if args.ttt_config:
-        return load_config(args.ttt_config, args.ttt_preset)
-    return parse_config(None, args.ttt_preset)
+    config = load_config(args.ttt_config, args.ttt_preset) if args.ttt_config else parse_config(None, args.ttt_preset)
+    if args.ttt_state_dir is None:
+        return config
+    if not args.ttt_state_dir:
+        raise ConfigError("--ttt-state-dir needs the name of a folder")
+    return config.model_copy(update={"sessions": config.sessions.model_copy(update={"state_dir": args.ttt_state_dir})})
 
 
 def installed_plugins() -> dict[str, str]:

@@ -9,10 +9,13 @@ from typing import Any
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.geometry import Geometry
 
 #: Architectures with a tail that worker/tail.py knows, by the name in the model's config.json.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
+#: Seconds between SIGTERM and SIGKILL with a state dir, where the user sets no --shutdown-timeout.
+SHUTDOWN_TIMEOUT = 60
 SCHEDULER = "vllm_ttt.engine.scheduler.TTTScheduler"
 WORKERS = {
     "cpu": "vllm_ttt.worker.cpu_worker.TTTCPUWorker",
@@ -31,7 +34,7 @@ def vllm_release() -> tuple[str, bool, str]:
     return f"vLLM {__version__}", supported, "supported" if supported else "vllm-ttt supports vLLM 0.32.x"
 
 
-def prepare_engine_args(engine_args: Any) -> None:
+def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     """Set what ttt needs on vLLM's EngineArgs. Raises ConfigError where the user asked for something else."""
     from vllm.platforms import current_platform
 
@@ -50,6 +53,9 @@ def prepare_engine_args(engine_args: Any) -> None:
     worker = WORKERS.get(current_platform.device_type)
     if worker is None:
         raise ConfigError(f"vllm-ttt serves on {' and '.join(WORKERS)}, not on {current_platform.device_type}")
+    if config.sessions.state_dir is not None and engine_args.shutdown_timeout == 0:
+        # vLLM's default kills the engine core at once: nothing could be saved.
+        engine_args.shutdown_timeout = SHUTDOWN_TIMEOUT
     engine_args.scheduler_cls = SCHEDULER
     if engine_args.worker_cls == "auto":
         engine_args.worker_cls = worker
@@ -101,9 +107,7 @@ def adapted_modules(num_layers: int, config: TTTConfig) -> list[str]:
 
 def max_sessions(hf: Any, config: TTTConfig) -> int:
     """How many sessions fit: those with a slot, and as many as ``sessions.host_gib`` holds in float32."""
-    outputs = 2 * hf.hidden_size + 2 * hf.intermediate_size  # o and down, gate and up
-    per_session = 4 * config.adapt.rank * outputs * config.adapt.layers
-    return config.sessions.resident + int(config.sessions.host_gib * 2**30 / per_session)
+    return config.sessions.resident + int(config.sessions.host_gib * 2**30 / Geometry.of(hf, config.adapt).bytes)
 
 
 def describe_model(model: str) -> str:

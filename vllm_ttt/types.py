@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vllm_ttt.errors import RequestError
 
@@ -98,6 +98,44 @@ class RequestPlan:
     interleave: bool = False
 
 
+FileAction = Literal["save", "load", "export", "drop"]
+
+
+@dataclass(slots=True)
+class FileOrder:
+    """Engine to worker: move a session between the worker's memory and a file. Each but "drop" gets one final FileReport."""
+
+    action: FileAction
+    #: the session's adapter id
+    session: int
+    #: absolute; made by the engine, never by a client
+    path: str = ""
+    #: load: the sha256 that the file must have, hexadecimal
+    checksum: str = ""
+    #: save: further entries of the file's metadata
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class FileReport:
+    """Worker to engine: how far an order has come."""
+
+    action: FileAction
+    session: int
+    path: str
+    #: "taken": a save has its snapshot, and the file is being written; the others are final. "damaged": the file is not what
+    #: was saved; "failed": it could not be read or written
+    outcome: Literal["taken", "done", "failed", "damaged"]
+    #: of the delta in the file
+    version: int = 0
+    #: taken: how many of the chunks in the same report the snapshot holds; the others came later
+    chunks: int = 0
+    bytes: int = 0
+    #: sha256 of the file, hexadecimal
+    checksum: str = ""
+    error: str = ""
+
+
 @dataclass(slots=True)
 class StepPlan:
     """Engine to worker, with a step."""
@@ -108,6 +146,8 @@ class StepPlan:
     ended: dict[str, int] = field(default_factory=dict)
     #: whether the batch has rows of a session
     sessions: bool = False
+    #: sessions to be written, read or forgotten, in this order
+    files: list[FileOrder] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -138,6 +178,8 @@ class StepReport:
     began: dict[str, int] = field(default_factory=dict)
     #: (request id, session) of requests of which everything that is to be learned has been, and is being served
     settled: list[tuple[str, int]] = field(default_factory=list)
+    #: what has become of file orders, in the order in which it happened
+    files: list[FileReport] = field(default_factory=list)
     #: captured tokens that wait for their step
     pending: int = 0
     #: whether the worker has work that needs another step, even where no request does

@@ -59,6 +59,10 @@ def limits(name: str, field: FieldInfo) -> str:
         return "all of " + ", ".join(f"`{v}`" for v in get_args(get_args(kind)[0]))
     if get_origin(kind) is Literal:
         return ", ".join(f"`{v}`" for v in get_args(kind))
+    if name == "ttl":
+        return "a number and `s`, `m`, `h` or `d`; `never`"
+    if kind == str | None:
+        return "a path"
     bounds = {b: getattr(m, b) for m in field.metadata for b in ("ge", "gt", "le", "lt") if hasattr(m, b)}
     if set(bounds) == {"ge", "le"} and bounds["ge"] == bounds["le"]:
         return str(bounds["ge"])
@@ -73,7 +77,7 @@ def config_table() -> str:
     for section, model in sections().items():
         for name, field in model.model_fields.items():
             default = list(field.default) if isinstance(field.default, tuple) else field.default
-            shown = "all three" if isinstance(default, list) else default
+            shown = "all three" if isinstance(default, list) else "null" if default is None else default
             rows.append(f"| `{section}.{name}` | {shown} | {limits(name, field)} | {field.description} |")
     return "\n".join(rows)
 
@@ -179,7 +183,10 @@ def test_bodies_of_the_examples_are_accepted(file: Path) -> None:
 def test_make_targets_and_commands_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     commands = set(re.findall(r"^def (\w+)\(|command\(\"(\w+)\"", (ROOT / "vllm_ttt/cli.py").read_text(), re.MULTILINE))
-    commands = {a or b for a, b in commands}
+    commands = {a or b for a, b in commands} | {"sessions"}
+    from vllm_ttt.cli import app
+
+    assert "sessions" in {group.name for group in app.registered_groups}
     for file in documents():
         text = file.read_text(encoding="utf-8")
         code = "\n".join([*re.findall(r"^```sh\n(.+?)^```", text, re.MULTILINE | re.DOTALL), *re.findall(r"`([^`\n]+)`", text)])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ttt.engine.history import LIMIT, History
+from vllm_ttt.engine.ledger import Open, Session
+from vllm_ttt.types import ChunkReport, SessionKey
 
 pytestmark = pytest.mark.unit
 
@@ -41,3 +45,15 @@ def test_it_is_bounded_and_keeps_what_was_met_last() -> None:
         assert history.known(range(60)) == 49, "it was met a moment ago"
     assert len(history.prefixes) == LIMIT
     assert history.known([1000, 1, 2]) == 0
+
+
+def test_what_is_kept_with_a_version_is_what_it_has_learned() -> None:
+    """A save may come while a request is under way: its prompt is history only as far as the saved delta has learned it."""
+    session = Session(SessionKey("-", "s"), 7, recent=4)
+    session.history.add(range(50), [50], 49)
+    session.open["r"] = Open(1, prefixes=session.history.add(range(1000), [1000], 999))
+    session.record(ChunkReport(7, "r", 256, 2.0, None, None, 256, 1))
+    back = Session(SessionKey("-", "s"), 8, recent=4)
+    back.from_state(json.loads(json.dumps(session.to_state())))
+    assert back.history.known(range(2000)) == 256
+    assert back.history.known(range(60)) == 49

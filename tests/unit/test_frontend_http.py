@@ -278,7 +278,13 @@ def test_the_routes_are_documented(client: TestClient) -> None:
         "/v1/ttt/config": ["get"],
         "/v1/ttt/sessions": ["get"],
         "/v1/ttt/sessions/{session_id}": ["delete", "get"],
+        "/v1/ttt/sessions/{session_id}/adapter": ["get"],
+        "/v1/ttt/sessions/{session_id}/fork": ["post"],
+        "/v1/ttt/sessions/{session_id}/freeze": ["post"],
         "/v1/ttt/sessions/{session_id}/reset": ["post"],
+        "/v1/ttt/sessions/{session_id}/rollback": ["post"],
+        "/v1/ttt/sessions/{session_id}/save": ["post"],
+        "/v1/ttt/sessions/{session_id}/unfreeze": ["post"],
     }
 
 

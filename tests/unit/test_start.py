@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ttt import engine_args, plugin
+from vllm_ttt.engine.store import open_store
 from vllm_ttt.errors import ConfigError, PatchContractError
 from vllm_ttt.patches import _contract
 
@@ -69,15 +71,47 @@ def test_compiled_as_without_ttt() -> None:
         (("--ttt-preset", "last"), "--ttt-preset needs --plugin ttt"),
         (("--ttt-config", "x.yaml"), "--ttt-config needs --plugin ttt"),
         (("--ttt-state-dir", "x"), "--ttt-state-dir needs --plugin ttt"),
-        (("--plugin", "ttt", "--ttt-state-dir", "x"), "not available yet"),
+        (("--plugin", "ttt", "--ttt-state-dir", ""), "needs the name of a folder"),
+        (("--plugin", "ttt", "--ttt-state-dir", "/dev/null/x"), "cannot be used"),
         (("--plugin", "ttt", "--ttt-config", "missing.yaml"), "--ttt-config missing.yaml: No such file"),
         (("--plugin", "ttt", "--ttt-preset", "wide"), "preset 'wide' is not available; allowed: last"),
     ],
 )
-def test_flags_that_are_refused(flags: tuple[str, ...], says: str) -> None:
+def test_flags_that_are_refused(flags: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TTT_SECRET", raising=False)
     with pytest.raises(ConfigError) as error:
         from_flags(*flags)
     assert says in str(error.value)
+
+
+def test_a_state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded: a dir in use is refused, and one of another model or other settings, by name."""
+    monkeypatch.delenv("TTT_SECRET", raising=False)
+    state, flags = tmp_path / "state", ("--plugin", "ttt", "--enforce-eager", "--ttt-state-dir")
+    made = from_flags(*flags, str(state)).create_engine_config()
+    config = plugin.config_of(made)
+    assert config is not None
+    assert config.sessions.state_dir == str(state)
+    assert made.shutdown_timeout == 60, "vLLM would kill the engine core before it has saved"
+    assert from_flags(*flags, str(state), "--shutdown-timeout", "7").create_engine_config().shutdown_timeout == 7
+    assert os.environ["TTT_SECRET"] == (state / "secret").read_text().strip()
+    store = open_store(made, config)
+    assert store is not None
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        from_flags(*flags, str(state)).create_engine_config()
+    store.close()
+    other = tmp_path / "ttt.yaml"
+    other.write_text("adapt: {rank: 64}")
+    with pytest.raises(ConfigError, match=r"adapt\.rank 128, and this server has 64"):
+        from_flags(*flags, str(state), "--ttt-config", str(other)).create_engine_config()
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    weights = next(iter(sorted(model.glob("*.safetensors"))))
+    data = bytearray(weights.read_bytes())
+    data[-5:] = b"other"
+    weights.write_bytes(data)
+    with pytest.raises(ConfigError, match=f"sessions of the model .*, and this server serves another: {model}"):
+        from_flags(*flags, str(state), "--model", str(model)).create_engine_config()
 
 
 @pytest.mark.parametrize(

@@ -1,54 +1,272 @@
-"""The admin operations, run by the engine core between two steps. Answers are plain dicts, for msgpack."""
+"""The admin operations, run by the engine core between two steps. Answers are plain dicts, for msgpack.
+
+What needs a file or a session that is on disk is a Future, which vLLM answers when it resolves: decoding goes on meanwhile.
+"""
 
 from __future__ import annotations
 
+import secrets
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
-from vllm_ttt.engine.ledger import Session
-from vllm_ttt.types import SessionKey
+from vllm_ttt.engine import records
+from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.saves import Saves
+from vllm_ttt.engine.store import Change
+from vllm_ttt.engine.tiers import Tiers
+from vllm_ttt.errors import RequestError
+from vllm_ttt.types import FileReport, SessionKey, check_session_id
+
+#: Sessions that one answer lists.
+MAX_LISTED = 10_000
 
 
-def admin(engine: Any, op: str, tenant: str, name: str) -> dict[str, Any]:
+def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) -> Any:
     """Answer one call of the front end.
 
     Args:
         engine: vLLM's EngineCore.
-        op: "list", "config", "get", "reset" or "delete".
-        tenant, name: the session's key; ``name`` is "" for the first two.
+        op: a key of ``OPERATIONS``.
+        tenant, name: the session's key; ``name`` is "" for list, list_all and config.
+        argument: rollback: the version; fork: the new name.
     Returns:
-        ``{"ok": True, "result": ...}`` or ``{"ok": False, "status": 4xx, "message": ...}``
+        ``{"ok": True, "result": ...}`` or ``{"ok": False, "status": 4xx or 5xx, "message": ...}``, or a Future of it.
     """
-    scheduler = engine.scheduler
-    if op == "list":
-        sessions = sorted(scheduler.ttt_ledger.of_tenant(tenant), key=lambda s: -s.last_used)
-        return _ok({"sessions": [_detail(engine, s, losses=False) for s in sessions]})
-    if op == "config":
-        return _ok(scheduler.ttt_config.model_dump(mode="json"))
-    session = scheduler.ttt_ledger.find(SessionKey(tenant, name))
-    if session is None:
+    try:
+        answer = OPERATIONS[op](Admin(engine), SessionKey(tenant, name), argument)
+    except RequestError as error:
+        return _refusal(error)
+    if not isinstance(answer, Future):
+        return {"ok": True, "result": answer}
+    return _then(answer, lambda result: {"ok": True, "result": result}, catch=True)
+
+
+class Admin:
+    """One operation; each method raises RequestError, or returns what the route answers, or a Future of that."""
+
+    def __init__(self, engine: Any):
+        self.scheduler = engine.scheduler
+        self.rpc: Callable[..., Any] = engine.model_executor.collective_rpc
+        self.ledger: Ledger = self.scheduler.ttt_ledger
+        self.tiers: Tiers = self.scheduler.ttt_tiers
+        self.store = self.ledger.store
+
+    def config(self, *_: Any) -> dict[str, Any]:
+        return self.scheduler.ttt_config.model_dump(mode="json")
+
+    def list(self, key: SessionKey, _: Any) -> Any:
+        return self._list(key.tenant)
+
+    def list_all(self, *_: Any) -> Any:
+        return self._list(None)
+
+    def get(self, key: SessionKey, _: Any) -> dict[str, Any]:
+        return self._detail(self._find(key, self.ledger.peek))
+
+    def reset(self, key: SessionKey, _: Any) -> dict[str, Any]:
+        session = self._idle(key)
+        self.tiers.remove(session)
+        fresh = self.ledger.open(key)
+        fresh.created, fresh.frozen = session.created, session.frozen
+        self.tiers.changes(fresh)
+        detail = self._detail(fresh)
+        self.tiers.left(fresh)
+        return detail
+
+    def delete(self, key: SessionKey, _: Any) -> dict[str, Any]:
+        self.tiers.remove(self._idle(key))
+        return {"session_id": key.name, "deleted": True}
+
+    def freeze(self, key: SessionKey, _: Any) -> dict[str, Any]:
+        return self._set_frozen(key, True)
+
+    def unfreeze(self, key: SessionKey, _: Any) -> dict[str, Any]:
+        return self._set_frozen(key, False)
+
+    def save(self, key: SessionKey, _: Any) -> Future:
+        saves = self._need_saves("save")
+        session = self._find(key)
+
+        def saved(_: Any) -> dict[str, Any]:
+            found = self.ledger.peek(key) or session
+            detail = self._detail(found)
+            self.tiers.left(session)
+            return detail
+
+        return _then(saves.save(session), saved)
+
+    def rollback(self, key: SessionKey, version: Any) -> Future:
+        store = self._need_saves("rollback").store
+        session = self._idle(key)
+        kept = {v.version: v for v in records.versions(store.reader, session.uid)}
+        if version not in kept:
+            listed = ", ".join(map(str, kept)) or "none"
+            raise RequestError(f"session {key.name!r} has no version {version} on disk; kept are: {listed}", 409, "version")
+        return _then(self.tiers.go_back(session, kept[version]), self._detail)
+
+    def fork(self, key: SessionKey, to: Any) -> Future:
+        source, target_key = self._idle(key), SessionKey(key.tenant, check_session_id(to, "to"))
+        if self.ledger.peek(target_key) is not None:
+            raise RequestError(f"there is a session {to!r} already; delete it first", 409, "to")
+        target = self.ledger.open(target_key)
+        both = _then(self.tiers.wake(source), lambda _: self.tiers.wake(target))
+
+        def copy(_: Any) -> dict[str, Any]:
+            if source.open or source.requests:
+                raise RequestError(f"session {key.name!r} has been sent something meanwhile; try again", 409)
+            self.rpc("ttt_copy", args=(source.adapter, target.adapter))
+            target.from_state(source.to_state())
+            self.tiers.changes(target)
+            return self._detail(target)
+
+        def release(_: Any) -> None:
+            if done.exception() is not None and self.ledger.sessions.get(target.key) is target:
+                self.tiers.remove(target)
+            for session in (source, target):
+                if session.pins:
+                    self.tiers.unpin(session)
+
+        done = _then(both, copy)
+        done.add_done_callback(release)
+        return done
+
+    def export(self, key: SessionKey, _: Any) -> Future:
+        session = self._find(key)
+        folder = self.store.folder.exports if self.store is not None else Path(tempfile.gettempdir())
+        path = str(folder / f"vllm-ttt-{secrets.token_hex(16)}.safetensors")
+        done = _then(self.tiers.wake(session), lambda _: self.tiers.export(session, path))
+
+        def written(report: FileReport) -> dict[str, Any]:
+            return {"path": path, "bytes": report.bytes, "version": report.version}
+
+        answer = _then(done, written)
+        answer.add_done_callback(lambda _: self.tiers.unpin(session))
+        return answer
+
+    def _list(self, tenant: str | None) -> Any:
+        here = self.ledger.of_tenant(tenant)
+        if self.store is None:
+            return self._listed(here, [], tenant is None)
+        future: Future = Future()
+
+        def then(rows: Any, error: Exception | None) -> None:
+            if error is not None:
+                future.set_exception(RequestError(f"the state dir cannot be read: {error}", 507))
+            else:
+                future.set_result(rows)
+
+        # On the thread of the store: of ten thousand sessions it takes a while.
+        read = lambda db: [self._describe(self.ledger.from_row(row)) for row in records.listing(db, tenant, MAX_LISTED)]  # noqa: E731
+        self.store.write(lambda db: Change(read(db)), then)
+        return _then(future, lambda away: self._listed(self.ledger.of_tenant(tenant), away, tenant is None))
+
+    def _listed(self, here: Any, away: Any, tenants: bool) -> dict[str, Any]:
+        adapters = [s.adapter for s in here if s.place == "memory"]
+        (found,) = self.rpc("ttt_sessions", args=(adapters,)) if adapters else ([],)
+        workers = dict(zip(adapters, found, strict=True))
+        details = [self._describe(s, workers.get(s.adapter)) for s in here]
+        known = {session.key for session in here}
+        details += [d for d in away if (d["tenant"], d["session_id"]) not in known]
+        details = sorted(details, key=lambda d: -d["last_used"])[:MAX_LISTED]
+        return {"sessions": details if tenants else [{**d, "tenant": None} for d in details]}
+
+    def _describe(self, session: Session, worker: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {**self._summary(session), **(worker or self._away(session)), "tenant": session.key.tenant}
+
+    def _set_frozen(self, key: SessionKey, frozen: bool) -> dict[str, Any]:
+        session = self._find(key)
+        session.frozen = frozen
+        self.tiers.changes(session)
+        detail = self._detail(session)
+        self.tiers.left(session)
+        return detail
+
+    def _find(self, key: SessionKey, look: Callable[[SessionKey], Session | None] | None = None) -> Session:
+        session = (look or self.ledger.find)(key)
+        if session is None:
+            raise RequestError(f"there is no session {key.name!r}; a request that names it makes it", 404)
+        return session
+
+    def _idle(self, key: SessionKey) -> Session:
+        session = self._find(key)
+        if session.requests or session.pins:
+            count = len(session.requests) + session.pins
+            message = f"session {key.name!r} has {count} requests in the engine; wait for them, or abort them"
+            raise RequestError(message, 409)
+        return session
+
+    def _need_saves(self, what: str) -> Saves:
+        if self.tiers.saves is None:
+            raise RequestError(f"{what} needs a state dir; start the server with --ttt-state-dir", 409)
+        return self.tiers.saves
+
+    def _detail(self, session: Session) -> dict[str, Any]:
+        worker = self._away(session)
+        if session.place == "memory":
+            (worker,) = self.rpc("ttt_session", args=(session.adapter,))
+        kept = [v.version for v in records.versions(self.store.reader, session.uid)] if self.store is not None else []
+        return {**self._summary(session), **worker, "losses": list(session.losses), "versions": kept}
+
+    def _summary(self, session: Session) -> dict[str, Any]:
+        saved = session.saved
         return {
-            "ok": False,
-            "status": 404,
-            "message": f"there is no session {name!r}; a request that names it makes it",
+            **session.summary(),
+            "frozen": session.frozen,
+            "saved_version": saved.version if saved else None,
+            "saved": saved.saved if saved else None,
+            "error": session.error,
         }
-    if op == "get":
-        return _ok(_detail(engine, session, losses=True))
-    if session.requests:
-        message = f"session {name!r} has {len(session.requests)} requests in the engine; wait for them, or abort them"
-        return {"ok": False, "status": 409, "message": message}
-    engine.model_executor.collective_rpc("ttt_drop", args=(session.adapter,))
-    scheduler.ttt_ledger.remove(session)
-    if op == "reset":
-        fresh = scheduler.ttt_ledger.open(session.key)
-        fresh.created = session.created
-        return _ok(_detail(engine, fresh, losses=True))
-    return _ok({"session_id": name, "deleted": True})
+
+    def _away(self, session: Session) -> dict[str, Any]:
+        """What the worker would say of a session that it does not have."""
+        size = session.saved.bytes if session.saved else 0
+        return {"tier": "disk" if session.saved else "new", "bytes": size, "tokens_pending": 0, "norm": {}}
 
 
-def _ok(result: Any) -> dict[str, Any]:
-    return {"ok": True, "result": result}
+OPERATIONS: dict[str, Callable[[Admin, SessionKey, Any], Any]] = {
+    "config": Admin.config,
+    "list": Admin.list,
+    "list_all": Admin.list_all,
+    "get": Admin.get,
+    "reset": Admin.reset,
+    "delete": Admin.delete,
+    "freeze": Admin.freeze,
+    "unfreeze": Admin.unfreeze,
+    "save": Admin.save,
+    "rollback": Admin.rollback,
+    "fork": Admin.fork,
+    "export": Admin.export,
+}
 
 
-def _detail(engine: Any, session: Session, losses: bool) -> dict[str, Any]:
-    (worker,) = engine.model_executor.collective_rpc("ttt_session", args=(session.adapter,))
-    return {**session.summary(), **worker, **({"losses": list(session.losses)} if losses else {})}
+def _then(future: Future, function: Callable[[Any], Any], catch: bool = False) -> Future:
+    """A Future of ``function(result)``, which may be a Future itself. With ``catch``, a RequestError becomes a refusal."""
+    answer: Future = Future()
+
+    def done(finished: Future) -> None:
+        try:
+            result = function(finished.result())
+            if isinstance(result, Future):
+                result.add_done_callback(finish)
+            else:
+                answer.set_result(result)
+        except RequestError as error:
+            answer.set_result(_refusal(error)) if catch else answer.set_exception(error)
+        except Exception as error:
+            answer.set_exception(error)
+
+    def finish(inner: Future) -> None:
+        if (error := inner.exception()) is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(inner.result())
+
+    future.add_done_callback(done)
+    return answer
+
+
+def _refusal(error: RequestError) -> dict[str, Any]:
+    return {"ok": False, "status": error.status, "message": error.message}

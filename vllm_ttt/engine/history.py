@@ -66,9 +66,14 @@ class History:
             if (prefix := self.prefixes.get(digest)) is not None:
                 prefix.learned = min(learned, prefix.length - 1)
 
-    def to_state(self) -> list[tuple[str, int, int]]:
-        """(hash, length, learned), least recently met first: plain data, to be kept with the session."""
-        return [(digest.hex(), p.length, p.learned) for digest, p in self.prefixes.items()]
+    def to_state(self, open_: dict[bytes, int] | None = None) -> list[tuple[str, int, int]]:
+        """(hash, length, learned), least recently met first: plain data, to be kept with the session.
+
+        Args:
+            open_: pairs learned so far of prefixes whose request is not settled.
+        """
+        learned = open_ or {}
+        return [(d.hex(), p.length, min(p.learned, learned.get(d, p.learned))) for d, p in self.prefixes.items()]
 
     @classmethod
     def from_state(cls, state: Iterable[tuple[str, int, int]]) -> History:

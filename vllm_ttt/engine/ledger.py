@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vllm_ttt.engine.history import History
+from vllm_ttt.engine.records import Row, Version
+from vllm_ttt.engine.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ChunkReport, SessionKey
 
@@ -50,6 +53,58 @@ class Session:
     open: dict[str, Open] = field(default_factory=dict)
     #: requests in the engine
     requests: set[str] = field(default_factory=set)
+    #: uses the delta and learns nothing until it is unfrozen
+    frozen: bool = False
+    #: what the state dir calls it
+    uid: str = field(default_factory=lambda: secrets.token_hex(16))
+    #: where the delta is; "new": there is none yet, and no room was given to it
+    place: Literal["new", "disk", "loading", "memory"] = "new"
+    #: the newest version on disk
+    saved: Version | None = None
+    #: whether what the state dir records of it, the delta apart, is out of date
+    touched: bool = True
+    #: operations that need it in memory
+    pins: int = 0
+    #: why it could not be saved or read lately
+    error: str | None = None
+    #: whether its last save failed, and the next round of saves has not come yet
+    unsavable: bool = False
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether its delta is not, or not like this, on disk."""
+        return self.version != (self.saved.version if self.saved else 0)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody needs it in memory."""
+        return not (self.requests or self.open or self.pins)
+
+    def to_state(self) -> dict[str, Any]:
+        """What is kept of the session with each version, for JSON; `from_state` takes it back."""
+        return {
+            "version": self.version,
+            "tokens_seen": self.tokens_seen,
+            "tokens_learned": self.tokens_learned,
+            "tokens_skipped": dict(self.tokens_skipped),
+            "losses": list(self.losses),
+            "frozen": self.frozen,
+            "history": self.history.to_state({p: opened.learned for opened in self.open.values() for p in opened.prefixes}),
+        }
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        """Take over what `to_state` said; a key that is missing keeps what a fresh session has."""
+        self.version = state.get("version", 0)
+        self.tokens_seen = state.get("tokens_seen", 0)
+        self.tokens_learned = state.get("tokens_learned", 0)
+        self.tokens_skipped = Counter(state.get("tokens_skipped", {}))
+        self.losses = deque(state.get("losses", ()), maxlen=self.recent)
+        self.frozen = state.get("frozen", False)
+        self.history = History.from_state(state.get("history", ()))
+
+    def row(self, newest: Version | None = None) -> Row:
+        """As the state dir records it now."""
+        return Row(self.uid, self.key, self.created, self.last_used, self.to_state(), newest)
 
     def record(self, chunk: ChunkReport) -> None:
         """Count a chunk that was learned or skipped, and remember its losses."""
@@ -88,39 +143,80 @@ class Session:
 
 
 class Ledger:
-    """All sessions, by key and by adapter id."""
+    """Sessions that are in memory, or that somebody waits for, by key and by adapter id; least recently used first.
 
-    def __init__(self, first_adapter: int, limit: int, per_key: int, recent: int):
-        """``limit``: sessions in all. ``per_key``: sessions of one tenant. ``recent``: chunk losses kept of each."""
-        self.next_adapter, self.limit, self.per_key, self.recent = first_adapter, limit, per_key, recent
+    With a store, all others are on disk and come back when they are asked for.
+    """
+
+    def __init__(self, first_adapter: int, limit: int, per_key: int, recent: int, store: Store | None = None):
+        """``limit``: sessions in memory. ``per_key``: sessions of one tenant. ``recent``: chunk losses kept of each."""
+        self.next_adapter, self.limit, self.per_key, self.recent, self.store = first_adapter, limit, per_key, recent, store
+        #: sessions of a tenant, wherever they are; of tenants that were asked about
         self.tenants: Counter[str] = Counter()
         self.sessions: dict[SessionKey, Session] = {}
         self.by_adapter: dict[int, Session] = {}
 
     def find(self, key: SessionKey) -> Session | None:
-        return self.sessions.get(key)
+        """The session of that key, or None; one that is on disk gets its place in the ledger."""
+        session = self.peek(key)
+        return self._enter(session) if session is not None and key not in self.sessions else session
+
+    def peek(self, key: SessionKey) -> Session | None:
+        """The same, to look at: one that is on disk stays out of the ledger."""
+        if (session := self.sessions.get(key)) is not None or self.store is None:
+            return session
+        row = self.store.find(key)
+        return None if row is None else self.from_row(row)
 
     def open(self, key: SessionKey) -> Session:
         """The session of that key, made where there is none; raises RequestError (429) where there is room for no other."""
-        session = self.sessions.get(key)
+        session = self.find(key)
         if session is None:
-            if len(self.sessions) >= self.limit:
-                raise RequestError(
-                    f"this server keeps at most {self.limit} sessions (sessions.host_gib); delete one first", 429
-                )
-            if self.tenants[key.tenant] >= self.per_key:
-                raise RequestError(f"a key has at most {self.per_key} sessions (sessions.per_key); delete one first", 429)
+            self._check_room(key.tenant)
+            session = self._enter(Session(key, self.next_adapter, self.recent, place="new" if self.store else "memory"))
             self.tenants[key.tenant] += 1
-            session = Session(key, self.next_adapter, self.recent)
-            self.next_adapter += 1
-            self.sessions[key] = self.by_adapter[session.adapter] = session
-        session.last_used = time.time()
+        session.last_used, session.touched = time.time(), True
+        self.sessions[key] = self.sessions.pop(key)
         return session
 
     def remove(self, session: Session) -> None:
-        del self.sessions[session.key]
+        """It is no more."""
+        self.forget(session)
         self.tenants[session.key.tenant] -= 1
+
+    def forget(self, session: Session) -> None:
+        """It is not in memory any more."""
+        del self.sessions[session.key]
         del self.by_adapter[session.adapter]
 
-    def of_tenant(self, tenant: str) -> list[Session]:
-        return [s for k, s in self.sessions.items() if k.tenant == tenant]
+    def of_tenant(self, tenant: str | None) -> list[Session]:
+        """Those in the ledger, of one tenant or of all."""
+        return [s for k, s in self.sessions.items() if tenant is None or k.tenant == tenant]
+
+    def from_row(self, row: Row) -> Session:
+        """A session as the state dir has it. It is not in the ledger, and its adapter id is not taken, before `_enter`."""
+        session = Session(row.key, self.next_adapter, self.recent, created=row.created, last_used=row.last_used, uid=row.uid)
+        # What was counted beyond the newest version was not saved in time: it did not happen.
+        newest = row.newest.state if row.newest else {}
+        same = row.state.get("version", 0) == newest.get("version", 0)
+        session.from_state({**(row.state if same else newest), "frozen": row.state.get("frozen", False)})
+        session.saved, session.touched = row.newest, False
+        session.place = "disk" if row.newest else "new"
+        return session
+
+    def _enter(self, session: Session) -> Session:
+        if session.key.tenant not in self.tenants and self.store is not None:
+            self.tenants[session.key.tenant] = self.store.count(session.key.tenant)
+        self.next_adapter += 1
+        self.sessions[session.key] = self.by_adapter[session.adapter] = session
+        return session
+
+    def _check_room(self, tenant: str) -> None:
+        if self.store is None and len(self.sessions) >= self.limit:
+            raise RequestError(f"this server keeps at most {self.limit} sessions (sessions.host_gib); delete one first", 429)
+        if self.store is not None and self.store.full:
+            raise RequestError(f"no room for another session: {self.store.full}", 429)
+        if tenant not in self.tenants and self.store is not None:
+            self.tenants[tenant] = self.store.count(tenant)
+        if self.tenants[tenant] >= self.per_key:
+            raise RequestError(f"a key has at most {self.per_key} sessions (sessions.per_key); delete one first", 429)

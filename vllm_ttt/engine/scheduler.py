@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,14 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt import plugin, support
+from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.engine.ledger import Ledger, Open, Session
+from vllm_ttt.engine.store import open_store
+from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
-from vllm_ttt.types import ADAPTER_PATH, Knobs, RequestPlan, SessionKey, StepPlan, StepReport
+from vllm_ttt.types import ADAPTER_PATH, ChunkReport, Knobs, RequestPlan, SessionKey, StepPlan, StepReport
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -61,7 +65,12 @@ class TTTScheduler(AsyncScheduler):
         assert isinstance(additional, dict)
         self.ttt_http: bool = additional[plugin.NAME]["http"]
         limit = support.max_sessions(self.vllm_config.model_config.hf_text_config, config)
-        self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, limit, config.sessions.per_key, config.observe.recent_chunks)
+        self.ttt_store = open_store(self.vllm_config, config)
+        first = self.lora_config.max_loras + 1
+        self.ttt_ledger = Ledger(first, limit, config.sessions.per_key, config.observe.recent_chunks, self.ttt_store)
+        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up)
+        self.ttt_alarm: Alarm | None = None
+        self.ttt_errors = 0
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = 0
@@ -96,6 +105,11 @@ class TTTScheduler(AsyncScheduler):
             message = "ttt_interleave reads a prompt in chunks, and this server runs with --no-enable-chunked-prefill"
             raise RequestError(message, param="ttt_interleave")
         session = self.ttt_ledger.open(SessionKey.from_wire(wire))
+        if not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck:
+            raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)
+        self.ttt_tiers.changes(session)
+        if session.frozen:
+            knobs = Knobs(learn=False)
         prompt_learned = knobs.learn
         arrival, knobs = self._arrive(request, knobs)
         request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")
@@ -128,6 +142,8 @@ class TTTScheduler(AsyncScheduler):
 
     def _may_start(self, attached: Attached) -> bool:
         session = attached.session
+        if not self.ttt_tiers.ready(session):
+            return False
         if self.ttt_config.schedule.consistency == "read-your-writes":
             first = next(iter(session.open.values()), None)
             if first is not None and first.arrival < attached.arrival:
@@ -179,7 +195,7 @@ class TTTScheduler(AsyncScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.ttt_slot_awaited = False
         output = super().schedule(throttle_prefills)
-        plan = StepPlan(ended=self.ttt_ended)
+        plan = StepPlan(ended=self.ttt_ended, files=self._guard(self.ttt_tiers.take_orders) or [])
         self.ttt_ended = {}
         if self.ttt_requests:
             for request_id in output.num_scheduled_tokens:
@@ -223,17 +239,27 @@ class TTTScheduler(AsyncScheduler):
         for request_id, version in report.began.items():
             if (attached := self.ttt_requests.get(request_id)) is not None:
                 attached.version = version
+        counted = 0
+        for file in report.files:
+            if file.outcome == "taken":  # what was learned later is not in the snapshot
+                self._count(report.chunks[counted : file.chunks])
+                counted = file.chunks
+            self._guard(self.ttt_tiers.read, file)
+        self._count(report.chunks[counted:])
         by_adapter = self.ttt_ledger.by_adapter
-        for chunk in report.chunks:
-            if (session := by_adapter.get(chunk.session)) is not None:
-                session.record(chunk)
-                interleaved = self.ttt_interleaved.get(chunk.request)
-                if interleaved is not None and not interleaved.outputs:
-                    interleaved.version = chunk.version
         for request_id, adapter in report.settled:
             session = by_adapter.get(adapter)
             if session is not None and (opened := session.open.pop(request_id, None)) is not None:
                 session.history.settle(opened.prefixes, opened.learned)
+
+    def _count(self, chunks: list[ChunkReport]) -> None:
+        for chunk in chunks:
+            if (session := self.ttt_ledger.by_adapter.get(chunk.session)) is not None:
+                session.record(chunk)
+                self.ttt_tiers.changes(session)
+                interleaved = self.ttt_interleaved.get(chunk.request)
+                if interleaved is not None and not interleaved.outputs:
+                    interleaved.version = chunk.version
 
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""
@@ -277,6 +303,7 @@ class TTTScheduler(AsyncScheduler):
             self.ttt_ended[request_id] = attached.prompt - 1 + attached.outputs
             if attached.knobs.learn_output and attached.outputs:
                 self._remember_answer(attached)
+        self.ttt_tiers.left(attached.session)
         if (child := _CHILD.fullmatch(request_id)) is not None and child.group(1) == "0":
             self.ttt_parents.pop(child.group(2), None)
 
@@ -302,4 +329,34 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_refused.clear()
 
     def has_requests(self) -> bool:
-        return super().has_requests() or self.ttt_report.busy or bool(self.ttt_refused)
+        return super().has_requests() or self.ttt_report.busy or bool(self.ttt_refused) or self.ttt_tiers.busy
+
+    def _guard(self, hook: Callable[..., Any], *args: Any) -> Any:
+        """Serving goes on whatever befalls the state dir."""
+        try:
+            return hook(*args)
+        except Exception:
+            self.ttt_errors += 1
+            if self.ttt_errors <= 10 or self.ttt_errors % 1000 == 0:
+                logger.exception("vllm-ttt: %s failed (error %d)", hook.__qualname__, self.ttt_errors)
+            return None
+
+    def _give_up(self, session: Session, error: RequestError) -> None:
+        """Refuse the requests of a session that cannot be brought back; none of them has started."""
+        waiting = [self.requests[request_id] for request_id in session.requests if request_id in self.requests]
+        self.finish_requests([request.request_id for request in waiting], RequestStatus.FINISHED_ABORTED)
+        self.ttt_refused += [(request, error) for request in waiting]
+
+    def ttt_loop(self, engine: Any) -> None:
+        """Called by the engine core whenever it may rest or end."""
+        if self.ttt_store is None:
+            return
+        if not engine.is_running():
+            self.ttt_tiers.close()
+        elif self.ttt_alarm is None:
+            self.ttt_alarm = Alarm(engine, self.ttt_config.sessions.autosave, self.ttt_tiers)
+
+    def shutdown(self) -> None:
+        if self.ttt_store is not None:
+            self.ttt_store.close()
+        super().shutdown()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _finite(value: Any) -> Any:
@@ -18,6 +18,10 @@ Loss = Annotated[float | None, BeforeValidator(_finite)]
 
 class _Model(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid", strict=True)
 
 
 class ChunkLoss(_Model):
@@ -58,10 +62,20 @@ class SessionSummary(_Model):
     """When the session was last named, seconds since 1970."""
     norm: dict[str, Loss]
     """Frobenius norm of the delta relative to that of the weight, by module."""
-    tier: Literal["slot", "memory"]
-    """Where the delta is: in one of vLLM's LoRA slots, or only in memory."""
+    tier: Literal["slot", "memory", "disk", "new"]
+    """Where the delta is: in one of vLLM's LoRA slots, only in memory, or only on disk; new: there is none yet."""
     bytes: int
-    """Memory that the session takes."""
+    """Memory that the session takes; on disk, its newest file."""
+    frozen: bool = False
+    """Whether it learns nothing until it is unfrozen."""
+    saved_version: int | None = None
+    """The newest version in the state dir; null: none."""
+    saved: float | None = None
+    """When that was saved, seconds since 1970."""
+    error: str | None = None
+    """Why the session could not be saved lately, or was not what had been saved; null: nothing is wrong."""
+    tenant: str | None = None
+    """Whose it is, as the state dir names the API key; only where the admin key lists all."""
 
 
 class Session(SessionSummary):
@@ -69,6 +83,22 @@ class Session(SessionSummary):
 
     losses: list[ChunkLoss]
     """The most recent chunks, oldest first."""
+    versions: list[int] = []
+    """Versions in the state dir, to which the session can be rolled back."""
+
+
+class Rollback(_Request):
+    """Where to return to."""
+
+    version: Annotated[int, Field(ge=1, lt=2**31)]
+    """One of the session's `versions`."""
+
+
+class Fork(_Request):
+    """The session to be made."""
+
+    to: str
+    """Its id, which no session of this API key has."""
 
 
 class Sessions(_Model):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request
+from fastapi.responses import StreamingResponse
 
 from vllm_ttt.errors import RequestError
-from vllm_ttt.frontend import models, refusals, tenants
+from vllm_ttt.frontend import adapter, models, refusals, tenants
 from vllm_ttt.types import SESSION_ID_RULE, check_session_id
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -18,6 +19,10 @@ _CONFLICT: dict[int | str, dict[str, Any]] = {
     409: {"model": models.ErrorResponse, "description": "The session has open requests"}
 }
 
+_FULL: dict[int | str, dict[str, Any]] = {
+    507: {"model": models.ErrorResponse, "description": "It could not be written; the session goes on from memory"}
+}
+
 #: ``:path`` so that an id with a slash is refused as an id; FastAPI would otherwise answer 404 as for an unknown route.
 _SESSION = "/sessions/{session_id:path}"
 SessionId = Annotated[str, Path(description=f"The session as the client calls it: {SESSION_ID_RULE}")]
@@ -26,9 +31,26 @@ router = APIRouter(prefix="/v1/ttt", tags=["test-time training"])
 
 
 @router.get("/sessions", response_model=models.Sessions)
-async def list_sessions(request: Request) -> Any:
-    """The sessions of this API key."""
-    return await _ask(request, "list")
+async def list_sessions(request: Request, all: bool = False) -> Any:
+    """The sessions of this API key; with `all`, for the admin key only, those of every key, each with its tenant."""
+    if all and not tenants.is_admin(request):
+        error = RequestError("only the key of sessions.admin_key_file may list the sessions of all keys", status=403)
+        raise refusals.to_vllm(error)
+    return await _ask(request, "list_all" if all else "list")
+
+
+# Before the route of the session itself, whose path would take its end for a part of the id.
+@router.get(
+    _SESSION + "/adapter",
+    response_class=StreamingResponse,
+    responses={**_ERRORS, 200: {"content": {"application/octet-stream": {}, "application/x-tar": {}}}},
+)
+async def get_adapter(
+    session_id: SessionId, request: Request, format: Literal["safetensors", "tar"] = "safetensors"
+) -> StreamingResponse:
+    """The delta as a PEFT adapter: one .safetensors with its configuration in the metadata, or a tar of both files."""
+    written = await _ask(request, "export", session_id)
+    return adapter.answer(written["path"], session_id, format)
 
 
 @router.get(_SESSION, response_model=models.Session, responses=_ERRORS)
@@ -50,25 +72,68 @@ async def delete_session(session_id: SessionId, request: Request) -> Any:
     return models.Deleted(session_id=session_id)
 
 
+@router.post(_SESSION + "/freeze", response_model=models.Session, responses=_ERRORS)
+async def freeze_session(session_id: SessionId, request: Request) -> Any:
+    """Serve with the delta as it is, and learn nothing from now on."""
+    return await _ask(request, "freeze", session_id)
+
+
+@router.post(_SESSION + "/unfreeze", response_model=models.Session, responses=_ERRORS)
+async def unfreeze_session(session_id: SessionId, request: Request) -> Any:
+    """Learn again."""
+    return await _ask(request, "unfreeze", session_id)
+
+
+@router.post(_SESSION + "/save", response_model=models.Session, responses=_ERRORS | _CONFLICT | _FULL)
+async def save_session(session_id: SessionId, request: Request) -> Any:
+    """Write what the session has learned to the state dir; answered when it is on the disk, as `saved_version`."""
+    return await _ask(request, "save", session_id)
+
+
+@router.post(_SESSION + "/rollback", response_model=models.Session, responses=_ERRORS | _CONFLICT)
+async def roll_back_session(session_id: SessionId, body: models.Rollback, request: Request) -> Any:
+    """Return to a version that the state dir has; later ones are forgotten."""
+    return await _ask(request, "rollback", session_id, body.version)
+
+
+@router.post(_SESSION + "/fork", response_model=models.Session, responses=_ERRORS | _CONFLICT)
+async def fork_session(session_id: SessionId, body: models.Fork, request: Request) -> Any:
+    """Make another session that begins where this one is. The answer is about the new one."""
+    return await _ask(request, "fork", session_id, _checked(body.to, "to"))
+
+
 @router.get("/config")
 async def get_config(request: Request) -> dict[str, Any]:
     """The configuration that is in force, defaults filled in."""
     return await _ask(request, "config")
 
 
-async def _ask(request: Request, op: str, session_id: str | None = None) -> Any:
+def _checked(name: str, param: str) -> str:
+    try:
+        return check_session_id(name, param)
+    except RequestError as error:
+        raise refusals.to_vllm(error) from None
+
+
+async def _ask(request: Request, op: str, session_id: str | None = None, *argument: Any) -> Any:
     """What ``EngineCore.ttt_admin`` answers.
 
     Args:
-        op: list, get, reset, delete or config.
-        session_id: as it stands in the path; None for list and config.
+        op: a key of vllm_ttt.engine.admin.OPERATIONS.
+        session_id: as it stands in the path; None for lists and config.
+        argument: what the operation needs besides, if anything.
     Raises:
         Exception: one of vLLM's, for the status that is due: 400 for a bad id, else what the engine says.
     """
     try:
         name = "" if session_id is None else check_session_id(session_id)
         tenant = tenants.tenant_of(request)
-        answer = await request.app.state.ttt_engine.engine_core.call_utility_async("ttt_admin", op, tenant, name)
+        try:
+            answer = await request.app.state.ttt_engine.engine_core.call_utility_async("ttt_admin", op, tenant, name, *argument)
+        except Exception as error:
+            if "shutting down" not in str(error):
+                raise
+            raise RequestError("the server is shutting down; what it has learned is being saved", status=503) from None
         if not answer["ok"]:
             raise RequestError(answer["message"], status=answer["status"])
     except RequestError as error:

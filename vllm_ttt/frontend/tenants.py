@@ -6,24 +6,28 @@ import hashlib
 import hmac
 import os
 import secrets
+from pathlib import Path
 from typing import Any
 
-from vllm_ttt.errors import RequestError
+from vllm_ttt.errors import ConfigError, RequestError
+from vllm_ttt.state_dir import StateDir
 
 #: Not VLLM_*: vLLM warns of such variables that it does not know, and --fail-on-environ-validation refuses them.
 SECRET_VARIABLE = "TTT_SECRET"
+#: The tenant of the admin key, for the API servers: not the key itself.
+ADMIN_VARIABLE = "TTT_ADMIN_TENANT"
 #: The tenant of everybody where the server asks for no API key.
 OPEN = "-"
 
 
-def ensure_secret() -> None:
-    """Make the secret that turns keys into tenants, unless there is one; API servers inherit it as environment.
+def ensure_secret(state_dir: str | None = None) -> None:
+    """Find or make the secret that turns keys into tenants, unless it is set; API servers inherit it as environment.
 
-    Call it in the process that starts the API servers, before it starts them. A user who wants the tenants to outlive
-    a restart sets the variable.
+    Call it in the process that starts the API servers, before it starts them. The tenants outlive a restart where there is a
+    state dir, which keeps the secret, or where the user sets the variable. Raises ConfigError where the dir cannot be used.
     """
     if not os.environ.get(SECRET_VARIABLE):
-        os.environ[SECRET_VARIABLE] = secrets.token_hex(32)
+        os.environ[SECRET_VARIABLE] = StateDir(state_dir).secret() if state_dir else secrets.token_hex(32)
 
 
 def tenant_of(request: Any | None) -> str:
@@ -49,10 +53,46 @@ def tenant_of(request: Any | None) -> str:
             status=401,
             param="Authorization",
         )
+    return _tenant(given)
+
+
+def admit_admin(args: Any, file: str | None) -> None:
+    """Make the key in ``file`` one that the server knows, and remember its tenant for `is_admin`.
+
+    Args:
+        args: vLLM's Namespace; its ``api_key`` gets one key more.
+    Raises:
+        ConfigError: the file cannot be read, holds no key, or the server asks for no keys.
+    """
+    if file is None:
+        return
+    try:
+        key = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"sessions.admin_key_file {file} cannot be read: {error}") from None
+    from vllm import envs
+
+    known = [k for k in (args.api_key or [envs.VLLM_API_KEY]) if k]
+    if not known:
+        raise ConfigError("sessions.admin_key_file needs --api-key: without it everybody may do everything")
+    if len(key) < 16 or any(c.isspace() for c in key):
+        raise ConfigError(f"sessions.admin_key_file {file} must hold one key of at least 16 characters, without blanks")
+    if key not in known:
+        args.api_key = [*known, key]
+    os.environ[ADMIN_VARIABLE] = _tenant(key.encode())
+
+
+def is_admin(request: Any) -> bool:
+    """Whether the request brings the admin key. Raises RequestError (401) as `tenant_of`."""
+    admin = os.environ.get(ADMIN_VARIABLE, "")
+    return bool(admin) and hmac.compare_digest(tenant_of(request), admin)
+
+
+def _tenant(key: bytes) -> str:
     secret = os.environ.get(SECRET_VARIABLE)
     if not secret:
         raise RuntimeError("tenants.ensure_secret() was not called before the API server started")
-    return hmac.new(secret.encode(), given, hashlib.sha256).digest()[:16].hex()
+    return hmac.new(secret.encode(), key, hashlib.sha256).digest()[:16].hex()
 
 
 def _api_keys(request: Any | None) -> list[str]:

@@ -9,22 +9,25 @@ from vllm_ttt.patches import _contract
 from vllm_ttt.types import ADAPTER_PATH
 
 _KEYS = ("_gen_lora_extra_hash_keys", "request")
+_LOOP = "_handle_shutdown"
 
 
 def install() -> None:
     from vllm.v1.core import kv_cache_utils
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
     _contract.wrap(kv_cache_utils, *_KEYS, _share_blocks)
+    _contract.wrap(EngineCoreProc, _LOOP, "self", _look_at_the_loop)
     _contract.add(EngineCore, "ttt_admin", _ttt_admin)
 
 
 def check() -> None:
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
     _contract.check(kv_cache_utils, *_KEYS)
+    _contract.check(EngineCoreProc, _LOOP, "self")
     _contract.absent(EngineCore, "ttt_admin")
     # Overridden by TTTScheduler rather than patched, but relied on all the same.
     for name, parameters in {
@@ -33,6 +36,7 @@ def check() -> None:
         "update_from_output": "self scheduler_output model_runner_output",
         "finish_requests": "self request_ids finished_status",
         "has_requests": "self",
+        "shutdown": "self",
         "_handle_blocked_waiting_request": "self request",
         "_get_local_prefix_cache_hit": "self request",
         "_reserve_prefill_lookahead": "self request num_computed_tokens num_new_tokens",
@@ -52,7 +56,19 @@ def _share_blocks(original: Callable) -> Callable:
     return _gen_lora_extra_hash_keys
 
 
-def _ttt_admin(self: Any, op: str, tenant: str, name: str) -> dict[str, Any]:
+def _look_at_the_loop(original: Callable) -> Callable:
+    """The engine core asks this once each time round its loop: whether to go on."""
+
+    def _handle_shutdown(self: Any) -> bool:
+        look = getattr(self.scheduler, "ttt_loop", None)
+        if look is not None:
+            look(self)
+        return original(self)
+
+    return _handle_shutdown
+
+
+def _ttt_admin(self: Any, op: str, tenant: str, name: str, argument: Any = None) -> Any:
     from vllm_ttt.engine.admin import admin
 
-    return admin(self, op, tenant, name)
+    return admin(self, op, tenant, name, argument)

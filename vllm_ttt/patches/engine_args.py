@@ -53,7 +53,7 @@ def _add_cli_args(original: Callable) -> Callable:
         )
         group.add_argument("--ttt-config", metavar="FILE", help="YAML file with vllm-ttt's settings.")
         group.add_argument("--ttt-preset", metavar="PRESET", help="What is adapted: `last` (default), the last layer.")
-        group.add_argument("--ttt-state-dir", metavar="DIR", help="Where sessions are kept (not available yet).")
+        group.add_argument("--ttt-state-dir", metavar="DIR", help="Folder in which sessions outlive the server.")
         return parser
 
     return add_cli_args
@@ -73,11 +73,13 @@ def _from_cli_args(original: Callable) -> Callable:
             from vllm_ttt.frontend import tenants
             from vllm_ttt.patches import frontend
 
-            settings = plugin.settings(plugin.config_from_flags(args), http=True)
+            config = plugin.config_from_flags(args)
+            settings = plugin.settings(config, http=True)
             engine_args.additional_config = {**(engine_args.additional_config or {}), plugin.NAME: settings}
             patches.check_all()
             frontend.install()
-            tenants.ensure_secret()
+            tenants.ensure_secret(config.sessions.state_dir)
+            tenants.admit_admin(args, config.sessions.admin_key_file)
         return engine_args
 
     return from_cli_args
@@ -93,8 +95,6 @@ def _check_flags(args: Namespace, names: list[str]) -> None:
     given = [f for f in ("config", "preset", "state_dir") if getattr(args, f"ttt_{f}", None) is not None]
     if given and "ttt" not in names:
         raise ConfigError(f"--ttt-{given[0].replace('_', '-')} needs --plugin ttt")
-    if "state_dir" in given:
-        raise ConfigError("--ttt-state-dir is not available yet: sessions live in memory and end with the server")
 
 
 def _create_engine_config(original: Callable) -> Callable:
@@ -108,9 +108,13 @@ def _create_engine_config(original: Callable) -> Callable:
         from vllm_ttt import patches, support
 
         patches.check_all()
-        support.prepare_engine_args(self)
+        support.prepare_engine_args(self, config)
         vllm_config = original(self, *args, **kwargs)
         support.finish_vllm_config(vllm_config, config)
+        if config.sessions.state_dir is not None:
+            from vllm_ttt.engine.store import check_dir
+
+            check_dir(vllm_config, config)
         return vllm_config
 
     return create_engine_config

@@ -41,6 +41,13 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
+def copy_to_host(values: Tensor) -> Tensor:
+    """A copy on the host, pinned on CUDA, made without waiting; it may be read once a later mark is done."""
+    if values.device.type == "cpu":
+        return values.clone()
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
 def to_host(values: Tensor) -> Tensor:
     """Copy to the host without waiting; it may be read once a later mark is done."""
     return values.to("cpu", non_blocking=True) if values.device.type != "cpu" else values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_ttt.worker.micro_step import MODULES, Delta, Tail
 
@@ -28,6 +29,15 @@ class Session:
     norms: list[float] = field(default_factory=lambda: [0.0] * len(MODULES))
     #: the master while it has no row: [1, out, R] float32 on the host; None: all zero
     host: Delta | None = None
+
+    def to_state(self) -> dict[str, Any]:
+        """What a file says of the session besides B, for JSON; `from_state` takes it back."""
+        return {"version": self.version, "chunks": self.chunks, "norms": self.norms}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Session:
+        """Without its B, which becomes ``host``."""
+        return cls(version=int(state["version"]), chunks=int(state["chunks"]), norms=[float(x) for x in state["norms"]])
 
     @property
     def served(self) -> int:
@@ -92,6 +102,13 @@ class Deltas:
         self.pinned.discard(key)
         if key in self.rows:
             self.free.append(self.rows.pop(key))
+
+    def copy(self, key: int, to: int) -> None:
+        """Make ``to``, which has no row, what ``key`` is now."""
+        source = self.session(key)
+        host = Delta(*(x.to("cpu", copy=True) for x in self.read(key).tensors())) if key in self.rows else source.host
+        self.sessions[to] = Session.from_state(source.to_state())
+        self.sessions[to].host = host
 
     def bytes_per_session(self) -> int:
         return sum(x[0].numel() * x.element_size() for x in self.masters.tensors())

@@ -138,6 +138,10 @@ class Trainer:
         self.slots.drop(key)
         self.dirty.discard(key)
 
+    def in_flight(self, key: int) -> bool:
+        """Whether the master of a session is ahead of its version: the outcome of a step is not known yet."""
+        return any(chunk.session == key for outcome in self.outcomes for chunk in outcome.chunks)
+
     def abandon(self) -> None:
         """Give up everything that waits, of all sessions, and the rest of what they are sending now; their masters stay."""
         reading = {r.plan.session for r in self.backlog.readings.values()}

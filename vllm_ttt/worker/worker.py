@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_ttt.config import TTTConfig
+from vllm_ttt.geometry import Geometry
 from vllm_ttt.plugin import config_of
 from vllm_ttt.types import StepPlan
 from vllm_ttt.worker import memory
@@ -18,7 +19,9 @@ from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.budget import Budget, tile_sizes
 from vllm_ttt.worker.capture import Capture
 from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.micro_step import MODULES
+from vllm_ttt.worker.signals import leave_with_the_engine
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.step_view import Rows
 from vllm_ttt.worker.tail import TailModules, build_tail, find_modules
@@ -58,6 +61,8 @@ class TTTWorkerMixin:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         config = config_of(self.vllm_config)
         assert config is not None, "a TTT worker needs additional_config['ttt']"
+        if config.sessions.state_dir is not None:
+            leave_with_the_engine()
         runner = self.model_runner
         modules = find_modules(runner.get_model())
         model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
@@ -70,8 +75,11 @@ class TTTWorkerMixin:
         pages = memory.pages(config)
         self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, self.capture.h_ND, self.capture.a_NQ)
         deltas = Deltas(tail, config.sessions.resident)
+        geometry = Geometry.of(self.vllm_config.model_config.hf_text_config, config.adapt)
+        assert deltas.bytes_per_session() == geometry.bytes, "the model's configuration and its weights disagree"
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots)
+        self.files = Files(self.trainer, geometry, self.vllm_config.model_config.model)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
         #: (before learning, before the forward, after sampling, tokens learned) of iterations whose times are not known yet
@@ -93,6 +101,8 @@ class TTTWorkerMixin:
         plan: StepPlan = getattr(scheduler_output, "ttt", None) or StepPlan()
         serving = scheduler_output.total_num_scheduled_tokens > 0
         before = self.clock.mark()
+        if plan.files or not self.files.idle:
+            self.files.step(plan.files)
         # Guarded one by one: a request whose start or end is missed would keep its session waiting for ever.
         self._guard(self._finish, scheduler_output, plan)
         learned = self._guard(self._between, serving) or 0
@@ -131,10 +141,15 @@ class TTTWorkerMixin:
             "norm": dict(zip(MODULES, norms, strict=True)),
         }
 
+    def ttt_sessions(self, keys: list[int]) -> list[dict[str, Any]]:
+        """`ttt_session` of several."""
+        return [self.ttt_session(key) for key in keys]
+
     @torch.inference_mode()
-    def ttt_drop(self, key: int) -> None:
-        """Make a session that has no request in the engine the base model again."""
-        self.trainer.drop(key)
+    def ttt_copy(self, key: int, to: int) -> None:
+        """Give the new session ``to`` the delta of ``key``, for which nothing waits to be learned."""
+        self.trainer.collect(wait=True)
+        self.trainer.deltas.copy(key, to)
 
     def ttt_status(self) -> dict[str, Any]:
         """Captured tokens that wait, updates committed to all sessions, tokens learned and errors since the start, and ms that
@@ -220,6 +235,7 @@ class TTTWorkerMixin:
     def _report(self) -> Any:
         report = self.trainer.take_report()
         report.began, self.began = self.began, {}
+        report.files = self.files.take_reports()
         return report
 
     def _guard(self, hook: Any, *args: Any) -> Any:

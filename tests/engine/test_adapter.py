@@ -1,0 +1,115 @@
+"""An exported session is a PEFT adapter: peft and stock vLLM serve with it what the session is served with."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import MODEL, Stage, running
+from served import SCORED, Documents, Served, logprobs
+
+from vllm_ttt.config import TTTConfig
+from vllm_ttt.engine.identity import identity
+from vllm_ttt.engine.records import connect, create
+from vllm_ttt.sessions.offline import Offline
+from vllm_ttt.state_dir import StateDir
+
+pytestmark = pytest.mark.engine
+
+#: Nats per token, float32 on either side: what rounding may differ by.
+TOLERANCE = 0.001
+
+
+@pytest.fixture(scope="module")
+def exported(stage: Stage, documents: Documents, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A session of the float32 server: its adapter's folder, the single file, and what it is served with."""
+    served = stage.get("exact")
+    name = served.fresh("adapter")
+    for text in documents["man2"][:3]:
+        served.complete(text[:1025], name)
+    served.settle()
+    probe = documents["man2"][3][:200]
+    answer = served.complete(probe, name, vllm_xargs={"ttt_learn": 0}, **SCORED)
+    base = served.complete(probe, **SCORED)
+    folder = tmp_path_factory.mktemp("adapter")
+    tar = served.http.get(f"/v1/ttt/sessions/{name}/adapter", params={"format": "tar"})
+    assert tar.status_code == 200, tar.text
+    with tarfile.open(fileobj=io.BytesIO(tar.content)) as archive:
+        archive.extractall(folder, filter="data")
+    file = served.http.get(f"/v1/ttt/sessions/{name}/adapter")
+    assert int(file.headers["content-length"]) == len(file.content)
+    (folder / "one.safetensors").write_bytes(file.content)
+    again = served.complete(probe, name, vllm_xargs={"ttt_learn": 0}, **SCORED)
+    return {
+        "folder": folder, "probe": probe, "served": logprobs(answer), "base": logprobs(base), "again": logprobs(again),
+        "tokens": answer["choices"][0]["logprobs"]["tokens"], "delta": served.delta(name),
+        "version": served.session(name)["version"],
+    }  # fmt: skip
+
+
+def test_the_tar_and_the_file_are_the_same_adapter(exact: Served, exported: dict[str, Any]) -> None:
+    folder: Path = exported["folder"]
+    assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "one.safetensors"}
+    one, two = (safetensors.torch.load((folder / f"{n}.safetensors").read_bytes()) for n in ("one", "adapter_model"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    with safetensors.safe_open(folder / "one.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["adapter_config"]) == json.loads((folder / "adapter_config.json").read_text())
+    assert exported["again"] == exported["served"], "to export it changes nothing"
+
+
+def test_peft_loads_it(exact: Served, exported: dict[str, Any]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(model, exported["folder"])
+    ids = torch.tensor([exported["probe"]])
+    with torch.no_grad():
+        scores = adapted(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    served, base = (torch.tensor(exported[key][: len(scores)]) for key in ("served", "base"))
+    assert (served - base).abs().max() > 0.3, "the delta changes nothing: the comparison would prove nothing"
+    assert (scores - served).abs().max() < TOLERANCE
+
+
+def test_stock_vllm_loads_it(exported: dict[str, Any], stage: Stage) -> None:
+    stage.running.close()
+    stage.name = ""
+    flags = ["--dtype", "float32", "--enable-lora", "--max-lora-rank", "128", "--lora-modules", f"mine={exported['folder']}"]
+    with running(stage.folder / "lora.log", "vllm.entrypoints.cli.main", flags, {"VLLM_PLUGINS": ""}) as stock:
+        answer = stock.complete(exported["probe"], model="mine", logprobs=1, max_tokens=8, ignore_eos=True)
+    choice = answer["choices"][0]
+    assert choice["logprobs"]["tokens"] == exported["tokens"]
+    served = torch.tensor(exported["served"][-8:])
+    assert (torch.tensor(choice["logprobs"]["token_logprobs"]) - served).abs().max() < TOLERANCE
+
+
+def test_import_brings_it_back(exported: dict[str, Any], tmp_path: Path) -> None:
+    """B in a state dir is the delta that was served, and the version is the one that it was exported at."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    vllm_config = EngineArgs(model=str(MODEL), max_model_len=256, dtype="float32", enforce_eager=True).create_engine_config()
+    folder = StateDir(tmp_path / "state")
+    folder.create()
+    create(connect(folder.database), identity(vllm_config, TTTConfig()))
+    offline = Offline(folder.root)
+    for name, source in (("one", exported["folder"] / "one.safetensors"), ("two", exported["folder"])):
+        offline.bring_in(name, source, "-")
+        assert offline.show(name)["version"] == exported["version"]
+        offline.export(name, tmp_path / name)
+        data = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        found = safetensors.torch.load(data)
+        original = safetensors.torch.load((exported["folder"] / "one.safetensors").read_bytes())
+        assert found.keys() == original.keys()
+        for key, value in original.items():  # A is drawn anew: another number of threads may round it otherwise
+            assert torch.equal(found[key], value) if "lora_B" in key else (found[key] - value).abs().max() < 1e-6
+    parts = {key.split(".")[-3]: value for key, value in found.items() if "lora_B" in key}
+    expected = {"o_proj": "o", "gate_proj": "g", "up_proj": "u", "down_proj": "d"}
+    assert all(torch.equal(parts[key].flatten(), exported["delta"][short]) for key, short in expected.items())
+    assert offline.fsck()["problems"] == []

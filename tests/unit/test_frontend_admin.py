@@ -1,0 +1,182 @@
+"""The admin routes over HTTP, with a fake engine: who may ask what, what is asked of the engine, what a bad request is told."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from test_frontend_http import SESSION, FakeServing, build, refused
+from world import GEOMETRY
+
+from vllm_ttt.errors import ConfigError
+from vllm_ttt.frontend import tenants
+from vllm_ttt.worker import peft
+
+pytestmark = pytest.mark.unit
+
+#: (method, what follows the session in the path, body, what the engine is asked)
+ROUTES: list[tuple[str, str, Any, tuple[Any, ...]]] = [
+    ("GET", "", None, ("get",)),
+    ("POST", "/reset", None, ("reset",)),
+    ("DELETE", "", None, ("delete",)),
+    ("POST", "/freeze", None, ("freeze",)),
+    ("POST", "/unfreeze", None, ("unfreeze",)),
+    ("POST", "/save", None, ("save",)),
+    ("POST", "/rollback", {"version": 3}, ("rollback", 3)),
+    ("POST", "/fork", {"to": "t"}, ("fork", "t")),
+]
+
+
+@pytest.fixture(scope="module")
+def serving() -> FakeServing:
+    return FakeServing()
+
+
+@pytest.fixture(scope="module")
+def keyed(serving: FakeServing, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A server with two keys, and an admin key that it learned from a file."""
+    file = tmp_path_factory.mktemp("admin") / "key"
+    file.write_text("the-key-of-the-admin\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(tenants.ADMIN_VARIABLE, "")
+        patch.delenv("VLLM_API_KEY", raising=False)
+        tenants.ensure_secret()
+        args = Namespace(api_key=["key-a", "key-b"])
+        tenants.admit_admin(args, str(file))
+        assert args.api_key == ["key-a", "key-b", "the-key-of-the-admin"]
+        assert "the-key" not in os.environ[tenants.ADMIN_VARIABLE]
+        yield TestClient(build(serving, args.api_key), raise_server_exceptions=False)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(("method", "rest", "body", "asked"), ROUTES, ids=lambda x: str(x))
+def test_each_route_asks_for_the_callers_session(
+    keyed: TestClient, serving: FakeServing, method: str, rest: str, body: Any, asked: tuple[Any, ...]
+) -> None:
+    serving.admin = {"ok": True, "result": SESSION}
+    tenants_seen = []
+    for key in ("key-a", "key-b"):
+        answer = keyed.request(method, "/v1/ttt/sessions/s" + rest, json=body, headers=bearer(key))
+        assert answer.status_code == 200, answer.text
+        utility, op, tenant, name, *argument = serving.asked[-1]
+        assert (utility, op, *argument) == ("ttt_admin", *asked)
+        assert name == "s"
+        assert tenant not in answer.text
+        tenants_seen.append(tenant)
+    assert len(set(tenants_seen)) == 2
+
+
+@pytest.mark.parametrize(("method", "rest", "body", "asked"), [*ROUTES, ("GET", "/adapter", None, ())], ids=lambda x: str(x))
+def test_each_route_needs_a_key(
+    keyed: TestClient, serving: FakeServing, method: str, rest: str, body: Any, asked: tuple[Any, ...]
+) -> None:
+    before = len(serving.asked)
+    for headers in ({}, bearer("key-c"), {"Authorization": "key-a"}):
+        assert keyed.request(method, "/v1/ttt/sessions/s" + rest, json=body, headers=headers).status_code == 401
+    for path in ("/v1/ttt/sessions", "/v1/ttt/config", "/v1/ttt/sessions?all=true"):
+        assert keyed.get(path).status_code == 401
+    assert len(serving.asked) == before
+
+
+def test_only_the_admin_key_lists_all(keyed: TestClient, serving: FakeServing) -> None:
+    serving.admin = {"ok": True, "result": {"sessions": [{**SESSION, "tenant": "t"}]}}
+    answer = keyed.get("/v1/ttt/sessions?all=true", headers=bearer("the-key-of-the-admin"))
+    assert answer.json()["sessions"][0]["tenant"] == "t"
+    assert serving.asked[-1][1] == "list_all"
+    before = len(serving.asked)
+    refused(keyed.get("/v1/ttt/sessions?all=true", headers=bearer("key-a")), "admin_key_file", status=403)
+    assert len(serving.asked) == before
+    assert keyed.get("/v1/ttt/sessions", headers=bearer("key-a")).status_code == 200
+    assert serving.asked[-1][1] == "list"
+
+
+@pytest.mark.parametrize("name", ["a" * 129, "a b", "a/b", "a\\b", "{}", "'"])
+@pytest.mark.parametrize("rest", ["/save", "/freeze", "/adapter"])
+def test_bad_names(keyed: TestClient, serving: FakeServing, name: str, rest: str) -> None:
+    before = len(serving.asked)
+    method = "GET" if rest == "/adapter" else "POST"
+    refused(keyed.request(method, f"/v1/ttt/sessions/{name}{rest}", headers=bearer("key-a")), "1 to 128 characters")
+    assert len(serving.asked) == before
+
+
+@pytest.mark.parametrize(
+    ("rest", "body"),
+    [
+        *(("/rollback", {"version": v}) for v in (0, -1, 2**31, "1", 1.5, None, True)),
+        ("/rollback", {}),
+        ("/rollback", {"version": 1, "more": 2}),
+        ("/rollback", [1]),
+        *(("/fork", {"to": to}) for to in ("", "a b", "../x", "x" * 129, 5, None)),
+        ("/fork", {}),
+    ],
+)
+def test_bad_bodies(keyed: TestClient, serving: FakeServing, rest: str, body: Any) -> None:
+    before = len(serving.asked)
+    refused(keyed.post("/v1/ttt/sessions/s" + rest, json=body, headers=bearer("key-a")))
+    assert len(serving.asked) == before
+
+
+@pytest.mark.parametrize("status", [403, 404, 409, 429, 503, 507])
+def test_refusals_of_the_engine(keyed: TestClient, serving: FakeServing, status: int) -> None:
+    serving.admin = {"ok": False, "status": status, "message": "says why"}
+    for method, rest, body, _ in ROUTES:
+        answer = keyed.request(method, "/v1/ttt/sessions/s" + rest, json=body, headers=bearer("key-a"))
+        refused(answer, "says why", status=status)
+
+
+def test_an_adapter_is_streamed_and_its_file_is_gone(keyed: TestClient, serving: FakeServing, tmp_path: Path) -> None:
+    tensors = {name: torch.ones(shape) for name, shape in GEOMETRY.shapes.items()}
+    data = peft.adapter(tensors, peft.projections(GEOMETRY, torch.bfloat16), GEOMETRY, "tiny", {"version": "3"})
+    for format in ("safetensors", "tar"):
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(data)
+        serving.admin = {"ok": True, "result": {"path": str(path), "bytes": len(data), "version": 3}}
+        answer = keyed.get(f"/v1/ttt/sessions/s/adapter?format={format}", headers=bearer("key-a"))
+        assert answer.status_code == 200
+        assert not path.exists()
+        assert int(answer.headers["content-length"]) == len(answer.content)
+        assert f's.{format}"' in answer.headers["content-disposition"]
+        if format == "safetensors":
+            assert answer.content == data
+            continue
+        with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
+            assert tar.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
+            model, config = tar.extractfile("adapter_model.safetensors"), tar.extractfile("adapter_config.json")
+            assert model is not None
+            assert config is not None
+            assert model.read() == data
+            assert json.loads(config.read()) == peft.config(GEOMETRY, "tiny")
+    refused(keyed.get("/v1/ttt/sessions/s/adapter?format=pickle", headers=bearer("key-a")))
+
+
+@pytest.mark.parametrize(
+    ("content", "keys", "says"),
+    [
+        ("short", ["key-a"], "at least 16"),
+        ("two keys in one file", ["key-a"], "without blanks"),
+        ("the-key-of-the-admin", [], "needs --api-key"),
+        (None, ["key-a"], "cannot be read"),
+    ],
+)
+def test_admin_key_files_that_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, keys: list[str], says: str
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=says) as caught:
+        tenants.admit_admin(Namespace(api_key=keys), str(file))
+    assert content is None or content not in str(caught.value)

@@ -1,0 +1,157 @@
+"""The engine's and the worker's side of sessions on disk, for real, without vLLM: only learning and serving are stand-ins."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_ttt.config import SessionsConfig
+from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.store import Store
+from vllm_ttt.engine.tiers import Tiers
+from vllm_ttt.errors import RequestError
+from vllm_ttt.geometry import Geometry
+from vllm_ttt.state_dir import StateDir
+from vllm_ttt.types import ChunkReport, SessionKey, StepReport
+from vllm_ttt.worker import peft
+from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.files import Files
+from vllm_ttt.worker.micro_step import Tail
+
+D, Q, F, R = 8, 12, 16, 4
+GEOMETRY = Geometry(layer=1, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)
+IDENTITY: dict[str, Any] = {
+    "model": {"name": "tiny", "config": "c", "weights": "w"},
+    "adapt": {"rank": R, "seed": 0, "layers": 1, "modules": ["o_proj", "gate_up_proj", "down_proj"]},
+    "geometry": GEOMETRY.to_json(),
+    "dtype": "bfloat16",
+}
+
+
+class FakeTrainer:
+    """Learning a chunk adds the next number of a sequence to B: what a session holds says what it learned, in order."""
+
+    def __init__(self, rows: int):
+        zeros, drawn = torch.zeros, peft.projections(GEOMETRY, torch.bfloat16)
+        tail = Tail(
+            zeros(D, Q), zeros(2 * F, D), zeros(D, F), zeros(10, D), torch.ones(D), torch.ones(D), 1e-5, 1e-5,
+            drawn[Q], drawn[D], drawn[F], dict.fromkeys("ogud", 1.0),
+        )  # fmt: skip
+        self.deltas, self.dtype, self.report = Deltas(tail, rows), torch.bfloat16, StepReport()
+        self.flying: set[int] = set()
+
+    def learn(self, key: int, value: float) -> None:
+        row = self.deltas.row(key)
+        assert row is not None
+        for x in self.deltas.masters.tensors():
+            x[row] += value
+        session = self.deltas.session(key)
+        session.version += 1
+        session.chunks += 1
+        self.report.chunks.append(ChunkReport(key, "r", 16, 1.0, None, None, 16 * session.version, session.version))
+
+    def in_flight(self, key: int) -> bool:
+        return key in self.flying
+
+    def drop(self, key: int) -> None:
+        self.deltas.drop(key)
+
+
+class World:
+    """A server's sessions on a state dir."""
+
+    def __init__(self, folder: Path, limit: int = 3, disk: int = 2**40, rows: int = 2, **config: Any):
+        settings: dict[str, Any] = {"autosave": 3600.0, **config}
+        self.config = SessionsConfig(state_dir=str(folder), **settings)
+        self.store = Store(StateDir(folder), IDENTITY, self.config.keep_versions, disk)
+        self.ledger = Ledger(100, limit, self.config.per_key, 8, self.store)
+        self.tiers = Tiers(self.ledger, self.config, self.store, self.give_up)
+        assert self.tiers.saves is not None
+        self.saves = self.tiers.saves
+        self.trainer = FakeTrainer(rows)
+        self.files: Any = Files(self.trainer, GEOMETRY, "tiny")  # type: ignore[arg-type]
+        self.refused: list[RequestError] = []
+
+    def give_up(self, session: Session, error: RequestError) -> None:
+        self.refused.append(error)
+        session.requests.clear()
+
+    def step(self) -> None:
+        """One step of the engine: orders out, reports in."""
+        self.files.step(self.tiers.take_orders())
+        report, self.trainer.report = self.trainer.report, StepReport()
+        counted = 0
+        for file in self.files.take_reports():
+            if file.outcome == "taken":
+                self._count(report.chunks[counted : file.chunks])
+                counted = file.chunks
+            self.tiers.read(file)
+        self._count(report.chunks[counted:])
+
+    def run(self, until: Any = None) -> None:
+        """Step until ``until()``, or until there is nothing to be done."""
+        deadline = time.monotonic() + 20
+        while not until() if until else self.tiers.busy:
+            assert time.monotonic() < deadline, "it does not come to rest"
+            self.step()
+            time.sleep(0.0005)
+
+    def use(self, name: str, *learn: float, tenant: str = "-") -> Session:
+        """A request of a session, which learns some chunks; it has left the engine when this returns."""
+        session = self.ledger.open(SessionKey(tenant, name))
+        session.requests.add("r")
+        self.tiers.changes(session)
+        self.run(lambda: self.tiers.ready(session) or self.refused)
+        for value in learn:
+            self.trainer.learn(session.adapter, value)
+            self.step()
+        session.requests.discard("r")
+        self.tiers.left(session)
+        return session
+
+    def value(self, name: str, tenant: str = "-") -> float:
+        """What the session's delta holds, brought back where it must be."""
+        session = self.use(name, tenant=tenant)
+        delta = self.trainer.deltas.read(session.adapter)
+        values = {x.item() for t in delta.tensors() for x in t.flatten()[:: t.numel() // 2 + 1]}
+        assert len(values) == 1
+        return values.pop()
+
+    def wait(self, future: Future) -> Any:
+        self.run(future.done)
+        return future.result()
+
+    def save(self, name: str) -> Any:
+        session = self.ledger.find(SessionKey("-", name))
+        assert session is not None
+        saved = self.wait(self.saves.save(session))
+        self.tiers.left(session)
+        return saved
+
+    def crash(self) -> None:
+        """Let go of everything, as if the process had been killed: nothing is saved."""
+        self.store._queue.put(None)
+        self.store._thread.join()
+        self.store.reader.close()
+        self.store.folder.unlock()
+        self.files.writer.shutdown()
+        self.files.reader.shutdown()
+
+    def end(self) -> None:
+        """As SIGTERM does."""
+        self.tiers.close()
+        self.run()
+        self.store.close()
+        self.files.writer.shutdown()
+        self.files.reader.shutdown()
+
+    def _count(self, chunks: list[ChunkReport]) -> None:
+        for chunk in chunks:
+            if (session := self.ledger.by_adapter.get(chunk.session)) is not None:
+                session.record(chunk)
+                session.version = chunk.version
+                self.tiers.changes(session)

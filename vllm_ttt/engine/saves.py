@@ -1,0 +1,192 @@
+"""Which sessions are written to the state dir, and when: every ``autosave`` seconds, when asked, for room, at the end.
+
+A save is an order to the worker, which takes a snapshot and writes the file; then the version is recorded. Only then it exists.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from vllm.logger import init_logger
+
+from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.records import Version
+from vllm_ttt.engine.store import Store
+from vllm_ttt.errors import RequestError
+from vllm_ttt.types import FileOrder, FileReport
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+
+#: Saves that are under way at once: each holds a copy of its session.
+AT_ONCE = 4
+
+
+@dataclass(slots=True)
+class Save:
+    """A save that is under way. ``file`` is its name in the state dir; ``version`` what it holds, once that is known."""
+
+    session: Session
+    file: str
+    version: Version | None = None
+
+
+class Saves:
+    def __init__(self, ledger: Ledger, store: Store, autosave: float, order: Callable[[FileOrder], None]):
+        """``order`` sends an order to the worker with the next step."""
+        self.ledger, self.store, self.autosave, self.order = ledger, store, autosave, order
+        #: sessions that have changed since the last round, by adapter id; who changed first comes first
+        self.changed: dict[int, Session] = {}
+        #: sessions to be saved, in order; those that are not unsaved any more are passed over
+        self.due: dict[int, Session] = {}
+        #: by the path of the file
+        self.under_way: dict[str, Save] = {}
+        #: who waits for a session to be on disk, with the version that it must have there
+        self.asked: dict[int, list[tuple[int, Future]]] = {}
+        self.next_round = time.monotonic() + autosave
+        self.closing = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine must go on stepping although nobody is served."""
+        if self.under_way or self.due or self.asked:
+            return True
+        return bool(self.changed) and (self.closing or time.monotonic() >= self.next_round)
+
+    def changes(self, session: Session) -> None:
+        """The session was used, or has learned."""
+        session.touched = True
+        self.changed[session.adapter] = session
+
+    def save(self, session: Session) -> Future:
+        """Resolves to the session's `Version` on disk, None for one that learned nothing; or fails with RequestError."""
+        future: Future = Future()
+        if not session.unsaved:
+            self.record(session)
+            future.set_result(session.saved)
+            return future
+        self.asked.setdefault(session.adapter, []).append((session.version, future))
+        session.unsavable = False
+        self.due[session.adapter] = session
+        return future
+
+    def record(self, session: Session) -> None:
+        """Bring what the state dir says of the session, its delta apart, up to date."""
+        if session.touched:
+            session.touched = False
+            self.store.put(session.row())
+
+    def forget(self, session: Session) -> None:
+        """The session leaves memory, or is no more: what is under way for it will not be recorded."""
+        self.changed.pop(session.adapter, None)
+        self.due.pop(session.adapter, None)
+        for _, future in self.asked.pop(session.adapter, ()):
+            future.set_exception(RequestError(f"session {session.key.name!r} was removed meanwhile", 409))
+
+    def close(self) -> None:
+        """The server is about to end: save what has changed at once; what is in use, again when it is idle."""
+        if not self.closing:
+            self.closing = True
+            self._round()
+            logger.info("vllm-ttt: saving %d sessions before the end", sum(s.unsaved for s in self.due.values()))
+
+    def step(self) -> None:
+        """Begin what is due."""
+        if self.changed and (self.closing or time.monotonic() >= self.next_round):
+            self._round(idle_only=self.closing)
+        again = {}
+        while self.due and len(self.under_way) < AT_ONCE:
+            session = self.due.pop(next(iter(self.due)))
+            if any(save.session is session for save in self.under_way.values()):
+                again[session.adapter] = session
+            elif session.unsaved and session.place == "memory":
+                self._begin(session)
+            else:
+                self.record(session)
+                self._resolve(session)
+        self.due |= again
+
+    def make_clean(self, count: int) -> None:
+        """Save up to ``count`` idle sessions whose place may be needed soon; what failed lately waits for its round."""
+        for session in list(self.changed.values()):
+            if len(self.due) >= count:
+                return
+            if session.place == "memory" and session.idle and session.unsaved and not session.unsavable:
+                self.due[session.adapter] = session
+
+    def read(self, report: FileReport) -> None:
+        """Take in how far a save has come."""
+        save = self.under_way[report.path]
+        session, current = save.session, self.ledger.by_adapter.get(report.session) is save.session
+        if report.outcome == "taken":
+            # The ledger has counted what the delta holds, and nothing that came later.
+            save.version = Version(report.version, save.file, 0, "", time.time(), session.to_state())
+        elif report.outcome == "done" and current and save.version is not None:
+            taken = save.version
+            version = Version(taken.version, taken.file, report.bytes, report.checksum, taken.saved, taken.state)
+            session.touched = False
+            self.store.put(session.row(version), lambda _, error: self._recorded(report, save, version, error))
+        else:
+            del self.under_way[report.path]
+            if report.outcome == "done":
+                self.store.discard(save.file)
+            elif current:
+                self._failed(session, report.error)
+
+    def _round(self, idle_only: bool = False) -> None:
+        self.next_round = time.monotonic() + self.autosave
+        for session in list(self.changed.values()):
+            if session.idle or not idle_only:
+                del self.changed[session.adapter]
+                session.unsavable = False
+                self.due.setdefault(session.adapter, session)
+
+    def _begin(self, session: Session) -> None:
+        try:
+            file = self.store.folder.new_file(session.uid)
+        except OSError as error:
+            self._failed(session, error.strerror or str(error))
+            return
+        metadata = {"uid": session.uid, "tenant": session.key.tenant, "session_id": session.key.name}
+        path = str(self.store.folder.path(file))
+        self.under_way[path] = Save(session, file)
+        self.order(FileOrder("save", session.adapter, path, metadata=metadata))
+
+    def _recorded(self, report: FileReport, save: Save, version: Version, error: Exception | None) -> None:
+        del self.under_way[report.path]
+        session = save.session
+        if error is not None:
+            self.store.discard(version.file)
+            self._failed(session, str(error))
+        elif self.ledger.by_adapter.get(report.session) is session:
+            session.saved, session.error, self.store.full = version, None, ""
+            if session.unsaved or session.touched:
+                self.changed[session.adapter] = session
+            else:
+                self.changed.pop(session.adapter, None)
+            self._resolve(session)
+
+    def _failed(self, session: Session, why: str) -> None:
+        """The session stays as it is, in memory; the next round tries again."""
+        if session.error != why:
+            logger.error("vllm-ttt: a session could not be saved and stays in memory: %s", why)
+        session.error = self.store.full = why
+        session.unsavable = session.touched = True
+        if not self.closing:
+            self.changed[session.adapter] = session
+        self._resolve(session, RequestError(f"session {session.key.name!r} could not be saved: {why}", 507))
+
+    def _resolve(self, session: Session, error: Exception | None = None) -> None:
+        """Answer those who wait for the version that is on disk now, or for an earlier one; with an error, all."""
+        if (asked := self.asked.pop(session.adapter, None)) is None:
+            return
+        have = session.saved.version if session.saved else 0
+        if later := [(version, future) for version, future in asked if version > have and error is None]:
+            self.asked[session.adapter] = later
+        for version, future in asked:
+            if error is not None:
+                future.set_exception(error)
+            elif version <= have:
+                future.set_result(session.saved)

@@ -1,0 +1,174 @@
+"""The commands of `vllm-ttt sessions`. TARGET is a state dir, or the URL of a server that runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_ttt.errors import TTTError
+
+app = typer.Typer(help="Look at sessions, take them out, bring them in, check them.", no_args_is_help=True)
+
+Target = Annotated[str, typer.Argument(help="A state dir, or the URL of a server.")]
+Name = Annotated[str, typer.Argument(help="The session id.")]
+Key = Annotated[str | None, typer.Option("--api-key", envvar="VLLM_API_KEY", help="Whose sessions.")]
+Tenant = Annotated[str | None, typer.Option(help="State dir: whose session, as `list` shows it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("list")
+def list_(
+    target: Target,
+    api_key: Key = None,
+    all_keys: Annotated[bool, typer.Option("--all", help="Server: of every key; needs the admin key.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The sessions, most recently used first. A state dir shows those of every API key, unless one is given."""
+    if _is_url(target):
+        found = _online(target, api_key).list(all_keys)
+    else:
+        offline = _offline(target)
+        found = offline.list(_tenant(offline, api_key, None))
+    _print(found, as_json, lambda: _table(found))
+
+
+@app.command()
+def show(target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, as_json: Json = False) -> None:
+    """One session: how far it has come, and what is kept of it."""
+    if _is_url(target):
+        found = _online(target, api_key).show(name)
+    else:
+        offline = _offline(target)
+        found = offline.show(name, _tenant(offline, api_key, tenant))
+    _print(found, as_json, lambda: _pairs(found))
+
+
+@app.command()
+def export(
+    target: Target,
+    name: Name,
+    out: Annotated[Path, typer.Argument(help="Folder for adapter_config.json and adapter_model.safetensors.")],
+    api_key: Key = None,
+    tenant: Tenant = None,
+    as_json: Json = False,
+) -> None:
+    """Write a session as a PEFT adapter, which peft and stock vLLM load."""
+    if _is_url(target):
+        done = _online(target, api_key).export(name, out)
+    else:
+        offline = _offline(target)
+        done = offline.export(name, out, _tenant(offline, api_key, tenant))
+    _print(done, as_json, lambda: _pairs(done))
+
+
+@app.command("import")
+def import_(
+    target: Target,
+    name: Name,
+    source: Annotated[Path, typer.Argument(help="An adapter's folder, or a .safetensors of GET .../adapter.")],
+    api_key: Key = None,
+    tenant: Tenant = None,
+    as_json: Json = False,
+) -> None:
+    """Make a session of an exported adapter, in a state dir that no server uses. (No server takes tensors.)"""
+    if _is_url(target):
+        raise TTTError("no server takes tensors: stop it, import into its state dir, and start it again")
+    offline = _offline(target)
+    done = offline.bring_in(name, source, _tenant(offline, api_key, tenant) or "-")
+    _print(done, as_json, lambda: _pairs(done))
+
+
+@app.command()
+def rm(target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, as_json: Json = False) -> None:
+    """Remove a session, with its files."""
+    if _is_url(target):
+        done = _online(target, api_key).remove(name)
+    else:
+        offline = _offline(target)
+        done = offline.remove(name, _tenant(offline, api_key, tenant))
+    _print(done, as_json, lambda: _pairs(done))
+
+
+@app.command()
+def fsck(
+    target: Annotated[str, typer.Argument(help="A state dir.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Set damaged files aside, remove leftovers.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every file of a state dir. Exit code 1: something is damaged."""
+    if _is_url(target):
+        raise TTTError("fsck reads a state dir, not a server")
+    found = _offline(target).fsck(repair)
+    _print(found, as_json, lambda: _pairs({k: v for k, v in found.items() if k != "problems"}, found["problems"]))
+    if found["problems"] and not repair:
+        raise typer.Exit(1)
+
+
+def _is_url(target: str) -> bool:
+    return bool(re.match(r"https?://", target))
+
+
+def _offline(target: str) -> Any:
+    from vllm_ttt.sessions.offline import Offline
+
+    return Offline(target)
+
+
+def _online(target: str, api_key: str | None) -> Any:
+    from vllm_ttt.sessions.online import Online
+
+    return Online(target, api_key)
+
+
+def _tenant(offline: Any, api_key: str | None, tenant: str | None) -> str | None:
+    from vllm_ttt.sessions.offline import tenant_of
+
+    return tenant or (tenant_of(offline.folder, api_key) if api_key else None)
+
+
+def _print(value: Any, as_json: bool, draw: Any) -> None:
+    from rich.console import Console
+
+    if as_json:
+        typer.echo(json.dumps(value, indent=1))
+    else:
+        Console().print(draw())
+
+
+def _table(sessions: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("session", "tenant", "version", "tokens learned", "tier", "MB", "last used", "")
+    for s in sessions:
+        notes = ", ".join(filter(None, ["frozen" if s.get("frozen") else "", s.get("error") or ""]))
+        size, used = f"{s['bytes'] / 1e6:.1f}", _time(s["last_used"])
+        values = (s["session_id"], s.get("tenant") or "", s["version"], s["tokens_learned"], s.get("tier", "disk"), size, used)
+        table.add_row(*map(str, values), notes)
+    return table
+
+
+def _pairs(values: dict[str, Any], problems: list[dict[str, str]] | None = None) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for key, value in values.items():
+        shown = _time(value) if key in ("created", "last_used", "saved") and value else value
+        if isinstance(shown, list):
+            shown = f"{len(shown)}" + "".join(f"\n{json.dumps(x)}" for x in shown[-8:])
+        table.add_row(key, str(shown))
+    if not problems:
+        return table
+    wrong = Table("file", "session", "what is wrong")
+    for p in problems:
+        wrong.add_row(p["file"], p["session_id"], p["problem"])
+    return Group(table, wrong)
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -1,0 +1,239 @@
+"""Sessions in a state dir, without a server: to look at, to take out, to bring in, and to check.
+
+Reading works beside a server that runs; what changes something takes the lock, and says who has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_ttt.engine import records
+from vllm_ttt.engine.records import Row, Version
+from vllm_ttt.errors import TTTError
+from vllm_ttt.geometry import Geometry
+from vllm_ttt.state_dir import StateDir
+from vllm_ttt.types import SessionKey, check_session_id
+from vllm_ttt.worker import delta_file, peft
+from vllm_ttt.worker.delta_file import MAX_HEADER, FileError
+from vllm_ttt.worker.deltas import Session as WorkerSession
+
+
+class SessionsError(TTTError):
+    """What was asked for cannot be done; the message says why."""
+
+
+class Offline:
+    """Raises SessionsError or ConfigError where ``folder`` is not a state dir."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = StateDir(folder)
+        if not self.folder.exists():
+            raise SessionsError(f"{folder} is not a state dir: it has no sessions.db")
+        self.db = records.connect(self.folder.database)
+        self.identity = records.read_identity(self.db)
+        self.geometry = Geometry(**self.identity["geometry"])
+
+    def list(self, tenant: str | None = None) -> list[dict[str, Any]]:
+        return [self._describe(row) for row in records.listing(self.db, tenant)]
+
+    def show(self, name: str, tenant: str | None = None) -> dict[str, Any]:
+        row = self.find(name, tenant)
+        versions = [
+            {"version": v.version, "saved": v.saved, "bytes": v.bytes, "file": v.file, "checksum": v.checksum}
+            for v in records.versions(self.db, row.uid)
+        ]
+        return {**self._describe(row), "losses": row.state.get("losses", []), "versions": versions}
+
+    def find(self, name: str, tenant: str | None = None) -> Row:
+        """The session of that name. Raises SessionsError where there is none, or where several tenants have one."""
+        check_session_id(name)
+        found = [row for row in records.listing(self.db, tenant) if row.key.name == name]
+        if not found:
+            raise SessionsError(f"there is no session {name!r} in {self.folder.root}")
+        if len(found) > 1:
+            tenants = ", ".join(row.key.tenant for row in found)
+            raise SessionsError(f"{len(found)} tenants have a session {name!r}; say which with --tenant: {tenants}")
+        return found[0]
+
+    def export(self, name: str, out: Path, tenant: str | None = None) -> dict[str, Any]:
+        """Write the newest version as a PEFT adapter: the folder ``out``, as peft and vLLM load it."""
+        row = self.find(name, tenant)
+        if row.newest is None:
+            raise SessionsError(f"session {name!r} has learned nothing that was saved")
+        path = self.folder.path(row.newest.file)
+        try:
+            tensors, _ = delta_file.load(path, row.newest.checksum, self.geometry)
+        except (FileError, OSError) as error:
+            raise SessionsError(f"{path} cannot be used: {error}; vllm-ttt sessions fsck says more") from None
+        dtype = getattr(torch, self.identity["dtype"])
+        metadata = {"session_id": name, "version": str(row.newest.version)}
+        base = self.identity["model"]["name"]
+        data = peft.adapter(tensors, peft.projections(self.geometry, dtype), self.geometry, base, metadata)
+        out.mkdir(parents=True, exist_ok=True)
+        delta_file.write(out / "adapter_model.safetensors", data)
+        (out / "adapter_config.json").write_text(json.dumps(peft.config(self.geometry, base), indent=2) + "\n")
+        return {"session_id": name, "version": row.newest.version, "bytes": len(data), "folder": str(out)}
+
+    def bring_in(self, name: str, source: Path, tenant: str) -> dict[str, Any]:
+        """Make a session from a PEFT adapter: a folder, or one .safetensors whose metadata has the configuration.
+
+        Raises SessionsError where the adapter is not one of this model's and these settings', or the name is taken.
+        """
+        check_session_id(name)
+        with self._locked():
+            if records.find(self.db, SessionKey(tenant, name)) is not None:
+                raise SessionsError(f"there is a session {name!r} already; vllm-ttt sessions rm removes it")
+            tensors, version = self._read_adapter(source)
+            norms = [0.0] * 4  # relative norms are known again after the next step
+            state = WorkerSession(version=version, chunks=version, norms=norms).to_state()
+            uid, now = secrets.token_hex(16), time.time()
+            file = self.folder.new_file(uid)
+            metadata = {"uid": uid, "tenant": tenant, "session_id": name, "state": json.dumps(state)}
+            data = delta_file.encode(tensors, metadata)
+            checksum = delta_file.write(self.folder.path(file), data)
+            saved = Version(version, file, len(data), checksum, now, {"version": version})
+            with self._transaction():
+                records.put(self.db, Row(uid, SessionKey(tenant, name), now, now, saved.state, saved), keep=1)
+        return {"session_id": name, "tenant": tenant, "version": version, "bytes": len(data)}
+
+    def remove(self, name: str, tenant: str | None = None) -> dict[str, Any]:
+        with self._locked():
+            row = self.find(name, tenant)
+            with self._transaction():
+                gone = records.remove(self.db, row.uid)
+            for file in gone:
+                self.folder.path(file).unlink(missing_ok=True)
+        return {"session_id": name, "tenant": row.key.tenant, "deleted": True}
+
+    def fsck(self, repair: bool = False) -> dict[str, Any]:
+        """Check the database, and every file that it names.
+
+        Returns:
+            ``sessions``, ``versions`` and ``bytes``; ``problems``, each with its file and what is wrong; ``leftovers``, files
+            of saves that were cut off, which do no harm; ``aside``, damaged files that were set aside earlier.
+            With ``repair``, leftovers are removed, and damaged files set aside, so that their sessions fall back.
+        """
+        if repair:
+            with self._locked():
+                return self._check(repair=True)
+        return self._check(repair=False)
+
+    def _check(self, repair: bool) -> dict[str, Any]:
+        try:
+            verdict = self.db.execute("PRAGMA integrity_check").fetchone()[0]
+        except sqlite3.Error as error:
+            verdict = str(error)
+        problems = [] if verdict == "ok" else [{"file": "sessions.db", "session_id": "", "problem": verdict}]
+        recorded, present = records.files(self.db), self.folder.files()
+        rows = {row.uid: row for row in records.listing(self.db, None)}
+        for uid, row in rows.items():
+            for version in records.versions(self.db, uid):
+                if (problem := self._problem(version)) is None:
+                    continue
+                if not repair and version.file not in records.files(self.db):
+                    continue  # a server that runs has replaced it meanwhile
+                problems.append({"file": version.file, "session_id": row.key.name, "problem": problem})
+                if repair:
+                    with self._transaction():
+                        records.without(self.db, uid, version.file, {})
+                    self.folder.set_aside(version.file)
+        leftovers = sorted(file for file in present if file not in recorded)
+        if repair:
+            for file in leftovers:
+                (self.folder.root / file).unlink(missing_ok=True)
+        return {
+            "sessions": len(rows),
+            "versions": len(recorded),
+            "bytes": sum(size for _, _, size in recorded.values()),
+            "problems": problems,
+            "leftovers": leftovers,
+            "aside": sorted(path.name for path in self.folder.damaged.iterdir()),
+            "repaired": repair,
+        }
+
+    def _problem(self, version: Version) -> str | None:
+        """What is wrong with a version, or None."""
+        try:
+            path = self.folder.path(version.file)
+            _, metadata = delta_file.load(path, version.checksum, self.geometry)
+            found = json.loads(metadata["state"])["version"]
+        except FileNotFoundError:
+            return "it is gone"
+        except (FileError, OSError, ValueError, KeyError, TypeError) as error:
+            return str(error)
+        if not found == version.version == version.state.get("version"):
+            ledger = version.state.get("version")
+            return f"it holds version {found}; recorded are version {version.version} and the ledger of version {ledger}"
+        return None
+
+    def _read_adapter(self, source: Path) -> tuple[dict[str, torch.Tensor], int]:
+        limit = 4 * self.geometry.rank * 4 * (self.geometry.hidden + self.geometry.feed_forward + self.geometry.attention)
+        limit += self.geometry.bytes + MAX_HEADER
+        try:
+            file = source / "adapter_model.safetensors" if source.is_dir() else source
+            data = delta_file.read(file, limit)
+            metadata = delta_file.read_header(data).get("__metadata__", {})
+            if source.is_dir():
+                settings = json.loads(delta_file.read(source / "adapter_config.json", 2**20))
+            else:
+                settings = json.loads(metadata.get("adapter_config", "null"))
+            if not isinstance(settings, dict):
+                raise FileError("it has no adapter_config: name the folder that holds both files")
+            tensors = peft.read_adapter(data, settings, self.geometry)
+        except (FileError, OSError, ValueError, RecursionError) as error:
+            raise SessionsError(f"{source} cannot be imported: {getattr(error, 'strerror', None) or error}") from None
+        text = str(metadata.get("version", "1"))
+        version = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 1
+        return tensors, max(1, version)
+
+    def _describe(self, row: Row) -> dict[str, Any]:
+        newest = row.newest
+        state = row.state if not newest or row.state.get("version") == newest.version else newest.state
+        return {
+            "session_id": row.key.name,
+            "tenant": row.key.tenant,
+            "version": newest.version if newest else 0,
+            "tokens_learned": state.get("tokens_learned", 0),
+            "frozen": state.get("frozen", False),
+            "bytes": newest.bytes if newest else 0,
+            "created": row.created,
+            "last_used": row.last_used,
+            "saved": newest.saved if newest else None,
+        }
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.folder.lock()
+        try:
+            yield
+        finally:
+            self.folder.unlock()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.db.execute("COMMIT")
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+
+
+def tenant_of(folder: StateDir, api_key: str | None) -> str:
+    """The tenant of an API key in a state dir; `-` without one."""
+    import hmac
+
+    if not api_key:
+        return "-"
+    return hmac.new(folder.secret().encode(), api_key.encode(), hashlib.sha256).digest()[:16].hex()

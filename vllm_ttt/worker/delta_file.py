@@ -1,0 +1,120 @@
+"""The file of one version of a session: safetensors, B of each adapted module in float32, and what it is in the metadata.
+
+Whatever is read is checked first: its size, its header, and every name, shape and type. Nothing pickled is ever read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from vllm_ttt.errors import TTTError
+from vllm_ttt.geometry import Geometry
+
+#: A header holds three tensors and the metadata, of which the ledger's history is the largest part.
+MAX_HEADER = 2**22
+
+
+class FileError(TTTError):
+    """A file is not what it should be; the message says how."""
+
+
+def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    return serialise(tensors, metadata)
+
+
+def decode(data: bytes, shapes: dict[str, tuple[int, ...]], dtypes: tuple[torch.dtype, ...]) -> dict[str, Tensor]:
+    """The tensors of a file. Raises FileError unless they are exactly those of ``shapes``, of one of ``dtypes``, and finite."""
+    header = read_header(data)
+    names = set(header) - {"__metadata__"}
+    if names != set(shapes):
+        raise FileError(f"it holds the tensors {_few(names)}; expected are {_few(set(shapes))}")
+    try:
+        tensors = parse(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise FileError(f"it is not a valid safetensors file: {error}") from None
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise FileError(f"{name} has the shape {tuple(tensors[name].shape)}; expected is {shape}")
+        if tensors[name].dtype not in dtypes:
+            raise FileError(f"{name} is {tensors[name].dtype}; expected is {' or '.join(map(str, dtypes))}")
+        if not tensors[name].isfinite().all():
+            raise FileError(f"{name} has values that are not finite")
+    return tensors
+
+
+def read_header(data: bytes) -> dict[str, Any]:
+    """The JSON header of a safetensors file. Raises FileError; never reads beyond what is there."""
+    if len(data) < 8:
+        raise FileError(f"it has {len(data)} bytes, too few for a safetensors file")
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER or length > len(data) - 8:
+        raise FileError("it does not begin as a safetensors file does, or its header is longer than such a file may have")
+    try:
+        header = json.loads(data[8 : 8 + length])
+    except (ValueError, RecursionError):
+        raise FileError("its header is not JSON, as that of a safetensors file is") from None
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise FileError("its header is not that of a safetensors file")
+    return header
+
+
+def read(path: Path, limit: int) -> bytes:
+    """The content of a plain file of at most ``limit`` bytes. Raises FileError for another, OSError where it cannot be read."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb") as stream:  # noqa: PTH123
+        size = os.fstat(handle).st_size
+        if not os.path.isfile(path):  # noqa: PTH113
+            raise FileError("it is not a plain file")
+        if size > limit:
+            raise FileError(f"it has {size} bytes; a session's file has at most {limit}")
+        return stream.read(limit + 1)
+
+
+def write(path: Path, data: bytes) -> str:
+    """Put ``data`` there whole or not at all, and on the disk when this returns. Returns its sha256. Raises OSError."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(handle, view) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        draft.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load(path: Path, checksum: str, geometry: Geometry) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A session's file: its tensors and metadata. Raises FileError where it is not the one with that sha256."""
+    data = read(path, geometry.bytes + MAX_HEADER)
+    if hashlib.sha256(data).hexdigest() != checksum:
+        raise FileError("its checksum is not the one that was recorded")
+    return decode(data, geometry.shapes, (torch.float32,)), read_header(data).get("__metadata__", {})
+
+
+def _few(names: set[str]) -> str:
+    shown = sorted(str(n)[:60] for n in names)
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "") if shown else "none"

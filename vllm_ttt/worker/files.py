@@ -1,0 +1,147 @@
+"""Moves sessions between memory and files, beside the serving: snapshots between two iterations, threads for the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_ttt.geometry import Geometry
+from vllm_ttt.types import FileOrder, FileReport
+from vllm_ttt.worker import delta_file, peft
+from vllm_ttt.worker.clock import Clock, copy_to_host
+from vllm_ttt.worker.deltas import Session
+from vllm_ttt.worker.micro_step import Delta
+from vllm_ttt.worker.trainer import Trainer
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """A session as it is written. ``delta`` is on the host once ``mark`` is done; None: all zero."""
+
+    delta: Delta | None
+    mark: Any
+    state: dict[str, Any]
+
+
+class Files:
+    """``step`` runs between iterations and never raises. No thread and no memory before the first order."""
+
+    def __init__(self, trainer: Trainer, geometry: Geometry, base_model: str):
+        self.trainer, self.deltas, self.geometry, self.base_model = trainer, trainer.deltas, geometry, base_model
+        self.clock = Clock(trainer.deltas.masters.o.device)
+        #: orders that wait until the outcome of a step of their session is known
+        self.waiting: list[FileOrder] = []
+        self.running: list[tuple[FileOrder, Future]] = []
+        self.reports: list[FileReport] = []
+        # Two, so that who waits for a session to come back does not wait for others to be saved.
+        self.writer = ThreadPoolExecutor(1, "ttt-write")
+        self.reader = ThreadPoolExecutor(1, "ttt-read")
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.running)
+
+    def step(self, orders: list[FileOrder]) -> None:
+        """Begin what can be begun, and take in what is done."""
+        waiting, self.waiting = [*self.waiting, *orders], []
+        for order in waiting:
+            try:
+                self._begin(order)
+            except Exception as error:
+                logger.exception("vllm-ttt: %s of a session failed", order.action)
+                self._failed(order, error)
+        running = []
+        for order, future in self.running:
+            if future.done():
+                self._end(order, future)
+            else:
+                running.append((order, future))
+        self.running = running
+
+    def take_reports(self) -> list[FileReport]:
+        reports, self.reports = self.reports, []
+        return reports
+
+    def _begin(self, order: FileOrder) -> None:
+        if order.action == "drop":
+            self.trainer.drop(order.session)
+        elif order.action == "load":
+            self._run(self.reader, order, self._load, order)
+        elif self.trainer.in_flight(order.session):
+            self.waiting.append(order)
+        else:
+            session = self.deltas.sessions.get(order.session)
+            if session is None and order.action == "save":
+                raise RuntimeError("the session is not in memory")
+            snapshot = self._snapshot(order.session, session or Session())
+            version = snapshot.state["version"]
+            counted = len(self.trainer.report.chunks)
+            self.reports.append(FileReport(order.action, order.session, order.path, "taken", version, counted))
+            job = self._save if order.action == "save" else self._export
+            self._run(self.writer, order, job, order, snapshot)
+
+    def _run(self, pool: ThreadPoolExecutor, order: FileOrder, job: Callable[..., Any], *args: Any) -> None:
+        self.running.append((order, pool.submit(job, *args)))
+
+    def _snapshot(self, key: int, session: Session) -> Snapshot:
+        state = session.to_state()
+        if key not in self.deltas.rows:
+            return Snapshot(session.host, None, state)  # what lies on the host is never written to
+        # Copied in the stream of the steps: before any later step, and without waiting for it.
+        delta = Delta(*(copy_to_host(x) for x in self.deltas.read(key).tensors()))
+        return Snapshot(delta, self.clock.mark(), state)
+
+    def _end(self, order: FileOrder, future: Future) -> None:
+        error = future.exception()
+        if error is not None:
+            self._failed(order, error)
+            return
+        report, session = future.result()
+        if session is not None:
+            self.deltas.sessions[order.session] = session
+        self.reports.append(report)
+
+    def _failed(self, order: FileOrder, error: BaseException) -> None:
+        damaged = isinstance(error, delta_file.FileError | FileNotFoundError)
+        outcome = "damaged" if damaged and order.action == "load" else "failed"
+        text = getattr(error, "strerror", None) or str(error)
+        self.reports.append(FileReport(order.action, order.session, order.path, outcome, error=text))
+
+    # In a thread.
+
+    def _save(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
+        metadata = {**order.metadata, "state": json.dumps(snapshot.state)}
+        data = delta_file.encode(self._tensors(snapshot), metadata)
+        checksum = delta_file.write(Path(order.path), data)
+        version = snapshot.state["version"]
+        return FileReport("save", order.session, order.path, "done", version, bytes=len(data), checksum=checksum), None
+
+    def _load(self, order: FileOrder) -> tuple[FileReport, Session]:
+        tensors, metadata = delta_file.load(Path(order.path), order.checksum, self.geometry)
+        session = Session.from_state(json.loads(metadata["state"]))
+        session.host = Delta(*(tensors[name][None] for name in self.geometry.shapes))
+        return FileReport("load", order.session, order.path, "done", session.version), session
+
+    def _export(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
+        metadata = {**order.metadata, "version": str(snapshot.state["version"])}
+        tail = self.deltas.tail
+        served = {a.shape[1]: a.cpu() for a in (tail.ao_RQ, tail.ai_RD, tail.ad_RF)}
+        data = peft.adapter(self._tensors(snapshot), served, self.geometry, self.base_model, metadata)
+        delta_file.write(Path(order.path), data)
+        return FileReport("export", order.session, order.path, "done", snapshot.state["version"], bytes=len(data)), None
+
+    def _tensors(self, snapshot: Snapshot) -> dict[str, torch.Tensor]:
+        if snapshot.mark is not None:
+            self.clock.wait(snapshot.mark)
+        if snapshot.delta is None:
+            return {name: torch.zeros(shape) for name, shape in self.geometry.shapes.items()}
+        return {name: x[0] for name, x in zip(self.geometry.shapes, snapshot.delta.tensors(), strict=True)}

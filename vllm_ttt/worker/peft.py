@@ -1,0 +1,114 @@
+"""A session's delta as a PEFT adapter, which stock vLLM and peft load; and back.
+
+What is written is what is served: A and B in the model's dtype, lora_alpha equal to the rank, so that W' = W + B A.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_ttt.geometry import Geometry
+from vllm_ttt.worker import delta_file
+from vllm_ttt.worker.delta_file import FileError
+
+#: Adapters of other tools may be in any of these.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PREFIX = "base_model.model."
+
+
+def adapter(
+    deltas: dict[str, Tensor], projections: dict[int, Tensor], geometry: Geometry, base_model: str, metadata: dict[str, str]
+) -> bytes:
+    """``adapter_model.safetensors``. Its metadata holds ``adapter_config``, the text of adapter_config.json.
+
+    Args:
+        deltas: B by the names of ``geometry.shapes``, float32, on the host.
+        projections: A by the number of its inputs, in the dtype of the adapter, on the host.
+        metadata: further entries.
+    """
+    tensors = {}
+    for name, (width, b) in _split(deltas, geometry).items():
+        a = projections[width]
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.clone()  # gate and up share it, which the format does not allow
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.to(a.dtype, copy=True)
+    return delta_file.encode(tensors, {**metadata, "adapter_config": json.dumps(config(geometry, base_model))})
+
+
+def config(geometry: Geometry, base_model: str) -> dict[str, Any]:
+    """What adapter_config.json says. Modules are named in full: only one layer has them."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": geometry.rank,
+        "lora_alpha": geometry.rank,
+        "target_modules": list(_modules(geometry)),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def read_adapter(data: bytes, settings: dict[str, Any], geometry: Geometry) -> dict[str, Tensor]:
+    """B by the names of ``geometry.shapes``, float32, from an adapter that `adapter` could have written.
+
+    Raises FileError where its configuration, its tensors or its projections A are not those of ``geometry``: only B can be
+    taken over, since every session shares A.
+    """
+    wanted = {"peft_type": "LORA", "r": geometry.rank, "lora_alpha": geometry.rank}
+    for key, value in wanted.items():
+        if settings.get(key) != value:
+            raise FileError(f"its adapter_config has {key} {settings.get(key)!r}; expected is {value!r}")
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"):
+        if settings.get(key):
+            raise FileError(f"its adapter_config has {key}, which a session cannot have")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (width, out) in _modules(geometry).items():
+        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (geometry.rank, width)
+        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (out, geometry.rank)
+    tensors = delta_file.decode(data, shapes, DTYPES)
+    found = {}
+    for name, (width, _) in _modules(geometry).items():
+        a = tensors[f"{_PREFIX}{name}.lora_A.weight"]
+        own = projections(geometry, torch.float32)[width]
+        if (a.float() - own).norm() > 0.01 * own.norm():  # what bf16 rounds away is less; another seed is 1.4
+            raise FileError(f"its A of {name} is not that of adapt.seed {geometry.seed}; a session takes no other A")
+        found[name.rpartition(".")[2]] = tensors[f"{_PREFIX}{name}.lora_B.weight"].float()
+    joined = {**found, "gate_up_proj": torch.cat((found["gate_proj"], found["up_proj"]))}
+    return {name: joined[name.rpartition(".")[2]] for name in geometry.shapes}
+
+
+@lru_cache(maxsize=4)
+def projections(geometry: Geometry, dtype: torch.dtype) -> dict[int, Tensor]:
+    """A by the number of its inputs, as worker/tail.py draws it; another build of LAPACK may differ in the last digits."""
+    from vllm_ttt.worker.tail import make_projection
+
+    widths = {geometry.attention, geometry.hidden, geometry.feed_forward}
+    return {width: make_projection(width, geometry.rank, geometry.seed).to(dtype) for width in widths}
+
+
+def _modules(geometry: Geometry) -> dict[str, tuple[int, int]]:
+    """PEFT's module -> (inputs, outputs)."""
+    layer, D, F = f"model.layers.{geometry.layer}", geometry.hidden, geometry.feed_forward
+    return {
+        f"{layer}.self_attn.o_proj": (geometry.attention, D),
+        f"{layer}.mlp.gate_proj": (D, F),
+        f"{layer}.mlp.up_proj": (D, F),
+        f"{layer}.mlp.down_proj": (F, D),
+    }
+
+
+def _split(deltas: dict[str, Tensor], geometry: Geometry) -> dict[str, tuple[int, Tensor]]:
+    """PEFT's module -> (inputs, B)."""
+    by_module = {name.rpartition(".")[2]: b for name, b in deltas.items()}
+    gate, up = by_module["gate_up_proj"].split(geometry.feed_forward)
+    b = {"o_proj": by_module["o_proj"], "gate_proj": gate, "up_proj": up, "down_proj": by_module["down_proj"]}
+    return {name: (width, b[name.rpartition(".")[2]]) for name, (width, _) in _modules(geometry).items()}
