@@ -42,7 +42,7 @@ SERVE = [str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-byte
 TOKENS = 1024
 #: Counted requests of a back-to-back block.
 BLOCK = 5
-#: name: (numerator, denominator, what issue 3 asks for)
+#: name: (numerator, denominator, the most that is meant)
 RATIOS = {
     "learned / unlearned, with pauses": ("learned", "unlearned", 1.25),
     "learned / base, with pauses": ("learned", "base", None),

@@ -22,7 +22,13 @@ def test_random_schedules(stage: Any) -> None:
     """In a process of its own: the engine runs inside it, and vLLM's CPU worker binds the process to a core."""
     stage.stop()
     command = [sys.executable, str(HERE / "schedules.py"), str(HERE.parents[1] / "demo" / "model"), EXAMPLES]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    # One thread: the oracle and the engine take turns, and threads that spin while the other works would slow both.
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     seen = json.loads(done.stdout[done.stdout.rindex("SEEN ") + 5 :])
