@@ -63,6 +63,8 @@ def limits(name: str, field: FieldInfo) -> str:
         return "a number and `s`, `m`, `h` or `d`; `never`"
     if kind == str | None:
         return "a path"
+    if kind is bool:
+        return "`true`, `false`"
     bounds = {b: getattr(m, b) for m in field.metadata for b in ("ge", "gt", "le", "lt") if hasattr(m, b)}
     if set(bounds) == {"ge", "le"} and bounds["ge"] == bounds["le"]:
         return str(bounds["ge"])
@@ -77,7 +79,8 @@ def config_table() -> str:
     for section, model in sections().items():
         for name, field in model.model_fields.items():
             default = list(field.default) if isinstance(field.default, tuple) else field.default
-            shown = "all three" if isinstance(default, list) else "null" if default is None else default
+            plain = default is None or isinstance(default, bool)
+            shown = "all three" if isinstance(default, list) else json.dumps(default) if plain else default
             rows.append(f"| `{section}.{name}` | {shown} | {limits(name, field)} | {field.description} |")
     return "\n".join(rows)
 
