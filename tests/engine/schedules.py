@@ -176,7 +176,7 @@ class Driver:
         seen.update([turn.kind])
         if turn.kind == "repeat":
             return last.prompt
-        grown = last.prompt + (last.answer if last.finished else []) + fresh
+        grown = last.prompt + (last.answer if last.finished or last.aborted else []) + fresh
         return grown if len(grown) < CONTEXT - 16 else fresh
 
     def step(self, requests: dict[str, Sent]) -> None:
@@ -195,9 +195,9 @@ class Driver:
                 sent.computed = max(sent.computed, request.num_computed_tokens)
             if sent.finished:
                 sent.computed = max(sent.computed, len(sent.prompt))
-            elif sent.left == 0 and not sent.aborted:
+            elif sent.left == 0:
                 seen.update(["aborted"])
-                sent.aborted = sent.finished = True
+                sent.aborted = True
                 self.engine.abort_request([request_id])
             sent.left -= 1
 
