@@ -32,9 +32,11 @@ class Prefix:
 class History:
     def __init__(self) -> None:
         self.prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
+        #: grows whenever `known` could say something else than before
+        self.changes = 0
 
     def known(self, tokens: Sequence[int]) -> int:
-        """How many of the first pairs of a prompt are history. Hashes the prompt once: some 10 ns a token."""
+        """How many of the first pairs of a prompt are history. Hashes the prompt once: some 40 ns a token."""
         lengths = {p.length for p in self.prefixes.values() if p.length < len(tokens)}
         learned = 0
         for digest in _digests(tokens, lengths):
@@ -51,6 +53,7 @@ class History:
         Returns:
             what `settle` takes.
         """
+        self.changes += 1
         lengths = sorted(lengths)
         digests = list(_digests(tokens, lengths))
         for digest, length in zip(digests, lengths, strict=True):
@@ -62,6 +65,7 @@ class History:
 
     def settle(self, digests: Iterable[bytes], learned: int) -> None:
         """So many pairs have in fact been learned: a request may be cut off, and a short rest is left to the next turn."""
+        self.changes += 1
         for digest in digests:
             if (prefix := self.prefixes.get(digest)) is not None:
                 prefix.learned = min(learned, prefix.length - 1)

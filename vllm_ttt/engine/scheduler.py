@@ -47,6 +47,8 @@ class Attached:
     started: bool = False
     #: the first pair to learn, known from the start on; those before are history
     start: int = 0
+    #: `History.changes` when it was asked for that
+    asked: int = -1
     #: tokens that have been generated
     outputs: int = 0
     #: the version that serves its first token
@@ -167,8 +169,10 @@ class TTTScheduler(AsyncScheduler):
         attached = self.ttt_requests.get(request.request_id)
         if attached is None or request.request_id not in attached.session.open:
             return super()._get_local_prefix_cache_hit(request)
-        if not attached.started and self.ttt_config.learn.history == "skip":
-            attached.start = attached.session.history.known(request.prompt_token_ids or ())
+        history = attached.session.history
+        # Asked again in each step in which there is no room for the request.
+        if not attached.started and attached.asked != history.changes and self.ttt_config.learn.history == "skip":
+            attached.start, attached.asked = history.known(request.prompt_token_ids or ()), history.changes
         cache = self.kv_cache_manager
         if not cache.prefix_cache_lookup_enabled(request):
             return cache.empty_kv_cache_blocks, 0, 0, False
