@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return item.get_closest_marker("unit") is None, "exact" not in getattr(item, "fixturenames", ())
 
     items.sort(key=rank)  # stable: within a rank the order stays as it was
+
+
+@pytest.fixture(autouse=True)
+def _no_secret_stays() -> Iterator[None]:
+    """The code under test leaves the tenants' secret in the environment, for the processes that it starts."""
+    before = dict(os.environ)
+    yield
+    for name in ("TTT_SECRET", "TTT_ADMIN_TENANT"):
+        os.environ.pop(name, None)
+        if name in before:
+            os.environ[name] = before[name]
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ def test_a_system_prompt_is_computed_once_by_rule(server: Served, documents: Doc
         1040 % BLOCK == 0
     )
     assert cached(server.complete(ask(1), cache_salt="somebody")) == 0
-    assert cached(server.complete(ask(1), cache_salt="somebody")) == whole
+    assert cached(server.complete(ask(4), cache_salt="somebody")) == whole
 
 
 def test_interleaved_chunks_are_scored_then_learned(exact: Served, oracle: Callable[[], Oracle], documents: Documents) -> None:
@@ -137,6 +137,7 @@ def test_a_grammar_and_a_session_go_together(server: Served, documents: Document
     answer = server.complete(ids, name, max_tokens=12, structured_outputs={"regex": "[0-9]{12}"}, vllm_xargs=knobs)
     assert answer["choices"][0]["text"].isdigit()
     server.settle()
-    assert (
-        server.session(name)["tokens_learned"] == answer["ttt"]["tokens_learned"] == 199 + answer["usage"]["completion_tokens"]
-    )
+    assert answer["ttt"]["tokens_learned"] == 199 + answer["usage"]["completion_tokens"]
+    session = server.session(name)
+    # What a grammar forces may be so unlikely that it is not learned: then it is counted as that.
+    assert session["tokens_learned"] + session["tokens_skipped"].get("loss", 0) == answer["ttt"]["tokens_learned"]

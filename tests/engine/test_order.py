@@ -40,7 +40,9 @@ def test_thirty_requests_over_five_sessions(server: Served, documents: Documents
     names, texts = [server.fresh("thirty") for _ in range(5)], list(documents.values())
     lengths = (40, 257, 300, 600, 1025, 100)
     bodies = [
-        completion(texts[i][j % 3][: lengths[j]], name, max_tokens=1 + 3 * j) for j in range(6) for i, name in enumerate(names)
+        completion(texts[i][j % 3][j : j + lengths[j]], name, max_tokens=1 + 3 * j)
+        for j in range(6)
+        for i, name in enumerate(names)
     ]
     answers = server.together(*bodies)
     assert [answer.status_code for answer in answers] == [200] * 30

@@ -20,7 +20,8 @@ from world import GEOMETRY, IDENTITY, World
 from vllm_ttt.cli import app
 from vllm_ttt.engine.store import Store
 from vllm_ttt.errors import ConfigError, RequestError, TTTError
-from vllm_ttt.sessions.offline import Offline, SessionsError
+from vllm_ttt.frontend import tenants
+from vllm_ttt.sessions.offline import Offline, SessionsError, tenant_of
 from vllm_ttt.state_dir import StateDir
 from vllm_ttt.worker import delta_file, peft
 from vllm_ttt.worker.delta_file import FileError
@@ -273,3 +274,13 @@ def test_the_secret(tmp_path: Path) -> None:
 def test_file_names_of_the_database_stay_inside(tmp_path: Path, file: str) -> None:
     with pytest.raises(ValueError, match="not the name"):
         StateDir(tmp_path).path(file)
+
+
+def test_the_secret_of_the_environment_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the server: who sets TTT_SECRET finds his sessions in the dir under the same key."""
+    folder = StateDir(tmp_path)
+    by_dir = tenant_of(folder, "key")
+    assert by_dir == tenant_of(folder, "key") != tenant_of(folder, "other")
+    monkeypatch.setenv(tenants.SECRET_VARIABLE, "s" * 64)
+    assert tenant_of(folder, "key") == tenants.derive("s" * 64, b"key") != by_dir
+    assert tenant_of(folder, None) == tenants.OPEN

@@ -92,6 +92,11 @@ def _tenant(key: bytes) -> str:
     secret = os.environ.get(SECRET_VARIABLE)
     if not secret:
         raise RuntimeError("tenants.ensure_secret() was not called before the API server started")
+    return derive(secret, key)
+
+
+def derive(secret: str, key: bytes) -> str:
+    """The tenant of an API key under a secret: 32 hex digits."""
     return hmac.new(secret.encode(), key, hashlib.sha256).digest()[:16].hex()
 
 

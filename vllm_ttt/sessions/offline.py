@@ -5,8 +5,8 @@ Reading works beside a server that runs; what changes something takes the lock, 
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import secrets
 import sqlite3
 import time
@@ -20,6 +20,7 @@ import torch
 from vllm_ttt.engine import records
 from vllm_ttt.engine.records import Row, Version
 from vllm_ttt.errors import TTTError
+from vllm_ttt.frontend import tenants
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.state_dir import StateDir
 from vllm_ttt.types import SessionKey, check_session_id
@@ -231,9 +232,7 @@ class Offline:
 
 
 def tenant_of(folder: StateDir, api_key: str | None) -> str:
-    """The tenant of an API key in a state dir; `-` without one."""
-    import hmac
-
+    """The tenant of an API key in a state dir; `-` without one. As for the server, TTT_SECRET goes before the dir's secret."""
     if not api_key:
-        return "-"
-    return hmac.new(folder.secret().encode(), api_key.encode(), hashlib.sha256).digest()[:16].hex()
+        return tenants.OPEN
+    return tenants.derive(os.environ.get(tenants.SECRET_VARIABLE) or folder.secret(), api_key.encode())
