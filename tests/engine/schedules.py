@@ -228,6 +228,23 @@ class Driver:
         assert not worker.trainer.deltas.pinned
 
 
+def refusal_without_chunks(driver: Driver) -> dict[str, Any]:
+    """What the engine answers to ttt_interleave where a prompt cannot be read in chunks."""
+    from vllm import SamplingParams
+
+    config = driver.core.scheduler.scheduler_config
+    config.enable_chunked_prefill = False
+    try:
+        params = SamplingParams(max_tokens=1, extra_args={"session_id": "refused", "ttt_interleave": 1})
+        driver.engine.add_request("refused", {"prompt_token_ids": driver.text[:80]}, params)
+        (output,) = [output for _ in range(3) for output in driver.engine.step()]
+        assert output.finished
+        assert driver.core.scheduler.ttt_ledger.find(SessionKey("-", "refused")) is None
+        return output.kv_transfer_params["ttt"]
+    finally:
+        config.enable_chunked_prefill = True
+
+
 def main() -> None:
     model, examples = sys.argv[1], int(sys.argv[2])
     driver = Driver(model)
@@ -240,6 +257,9 @@ def main() -> None:
         driver.run(plan, budget)
 
     schedules()
+    refusal = refusal_without_chunks(driver)
+    assert refusal["status"] == 400, refusal
+    assert "--no-enable-chunked-prefill" in refusal["message"]
     print("SEEN " + json.dumps(seen), flush=True)
 
 
