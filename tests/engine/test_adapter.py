@@ -79,8 +79,7 @@ def test_peft_loads_it(exact: Served, exported: dict[str, Any]) -> None:
 
 
 def test_stock_vllm_loads_it(exported: dict[str, Any], stage: Stage) -> None:
-    stage.running.close()
-    stage.name = ""
+    stage.stop()
     flags = ["--dtype", "float32", "--enable-lora", "--max-lora-rank", "128", "--lora-modules", f"mine={exported['folder']}"]
     with running(stage.folder / "lora.log", "vllm.entrypoints.cli.main", flags, {"VLLM_PLUGINS": ""}) as stock:
         answer = stock.complete(exported["probe"], model="mine", logprobs=1, max_tokens=8, ignore_eos=True)

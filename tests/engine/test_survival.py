@@ -120,8 +120,7 @@ def assert_same_delta(delta: dict[str, torch.Tensor], tensors: dict[str, torch.T
 
 
 def test_kill_9_at_random_moments(stage: Stage, tmp_path: Path, documents: Documents) -> None:
-    stage.running.close()
-    stage.name = ""
+    stage.stop()
     rng, acknowledged, last = random.Random(KILLS), {}, {}
     state = tmp_path / "state"
     for cycle in range(KILLS):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 from vllm_ttt.config import parse_config
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.geometry import Geometry
 from vllm_ttt.worker import memory
 from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.deltas import Deltas
@@ -22,9 +20,7 @@ D, Q, F, V, R, N = 32, 48, 64, 96, 8, 40
 
 def test_needs_are_the_bytes_of_the_buffers() -> None:
     config = parse_config({"adapt": {"rank": R}, "sessions": {"resident": 3}, "schedule": {"backlog_tokens": 1024}})
-    modules: Any = SimpleNamespace(
-        norm=SimpleNamespace(hidden_size=D), o_proj=SimpleNamespace(input_size=Q), down_proj=SimpleNamespace(input_size=F)
-    )
+    geometry = Geometry(layer=0, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)
     new = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)  # noqa: E731
     tail = Tail(
         new(D, Q), new(2 * F, D), new(D, F), new(V, D), new(D), new(D), 1e-5, 1e-5, new(R, Q), new(R, D), new(R, F),
@@ -35,7 +31,7 @@ def test_needs_are_the_bytes_of_the_buffers() -> None:
     backlog = Backlog(memory.pages(config), config.learn.chunk, 8, h, a)
     buffers = [*deltas.masters.tensors(), *deltas.grads.tensors(), backlog.h_PCD, backlog.a_PCQ, backlog.t_PC, h, a]
     buffers += [tail.ao_RQ, tail.ai_RD, tail.ad_RF, tail.logits]
-    needs = memory.needs(modules, config, N, 2, V)
+    needs = memory.needs(geometry, config, N, 2, V)
     assert sum(needs.values()) == sum(x.nbytes for x in buffers)
 
     memory.check(needs, sum(needs.values()))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.geometry import Geometry
 from vllm_ttt.worker.micro_step import LOSS_ROWS
-from vllm_ttt.worker.tail import TailModules
 
 
 def pages(config: TTTConfig) -> int:
@@ -13,25 +13,22 @@ def pages(config: TTTConfig) -> int:
     return config.schedule.backlog_tokens // config.learn.chunk + config.sessions.resident
 
 
-def needs(modules: TailModules, config: TTTConfig, max_tokens: int, itemsize: int, vocab: int) -> dict[str, int]:
+def needs(geometry: Geometry, config: TTTConfig, max_tokens: int, itemsize: int, vocab: int) -> dict[str, int]:
     """Bytes that live as long as the worker, by what they are for; the layers' LoRA slots are vLLM's own and not among them.
 
     Args:
-        modules: of the adapted layer, with their widths.
+        geometry: of a delta.
         max_tokens: rows of the capture buffers. itemsize: bytes of a number in the model's dtype.
     """
-    D, Q, F = modules.norm.hidden_size, modules.o_proj.input_size, modules.down_proj.input_size
-    rank, rows = config.adapt.rank, config.sessions.resident
+    D, Q, F, rows = geometry.hidden, geometry.attention, geometry.feed_forward, config.sessions.resident
     tokens = pages(config) * config.learn.chunk
     return {
-        f"masters and gradients of {rows} resident sessions (sessions.resident, adapt.rank)": (
-            2 * 4 * (rows + 1) * rank * (2 * D + 2 * F)
-        ),
+        f"masters and gradients of {rows} resident sessions (sessions.resident, adapt.rank)": (2 * (rows + 1) * geometry.bytes),
         f"activations of {tokens:,} tokens that may wait to be learned (schedule.backlog_tokens)": (
             tokens * ((D + Q) * itemsize + 8)
         ),
         f"activations of a batch of {max_tokens:,} tokens (--max-num-batched-tokens)": max_tokens * (D + Q) * itemsize,
-        "fixed projections and the workspace of the loss": itemsize * (rank * (D + Q + F) + LOSS_ROWS * vocab),
+        "fixed projections and the workspace of the loss": itemsize * (geometry.rank * (D + Q + F) + LOSS_ROWS * vocab),
     }
 
 

@@ -66,8 +66,9 @@ class TTTWorkerMixin:
         runner = self.model_runner
         modules = find_modules(runner.get_model())
         model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
+        geometry = Geometry.of(model.hf_text_config, config.adapt)
         left = self.ttt_memory_left()
-        memory.check(memory.needs(modules, config, max_tokens, model.dtype.itemsize, model.get_vocab_size()), left)
+        memory.check(memory.needs(geometry, config, max_tokens, model.dtype.itemsize, model.get_vocab_size()), left)
         tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed)
         dtype, device = tail.head_VD.dtype, tail.head_VD.device
         self.idle = self.ttt_idle_flag(modules)
@@ -75,7 +76,6 @@ class TTTWorkerMixin:
         pages = memory.pages(config)
         self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, self.capture.h_ND, self.capture.a_NQ)
         deltas = Deltas(tail, config.sessions.resident)
-        geometry = Geometry.of(self.vllm_config.model_config.hf_text_config, config.adapt)
         assert deltas.bytes_per_session() == geometry.bytes, "the model's configuration and its weights disagree"
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots)
