@@ -71,6 +71,28 @@ class LearnConfig(_Model):
     """A chunk whose loss exceeds this times ln(vocabulary) is not learned: it is noise."""
     min_chunk: Annotated[int, Field(ge=1, le=1024)] = 8
     """A remainder of a prompt shorter than this is not learned."""
+    scales: tuple[Annotated[float, Field(ge=0, le=2)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+    """A session is served with s times its delta, s within these, by its past losses; `[1]`: always with the delta as it is."""
+    scale_rate: Annotated[float, Field(gt=0, le=10**6)] = 200.0
+    """How decidedly s follows the losses: the weight of a scale is exp(- this times its loss in nats)."""
+    scale_memory: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """The share of those losses that each request leaves; less follows a change of subject sooner."""
+    familiar: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """A prompt of which a smaller share is like the session's past is served with a smaller s; 0: none is."""
+
+    @field_validator("scales")
+    @classmethod
+    def _scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if scales != (1.0,) and not (2 <= len(scales) <= 16 and scales[0] == 0 and list(scales) == sorted(set(scales))):
+            raise ValueError("scales must be 2 to 16 numbers, ascending from 0, or [1] alone, which switches scaling off")
+        return scales
+
+    @field_validator("familiar")
+    @classmethod
+    def _familiar(cls, familiar: float) -> float:
+        if 0 < familiar <= 0.05:
+            raise ValueError("familiar must be 0, or more than 0.05, which any two texts have in common")
+        return familiar
 
 
 class ScheduleConfig(_Model):
@@ -100,8 +122,6 @@ class SessionsConfig(_Model):
 class ObserveConfig(_Model):
     """What is measured for people to look at."""
 
-    frozen_every: Annotated[int, Field(ge=0)] = 8
-    """Every n-th chunk of a session is also scored under the frozen model; 0: never."""
     recent_chunks: Annotated[int, Field(ge=1, le=4096)] = 64
     """How many chunk losses `GET /v1/ttt/sessions/{id}` shows."""
 

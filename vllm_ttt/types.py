@@ -89,6 +89,8 @@ class RequestPlan:
     prompt: int
     learn: bool
     learn_output: bool
+    #: the largest scale of the delta that its prompt is served with; None: as the session's last one
+    ceiling: float | None = None
 
 
 @dataclass(slots=True)
@@ -112,12 +114,15 @@ class ChunkReport:
     tokens: int
     #: mean loss in nats per token under the delta before the update
     loss: float
-    #: the same under the frozen model, where it was measured
+    #: on a part of a prompt's last chunk: mean loss under the frozen model
     frozen_loss: float | None
     #: None: learned. Otherwise why not: "loss", "nonfinite", "short" or "error"
     skipped: str | None
     #: the session's version after the chunk
     version: int
+    #: on the same part: mean loss under what the request was served with, and the scale of the delta in that
+    served_loss: float | None = None
+    scale: float | None = None
 
 
 @dataclass(slots=True)

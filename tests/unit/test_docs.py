@@ -54,6 +54,8 @@ def limits(name: str, field: FieldInfo) -> str:
     """What the field may be, in words."""
     if name == "rank":
         return ", ".join(map(str, RANKS))
+    if name == "scales":
+        return "2 to 16, ascending from 0 to at most 2; or `[1]`"
     kind = field.annotation
     if get_origin(kind) is tuple:
         return "all of " + ", ".join(f"`{v}`" for v in get_args(get_args(kind)[0]))
@@ -73,7 +75,7 @@ def config_table() -> str:
     for section, model in sections().items():
         for name, field in model.model_fields.items():
             default = list(field.default) if isinstance(field.default, tuple) else field.default
-            shown = "all three" if isinstance(default, list) else default
+            shown = "all three" if name == "modules" else default
             rows.append(f"| `{section}.{name}` | {shown} | {limits(name, field)} | {field.description} |")
     return "\n".join(rows)
 

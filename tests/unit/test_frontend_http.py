@@ -33,11 +33,20 @@ BODIES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
     "/v1/responses": {"input": "x"},
 }
-LOSS = {"version": 0, "tokens": 2, "loss": float("nan"), "frozen_loss": None, "skipped": "nonfinite"}
+LOSS = {
+    "version": 0,
+    "tokens": 2,
+    "loss": float("nan"),
+    "frozen_loss": None,
+    "skipped": "nonfinite",
+    "served_loss": None,
+    "scale": None,
+}
 SESSION = {
     "session_id": "s", "version": 1, "tokens_seen": 3, "tokens_learned": 2, "tokens_skipped": {"nonfinite": 1},
     "tokens_pending": 0, "requests_open": 0, "created": 1.5, "last_used": 2.5,
-    "norm": {"o_proj": 0.1, "down_proj": float("nan")}, "tier": "slot", "bytes": 10, "losses": [LOSS],
+    "norm": {"o_proj": 0.1, "down_proj": float("nan")}, "scale": 0.5, "scale_served": 0.25,
+    "scale_losses": [{"scale": 0.0, "loss": 0.0}, {"scale": 1.0, "loss": 0.0}], "tier": "slot", "bytes": 10, "losses": [LOSS],
 }  # fmt: skip
 
 

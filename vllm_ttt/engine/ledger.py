@@ -8,6 +8,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_ttt.engine.familiar import Past
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ChunkReport, SessionKey
 
@@ -26,6 +27,8 @@ class Session:
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     losses: deque[dict[str, Any]] = field(default_factory=deque)
+    #: what its prompts are compared with
+    past: Past = field(default_factory=Past)
     #: learning requests that are not settled yet, in order of arrival: request id -> arrival number
     open: dict[str, int] = field(default_factory=dict)
     #: requests in the engine
@@ -45,6 +48,8 @@ class Session:
                 "tokens": chunk.tokens,
                 "loss": round(chunk.loss, 5) if math.isfinite(chunk.loss) else None,
                 "frozen_loss": None if chunk.frozen_loss is None else round(chunk.frozen_loss, 5),
+                "served_loss": None if chunk.served_loss is None else round(chunk.served_loss, 5),
+                "scale": None if chunk.scale is None else round(chunk.scale, 4),
                 "skipped": chunk.skipped,
             }
         )

@@ -37,6 +37,8 @@ class Attached:
     #: order of arrival; the children of a request with n > 1 share it
     arrival: int
     prompt: int
+    #: the largest scale of the delta that it is served with
+    ceiling: float | None = None
     started: bool = False
     #: tokens that have been generated
     outputs: int = 0
@@ -88,6 +90,7 @@ class TTTScheduler(AsyncScheduler):
         arrival, knobs = self._arrive(request, knobs)
         request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")
         attached = Attached(session, knobs, prompt_learned, arrival, request.num_prompt_tokens)
+        attached.ceiling = self._ceiling(session, request, learns=knobs.learn)
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
         if knobs.learn:
@@ -95,6 +98,17 @@ class TTTScheduler(AsyncScheduler):
             request.skip_reading_prefix_cache = True
             session.open[request.request_id] = arrival
             session.tokens_seen += max(0, attached.prompt - 1)
+
+    def _ceiling(self, session: Session, request: Request, learns: bool) -> float | None:
+        """How far the prompt is like what the session sent before; it joins that where it is learned."""
+        learn, ids = self.ttt_config.learn, request.prompt_token_ids
+        sibling = (child := _CHILD.fullmatch(request.request_id)) is not None and child.group(1) != "0"
+        if len(learn.scales) == 1 or ids is None or sibling:
+            return None
+        ceiling = session.past.ceiling(ids, learn.familiar, learn.scales[-1])
+        if learns:
+            session.past.note(ids)
+        return ceiling
 
     def _arrive(self, request: Request, knobs: Knobs) -> tuple[int, Knobs]:
         """The arrival number; of n samples of one prompt, which arrive as one, the first alone learns."""
@@ -141,7 +155,11 @@ class TTTScheduler(AsyncScheduler):
                 if not attached.started:
                     attached.started = True
                     plan.started[request_id] = RequestPlan(
-                        attached.session.adapter, attached.prompt, attached.knobs.learn, attached.knobs.learn_output
+                        attached.session.adapter,
+                        attached.prompt,
+                        attached.knobs.learn,
+                        attached.knobs.learn_output,
+                        attached.ceiling,
                     )
         output.ttt = plan  # type: ignore[attr-defined]  # a plain dataclass: extra attributes travel with it
         return output

@@ -30,7 +30,11 @@ class ChunkLoss(_Model):
     loss: Loss
     """Mean loss before it was learned, nats per token; null where it was not finite."""
     frozen_loss: Loss = None
-    """The same under the base model; null where it was not measured."""
+    """Under the base model, mean of every second token; measured on the last chunk of a prompt, null on others."""
+    served_loss: Loss = None
+    """Of the same tokens, under the delta that the request was served with."""
+    scale: Loss = None
+    """The scale of the delta in that."""
     skipped: str | None = None
     """Why the chunk was not learned: `loss`, `nonfinite`, `short` or `error`; null: it was."""
 
@@ -58,15 +62,30 @@ class SessionSummary(_Model):
     """When the session was last named, seconds since 1970."""
     norm: dict[str, Loss]
     """Frobenius norm of the delta relative to that of the weight, by module."""
+    scale: float
+    """The session is served with its delta times this, as its past losses have it (`learn.scales`)."""
+    scale_served: float
+    """The same for its latest prompt, less where that was not like what the session had sent before."""
     tier: Literal["slot", "memory"]
     """Where the delta is: in one of vLLM's LoRA slots, or only in memory."""
     bytes: int
     """Memory that the session takes."""
 
 
+class ScaleLoss(_Model):
+    """What the session's requests say of one scale of its delta."""
+
+    scale: float
+    """The scale, one of `learn.scales`; 0: the base model."""
+    loss: Loss
+    """Nats per token over past requests, the recent most; only differences mean anything."""
+
+
 class Session(SessionSummary):
     """A session."""
 
+    scale_losses: list[ScaleLoss]
+    """The losses by which `scale` was chosen."""
     losses: list[ChunkLoss]
     """The most recent chunks, oldest first."""
 

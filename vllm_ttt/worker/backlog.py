@@ -27,6 +27,9 @@ class Chunk:
     rows: int = 0
     #: rows whose gradient has been accumulated
     done: int = 0
+    #: where it was measured: the scale that its request was served with, and mean losses (frozen, served) of a part of it
+    scale: float | None = None
+    measured: tuple[float, float] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +69,8 @@ class Backlog:
         self.free = list(range(pages - 1, -1, -1))
         self.readings: dict[str, Reading] = {}
         self.queues: OrderedDict[int, deque[Chunk]] = OrderedDict()
+        #: the last chunk of each prompt, when it has joined its queue; `Measuring` takes them out
+        self.last: deque[Chunk] = deque()
         #: chunks too short to be learned, to be reported
         self.short: list[Chunk] = []
         #: learning requests until all of them has been learned; they may outlive their reading
@@ -199,7 +204,8 @@ class Backlog:
                 part_end = min(part_end, position + self.chunk - chunk.rows)
                 self._copy_rows(rows, position, part_end, chunk, copy)
                 if chunk.rows == self.chunk or part_end == last_of_prompt:
-                    self._close(reading)
+                    # Where what is left of the prompt is too short to be learned, this is its last chunk.
+                    self._close(reading, last=in_prompt and last_of_prompt - part_end < self.min_chunk)
             position = part_end
         reading.next = max(reading.next, end)
         if not reading.prompt_read and reading.next >= last_of_prompt:
@@ -215,7 +221,7 @@ class Backlog:
         copy.tokens.append(rows.next_tokens[offset : offset + n])
         chunk.rows += n
 
-    def _close(self, reading: Reading) -> None:
+    def _close(self, reading: Reading, last: bool = False) -> None:
         chunk, reading.open = reading.open, None
         assert chunk is not None
         if chunk.rows < self.min_chunk:
@@ -224,6 +230,8 @@ class Backlog:
             self._release(chunk)
             return
         self.queues.setdefault(chunk.session, deque()).append(chunk)
+        if last:
+            self.last.append(chunk)
         reading.unlearned += 1
         self.closing.setdefault(chunk.request, reading)
 

@@ -6,7 +6,9 @@ order of last use.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm_ttt.worker.micro_step import MODULES, Delta, Tail
@@ -18,12 +20,17 @@ class Session:
 
     #: updates committed to the master, as far as their outcome is known
     version: int = 0
-    #: what is being served, in the model's dtype, while it is not the master: the slot follows when a prompt has been read
+    #: B of what is being served, float32, while it is not the master: the slot follows when a prompt has been read
     serving: Delta | None = None
     #: the version of ``serving``
     serving_version: int = 0
-    #: chunks that were given to the step
-    chunks: int = 0
+    #: what is being served is this times B
+    scale: float = 1.0
+    #: the scale that its losses speak for, and those losses in nats, by `learn.scales` (worker/scale.py)
+    chosen: float = 1.0
+    losses: list[float] = field(default_factory=list)
+    #: the most that the prompt of its latest request allows
+    ceiling: float = math.inf
     #: norm of B relative to W, by MODULES
     norms: list[float] = field(default_factory=lambda: [0.0] * len(MODULES))
     #: the master while it has no row: [1, out, R] float32 on the host; None: all zero
@@ -34,13 +41,22 @@ class Session:
         """The version that is being served."""
         return self.version if self.serving is None else self.serving_version
 
+    @property
+    def wanted(self) -> float:
+        """The scale with which the session should be served."""
+        return min(self.chosen, self.ceiling)
+
 
 class Deltas:
     """Masters [rows, out, R] float32, and the gradient that a chunk accumulates, of the same shape."""
 
-    def __init__(self, tail: Tail, rows: int):
-        """``rows`` sessions on the device, and one spare row that belongs to none: padding of a batch is written there."""
-        self.tail = tail
+    def __init__(self, tail: Tail, rows: int, scales: Sequence[float] = (1.0,)):
+        """``rows`` sessions on the device, and one spare row that belongs to none: padding of a batch is written there.
+
+        Args:
+            scales: `learn.scales`; a fresh session has no reason to prefer any.
+        """
+        self.tail, self.scales = tail, scales
         self.masters = Delta.zeros(tail, rows + 1)
         self.grads = Delta.zeros(tail, rows + 1)
         self.spare = rows
@@ -53,7 +69,14 @@ class Deltas:
         self.evictions = 0
 
     def session(self, key: int) -> Session:
-        return self.sessions.setdefault(key, Session())
+        if key not in self.sessions:
+            self.sessions[key] = self.fresh()
+        return self.sessions[key]
+
+    def fresh(self) -> Session:
+        """A session that has learned nothing, so that no scale is better than another."""
+        scale = sum(self.scales) / len(self.scales)
+        return Session(scale=scale, chosen=scale, losses=[0.0] * len(self.scales))
 
     def row(self, key: int) -> int | None:
         """The session's row, brought in where it has none; None where every row is pinned."""

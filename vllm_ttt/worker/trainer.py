@@ -16,7 +16,8 @@ from vllm_ttt.types import ChunkReport, StepReport
 from vllm_ttt.worker.backlog import Backlog, Chunk
 from vllm_ttt.worker.clock import Clock, to_host
 from vllm_ttt.worker.compute import Compute
-from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.deltas import Deltas, Session
+from vllm_ttt.worker.measuring import Measuring
 from vllm_ttt.worker.micro_step import Delta, Tail
 from vllm_ttt.worker.slots import Slots
 
@@ -37,8 +38,6 @@ class Outcome:
     """What a commit did, on its way to the host."""
 
     chunks: list[Chunk]
-    #: whether the frozen loss was measured
-    frozen: list[bool]
     #: what `Compute.apply` returns
     values: Tensor
     mark: Any
@@ -49,9 +48,9 @@ class Trainer:
 
     def __init__(self, tail: Tail, config: TTTConfig, backlog: Backlog, deltas: Deltas, slots: Slots):
         self.config, self.backlog, self.deltas, self.slots = config, backlog, deltas, slots
-        self.dtype = tail.head_VD.dtype
         self.compute = Compute(tail, config.learn, backlog, deltas)
         self.clock = Clock(tail.head_VD.device)
+        self.measuring = Measuring(config.learn, self.compute, backlog, deltas, self.clock)
         self.outcomes: deque[Outcome] = deque()
         #: sessions whose slot does not follow their master yet
         self.dirty: set[int] = set()
@@ -59,8 +58,13 @@ class Trainer:
         self.errors = self.nonfinite = 0
 
     def learn(self, tokens: int) -> int:
-        """Learn up to ``tokens`` tokens of what waits; returns how many. Never raises: what fails is given up and counted."""
+        """Measure and learn up to ``tokens`` tokens of what waits; returns how many. Never raises: what fails is given up and
+        counted."""
         left = tokens
+        try:
+            left -= self.measuring.run(tokens)
+        except Exception:
+            self.failed("a chunk could not be measured; its session is served with the scale that it had")
         while left > 0 and (tiles := self._pick(left)):
             try:
                 self._step(tiles)
@@ -73,11 +77,12 @@ class Trainer:
 
     def collect(self, wait: bool = False) -> None:
         """Take in the outcomes that have arrived; with ``wait``, all of them."""
+        self.dirty.update(self.measuring.collect(wait))
         while self.outcomes and (wait or self.clock.done(self.outcomes[0].mark)):
             outcome = self.outcomes.popleft()
             self.clock.wait(outcome.mark)
             values = outcome.values.T.tolist()
-            for chunk, measured, (ok, loss, frozen, *norms) in zip(outcome.chunks, outcome.frozen, values, strict=True):
+            for chunk, (ok, loss, *norms) in zip(outcome.chunks, values, strict=True):
                 self.backlog.settle(chunk)
                 if (session := self.deltas.sessions.get(chunk.session)) is None:
                     continue  # dropped meanwhile
@@ -91,25 +96,36 @@ class Trainer:
                         logger.warning(
                             "vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", self.nonfinite
                         )
-                self._report_chunk(chunk, loss, frozen if measured else None, reason)
+                self._report_chunk(chunk, loss, reason)
+
+    def begin(self, key: int, ceiling: float | None) -> None:
+        """A request of the session is about to be served for the first time.
+
+        Args:
+            ceiling: the most that its prompt allows for the scale; None: what was allowed before.
+        """
+        session = self.deltas.session(key)
+        if ceiling is None:
+            return
+        session.ceiling = ceiling
+        if session.wanted != session.scale and key not in self.backlog.reading_sessions() | self.measuring.sessions():
+            self._write(key, session)
 
     def sync(self) -> None:
-        """Write the slots of sessions whose master has moved, except where a prompt has been read in part."""
+        """Write the slots of sessions whose master or scale has moved, except where a prompt has been read in part, or waits to
+        be measured under what has served it."""
         self.collect()
-        for key in self.dirty - self.backlog.reading_sessions():
+        for key in self.dirty - self.backlog.reading_sessions() - self.measuring.sessions():
             self.dirty.discard(key)
             if (session := self.deltas.sessions.get(key)) is None:
                 continue
-            try:
-                self.slots.write(key, session)
-            except Exception:
-                self.failed("a slot could not be written; vLLM will fill another from the master")
+            self._write(key, session)
 
     def take_report(self) -> StepReport:
         """What has happened since the last report. Requests of which all is learned and served are reported once."""
         self.collect()
         for chunk in self.backlog.short:
-            self._report_chunk(chunk, math.nan, None, "short")
+            self._report_chunk(chunk, math.nan, "short")
         self.backlog.short.clear()
         for request, key in self.backlog.settled():
             if key not in self.dirty:
@@ -122,7 +138,7 @@ class Trainer:
 
     def drop(self, key: int) -> None:
         """Make the session the base model again, and forget what waits."""
-        self.backlog.drop_session(key)
+        self.measuring.drop(self.backlog.drop_session(key))
         self.deltas.drop(key)
         self.slots.drop(key)
         self.dirty.discard(key)
@@ -131,8 +147,10 @@ class Trainer:
         """Give up everything that waits, of all sessions, and the rest of what they are sending now; their masters stay."""
         reading = {r.plan.session for r in self.backlog.readings.values()}
         for key in reading | set(self.backlog.queues):
-            for chunk in self.backlog.drop_session(key):
-                self._report_chunk(chunk, math.nan, None, "error")
+            lost = self.backlog.drop_session(key)
+            self.measuring.drop(lost)
+            for chunk in lost:
+                self._report_chunk(chunk, math.nan, "error")
             self.deltas.end_chunk(key)
 
     def failed(self, what: str) -> None:
@@ -141,11 +159,18 @@ class Trainer:
         if self.errors <= 10 or self.errors % 1000 == 0:
             logger.exception("vllm-ttt: %s (error %d)", what, self.errors)
 
+    def _write(self, key: int, session: Session) -> None:
+        try:
+            self.slots.write(key, session)
+        except Exception:
+            self.failed("a slot could not be written; vLLM will fill another from the master")
+
     def _pick(self, tokens: int) -> list[Tile]:
         """The next rows of as many sessions as fit, one chunk each."""
         tiles: list[Tile] = []
+        unmeasured = self.measuring.sessions()
         for chunk in self.backlog.heads():
-            row = self.deltas.row(chunk.session) if tokens > 0 else None
+            row = self.deltas.row(chunk.session) if tokens > 0 and chunk.session not in unmeasured else None
             if row is None or any(tile.row == row for tile in tiles):
                 continue
             tiles.append(Tile(chunk, row, min(chunk.rows - chunk.done, tokens)))
@@ -158,8 +183,6 @@ class Trainer:
         rows = torch.tensor([tile.row for tile in tiles])
         keep = torch.tensor([tile.chunk.done > 0 for tile in tiles])
         self.compute.score(flat, weight, rows, keep)
-        if due := [s for s, tile in enumerate(tiles) if self._frozen_due(tile.chunk)]:
-            self.compute.score_frozen(flat[due], weight[due], rows[due], keep[due])
         for tile in tiles:
             tile.chunk.done += tile.rows
         complete = [tile for tile in tiles if tile.chunk.done == tile.chunk.rows]
@@ -178,27 +201,21 @@ class Trainer:
             weight[s, : tile.rows] = 1.0 / tile.chunk.rows
         return flat, weight
 
-    def _frozen_due(self, chunk: Chunk) -> bool:
-        every = self.config.observe.frozen_every
-        return every > 0 and self.deltas.session(chunk.session).chunks % every == 0
-
     def _commit(self, tiles: list[Tile]) -> None:
         reading = self.backlog.reading_sessions()
         for tile in tiles:
             session = self.deltas.session(tile.chunk.session)
             if tile.chunk.session in reading and session.serving is None:
                 current = self.deltas.read(tile.chunk.session)
-                session.serving = Delta(*(x.to(self.dtype, copy=True) for x in current.tensors()))
+                session.serving = Delta(*(x.clone() for x in current.tensors()))
                 session.serving_version = session.version
         rows = torch.tensor([tile.row for tile in tiles])
         share = torch.tensor([tile.chunk.rows / self.config.learn.chunk for tile in tiles])
         values = to_host(self.compute.apply(rows, share))
-        measured = [self._frozen_due(tile.chunk) for tile in tiles]
-        self.outcomes.append(Outcome([tile.chunk for tile in tiles], measured, values, self.clock.mark()))
+        self.outcomes.append(Outcome([tile.chunk for tile in tiles], values, self.clock.mark()))
         for tile in tiles:
             key = tile.chunk.session
             self.dirty.add(key)
-            self.deltas.session(key).chunks += 1
             self.deltas.end_chunk(key)
             self.backlog.advance(tile.chunk)
 
@@ -206,10 +223,13 @@ class Trainer:
         self.deltas.end_chunk(chunk.session)
         queue = self.backlog.queues.get(chunk.session)
         if queue and queue[0] is chunk:
-            self._report_chunk(chunk, math.nan, None, reason)
+            self._report_chunk(chunk, math.nan, reason)
+            self.measuring.drop([chunk])
             self.backlog.advance(chunk)
             self.backlog.settle(chunk)
 
-    def _report_chunk(self, chunk: Chunk, loss: float, frozen: float | None, skipped: str | None) -> None:
+    def _report_chunk(self, chunk: Chunk, loss: float, skipped: str | None) -> None:
         version = self.deltas.session(chunk.session).version
-        self.report.chunks.append(ChunkReport(chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, version))
+        frozen, served = chunk.measured or (None, None)
+        report = ChunkReport(chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, version, served, chunk.scale)
+        self.report.chunks.append(report)

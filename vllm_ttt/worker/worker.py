@@ -62,7 +62,7 @@ class TTTWorkerMixin:
         self.capture = Capture(modules, max_tokens, dtype, device, self.idle)
         pages = config.schedule.backlog_tokens // config.learn.chunk + config.sessions.resident
         self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, self.capture.h_ND, self.capture.a_NQ)
-        deltas = Deltas(tail, config.sessions.resident)
+        deltas = Deltas(tail, config.sessions.resident, config.learn.scales)
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots)
         self.clock = self.trainer.clock
@@ -122,6 +122,7 @@ class TTTWorkerMixin:
             "bytes": self.trainer.deltas.bytes_per_session(),
             "tokens_pending": self.backlog.pending_of(key),
             "norm": dict(zip(MODULES, norms, strict=True)),
+            **self.trainer.measuring.state(key),
         }
 
     @torch.inference_mode()
@@ -167,6 +168,7 @@ class TTTWorkerMixin:
     def _start(self, plan: StepPlan) -> None:
         for request, request_plan in plan.started.items():
             self.backlog.start(request, request_plan)
+            self.trainer.begin(request_plan.session, request_plan.ceiling)
             self.began[request] = self.trainer.deltas.session(request_plan.session).served
 
     def _between(self, serving: bool) -> int:
