@@ -117,6 +117,29 @@ class SessionsConfig(_Model):
     """GiB of memory for the sessions that have no slot; where it is full, a new session is refused with 429."""
     per_key: Annotated[int, Field(ge=1, le=10**9)] = 1000
     """Sessions of one API key; one more is refused with 429."""
+    keep_versions: Annotated[int, Field(ge=0, le=1000)] = 3
+    """Earlier versions of each session that it can be rolled back to, the base model apart."""
+    version_every: Annotated[int, Field(ge=1, le=10**6)] = 16
+    """Commits from one version that is kept to the next."""
+    versions_gib: Annotated[float, Field(ge=0, le=65536)] = 2.0
+    """GiB of memory for kept versions; where it is full, the session that has most gives up its oldest."""
+
+
+class GuardConfig(_Model):
+    """What keeps a session from being spoiled, and from spoiling what the model knows."""
+
+    every: Annotated[int, Field(ge=0, le=10**6)] = 16
+    """Commits of a session after which its delta is tried on the probe, a text that no session sends; 0: never."""
+    max_regression: Annotated[float, Field(gt=0, le=100)] = 0.15
+    """A delta that makes the probe worse than this, in nats per token, is rolled back, and its session learns no more."""
+    probe: str | None = None
+    """File of the probe, plain text; null: the one that comes with vllm-ttt."""
+    probe_tokens: Annotated[int, Field(ge=64, le=65536)] = 2048
+    """So many tokens of it are tried; their activations are kept on the device."""
+    min_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    """A chunk of a prompt whose tokens zlib makes smaller than this share is not learned: it repeats itself; 0: all are."""
+    hourly_tokens: Annotated[int, Field(ge=0, le=10**12)] = 1000000
+    """Tokens that a session may have learned within an hour; a request beyond is answered and not learned; 0: no limit."""
 
 
 class ObserveConfig(_Model):
@@ -133,6 +156,7 @@ class TTTConfig(_Model):
     learn: LearnConfig = LearnConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     sessions: SessionsConfig = SessionsConfig()
+    guard: GuardConfig = GuardConfig()
     observe: ObserveConfig = ObserveConfig()
 
 

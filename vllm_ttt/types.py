@@ -91,6 +91,10 @@ class RequestPlan:
     learn_output: bool
     #: the largest scale of the delta that its prompt is served with; None: as the session's last one
     ceiling: float | None = None
+    #: it reads the guard's text: its activations are kept, and nothing is learned
+    probe: bool = False
+    #: ranges (first, end) of pairs whose tokens repeat themselves: a chunk most of which is in one is not learned
+    repetitive: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -116,7 +120,7 @@ class ChunkReport:
     loss: float
     #: on a part of a prompt's last chunk: mean loss under the frozen model
     frozen_loss: float | None
-    #: None: learned. Otherwise why not: "loss", "nonfinite", "short" or "error"
+    #: None: learned. Otherwise why not: "loss", "nonfinite", "short", "repetition", "rollback" or "error"
     skipped: str | None
     #: the session's version after the chunk
     version: int
@@ -126,10 +130,23 @@ class ChunkReport:
 
 
 @dataclass(slots=True)
+class Trial:
+    """What a session's delta does to the guard's text."""
+
+    session: int
+    version: int
+    #: nats per token by which the text is worse than under the base model
+    regression: float
+    #: the version to which the session has been rolled back, to learn no more; None: it is good
+    back_to: int | None
+
+
+@dataclass(slots=True)
 class StepReport:
     """Worker to engine, with a step's output."""
 
     chunks: list[ChunkReport] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
     #: request id -> version of the delta that serves its first token
     began: dict[str, int] = field(default_factory=dict)
     #: (request id, session) of requests of which everything that is to be learned has been, and is being served

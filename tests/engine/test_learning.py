@@ -62,7 +62,7 @@ def test_the_scale_is_the_oracles(exact: Served, oracle: Callable[[], Oracle], d
     name, reference, frozen = exact.fresh(), oracle(), oracle()
     requests = [*documents["kjv"][:5], *documents["py_dns"][:2]]
     lengths = [1025, 1025, 900, 1029, 1025, 1025, 1025]
-    scales = []
+    scales, session = [], {}
     for text, length in zip(requests, lengths, strict=True):
         prompt = text[:length]
         served, pairs = reference.scale.served(prompt), length - 1
@@ -80,7 +80,7 @@ def test_the_scale_is_the_oracles(exact: Served, oracle: Callable[[], Oracle], d
         assert session["scale_served"] == min(session["scale"], session["scale_served"])
         assert exact.rpc("test_slot_is_master") == {"held": True, "equal": True}, "the slot holds that much of the master"
         scales.append(chunk["scale"])
-    assert scales[4] > 0.9, "a subject of which it has learned is served with its delta"
+    assert scales[4] > 0.8, "a subject of which it has learned is served with its delta"
     assert scales[5] < 0.3, "the first document of another subject is not"
     assert sum(c["frozen_loss"] is not None for c in session["losses"]) == 7, "once a request"
     assert [s["scale"] for s in session["scale_losses"]] == list(TTTConfig().learn.scales)

@@ -8,13 +8,14 @@ from vllm_ttt.engine.ledger import Session
 from vllm_ttt.types import SessionKey
 
 
-def admin(engine: Any, op: str, tenant: str, name: str) -> dict[str, Any]:
+def admin(engine: Any, op: str, tenant: str, name: str, version: int | None = None) -> dict[str, Any]:
     """Answer one call of the front end.
 
     Args:
         engine: vLLM's EngineCore.
-        op: "list", "config", "get", "reset" or "delete".
+        op: "list", "config", "get", "freeze", "unfreeze", "rollback", "reset" or "delete".
         tenant, name: the session's key; ``name`` is "" for the first two.
+        version: what "rollback" returns to.
     Returns:
         ``{"ok": True, "result": ...}`` or ``{"ok": False, "status": 4xx, "message": ...}``
     """
@@ -33,14 +34,25 @@ def admin(engine: Any, op: str, tenant: str, name: str) -> dict[str, Any]:
         }
     if op == "get":
         return _ok(_detail(engine, session, losses=True))
+    if op in ("freeze", "unfreeze"):
+        session.frozen = "asked for" if op == "freeze" else None
+        return _ok(_detail(engine, session, losses=True))
     if session.requests:
         message = f"session {name!r} has {len(session.requests)} requests in the engine; wait for them, or abort them"
         return {"ok": False, "status": 409, "message": message}
+    if op == "rollback":
+        (kept,) = engine.model_executor.collective_rpc("ttt_roll_back", args=(session.adapter, version))
+        if kept is not None:
+            message = f"version {version} of session {name!r} is not kept; it can return to {', '.join(map(str, kept))}"
+            return {"ok": False, "status": 404, "message": message}
+        assert version is not None
+        session.version = version
+        return _ok(_detail(engine, session, losses=True))
     engine.model_executor.collective_rpc("ttt_drop", args=(session.adapter,))
     scheduler.ttt_ledger.remove(session)
     if op == "reset":
         fresh = scheduler.ttt_ledger.open(session.key)
-        fresh.created = session.created
+        fresh.created, fresh.allowance = session.created, session.allowance
         return _ok(_detail(engine, fresh, losses=True))
     return _ok({"session_id": name, "deleted": True})
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_ttt.engine.familiar import Past
+from vllm_ttt.engine.limits import Allowance
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ChunkReport, SessionKey
 
@@ -27,6 +28,12 @@ class Session:
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     losses: deque[dict[str, Any]] = field(default_factory=deque)
+    #: why it learns no more; None: it learns
+    frozen: str | None = None
+    #: nats per token by which its delta made the guard's text worse when it was last tried
+    probe_regression: float | None = None
+    #: what it may still have learned
+    allowance: Allowance = field(default_factory=Allowance)
     #: what its prompts are compared with
     past: Past = field(default_factory=Past)
     #: learning requests that are not settled yet, in order of arrival: request id -> arrival number
@@ -56,6 +63,11 @@ class Session:
         while len(self.losses) > self.recent:
             self.losses.popleft()
 
+    def refuse(self, tokens: int, reason: str, seen: bool = False) -> None:
+        """A prompt that is answered and not learned; ``seen``: it has been counted as sent already."""
+        self.tokens_seen += 0 if seen else tokens
+        self.tokens_skipped[reason] += tokens
+
     def summary(self) -> dict[str, Any]:
         return {
             "session_id": self.key.name,
@@ -63,6 +75,8 @@ class Session:
             "tokens_seen": self.tokens_seen,
             "tokens_learned": self.tokens_learned,
             "tokens_skipped": dict(self.tokens_skipped),
+            "frozen": self.frozen,
+            "probe_regression": self.probe_regression,
             "requests_open": len(self.requests),
             "created": self.created,
             "last_used": self.last_used,
@@ -98,6 +112,11 @@ class Ledger:
             self.sessions[key] = self.by_adapter[session.adapter] = session
         session.last_used = time.time()
         return session
+
+    def reserve(self) -> int:
+        """An adapter id that is no session's."""
+        self.next_adapter += 1
+        return self.next_adapter - 1
 
     def remove(self, session: Session) -> None:
         del self.sessions[session.key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.logger import init_logger
@@ -16,9 +16,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt import plugin, support
 from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.limits import repetitive
+from vllm_ttt.engine.probe import ProbeReading, pieces
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
-from vllm_ttt.types import ADAPTER_PATH, Knobs, RequestPlan, SessionKey, StepPlan, StepReport
+from vllm_ttt.types import ADAPTER_PATH, Knobs, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -39,6 +41,8 @@ class Attached:
     prompt: int
     #: the largest scale of the delta that it is served with
     ceiling: float | None = None
+    #: ranges of its pairs that repeat themselves
+    repetitive: list[tuple[int, int]] = field(default_factory=list)
     started: bool = False
     #: tokens that have been generated
     outputs: int = 0
@@ -59,6 +63,7 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_http: bool = additional[plugin.NAME]["http"]
         limit = support.max_sessions(self.vllm_config.model_config.hf_text_config, config)
         self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, limit, config.sessions.per_key, config.observe.recent_chunks)
+        self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = 0
@@ -86,6 +91,7 @@ class TTTScheduler(AsyncScheduler):
             return
         knobs = Knobs.parse(extra, learn_output=self.ttt_config.learn.tokens == "all")
         session = self.ttt_ledger.open(SessionKey.from_wire(wire))
+        knobs = self._permitted(session, request, knobs)
         prompt_learned = knobs.learn
         arrival, knobs = self._arrive(request, knobs)
         request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")
@@ -94,10 +100,27 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
         if knobs.learn:
+            guard = self.ttt_config.guard
+            attached.repetitive = repetitive(request.prompt_token_ids or [], self.ttt_config.learn.chunk, guard.min_ratio)
             # A token read from the prefix cache has no activations to learn from.
             request.skip_reading_prefix_cache = True
             session.open[request.request_id] = arrival
             session.tokens_seen += max(0, attached.prompt - 1)
+        for reading in self.ttt_probe.begin(request):
+            super().add_request(reading)
+
+    def _permitted(self, session: Session, request: Request, knobs: Knobs) -> Knobs:
+        """What is left of the wish to learn where the session is frozen, or has used up its hour."""
+        pairs, child = max(0, request.num_prompt_tokens - 1), _CHILD.fullmatch(request.request_id)
+        if child is not None and child.group(1) != "0":  # as the first of its siblings
+            first = self.ttt_requests.get(f"0_{child.group(2)}")
+            return knobs if first is None or first.prompt_learned else Knobs(learn=False)
+        if not knobs.learn:
+            return knobs
+        if session.frozen is None and session.allowance.take(pairs, self.ttt_config.guard.hourly_tokens):
+            return knobs
+        session.refuse(pairs, "frozen" if session.frozen else "limit")
+        return Knobs(learn=False)
 
     def _ceiling(self, session: Session, request: Request, learns: bool) -> float | None:
         """How far the prompt is like what the session sent before; it joins that where it is learned."""
@@ -126,7 +149,9 @@ class TTTScheduler(AsyncScheduler):
         if not super()._handle_blocked_waiting_request(request):
             return False
         attached = self.ttt_requests.get(request.request_id)
-        return attached is None or self._may_start(attached)
+        if attached is None:
+            return request.request_id not in self.ttt_probe.open or self._has_slot(self.ttt_probe.adapter)
+        return self._may_start(attached)
 
     def _may_start(self, attached: Attached) -> bool:
         session = attached.session
@@ -137,19 +162,24 @@ class TTTScheduler(AsyncScheduler):
         pending = self.ttt_report.pending
         if attached.knobs.learn and pending and pending + attached.prompt > self.ttt_config.schedule.backlog_tokens:
             return False
+        return self._has_slot(session.adapter)
+
+    def _has_slot(self, adapter: int) -> bool:
         # vLLM counts the adapters of requests that this step schedules; one that runs but is not scheduled now keeps its slot.
         running = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
         assert self.lora_config is not None
-        return session.adapter in running or len(running) < self.lora_config.max_loras
+        return adapter in running or len(running) < self.lora_config.max_loras
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended)
         self.ttt_ended = {}
-        if self.ttt_requests:
+        if self.ttt_requests or self.ttt_probe.open:
             for request_id in output.num_scheduled_tokens:
                 attached = self.ttt_requests.get(request_id)
                 if attached is None:
+                    if request_id in self.ttt_probe.open:
+                        self.ttt_probe.plan(self.requests[request_id], plan)
                     continue
                 plan.sessions = True
                 if not attached.started:
@@ -160,6 +190,7 @@ class TTTScheduler(AsyncScheduler):
                         attached.knobs.learn,
                         attached.knobs.learn_output,
                         attached.ceiling,
+                        repetitive=attached.repetitive,
                     )
         output.ttt = plan  # type: ignore[attr-defined]  # a plain dataclass: extra attributes travel with it
         return output
@@ -171,7 +202,7 @@ class TTTScheduler(AsyncScheduler):
         if report is not None:
             self._read(report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self.ttt_requests:
+        if self.ttt_requests or self.ttt_probe.open:
             for per_client in outputs.values():
                 for output in per_client.outputs:
                     self._answer(output)
@@ -188,12 +219,35 @@ class TTTScheduler(AsyncScheduler):
             if (session := by_adapter.get(chunk.session)) is not None:
                 session.record(chunk)
                 session.version = chunk.version
+        for trial in report.trials:
+            if (session := by_adapter.get(trial.session)) is not None:
+                self._tried(session, trial)
         for request_id, adapter in report.settled:
             if (session := by_adapter.get(adapter)) is not None:
                 session.open.pop(request_id, None)
 
+    def _tried(self, session: Session, trial: Trial) -> None:
+        """The guard has tried the session's delta; where it was bad, nothing that has not begun is learned any more."""
+        session.probe_regression = trial.regression
+        if trial.back_to is None:
+            return
+        session.version = trial.back_to
+        session.frozen = (
+            f"at version {trial.version} its delta made the guard's text worse by {trial.regression:.3f} nats per token "
+            f"(guard.max_regression {self.ttt_config.guard.max_regression:g}); it is back at version {trial.back_to}"
+        )
+        logger.warning("vllm-ttt: session %s learns no more: %s", session.key.wire(), session.frozen)
+        for request_id in list(session.requests):
+            attached = self.ttt_requests[request_id]
+            if attached.knobs.learn and not attached.started:
+                attached.knobs, attached.prompt_learned = Knobs(learn=False), False
+                session.open.pop(request_id, None)
+                session.refuse(max(0, attached.prompt - 1), "frozen", seen=True)
+
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""
+        if output.finish_reason is not None:
+            self.ttt_probe.open.pop(output.request_id, None)
         attached = self.ttt_requests.get(output.request_id)
         if attached is None:
             return
@@ -210,6 +264,7 @@ class TTTScheduler(AsyncScheduler):
         learn = self.ttt_config.learn
         accept = lambda n: n - n % learn.chunk * (n % learn.chunk < learn.min_chunk)  # noqa: E731
         tokens = accept(attached.prompt - 1) if attached.prompt_learned else 0
+        tokens -= sum(end - first for first, end in attached.repetitive if attached.prompt_learned)
         return tokens + (accept(attached.outputs) if attached.knobs.learn_output else 0)
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
@@ -227,6 +282,8 @@ class TTTScheduler(AsyncScheduler):
         if not attached.started:
             attached.session.open.pop(request_id, None)
         elif attached.knobs.learn:
+            if attached.knobs.learn_output:
+                attached.session.allowance.spend(attached.outputs)
             self.ttt_ended[request_id] = attached.prompt - 1 + attached.outputs
         if (child := _CHILD.fullmatch(request_id)) is not None and child.group(1) == "0":
             self.ttt_parents.pop(child.group(2), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _finite(value: Any) -> Any:
@@ -36,7 +36,7 @@ class ChunkLoss(_Model):
     scale: Loss = None
     """The scale of the delta in that."""
     skipped: str | None = None
-    """Why the chunk was not learned: `loss`, `nonfinite`, `short` or `error`; null: it was."""
+    """Why the chunk was not learned: `loss`, `nonfinite`, `short`, `repetition`, `rollback` or `error`; null: it was."""
 
 
 class SessionSummary(_Model):
@@ -54,6 +54,12 @@ class SessionSummary(_Model):
     """Tokens that were not learned, by reason."""
     tokens_pending: int
     """Tokens that wait to be learned."""
+    frozen: str | None
+    """Why the session learns no more: `asked for`, or what the guard found; null: it learns."""
+    probe_regression: Loss
+    """Nats per token by which its delta made the guard's text worse when last tried; null: not tried yet."""
+    versions: list[int]
+    """Versions that it can be rolled back to."""
     requests_open: int
     """Requests of the session that are waiting or running."""
     created: float
@@ -88,6 +94,15 @@ class Session(SessionSummary):
     """The losses by which `scale` was chosen."""
     losses: list[ChunkLoss]
     """The most recent chunks, oldest first."""
+
+
+class Rollback(_Model):
+    """Where a session is to return to."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    version: Annotated[int, Field(ge=0, le=2**53, strict=True)]
+    """One of the session's `versions`; 0 is the base model."""
 
 
 class Sessions(_Model):

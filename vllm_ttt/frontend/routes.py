@@ -43,6 +43,24 @@ async def reset_session(session_id: SessionId, request: Request) -> Any:
     return await _ask(request, "reset", session_id)
 
 
+@router.post(_SESSION + "/rollback", response_model=models.Session, responses=_ERRORS | _CONFLICT)
+async def roll_back_session(session_id: SessionId, to: models.Rollback, request: Request) -> Any:
+    """Return to an earlier version, one of the session's `versions`; what it learned after that is forgotten."""
+    return await _ask(request, "rollback", session_id, to.version)
+
+
+@router.post(_SESSION + "/freeze", response_model=models.Session, responses=_ERRORS)
+async def freeze_session(session_id: SessionId, request: Request) -> Any:
+    """Serve the session as it is and learn no more, from its next request on."""
+    return await _ask(request, "freeze", session_id)
+
+
+@router.post(_SESSION + "/unfreeze", response_model=models.Session, responses=_ERRORS)
+async def unfreeze_session(session_id: SessionId, request: Request) -> Any:
+    """Learn again, whoever froze the session."""
+    return await _ask(request, "unfreeze", session_id)
+
+
 @router.delete(_SESSION, response_model=models.Deleted, responses=_ERRORS | _CONFLICT)
 async def delete_session(session_id: SessionId, request: Request) -> Any:
     """Forget the session altogether."""
@@ -56,11 +74,11 @@ async def get_config(request: Request) -> dict[str, Any]:
     return await _ask(request, "config")
 
 
-async def _ask(request: Request, op: str, session_id: str | None = None) -> Any:
+async def _ask(request: Request, op: str, session_id: str | None = None, *arguments: Any) -> Any:
     """What ``EngineCore.ttt_admin`` answers.
 
     Args:
-        op: list, get, reset, delete or config.
+        op, arguments: of vllm_ttt.engine.admin.
         session_id: as it stands in the path; None for list and config.
     Raises:
         Exception: one of vLLM's, for the status that is due: 400 for a bad id, else what the engine says.
@@ -68,7 +86,8 @@ async def _ask(request: Request, op: str, session_id: str | None = None) -> Any:
     try:
         name = "" if session_id is None else check_session_id(session_id)
         tenant = tenants.tenant_of(request)
-        answer = await request.app.state.ttt_engine.engine_core.call_utility_async("ttt_admin", op, tenant, name)
+        core = request.app.state.ttt_engine.engine_core
+        answer = await core.call_utility_async("ttt_admin", op, tenant, name, *arguments)
         if not answer["ok"]:
             raise RequestError(answer["message"], status=answer["status"])
     except RequestError as error:

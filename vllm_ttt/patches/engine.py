@@ -50,7 +50,7 @@ def _share_blocks(original: Callable) -> Callable:
     return _gen_lora_extra_hash_keys
 
 
-def _ttt_admin(self: Any, op: str, tenant: str, name: str) -> dict[str, Any]:
+def _ttt_admin(self: Any, op: str, tenant: str, name: str, version: int | None = None) -> dict[str, Any]:
     from vllm_ttt.engine.admin import admin
 
-    return admin(self, op, tenant, name)
+    return admin(self, op, tenant, name, version)

@@ -24,6 +24,8 @@ class Chunk:
     session: int
     request: str
     page: int
+    #: its first pair in the request
+    first: int = 0
     rows: int = 0
     #: rows whose gradient has been accumulated
     done: int = 0
@@ -73,6 +75,8 @@ class Backlog:
         self.last: deque[Chunk] = deque()
         #: chunks too short to be learned, to be reported
         self.short: list[Chunk] = []
+        #: chunks that repeat themselves, likewise
+        self.repetitive: list[Chunk] = []
         #: learning requests until all of them has been learned; they may outlive their reading
         self.closing: dict[str, Reading] = {}
 
@@ -168,7 +172,7 @@ class Backlog:
 
     def reading_sessions(self) -> set[int]:
         """Sessions that have a prompt which has been read in part: their slot must not change now."""
-        return {r.plan.session for r in self.readings.values() if r.next > 0 and not r.prompt_read}
+        return {r.plan.session for r in self.readings.values() if r.next > 0 and not r.prompt_read and not r.closed}
 
     def settled(self) -> list[tuple[str, int]]:
         """(request, session) of requests of which all has been learned. They stay until `forget`."""
@@ -199,7 +203,7 @@ class Backlog:
             part_end = min(end, last_of_prompt) if in_prompt else end
             if plan.learn and (in_prompt or plan.learn_output):
                 if reading.open is None:
-                    reading.open = Chunk(plan.session, rows.request, self.free.pop())
+                    reading.open = Chunk(plan.session, rows.request, self.free.pop(), position)
                 chunk = reading.open
                 part_end = min(part_end, position + self.chunk - chunk.rows)
                 self._copy_rows(rows, position, part_end, chunk, copy)
@@ -229,6 +233,10 @@ class Backlog:
                 self.short.append(chunk)
             self._release(chunk)
             return
+        if _repeats(chunk, reading.plan):
+            self.repetitive.append(chunk)
+            self._release(chunk)
+            return
         self.queues.setdefault(chunk.session, deque()).append(chunk)
         if last:
             self.last.append(chunk)
@@ -243,3 +251,9 @@ class Backlog:
 
     def _release(self, chunk: Chunk) -> None:
         self.free.append(chunk.page)
+
+
+def _repeats(chunk: Chunk, plan: RequestPlan) -> bool:
+    """Whether most of the chunk is in a range that repeats itself."""
+    inside = sum(max(0, min(chunk.first + chunk.rows, end) - max(chunk.first, first)) for first, end in plan.repetitive)
+    return 2 * inside > chunk.rows
