@@ -221,6 +221,7 @@ class TTTWorkerMixin:
         needed = self.backlog.pages_needed(sum(len(rows.next_tokens) for rows in view))
         while len(self.backlog.free) < needed and self.backlog.queues:
             self.trainer.learn(self.budget.tokens_per_step)  # the backlog is full: learning cannot yield any longer
+            self.trainer.collect(wait=True)  # what is learned next may wait for the outcome of a trial
         self.backlog.take(view, self.capture.h_ND, self.capture.a_NQ)
 
     def _report(self) -> Any:
