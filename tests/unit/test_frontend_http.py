@@ -44,7 +44,8 @@ LOSS = {
 }
 SESSION = {
     "session_id": "s", "version": 1, "tokens_seen": 3, "tokens_learned": 2, "tokens_skipped": {"nonfinite": 1},
-    "frozen": None, "probe_regression": float("nan"), "versions": [0, 16], "tokens_pending": 0, "requests_open": 0, "created": 1.5, "last_used": 2.5,
+    "frozen": None, "probe_regression": float("nan"), "versions": [0, 16],
+    "tokens_pending": 0, "requests_open": 0, "created": 1.5, "last_used": 2.5,
     "norm": {"o_proj": 0.1, "down_proj": float("nan")}, "scale": 0.5, "scale_served": 0.25,
     "scale_losses": [{"scale": 0.0, "loss": 0.0}, {"scale": 1.0, "loss": 0.0}], "tier": "slot", "bytes": 10, "losses": [LOSS],
 }  # fmt: skip
