@@ -162,11 +162,12 @@ class TTTWorkerMixin:
         return None if self.trainer.roll_back(key, version) else self.trainer.versions.of(key)
 
     def ttt_status(self) -> dict[str, Any]:
-        """Captured tokens that wait, updates committed to all sessions, tokens learned and errors since the start, and ms that
+        """Captured tokens that wait, whether the guard has deltas to try, updates committed to all sessions, tokens learned and errors since the start, and ms that
         a tile of so many tokens takes."""
         self.trainer.collect()
         return {
             "pending": self.backlog.pending,
+            "trying": self.trainer.guard.busy,
             "updates": sum(session.version for session in self.trainer.deltas.sessions.values()),
             "tokens_learned": self.trainer.tokens_learned,
             "errors": self.trainer.errors,
