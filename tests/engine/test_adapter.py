@@ -99,7 +99,7 @@ def test_import_brings_it_back(exported: dict[str, Any], tmp_path: Path) -> None
     create(connect(folder.database), identity(vllm_config, TTTConfig()))
     offline = Offline(folder.root)
     for name, source in (("one", exported["folder"] / "one.safetensors"), ("two", exported["folder"])):
-        offline.bring_in(name, source, "-")
+        offline.bring_in(name, source)
         assert offline.show(name)["version"] == exported["version"]
         offline.export(name, tmp_path / name)
         data = (tmp_path / name / "adapter_model.safetensors").read_bytes()

@@ -25,6 +25,7 @@ from served import Documents, Served, completion
 
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.sessions.offline import Offline, tenant_of
+from vllm_ttt.state_dir import StateDir
 from vllm_ttt.worker import delta_file
 
 pytestmark = pytest.mark.engine
@@ -93,7 +94,7 @@ class Load:
 def check(served: Served, folder: Path, documents: Documents, acknowledged: dict[str, int]) -> dict[str, int]:
     """Every session is at a version that was saved, no older than acknowledged, and holds what the file of it holds."""
     offline = Offline(folder)
-    tenant = tenant_of(offline.folder, KEYS["a"])
+    offline.tenant = tenant_of(offline.folder, KEYS["a"])
     versions = {}
     for name in NAMES:
         found = served.http.get(f"/v1/ttt/sessions/{name}")
@@ -105,7 +106,7 @@ def check(served: Served, folder: Path, documents: Documents, acknowledged: dict
         answer = served.complete(documents["kjv"][0][:40], name, vllm_xargs={"ttt_learn": 0})
         assert answer["ttt"]["version"] == versions.setdefault(name, version)
         if version:
-            newest = offline.find(name, tenant).newest
+            newest = offline.find(name).newest
             assert newest is not None
             assert newest.version == version
             tensors, _ = delta_file.load(offline.folder.path(newest.file), newest.checksum, offline.geometry)
@@ -148,7 +149,7 @@ def test_kill_9_at_random_moments(stage: Stage, tmp_path: Path, documents: Docum
         # As `systemctl stop` does: every process gets the signal.
         os.killpg(served.process.pid, signal.SIGTERM)
         served.process.wait(timeout=60)
-    rows = {row["session_id"]: row for row in Offline(state).list(tenant_of(Offline(state).folder, KEYS["a"]))}
+    rows = {row["session_id"]: row for row in Offline(state, tenant_of(StateDir(state), KEYS["a"])).list()}
     assert {name: rows[name]["version"] for name in before} == before, "what was learned last was not saved at the end"
     assert Offline(state).fsck()["leftovers"] == []
 

@@ -25,26 +25,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def list_(
     target: Target,
     api_key: Key = None,
-    all_keys: Annotated[bool, typer.Option("--all", help="Server: of every key; needs the admin key.")] = False,
+    all_keys: Annotated[bool, typer.Option("--all", help="Of every key; a server asks for its admin key.")] = False,
     as_json: Json = False,
 ) -> None:
     """The sessions, most recently used first. A state dir shows those of every API key, unless one is given."""
-    if _is_url(target):
-        found = _online(target, api_key).list(all_keys)
-    else:
-        offline = _offline(target)
-        found = offline.list(_tenant(offline, api_key, None))
+    found = _sessions(target, api_key).list(all_keys)
     _print(found, as_json, lambda: _table(found))
 
 
 @app.command()
 def show(target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, as_json: Json = False) -> None:
     """One session: how far it has come, and what is kept of it."""
-    if _is_url(target):
-        found = _online(target, api_key).show(name)
-    else:
-        offline = _offline(target)
-        found = offline.show(name, _tenant(offline, api_key, tenant))
+    found = _sessions(target, api_key, tenant).show(name)
     _print(found, as_json, lambda: _pairs(found))
 
 
@@ -58,11 +50,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a session as a PEFT adapter, which peft and stock vLLM load."""
-    if _is_url(target):
-        done = _online(target, api_key).export(name, out)
-    else:
-        offline = _offline(target)
-        done = offline.export(name, out, _tenant(offline, api_key, tenant))
+    done = _sessions(target, api_key, tenant).export(name, out)
     _print(done, as_json, lambda: _pairs(done))
 
 
@@ -78,19 +66,14 @@ def import_(
     """Make a session of an exported adapter, in a state dir that no server uses. (No server takes tensors.)"""
     if _is_url(target):
         raise TTTError("no server takes tensors: stop it, import into its state dir, and start it again")
-    offline = _offline(target)
-    done = offline.bring_in(name, source, _tenant(offline, api_key, tenant) or "-")
+    done = _sessions(target, api_key, tenant).bring_in(name, source)
     _print(done, as_json, lambda: _pairs(done))
 
 
 @app.command()
 def rm(target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, as_json: Json = False) -> None:
     """Remove a session, with its files."""
-    if _is_url(target):
-        done = _online(target, api_key).remove(name)
-    else:
-        offline = _offline(target)
-        done = offline.remove(name, _tenant(offline, api_key, tenant))
+    done = _sessions(target, api_key, tenant).remove(name)
     _print(done, as_json, lambda: _pairs(done))
 
 
@@ -103,7 +86,7 @@ def fsck(
     """Check every file of a state dir. Exit code 1: something is damaged."""
     if _is_url(target):
         raise TTTError("fsck reads a state dir, not a server")
-    found = _offline(target).fsck(repair)
+    found = _sessions(target).fsck(repair)
     _print(found, as_json, lambda: _pairs({k: v for k, v in found.items() if k != "problems"}, found["problems"]))
     if found["problems"] and not repair:
         raise typer.Exit(1)
@@ -113,22 +96,17 @@ def _is_url(target: str) -> bool:
     return bool(re.match(r"https?://", target))
 
 
-def _offline(target: str) -> Any:
-    from vllm_ttt.sessions.offline import Offline
+def _sessions(target: str, api_key: str | None = None, tenant: str | None = None) -> Any:
+    """The sessions of a server or of a state dir: Online and Offline have the same methods, as far as a server may do it."""
+    if _is_url(target):
+        from vllm_ttt.sessions.online import Online
 
-    return Offline(target)
+        return Online(target, api_key)
+    from vllm_ttt.sessions.offline import Offline, tenant_of
 
-
-def _online(target: str, api_key: str | None) -> Any:
-    from vllm_ttt.sessions.online import Online
-
-    return Online(target, api_key)
-
-
-def _tenant(offline: Any, api_key: str | None, tenant: str | None) -> str | None:
-    from vllm_ttt.sessions.offline import tenant_of
-
-    return tenant or (tenant_of(offline.folder, api_key) if api_key else None)
+    offline = Offline(target)
+    offline.tenant = tenant or (tenant_of(offline.folder, api_key) if api_key else None)
+    return offline
 
 
 def _print(value: Any, as_json: bool, draw: Any) -> None:

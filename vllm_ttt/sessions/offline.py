@@ -36,29 +36,30 @@ class SessionsError(TTTError):
 class Offline:
     """Raises SessionsError or ConfigError where ``folder`` is not a state dir."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = StateDir(folder)
+    def __init__(self, folder: str | Path, tenant: str | None = None):
+        """``tenant``: whose sessions are meant; None: everybody's."""
+        self.folder, self.tenant = StateDir(folder), tenant
         if not self.folder.exists():
             raise SessionsError(f"{folder} is not a state dir: it has no sessions.db")
         self.db = records.connect(self.folder.database)
         self.identity = records.read_identity(self.db)
         self.geometry = Geometry(**self.identity["geometry"])
 
-    def list(self, tenant: str | None = None) -> list[dict[str, Any]]:
-        return [self._describe(row) for row in records.listing(self.db, tenant)]
+    def list(self, all_keys: bool = False) -> list[dict[str, Any]]:
+        return [self._describe(row) for row in records.listing(self.db, None if all_keys else self.tenant)]
 
-    def show(self, name: str, tenant: str | None = None) -> dict[str, Any]:
-        row = self.find(name, tenant)
+    def show(self, name: str) -> dict[str, Any]:
+        row = self.find(name)
         versions = [
             {"version": v.version, "saved": v.saved, "bytes": v.bytes, "file": v.file, "checksum": v.checksum}
             for v in records.versions(self.db, row.uid)
         ]
         return {**self._describe(row), "losses": row.state.get("losses", []), "versions": versions}
 
-    def find(self, name: str, tenant: str | None = None) -> Row:
+    def find(self, name: str) -> Row:
         """The session of that name. Raises SessionsError where there is none, or where several tenants have one."""
         check_session_id(name)
-        found = [row for row in records.listing(self.db, tenant) if row.key.name == name]
+        found = [row for row in records.listing(self.db, self.tenant) if row.key.name == name]
         if not found:
             raise SessionsError(f"there is no session {name!r} in {self.folder.root}")
         if len(found) > 1:
@@ -66,9 +67,9 @@ class Offline:
             raise SessionsError(f"{len(found)} tenants have a session {name!r}; say which with --tenant: {tenants}")
         return found[0]
 
-    def export(self, name: str, out: Path, tenant: str | None = None) -> dict[str, Any]:
+    def export(self, name: str, out: Path) -> dict[str, Any]:
         """Write the newest version as a PEFT adapter: the folder ``out``, as peft and vLLM load it."""
-        row = self.find(name, tenant)
+        row = self.find(name)
         if row.newest is None:
             raise SessionsError(f"session {name!r} has learned nothing that was saved")
         path = self.folder.path(row.newest.file)
@@ -87,12 +88,14 @@ class Offline:
         (out / "adapter_config.json").write_text(json.dumps(peft.config(self.geometry, base), indent=2) + "\n")
         return {"session_id": name, "version": row.newest.version, "bytes": len(data), "folder": str(out)}
 
-    def bring_in(self, name: str, source: Path, tenant: str) -> dict[str, Any]:
-        """Make a session from a PEFT adapter: a folder, or one .safetensors whose metadata has the configuration.
+    def bring_in(self, name: str, source: Path) -> dict[str, Any]:
+        """Make a session from a PEFT adapter: a folder, or one .safetensors whose metadata has the configuration. Without a
+        tenant it is one that no key owns, as on a server without keys.
 
         Raises SessionsError where the adapter is not one of this model's and these settings', or the name is taken.
         """
         check_session_id(name)
+        tenant = self.tenant or tenants.OPEN
         with self._locked():
             if records.find(self.db, SessionKey(tenant, name)) is not None:
                 raise SessionsError(f"there is a session {name!r} already; vllm-ttt sessions rm removes it")
@@ -109,9 +112,9 @@ class Offline:
                 records.put(self.db, Row(uid, SessionKey(tenant, name), now, now, saved.state, saved), keep=1)
         return {"session_id": name, "tenant": tenant, "version": version, "bytes": len(data)}
 
-    def remove(self, name: str, tenant: str | None = None) -> dict[str, Any]:
+    def remove(self, name: str) -> dict[str, Any]:
         with self._locked():
-            row = self.find(name, tenant)
+            row = self.find(name)
             with self._transaction():
                 gone = records.remove(self.db, row.uid)
             for file in gone:

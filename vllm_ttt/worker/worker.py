@@ -162,8 +162,8 @@ class TTTWorkerMixin:
         return None if self.trainer.roll_back(key, version) else self.trainer.versions.of(key)
 
     def ttt_status(self) -> dict[str, Any]:
-        """Captured tokens that wait, whether the guard has deltas to try, updates committed to all sessions, tokens learned and errors since the start, and ms that
-        a tile of so many tokens takes."""
+        """Captured tokens that wait, whether the guard has deltas to try; updates committed to all sessions, tokens learned and
+        errors since the start; ms that a tile of so many tokens takes."""
         self.trainer.collect()
         return {
             "pending": self.backlog.pending,
