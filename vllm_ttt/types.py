@@ -167,6 +167,8 @@ class ChunkReport:
     end: int
     #: the session's version after the chunk
     version: int
+    #: learned: the largest norm of the delta, by module, relative to its weight's
+    norm: float | None = None
 
 
 @dataclass(slots=True)

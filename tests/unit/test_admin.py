@@ -15,6 +15,7 @@ from world import World
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.admin import OPERATIONS, admin
+from vllm_ttt.metrics import Values
 from vllm_ttt.sessions.offline import Offline
 
 pytestmark = pytest.mark.unit
@@ -29,8 +30,11 @@ class Engine:
         self.model_executor = SimpleNamespace(collective_rpc=self.rpc)
         self.calls: list[str] = []
 
-    def rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+    def rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         self.calls.append(method)
+        if method == "ttt_metrics":
+            names = ("pending_tokens", "step_seconds", "learning_seconds_total", "serving_seconds_total")
+            return [Values(*names).snapshot() | {"slots": {"": 0}}]
         if method == "ttt_copy":
             self.world.trainer.deltas.copy(*args)
             return [None]

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from vllm_ttt.engine import records
+from vllm_ttt.engine import meters, records
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.saves import Saves
 from vllm_ttt.engine.store import Change
@@ -30,7 +30,7 @@ def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) ->
     Args:
         engine: vLLM's EngineCore.
         op: a key of ``OPERATIONS``.
-        tenant, name: the session's key; ``name`` is "" for list, list_all and config.
+        tenant, name: the session's key; ``name`` is "" for list, list_all, config and metrics.
         argument: rollback: the version; fork: the new name.
     Returns:
         ``{"ok": True, "result": ...}`` or ``{"ok": False, "status": 4xx or 5xx, "message": ...}``, or a Future of it.
@@ -56,6 +56,10 @@ class Admin:
 
     def config(self, *_: Any) -> dict[str, Any]:
         return self.scheduler.ttt_config.model_dump(mode="json")
+
+    def metrics(self, *_: Any) -> dict[str, Any]:
+        (worker,) = self.rpc("ttt_metrics")
+        return meters.snapshot(self.scheduler, worker)
 
     def list(self, key: SessionKey, _: Any) -> Any:
         return self._list(key.tenant)
@@ -228,6 +232,7 @@ class Admin:
 
 OPERATIONS: dict[str, Callable[[Admin, SessionKey, Any], Any]] = {
     "config": Admin.config,
+    "metrics": Admin.metrics,
     "list": Admin.list,
     "list_all": Admin.list_all,
     "get": Admin.get,

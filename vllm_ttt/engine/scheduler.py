@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from vllm_ttt import plugin, support
 from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.engine.ledger import Ledger, Open, Session
+from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.errors import RequestError
@@ -53,6 +55,8 @@ class Attached:
     outputs: int = 0
     #: the version that serves its first token
     version: int = 0
+    #: since when it has been held, time.monotonic(); None: it never was
+    held: float | None = None
 
 
 class TTTScheduler(AsyncScheduler):
@@ -70,7 +74,8 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_store = open_store(self.vllm_config, config)
         first = self.lora_config.max_loras + 1
         self.ttt_ledger = Ledger(first, limit, config.sessions.per_key, config.observe.recent_chunks, self.ttt_store)
-        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up)
+        self.ttt_meters = Meters()
+        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up, self.ttt_meters)
         self.ttt_alarm: Alarm | None = None
         self.ttt_errors = 0
         self.ttt_requests: dict[str, Attached] = {}
@@ -89,6 +94,7 @@ class TTTScheduler(AsyncScheduler):
                 self._attach(request)
             except RequestError as error:
                 # The front end checks names and knobs; this is for what only the engine can know, and for offline use.
+                self.ttt_meters.add("refused_requests_total", 1, str(error.status))
                 self.ttt_refused.append((request, error))
                 return
         super().add_request(request)
@@ -118,6 +124,7 @@ class TTTScheduler(AsyncScheduler):
         attached = Attached(request, session, knobs, prompt_learned, arrival, request.num_prompt_tokens)
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
+        self.ttt_meters.add("session_requests_total", 1, "yes" if knobs.learn else "no")
         if knobs.learn:
             session.open[request.request_id] = Open(arrival)
             if knobs.interleave:
@@ -140,7 +147,10 @@ class TTTScheduler(AsyncScheduler):
         if not super()._handle_blocked_waiting_request(request):
             return False
         attached = self.ttt_requests.get(request.request_id)
-        return attached is None or self._may_start(attached)
+        if attached is None or self._may_start(attached):
+            return True
+        attached.held = attached.held or time.monotonic()
+        return False
 
     def _may_start(self, attached: Attached) -> bool:
         session = attached.session
@@ -209,6 +219,8 @@ class TTTScheduler(AsyncScheduler):
                 plan.sessions = True
                 if not attached.started:
                     attached.started = True
+                    if attached.held is not None:
+                        self.ttt_meters.observe("held_seconds", time.monotonic() - attached.held)
                     plan.started[request_id] = self._plan(attached)
         output.ttt = plan  # type: ignore[attr-defined]  # a plain dataclass: extra attributes travel with it
         return output
@@ -222,6 +234,7 @@ class TTTScheduler(AsyncScheduler):
             opened.prefixes = session.history.add(tokens, [attached.prompt], start + self._accept(attached.prompt - 1 - start))
             if start:
                 session.tokens_skipped["history"] += start
+                self.ttt_meters.skipped(start, "history")
         return RequestPlan(session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave)
 
     def update_from_output(
@@ -258,6 +271,7 @@ class TTTScheduler(AsyncScheduler):
 
     def _count(self, chunks: list[ChunkReport]) -> None:
         for chunk in chunks:
+            self.ttt_meters.chunk(chunk)
             if (session := self.ttt_ledger.by_adapter.get(chunk.session)) is not None:
                 session.record(chunk)
                 self.ttt_tiers.changes(session)
@@ -349,6 +363,7 @@ class TTTScheduler(AsyncScheduler):
         """Refuse the requests of a session that cannot be brought back; none of them has started."""
         waiting = [self.requests[request_id] for request_id in session.requests if request_id in self.requests]
         self.finish_requests([request.request_id for request in waiting], RequestStatus.FINISHED_ABORTED)
+        self.ttt_meters.add("refused_requests_total", len(waiting), str(error.status))
         self.ttt_refused += [(request, error) for request in waiting]
 
     def ttt_loop(self, engine: Any) -> None:

@@ -226,7 +226,8 @@ class Trainer:
             self.backlog.settle(chunk)
 
     def _report_chunk(self, chunk: Chunk, loss: float, frozen: float | None, skipped: str | None) -> None:
-        version = self.deltas.session(chunk.session).version
+        session = self.deltas.session(chunk.session)
+        norm = max(session.norms) if skipped is None else None
         self.report.chunks.append(
-            ChunkReport(chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, chunk.end, version)
+            ChunkReport(chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, chunk.end, session.version, norm)
         )
