@@ -142,6 +142,9 @@ def test_sessions_are_counted_where_they_are(world: World) -> None:
     fresh.frozen = True
     found = figures_of(world)
     assert found["sessions"] == {"slot": 1, "memory": 2, "disk": 3, "new": 0}
+    Engine(world).ask("reset", "s1")
+    world.run()
+    assert figures_of(world)["sessions"] == {"slot": 1, "memory": 2, "disk": 2, "new": 1}
     assert found["frozen_sessions"] == found["unsaved_sessions"] == {"": 1}
     assert found["saves_total"] == {"done": 5, "failed": 0}
     assert sum(found["save_seconds"][""][1:]) == 5
@@ -252,8 +255,9 @@ def test_vllms_own_metrics_come_first_and_unchanged(several: bool, tmp_path: Pat
     assert all(name.startswith(PREFIX) for name in ours)
     assert answer.headers["content-type"] == stock.headers["content-type"]
     assert int(answer.headers["content-length"]) == len(answer.content)
-    for other in ({"method": "POST"}, {"method": "HEAD"}, {"path": "/metricsx"}, {"path": "/metrics/"} | {"headers": GZIP}):
-        assert not samples(asyncio.run(get(with_ours, **other)).text)
+    others = [get(with_ours, method="POST"), get(with_ours, method="HEAD"), get(with_ours, "/metricsx")]
+    for other in [*others, get(with_ours, "/metrics/", headers=GZIP)]:
+        assert not samples(asyncio.run(other).text)
     assert core.asked == 1, "nobody but GET /metrics asks the engine"
 
 

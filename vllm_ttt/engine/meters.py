@@ -65,13 +65,12 @@ def snapshot(scheduler: Any, worker: Snapshot) -> Snapshot:
     store, sessions = ledger.store, list(ledger.sessions.values())
     here = [s for s in sessions if s.place == "memory"]
     slots = int(found.pop("slots")[""])
-    on_disk = records.count_saved(store.reader) - sum(s.saved is not None for s in here) if store is not None else 0
-    found["sessions"] = {
-        "slot": slots,
-        "memory": max(0, len(here) - slots),
-        "disk": max(0, on_disk),
-        "new": sum(s.place == "new" for s in sessions),
-    }
+    new, on_disk = sum(s.place == "new" for s in sessions), 0
+    if store is not None:
+        known = {s.uid for s in sessions}
+        new += sum(uid not in known for uid in records.unsaved(store.reader))
+        on_disk = records.count_saved(store.reader) - sum(s.saved is not None for s in here)
+    found["sessions"] = {"slot": slots, "memory": max(0, len(here) - slots), "disk": max(0, on_disk), "new": new}
     found["errors_total"]["engine"] = scheduler.ttt_errors
     gauges = {
         "backlog_limit_tokens": config.schedule.backlog_tokens,

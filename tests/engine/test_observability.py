@@ -1,0 +1,105 @@
+"""/metrics of a server that learns: what they say is what happened, and everything that the dashboard names is there."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from dashboards import named
+from prometheus_client.parser import text_string_to_metric_families
+from served import Documents, Served, completion
+
+from vllm_ttt.frontend.metrics import FRESH
+from vllm_ttt.metrics import METRICS, PREFIX
+
+pytestmark = pytest.mark.engine
+
+Metrics = dict[tuple[str, str], float]
+
+
+def scrape(served: Served) -> Metrics:
+    """(name without prefix, value of our own label) -> value; histograms as their _count and _sum."""
+    time.sleep(FRESH)  # figures that are younger are shown again
+    found: Metrics = {}
+    for family in text_string_to_metric_families(served.http.get("/metrics").text):
+        for s in family.samples:
+            if s.name.startswith(PREFIX) and "le" not in s.labels:
+                own = [v for k, v in s.labels.items() if k not in ("model_name", "engine")]
+                found[s.name.removeprefix(PREFIX), own[0] if own else ""] = s.value
+                assert s.labels["model_name"] == "demo"
+    return found
+
+
+def change(before: Metrics, after: Metrics) -> Metrics:
+    return {key: round(value - before[key], 6) for key, value in after.items() if value != before[key]}
+
+
+def test_every_metric_is_there_from_the_start(server: Served) -> None:
+    found = scrape(server)
+    for metric in METRICS:
+        for value in metric.values or ("",):
+            assert (metric.name + ("_count" if metric.kind == "histogram" else ""), value) in found, metric.name
+    assert found["slowdown_limit_ratio", ""] == 0.25
+    assert found["backlog_limit_tokens", ""] == 65536
+
+
+def test_what_is_counted_is_what_happened(server: Served, documents: Documents) -> None:
+    before = scrape(server)
+    name, ids = server.fresh(), documents["kjv"][2]
+    for part in (ids[:700], ids[:5]):
+        server.complete(part, name)
+    server.complete(ids[:100], name, vllm_xargs={"ttt_learn": 0})
+    server.settle()
+    session, moved = server.session(name), change(before, scrape(server))
+    assert moved["learned_tokens_total", ""] == session["tokens_learned"] == 699
+    assert moved["commits_total", ""] == moved["chunks_total", "learned"] == session["version"] == 3
+    assert moved["skipped_tokens_total", "short"] == session["tokens_skipped"]["short"] == 4
+    assert moved["session_requests_total", "yes"] == 2
+    assert moved["session_requests_total", "no"] == 1
+    assert moved["chunk_loss_nats_count", ""] == 3
+    assert moved["chunk_loss_nats_sum", ""] == pytest.approx(sum(chunk["loss"] for chunk in session["losses"]), abs=1e-3)
+    measured = [chunk for chunk in session["losses"] if chunk["frozen_loss"] is not None]
+    assert moved["measured_loss_nats_count", "frozen"] == moved["measured_loss_nats_count", "session"] == len(measured) > 0
+    assert moved["delta_norm_ratio_count", ""] == 3
+    assert moved["learning_seconds_total", "idle"] + moved.get(("learning_seconds_total", "serving"), 0.0) > 0
+    assert moved["serving_seconds_total", ""] > 0
+    assert moved["step_seconds_count", ""] > 0
+    assert not [key for key in moved if key[0] in ("errors_total", "refused_requests_total", "saves_total", "loads_total")]
+
+
+def test_sessions_are_counted_where_they_are(server: Served, documents: Documents) -> None:
+    for _ in range(8):  # of which six have a slot
+        server.complete(documents["kjv"][0][:60], server.fresh())
+    server.settle()
+    found = scrape(server)
+    listed = server.http.get("/v1/ttt/sessions").json()["sessions"]
+    for tier in ("slot", "memory", "disk", "new"):
+        assert found["sessions", tier] == sum(session["tier"] == tier for session in listed)
+    assert found["sessions", "slot"] == 6
+    assert found["sessions", "memory"] >= 2
+    assert found["pending_tokens", ""] == found["held_requests", ""] == 0
+
+
+def test_a_request_that_waits_for_its_session_is_held(server: Served, documents: Documents) -> None:
+    name, before = server.fresh(), scrape(server)
+    server.together(*(completion(documents["man2"][i][:900], name) for i in range(3)))
+    server.settle()
+    moved = change(before, scrape(server))
+    assert moved["held_seconds_count", ""] == 2, "the first had nothing to wait for"
+    assert moved["held_seconds_sum", ""] > 0
+    assert ("held_requests", "") not in moved
+
+
+def test_base_requests_count_nothing(server: Served, documents: Documents) -> None:
+    before = scrape(server)
+    server.complete(documents["kjv"][0][:200])
+    moved = change(before, scrape(server))
+    assert set(moved) <= {("serving_seconds_total", ""), ("snapshot_age_seconds", "")}
+
+
+def test_everything_that_dashboard_and_rules_name_exists(server: Served) -> None:
+    present = set(re.findall(r"^(vllm:\w+)", server.http.get("/metrics").text, re.MULTILINE))
+    names = named()
+    assert len(names) > 20
+    assert names <= present, f"nowhere on /metrics: {sorted(names - present)}"
