@@ -13,7 +13,7 @@ from typing import Any, Literal
 PREFIX = "vllm:ttt_"
 
 #: Why tokens were not learned. A reason that is not here is counted as the last one.
-REASONS = ("loss", "nonfinite", "short", "history", "error", "other")
+REASONS = ("loss", "nonfinite", "short", "repetition", "history", "rollback", "frozen", "limit", "error", "other")
 
 _LOSS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0)
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -38,19 +38,28 @@ class Metric:
 
 METRICS: tuple[Metric, ...] = (
     # What is learned.
-    Metric("session_requests_total", "counter", "Requests that named a session.", "learn", ("yes", "no")),
+    Metric("session_requests_total", "counter", "Requests of sessions, by whether they were to learn.", "learn", ("yes", "no")),
     Metric("learned_tokens_total", "counter", "Tokens of chunks that were learned."),
     Metric("skipped_tokens_total", "counter", "Tokens that were sent and not learned.", "reason", REASONS),
     Metric("chunks_total", "counter", "Chunks that had their turn.", "outcome", ("learned", *REASONS)),
     Metric("commits_total", "counter", "Updates committed to a session; its version counts them."),
     Metric("chunk_loss_nats", "histogram", "Loss of a chunk before it was learned, nats per token.", buckets=_LOSS),
     Metric(
-        "measured_loss_nats", "histogram", "Loss of the same tokens under the frozen model and under the session's, sampled.",
+        "measured_loss_nats", "histogram", "Loss of the same tokens under the frozen model and as served, once a request.",
         "model", ("frozen", "session"), _LOSS,
     ),
     Metric(
         "measured_total", "counter", "Those measurements by result: whether the session's loss differs by over 0.005 nats.",
         "result", ("better", "even", "worse"),
+    ),
+    Metric(
+        "served_scale", "histogram", "Scale of the delta with which a measured request was served (learn.scales).",
+        buckets=(0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 2.0),
+    ),
+    Metric("guard_trials_total", "counter", "Deltas that were tried on the guard's text.", "result", ("good", "bad")),
+    Metric(
+        "rollbacks_total", "counter", "Returns to an earlier version: as the guard had it, or as somebody asked.",
+        "cause", ("guard", "request"),
     ),
     Metric("delta_norm_ratio", "histogram", "Largest norm of a delta relative to its weight's, at a commit.", buckets=_RATIO),
     # What waits.
@@ -72,7 +81,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("slowdown_limit_ratio", "gauge", "Share of the serving time that learning may take (schedule.max_slowdown - 1)."),
     # Where sessions are.
     Metric("sessions", "gauge", "Sessions by where their delta is.", "tier", ("slot", "memory", "disk", "new")),
-    Metric("frozen_sessions", "gauge", "Sessions in memory that learn nothing until they are unfrozen."),
+    Metric(
+        "frozen_sessions", "gauge", "Sessions in memory that learn nothing until they are unfrozen, by who froze them.",
+        "cause", ("guard", "request"),
+    ),
     Metric("unsaved_sessions", "gauge", "Sessions whose delta is not, or not like this, in the state dir."),
     Metric(
         "evictions_total", "counter", "Deltas that made room: from the device to the host, from memory to the state dir.",

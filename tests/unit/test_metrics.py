@@ -19,11 +19,12 @@ from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 from world import World
 
 from vllm_ttt.config import TTTConfig
+from vllm_ttt.engine.ledger import ASKED_FOR
 from vllm_ttt.engine.meters import Meters, snapshot
 from vllm_ttt.frontend import metrics
 from vllm_ttt.frontend.metrics import Figures, MetricsMiddleware
 from vllm_ttt.metrics import BY_NAME, METRICS, PREFIX, REASONS, Values
-from vllm_ttt.types import ChunkReport
+from vllm_ttt.types import ChunkReport, Trial
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.meter import Meter
 
@@ -43,7 +44,8 @@ def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def chunk(skipped: str | None = None, loss: float = 2.0, frozen: float | None = None, tokens: int = 256) -> ChunkReport:
-    return ChunkReport(1, "r", tokens, loss, frozen, skipped, tokens, 1, norm=None if skipped else 0.12)
+    served = None if frozen is None else loss
+    return ChunkReport(1, "r", tokens, loss, frozen, skipped, tokens, 1, served, 0.6, None if skipped else 0.12)
 
 
 # Names
@@ -84,7 +86,13 @@ def test_chunks_are_counted_by_what_became_of_them() -> None:
     found = meters.snapshot()
     assert found["learned_tokens_total"][""] == 4 * 256 + 100
     assert found["commits_total"][""] == found["chunks_total"]["learned"] == 5
-    assert found["chunks_total"] == {"learned": 5, "loss": 1, "nonfinite": 1, "short": 1, "history": 0, "error": 1, "other": 0}
+    assert {k: n for k, n in found["chunks_total"].items() if n} == {
+        "learned": 5,
+        "loss": 1,
+        "nonfinite": 1,
+        "short": 1,
+        "error": 1,
+    }
     assert found["skipped_tokens_total"]["short"] == 5
     assert found["skipped_tokens_total"]["loss"] == 256
     assert found["measured_total"] == {"better": 1, "even": 1, "worse": 1}, "what is not finite was not measured"
@@ -92,6 +100,16 @@ def test_chunks_are_counted_by_what_became_of_them() -> None:
     assert found["measured_loss_nats"]["session"][0] == 6.0
     assert sum(found["chunk_loss_nats"][""][1:]) == 5, "finite losses alone"
     assert sum(found["delta_norm_ratio"][""][1:]) == 5
+    assert sum(found["served_scale"][""][1:]) == 4, "with each measurement"
+
+
+def test_what_the_guard_found_is_counted() -> None:
+    meters = Meters()
+    for trial in (Trial(1, 16, 0.01, None), Trial(1, 32, 0.02, None), Trial(1, 48, 0.4, 32)):
+        meters.tried(trial)
+    found = meters.snapshot()
+    assert found["guard_trials_total"] == {"good": 2, "bad": 1}
+    assert found["rollbacks_total"] == {"guard": 1, "request": 0}
 
 
 def test_an_observation_falls_into_the_bucket_that_it_is_no_larger_than() -> None:
@@ -139,13 +157,14 @@ def test_sessions_are_counted_where_they_are(world: World) -> None:
         world.use(f"s{i}", 1.0)
         world.save(f"s{i}")
     fresh = world.use("frozen", 1.0)
-    fresh.frozen = True
+    fresh.frozen = ASKED_FOR
     found = figures_of(world)
     assert found["sessions"] == {"slot": 1, "memory": 2, "disk": 3, "new": 0}
     Engine(world).ask("reset", "s1")
     world.run()
     assert figures_of(world)["sessions"] == {"slot": 1, "memory": 2, "disk": 2, "new": 1}
-    assert found["frozen_sessions"] == found["unsaved_sessions"] == {"": 1}
+    assert found["frozen_sessions"] == {"guard": 0, "request": 1}
+    assert found["unsaved_sessions"] == {"": 1}
     assert found["saves_total"] == {"done": 5, "failed": 0}
     assert sum(found["save_seconds"][""][1:]) == 5
     assert found["evictions_total"] == {"device": 7, "memory": 3}

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from vllm_ttt.engine import records
+from vllm_ttt.engine.ledger import ASKED_FOR
 from vllm_ttt.metrics import Snapshot, Values
-from vllm_ttt.types import ChunkReport
+from vllm_ttt.types import ChunkReport, Trial
 
 #: Nats per token: what differs by less is even.
 EVEN = 0.005
@@ -19,7 +20,8 @@ class Meters(Values):
     def __init__(self) -> None:
         super().__init__(
             "session_requests_total", "learned_tokens_total", "skipped_tokens_total", "chunks_total", "commits_total",
-            "chunk_loss_nats", "measured_loss_nats", "measured_total", "delta_norm_ratio", "held_seconds",
+            "chunk_loss_nats", "measured_loss_nats", "measured_total", "served_scale", "delta_norm_ratio", "held_seconds",
+            "guard_trials_total", "rollbacks_total",
             "refused_requests_total", "evictions_total", "loads_total", "saves_total", "save_seconds", "errors_total",
         )  # fmt: skip
 
@@ -35,8 +37,16 @@ class Meters(Values):
             self.skipped(chunk.tokens, chunk.skipped)
         if math.isfinite(chunk.loss):
             self.observe("chunk_loss_nats", chunk.loss)
-        if chunk.frozen_loss is not None:
-            self._measured(chunk.frozen_loss, chunk.loss)
+        if chunk.frozen_loss is not None and chunk.served_loss is not None:
+            self._measured(chunk.frozen_loss, chunk.served_loss)
+            if chunk.scale is not None:
+                self.observe("served_scale", chunk.scale)
+
+    def tried(self, trial: Trial) -> None:
+        """The guard has tried a delta; where it was bad, its session went back."""
+        bad = trial.back_to is not None
+        self.add("guard_trials_total", 1, "bad" if bad else "good")
+        self.add("rollbacks_total", bad, "guard")
 
     def skipped(self, tokens: int, reason: str) -> None:
         """Tokens that were sent are not learned."""
@@ -72,11 +82,12 @@ def snapshot(scheduler: Any, worker: Snapshot) -> Snapshot:
         on_disk = records.count_saved(store.reader) - sum(s.saved is not None for s in here)
     found["sessions"] = {"slot": slots, "memory": max(0, len(here) - slots), "disk": max(0, on_disk), "new": new}
     found["errors_total"]["engine"] = scheduler.ttt_errors
+    asked_for = sum(s.frozen == ASKED_FOR for s in sessions)
+    found["frozen_sessions"] = {"guard": sum(s.frozen is not None for s in sessions) - asked_for, "request": asked_for}
     gauges = {
         "backlog_limit_tokens": config.schedule.backlog_tokens,
         "slowdown_limit_ratio": config.schedule.max_slowdown - 1.0,
         "held_requests": sum(a.held is not None and not a.started for a in scheduler.ttt_requests.values()),
-        "frozen_sessions": sum(bool(s.frozen) for s in sessions),
         "unsaved_sessions": sum(s.unsaved for s in here) if tiers.saves is not None else 0,
         "state_dir_bytes": store.bytes if store is not None else 0,
         "state_dir_limit_bytes": store.limit if store is not None else 0,

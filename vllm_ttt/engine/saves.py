@@ -34,6 +34,8 @@ class Save:
     version: Version | None = None
     #: when it was ordered, time.monotonic()
     began: float = field(default_factory=time.monotonic)
+    #: `Session.returns` then
+    returns: int = 0
 
 
 class Saves:
@@ -126,6 +128,7 @@ class Saves:
         if report.outcome == "taken":
             # The ledger has counted what the delta holds, and nothing that came later.
             save.version = Version(report.version, save.file, 0, "", time.time(), session.to_state())
+            save.returns = session.returns
         elif report.outcome == "done" and current and save.version is not None:
             taken = save.version
             version = Version(taken.version, taken.file, report.bytes, report.checksum, taken.saved, taken.state)
@@ -152,7 +155,8 @@ class Saves:
         except OSError as error:
             self._failed(session, error.strerror or str(error))
             return
-        metadata = {"uid": session.uid, "tenant": session.key.tenant, "session_id": session.key.name}
+        key = session.key
+        metadata = {"uid": session.uid, "tenant": key.tenant, "session_id": key.name, "past": session.past.to_text()}
         path = str(self.store.folder.path(file))
         self.under_way[path] = Save(session, file)
         self.order(FileOrder("save", session.adapter, path, metadata=metadata))
@@ -167,6 +171,7 @@ class Saves:
             session.saved, session.error, self.store.full = version, None, ""
             self.meters.add("saves_total", 1, "done")
             self.meters.observe("save_seconds", time.monotonic() - save.began)
+            session.saved_returns = save.returns
             if session.unsaved or session.touched:
                 self.changed[session.adapter] = session
             else:

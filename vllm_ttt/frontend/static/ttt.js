@@ -212,13 +212,14 @@ function draw(card, s, chart = false) {
     ["learned", `${number(s.tokens_learned)} tokens`],
     ["waiting", `${number(s.tokens_pending)} tokens`],
     ["not learned", skipped.length ? skipped.map(([why, n]) => `${number(n)} ${why}`).join(", ") : "–"],
+    ["scale", s.scale === undefined || s.scale === null ? "–" : s.scale.toFixed(2)],
     ["delta's norm", norms.length ? `${(100 * Math.max(...norms)).toFixed(0)} %` : "–"],
   ]);
-  q(".card > .error").textContent = s.error ?? (typeof s.frozen === "string" && s.frozen !== "asked for" ? s.frozen : "");
+  q(".card > .error").textContent = s.error ?? (s.frozen_reason && s.frozen_reason !== "asked for" ? `It learns no more: ${s.frozen_reason}.` : "");
   q('[data-action="freeze"]').textContent = s.frozen ? "Unfreeze" : "Freeze";
   const back = q('[data-action="rollback"]');
   back.disabled = !s.versions?.length;
-  back.title = back.disabled ? "There is no earlier version that is kept (with --ttt-state-dir there is one for each save)" : "";
+  back.title = back.disabled ? "No earlier version is kept yet" : "";
   if (chart) plot(card);
 }
 
