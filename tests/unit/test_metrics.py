@@ -160,9 +160,6 @@ def test_sessions_are_counted_where_they_are(world: World) -> None:
     fresh.frozen = ASKED_FOR
     found = figures_of(world)
     assert found["sessions"] == {"slot": 1, "memory": 2, "disk": 3, "new": 0}
-    Engine(world).ask("reset", "s1")
-    world.run()
-    assert figures_of(world)["sessions"] == {"slot": 1, "memory": 2, "disk": 2, "new": 1}
     assert found["frozen_sessions"] == {"guard": 0, "request": 1}
     assert found["unsaved_sessions"] == {"": 1}
     assert found["saves_total"] == {"done": 5, "failed": 0}
@@ -173,6 +170,13 @@ def test_sessions_are_counted_where_they_are(world: World) -> None:
     assert found["state_dir_bytes"][""] == sum(f.stat().st_size for f in world.store.folder.root.rglob("*.safetensors")) > 0
     world.use("s0")
     assert figures_of(world)["loads_total"] == {"done": 1, "failed": 0, "damaged": 0}
+    world.run()
+    Engine(world).ask("reset", "s1")
+    world.run()
+    reset = figures_of(world)
+    assert reset["sessions"]["new"] == 1
+    assert sum(reset["sessions"].values()) == 6
+    assert reset["state_dir_bytes"][""] == sum(f.stat().st_size for f in world.store.folder.root.rglob("*.safetensors"))
 
 
 def test_a_save_that_fails_is_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
