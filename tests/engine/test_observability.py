@@ -66,6 +66,9 @@ def test_what_is_counted_is_what_happened(server: Served, documents: Documents) 
     assert moved["serving_seconds_total", ""] > 0
     assert moved["step_seconds_count", ""] > 0
     assert not [key for key in moved if key[0] in ("errors_total", "refused_requests_total", "saves_total", "loads_total")]
+    text = server.http.get("/metrics").text
+    assert name not in text
+    assert not re.search(r"ttt:\d", text), "sessions' adapters would make a series for each set of them that ever ran"
 
 
 def test_sessions_are_counted_where_they_are(server: Served, documents: Documents) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +89,21 @@ def test_rules_have_all_that_prometheus_wants() -> None:
                 assert label == "instance" or label in rule["expr"], f"{rule['alert']}: {label} is aggregated away"
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+)` \|", readme, re.MULTILINE)) == {rule["alert"] for rule in rules() if "alert" in rule}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (it comes with Prometheus)")
+def test_prometheus_accepts_rules_and_queries(tmp_path: Path) -> None:
+    queries = [{"record": f"q:{i}", "expr": _filled(text)} for i, text in enumerate(expressions())]
+    file = tmp_path / "queries.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": queries}]}))
+    for path in (RULES, file):
+        done = subprocess.run(["promtool", "check", "rules", str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def _filled(text: str) -> str:
+    """A query as Grafana sends it."""
+    return text.replace("$__rate_interval", "5m").replace("$instance", ".*")
 
 
 def test_panels_do_not_overlap() -> None:

@@ -18,6 +18,8 @@ def test_each_of_several_api_servers_loads_the_plugin_first(monkeypatch: pytest.
     import multiprocessing
     import pickle
 
+    spawn = multiprocessing.get_context("spawn")
+
     from vllm.v1.utils import APIServerProcessManager
 
     started: list[Any] = []
@@ -38,7 +40,6 @@ def test_each_of_several_api_servers_loads_the_plugin_first(monkeypatch: pytest.
     ]
     APIServerProcessManager("address", None, SimpleNamespace(), 2, listeners, listeners)  # type: ignore[arg-type]
     assert len(started) == 2
-    spawn = multiprocessing.context.SpawnContext()
     queue = spawn.SimpleQueue()
     process = spawn.Process(target=started[0].func, args=(_look, queue))
     process.start()
