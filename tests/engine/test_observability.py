@@ -35,8 +35,8 @@ def change(before: Metrics, after: Metrics) -> Metrics:
     return {key: round(value - before[key], 6) for key, value in after.items() if value != before[key]}
 
 
-def test_every_metric_is_there_from_the_start(server: Served) -> None:
-    found = scrape(server)
+def test_every_metric_is_there_from_the_start(exact: Served) -> None:
+    found = scrape(exact)
     for metric in METRICS:
         for value in metric.values or ("",):
             assert (metric.name + ("_count" if metric.kind == "histogram" else ""), value) in found, metric.name
@@ -44,14 +44,14 @@ def test_every_metric_is_there_from_the_start(server: Served) -> None:
     assert found["backlog_limit_tokens", ""] == 65536
 
 
-def test_what_is_counted_is_what_happened(server: Served, documents: Documents) -> None:
-    before = scrape(server)
-    name, ids = server.fresh(), documents["kjv"][2]
+def test_what_is_counted_is_what_happened(exact: Served, documents: Documents) -> None:
+    before = scrape(exact)
+    name, ids = exact.fresh(), documents["kjv"][2]
     for part in (ids[:700], ids[:5]):
-        server.complete(part, name)
-    server.complete(ids[:100], name, vllm_xargs={"ttt_learn": 0})
-    server.settle()
-    session, moved = server.session(name), change(before, scrape(server))
+        exact.complete(part, name)
+    exact.complete(ids[:100], name, vllm_xargs={"ttt_learn": 0})
+    exact.settle()
+    session, moved = exact.session(name), change(before, scrape(exact))
     assert moved["learned_tokens_total", ""] == session["tokens_learned"] == 699
     assert moved["commits_total", ""] == moved["chunks_total", "learned"] == session["version"] == 3
     assert moved["skipped_tokens_total", "short"] == session["tokens_skipped"]["short"] == 4
@@ -66,43 +66,44 @@ def test_what_is_counted_is_what_happened(server: Served, documents: Documents) 
     assert moved["serving_seconds_total", ""] > 0
     assert moved["step_seconds_count", ""] > 0
     assert not [key for key in moved if key[0] in ("errors_total", "refused_requests_total", "saves_total", "loads_total")]
-    text = server.http.get("/metrics").text
+    text = exact.http.get("/metrics").text
     assert name not in text
     assert not re.search(r"ttt:\d", text), "sessions' adapters would make a series for each set of them that ever ran"
 
 
-def test_sessions_are_counted_where_they_are(server: Served, documents: Documents) -> None:
-    for _ in range(8):  # of which six have a slot
-        server.complete(documents["kjv"][0][:60], server.fresh())
-    server.settle()
-    found = scrape(server)
-    listed = server.http.get("/v1/ttt/sessions").json()["sessions"]
+def test_sessions_are_counted_where_they_are(exact: Served, documents: Documents) -> None:
+    slots = exact.http.get("/v1/ttt/config").json()["sessions"]["resident"]
+    for _ in range(slots + 2):
+        exact.complete(documents["kjv"][0][:60], exact.fresh())
+    exact.settle()
+    found = scrape(exact)
+    listed = exact.http.get("/v1/ttt/sessions").json()["sessions"]
     for tier in ("slot", "memory", "disk", "new"):
         assert found["sessions", tier] == sum(session["tier"] == tier for session in listed)
-    assert found["sessions", "slot"] == 6
+    assert found["sessions", "slot"] == slots
     assert found["sessions", "memory"] >= 2
     assert found["pending_tokens", ""] == found["held_requests", ""] == 0
 
 
-def test_a_request_that_waits_for_its_session_is_held(server: Served, documents: Documents) -> None:
-    name, before = server.fresh(), scrape(server)
-    server.together(*(completion(documents["man2"][i][:900], name) for i in range(3)))
-    server.settle()
-    moved = change(before, scrape(server))
+def test_a_request_that_waits_for_its_session_is_held(exact: Served, documents: Documents) -> None:
+    name, before = exact.fresh(), scrape(exact)
+    exact.together(*(completion(documents["man2"][i][:900], name) for i in range(3)))
+    exact.settle()
+    moved = change(before, scrape(exact))
     assert moved["held_seconds_count", ""] == 2, "the first had nothing to wait for"
     assert moved["held_seconds_sum", ""] > 0
     assert ("held_requests", "") not in moved
 
 
-def test_base_requests_count_nothing(server: Served, documents: Documents) -> None:
-    before = scrape(server)
-    server.complete(documents["kjv"][0][:200])
-    moved = change(before, scrape(server))
+def test_base_requests_count_nothing(exact: Served, documents: Documents) -> None:
+    before = scrape(exact)
+    exact.complete(documents["kjv"][0][:200])
+    moved = change(before, scrape(exact))
     assert set(moved) <= {("serving_seconds_total", ""), ("snapshot_age_seconds", "")}
 
 
-def test_everything_that_dashboard_and_rules_name_exists(server: Served) -> None:
-    present = set(re.findall(r"^(vllm:\w+)", server.http.get("/metrics").text, re.MULTILINE))
+def test_everything_that_dashboard_and_rules_name_exists(exact: Served) -> None:
+    present = set(re.findall(r"^(vllm:\w+)", exact.http.get("/metrics").text, re.MULTILINE))
     names = named()
     assert len(names) > 20
     assert names <= present, f"nowhere on /metrics: {sorted(names - present)}"

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.engine
 
 KEY, OTHER = "key-of-the-page", "key-of-somebody-else"
 #: The page looks once a second.
-SOON = 20_000
+SOON = 60_000
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@
 const $ = (id) => document.getElementById(id);
 const STORE = "vllm-ttt-key";
 const PERIOD = 1000;  // ms between two looks, if the server answers quickly
+const LONGEST = 5000;  // and if it does not
 const FIRST = 24;     // cards that are shown before somebody asks for more
 const AT_ONCE = 4;    // sessions that are asked for side by side
 
@@ -61,7 +62,7 @@ async function look() {
   }
   if (round !== newest) return;
   // A server with very many sessions, or a slow one, is asked less often.
-  timer = setTimeout(look, Math.max(PERIOD, 4 * (performance.now() - began)));
+  timer = setTimeout(look, Math.min(LONGEST, Math.max(PERIOD, performance.now() - began)));
 }
 
 function say(state, text) {
