@@ -1,5 +1,5 @@
 # make setup   create .venv from the locked requirements (VARIANT=cpu|cuda, guessed from the machine)
-# make demo    start a server that learns, compare it with the frozen model and with retrieval, draw the plot
+# make demo    start a server that learns, compare it with the frozen model and with retrieval, draw the plot (KEEP=1: leave it running)
 # make test    ruff, pyright and pytest (ARGS='-k name' passes options on to pytest)
 # make bench   what learning costs a client, on the CPU (loadtests/bench_engine.py: beside stock vLLM, on a GPU)
 # make format  rewrite the sources as ruff wants them

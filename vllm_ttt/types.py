@@ -178,6 +178,8 @@ class ChunkReport:
     #: on the same part: mean loss under what the request was served with, and the scale of the delta in that
     served_loss: float | None = None
     scale: float | None = None
+    #: learned: the largest norm of the delta, by module, relative to its weight's
+    norm: float | None = None
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from world import World
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.admin import OPERATIONS, admin
 from vllm_ttt.engine.ledger import Open
+from vllm_ttt.metrics import Values
 from vllm_ttt.sessions.offline import Offline
 
 pytestmark = pytest.mark.unit
@@ -30,8 +31,11 @@ class Engine:
         self.model_executor = SimpleNamespace(collective_rpc=self.rpc)
         self.calls: list[str] = []
 
-    def rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+    def rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         self.calls.append(method)
+        if method == "ttt_metrics":
+            names = ("pending_tokens", "step_seconds", "learning_seconds_total", "serving_seconds_total")
+            return [Values(*names).snapshot() | {"slots": {"": 0}}]
         if method == "ttt_copy":
             self.world.trainer.deltas.copy(*args)
             return [None]
@@ -83,7 +87,7 @@ def test_to_look_at_one_brings_nobody_back(engine: Engine) -> None:
     assert not engine.calls
 
 
-@pytest.mark.parametrize("op", sorted(set(OPERATIONS) - {"list", "list_all", "config"}))
+@pytest.mark.parametrize("op", sorted(set(OPERATIONS) - {"list", "list_all", "config", "metrics"}))
 def test_another_tenants_session_is_not_there(engine: Engine, op: str) -> None:
     argument = {"rollback": 1, "fork": "t"}.get(op)
     for name, tenant in (("s0", "other"), ("s19", "other"), ("nobody", "-")):

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from vllm_ttt.config import RANKS, TTTConfig, load_config
+from vllm_ttt.metrics import METRICS, PREFIX
 
 pytestmark = pytest.mark.unit
 
@@ -37,7 +38,7 @@ def tracked() -> list[Path]:
 
 def documents() -> list[Path]:
     """The Markdown files, wherever the sources came from."""
-    found = [*ROOT.glob("*.md"), *(p for d in ("docs", "patches", "demo") for p in (ROOT / d).rglob("*.md"))]
+    found = [*ROOT.glob("*.md"), *(p for d in ("docs", "patches", "demo", "configs") for p in (ROOT / d).rglob("*.md"))]
     assert len(found) >= 6
     return sorted(found)
 
@@ -158,6 +159,23 @@ def test_every_custom_op_is_registered() -> None:
     for file in (ROOT / "vllm_ttt").rglob("*.py"):
         for name in re.findall(r'op_name="(\w+)"', file.read_text(encoding="utf-8")):
             assert f"`vllm::{name}`" in REGISTER
+
+
+# Metrics
+
+
+def metrics_table() -> str:
+    rows = ["| metric | kind | label | meaning |", "| --- | --- | --- | --- |"]
+    for metric in METRICS:
+        label = f"`{metric.label}`: {', '.join(f'`{v}`' for v in metric.values)}" if metric.label else ""
+        rows.append(f"| `{PREFIX}{metric.name}` | {metric.kind} | {label} | {metric.help} |")
+    return "\n".join(rows)
+
+
+def test_every_metric_is_in_the_table() -> None:
+    expected = metrics_table()
+    text = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    assert expected in text, f"docs/observability.md: replace the table of metrics by\n\n{expected}\n"
 
 
 # What the documents promise

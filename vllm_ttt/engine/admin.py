@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from vllm_ttt.engine import records
-from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine import meters, records
+from vllm_ttt.engine.ledger import ASKED_FOR, Ledger, Session
 from vllm_ttt.engine.saves import Saves
 from vllm_ttt.engine.store import Change
 from vllm_ttt.engine.tiers import Tiers
@@ -22,8 +22,6 @@ from vllm_ttt.types import FileReport, SessionKey, check_session_id
 
 #: Sessions that one answer lists.
 MAX_LISTED = 10_000
-#: Why a session is frozen by its owner.
-ASKED_FOR = "asked for"
 
 
 def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) -> Any:
@@ -32,7 +30,7 @@ def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) ->
     Args:
         engine: vLLM's EngineCore.
         op: a key of ``OPERATIONS``.
-        tenant, name: the session's key; ``name`` is "" for list, list_all and config.
+        tenant, name: the session's key; ``name`` is "" for list, list_all, config and metrics.
         argument: rollback: the version; fork: the new name.
     Returns:
         ``{"ok": True, "result": ...}`` or ``{"ok": False, "status": 4xx or 5xx, "message": ...}``, or a Future of it.
@@ -58,6 +56,10 @@ class Admin:
 
     def config(self, *_: Any) -> dict[str, Any]:
         return self.scheduler.ttt_config.model_dump(mode="json")
+
+    def metrics(self, *_: Any) -> dict[str, Any]:
+        (worker,) = self.rpc("ttt_metrics")
+        return meters.snapshot(self.scheduler, worker)
 
     def list(self, key: SessionKey, _: Any) -> Any:
         return self._list(key.tenant)
@@ -109,7 +111,7 @@ class Admin:
         if self.store is not None:
             on_disk = {v.version: v for v in records.versions(self.store.reader, session.uid)}
             if version in on_disk:
-                return _then(self.tiers.go_back(session, on_disk[version]), self._detail)
+                return _then(self.tiers.go_back(session, on_disk[version]), self._returned)
         return self._awake(session, lambda: self._roll_back(session, version))
 
     def fork(self, key: SessionKey, to: Any) -> Future:
@@ -166,8 +168,8 @@ class Admin:
         session.back_to(version)
         self.tiers.changes(session)
         if self.tiers.saves is None:
-            return self._detail(session)
-        return _then(self.tiers.saves.save(session), lambda _: self._detail(session))
+            return self._returned(session)
+        return _then(self.tiers.saves.save(session), lambda _: self._returned(session))
 
     def _list(self, tenant: str | None) -> Any:
         here = self.ledger.of_tenant(tenant)
@@ -198,6 +200,10 @@ class Admin:
 
     def _describe(self, session: Session, worker: dict[str, Any] | None = None) -> dict[str, Any]:
         return {**self._summary(session), **(worker or self._away(session)), "tenant": session.key.tenant}
+
+    def _returned(self, session: Session) -> dict[str, Any]:
+        self.tiers.meters.add("rollbacks_total", 1, "request")
+        return self._detail(session)
 
     def _set_frozen(self, key: SessionKey, frozen: str | None) -> dict[str, Any]:
         session = self._find(key)
@@ -255,6 +261,7 @@ class Admin:
 
 OPERATIONS: dict[str, Callable[[Admin, SessionKey, Any], Any]] = {
     "config": Admin.config,
+    "metrics": Admin.metrics,
     "list": Admin.list,
     "list_all": Admin.list_all,
     "get": Admin.get,

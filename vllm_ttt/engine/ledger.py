@@ -17,6 +17,9 @@ from vllm_ttt.engine.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ChunkReport, SessionKey
 
+#: Why a session is frozen by its owner.
+ASKED_FOR = "asked for"
+
 
 @dataclass(slots=True)
 class Open:

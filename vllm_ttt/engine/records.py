@@ -105,6 +105,16 @@ def count(db: sqlite3.Connection, tenant: str) -> int:
     return db.execute("SELECT count(*) FROM sessions WHERE tenant = ?", (tenant,)).fetchone()[0]
 
 
+def count_saved(db: sqlite3.Connection) -> int:
+    """Sessions of all tenants that have a version."""
+    return db.execute("SELECT count(DISTINCT uid) FROM versions").fetchone()[0]
+
+
+def unsaved(db: sqlite3.Connection) -> list[str]:
+    """The uid of each session that has no version."""
+    return [uid for (uid,) in db.execute("SELECT uid FROM sessions WHERE uid NOT IN (SELECT uid FROM versions)")]
+
+
 def versions(db: sqlite3.Connection, uid: str) -> list[Version]:
     """Oldest first."""
     return [_version(row) for row in db.execute(f"SELECT {_VERSION} FROM versions v WHERE uid = ? ORDER BY version", (uid,))]

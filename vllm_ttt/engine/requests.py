@@ -37,6 +37,8 @@ class Attached:
     outputs: int = 0
     #: the version that serves its first token
     version: int = 0
+    #: since when it has been held, time.monotonic(); None: it never was
+    held: float | None = None
 
 
 class Arrivals:

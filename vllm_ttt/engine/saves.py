@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm.logger import init_logger
 
 from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.records import Version
 from vllm_ttt.engine.store import Store
 from vllm_ttt.errors import RequestError
@@ -31,14 +32,16 @@ class Save:
     session: Session
     file: str
     version: Version | None = None
+    #: when it was ordered, time.monotonic()
+    began: float = field(default_factory=time.monotonic)
     #: `Session.returns` then
     returns: int = 0
 
 
 class Saves:
-    def __init__(self, ledger: Ledger, store: Store, autosave: float, order: Callable[[FileOrder], None]):
-        """``order`` sends an order to the worker with the next step."""
-        self.ledger, self.store, self.autosave, self.order = ledger, store, autosave, order
+    def __init__(self, ledger: Ledger, store: Store, autosave: float, order: Callable[[FileOrder], None], meters: Meters):
+        """``order`` sends an order to the worker with the next step; ``meters`` count what becomes of saves."""
+        self.ledger, self.store, self.autosave, self.order, self.meters = ledger, store, autosave, order, meters
         #: sessions that have changed since the last round, by adapter id; who changed first comes first
         self.changed: dict[int, Session] = {}
         #: sessions to be saved, in order; those that are not unsaved any more are passed over
@@ -166,6 +169,8 @@ class Saves:
             self._failed(session, str(error))
         elif self.ledger.by_adapter.get(report.session) is session:
             session.saved, session.error, self.store.full = version, None, ""
+            self.meters.add("saves_total", 1, "done")
+            self.meters.observe("save_seconds", time.monotonic() - save.began)
             session.saved_returns = save.returns
             if session.unsaved or session.touched:
                 self.changed[session.adapter] = session
@@ -175,6 +180,7 @@ class Saves:
 
     def _failed(self, session: Session, why: str) -> None:
         """The session stays as it is, in memory; the next round tries again."""
+        self.meters.add("saves_total", 1, "failed")
         if session.error != why:
             logger.error("vllm-ttt: a session could not be saved and stays in memory: %s", why)
         session.error = self.store.full = why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm_ttt import plugin, support
 from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.engine.ledger import Ledger, Open, Session
+from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.probe import ProbeReading, pieces
 from vllm_ttt.engine.requests import Arrivals, Attached, first_of
 from vllm_ttt.engine.store import open_store
@@ -45,7 +47,8 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_store = open_store(self.vllm_config, config)
         first = self.lora_config.max_loras + 1
         self.ttt_ledger = Ledger(first, limit, config.sessions.per_key, config.observe.recent_chunks, self.ttt_store)
-        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up)
+        self.ttt_meters = Meters()
+        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up, self.ttt_meters)
         self.ttt_trust = Trust(config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
         self.ttt_alarm: Alarm | None = None
@@ -65,6 +68,7 @@ class TTTScheduler(AsyncScheduler):
                 self._attach(request)
             except RequestError as error:
                 # The front end checks names and knobs; this is for what only the engine can know, and for offline use.
+                self.ttt_meters.add("refused_requests_total", 1, str(error.status))
                 self.ttt_refused.append((request, error))
                 return
         super().add_request(request)
@@ -88,7 +92,8 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_tiers.changes(session)
         if session.frozen and knobs.learn:
             if first_of(request.request_id) is None:
-                session.refuse(max(0, request.num_prompt_tokens - 1), "frozen")
+                session.refuse(pairs := max(0, request.num_prompt_tokens - 1), "frozen")
+                self.ttt_meters.skipped(pairs, "frozen")
             knobs = Knobs(learn=False)
         prompt_learned = knobs.learn
         arrival, knobs = self.ttt_arrivals.arrive(request.request_id, knobs)
@@ -96,6 +101,7 @@ class TTTScheduler(AsyncScheduler):
         attached = Attached(request, session, knobs, prompt_learned, arrival, request.num_prompt_tokens)
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
+        self.ttt_meters.add("session_requests_total", 1, "yes" if knobs.learn else "no")
         if knobs.learn:
             session.open[request.request_id] = Open(arrival)
             if knobs.interleave:
@@ -110,7 +116,10 @@ class TTTScheduler(AsyncScheduler):
         attached = self.ttt_requests.get(request.request_id)
         if attached is None:
             return request.request_id not in self.ttt_probe.open or self._has_slot(self.ttt_probe.adapter)
-        return self._may_start(attached)
+        if self._may_start(attached):
+            return True
+        attached.held = attached.held or time.monotonic()
+        return False
 
     def _may_start(self, attached: Attached) -> bool:
         session = attached.session
@@ -184,6 +193,8 @@ class TTTScheduler(AsyncScheduler):
                 plan.sessions = True
                 if not attached.started:
                     attached.started = True
+                    if attached.held is not None:
+                        self.ttt_meters.observe("held_seconds", time.monotonic() - attached.held)
                     plan.started[request_id] = self._plan(attached)
         output.ttt = plan  # type: ignore[attr-defined]  # a plain dataclass: extra attributes travel with it
         return output
@@ -203,6 +214,7 @@ class TTTScheduler(AsyncScheduler):
             opened.prefixes = session.history.add(tokens, [attached.prompt], start + self._accept(attached.prompt - 1 - start))
             if start:
                 session.tokens_skipped["history"] += start
+                self.ttt_meters.skipped(start, "history")
         knobs = attached.knobs
         return RequestPlan(
             session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave,
@@ -214,7 +226,8 @@ class TTTScheduler(AsyncScheduler):
         attached.knobs, attached.prompt_learned = Knobs(learn=False), False
         attached.session.open.pop(attached.request.request_id, None)
         self.ttt_interleaved.pop(attached.request.request_id, None)
-        attached.session.refuse(max(0, attached.prompt - 1), reason, seen=True)
+        attached.session.refuse(pairs := max(0, attached.prompt - 1), reason, seen=True)
+        self.ttt_meters.skipped(pairs, reason)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -253,6 +266,7 @@ class TTTScheduler(AsyncScheduler):
 
     def _count(self, chunks: list[ChunkReport]) -> None:
         for chunk in chunks:
+            self.ttt_meters.chunk(chunk)
             if (session := self.ttt_ledger.by_adapter.get(chunk.session)) is not None:
                 session.record(chunk)
                 self.ttt_tiers.changes(session)
@@ -262,6 +276,7 @@ class TTTScheduler(AsyncScheduler):
 
     def _tried(self, session: Session, trial: Trial) -> None:
         """The guard has tried the session's delta; where it was bad, nothing that has not begun is learned any more."""
+        self.ttt_meters.tried(trial)
         reason = self.ttt_trust.tried(session, trial)
         self.ttt_tiers.changes(session)
         if reason is None:
@@ -361,6 +376,7 @@ class TTTScheduler(AsyncScheduler):
         """Refuse the requests of a session that cannot be brought back; none of them has started."""
         waiting = [self.requests[request_id] for request_id in session.requests if request_id in self.requests]
         self.finish_requests([request.request_id for request in waiting], RequestStatus.FINISHED_ABORTED)
+        self.ttt_meters.add("refused_requests_total", len(waiting), str(error.status))
         self.ttt_refused += [(request, error) for request in waiting]
 
     def ttt_loop(self, engine: Any) -> None:

@@ -17,6 +17,7 @@ from vllm_ttt.config import SessionsConfig
 from vllm_ttt.engine import records
 from vllm_ttt.engine.familiar import Past
 from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.records import Version
 from vllm_ttt.engine.saves import AT_ONCE, Saves
 from vllm_ttt.engine.store import Change, Store
@@ -33,12 +34,18 @@ _SWEEP = 60.0
 
 class Tiers:
     def __init__(
-        self, ledger: Ledger, config: SessionsConfig, store: Store | None, give_up: Callable[[Session, RequestError], None]
+        self,
+        ledger: Ledger,
+        config: SessionsConfig,
+        store: Store | None,
+        give_up: Callable[[Session, RequestError], None],
+        meters: Meters | None = None,
     ):
-        """``give_up`` refuses the waiting requests of a session that cannot be brought back."""
+        """``give_up`` refuses the waiting requests of a session that cannot be brought back; ``meters`` count."""
         self.ledger, self.config, self.store, self.give_up = ledger, config, store, give_up
+        self.meters = meters or Meters()
         self.orders: list[FileOrder] = []
-        self.saves = Saves(ledger, store, config.autosave, self.orders.append) if store is not None else None
+        self.saves = Saves(ledger, store, config.autosave, self.orders.append, self.meters) if store is not None else None
         #: sessions that have a place in memory, or are on their way there
         self.placed = 0
         #: by the path of the file
@@ -182,6 +189,7 @@ class Tiers:
         assert self.saves is not None
         for session in self.ledger.sessions.values():
             if session.place == "memory" and session.idle and not session.unsaved:
+                self.meters.add("evictions_total", 1, "memory")
                 self._drop(session)
                 self.saves.record(session)
                 self._forget(session)
@@ -214,6 +222,7 @@ class Tiers:
 
     def _read_load(self, report: FileReport) -> None:
         session = self.loading.pop(report.path)
+        self.meters.add("loads_total", 1, report.outcome)
         if self.ledger.by_adapter.get(report.session) is not session:
             self.orders.append(FileOrder("drop", report.session))  # it was removed meanwhile
         elif report.outcome == "done":

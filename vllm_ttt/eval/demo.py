@@ -47,6 +47,7 @@ def demo(model: Path | None, out: Path, port: int | None, keep: bool, quick: boo
         with console.status(f"starting vLLM (half a minute or more; log: {log})"):
             server.wait_healthy(process, port, log)
         console.print(f"serving {name} on http://127.0.0.1:{port} after {time.monotonic() - began:.0f} s")
+        console.print(f"watch it learn: http://127.0.0.1:{port}/ttt", soft_wrap=True)
         results = asyncio.run(_compare(f"http://127.0.0.1:{port}", found, QUICK if quick else COUNTS, console))
         console.print(report.table(results))
         runner.write_json(out / "demo.json", results, {"command": "vllm-ttt demo" + " --quick" * quick, "model": name})
@@ -55,7 +56,8 @@ def demo(model: Path | None, out: Path, port: int | None, keep: bool, quick: boo
         console.print(f"plot: {out / 'demo.png'}\nfigures: {out / 'demo.json'}", soft_wrap=True)
         console.print(f"{time.monotonic() - began:.0f} s in all")
         if keep:
-            console.print(f"the server keeps running: http://127.0.0.1:{port} (stop it with: kill {process.pid})")
+            console.print(f"the server keeps running (stop it with: kill {process.pid})")
+            console.print(f"the page says how to make a session learn: http://127.0.0.1:{port}/ttt", soft_wrap=True)
 
 
 async def _compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ class TTTEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         from vllm_ttt.frontend.answer import AnswerMiddleware
+        from vllm_ttt.frontend.metrics import MetricsMiddleware
+        from vllm_ttt.frontend.page import router as page
         from vllm_ttt.frontend.routes import router
         from vllm_ttt.patches import frontend
 
@@ -30,10 +33,17 @@ class TTTEndpointPlugin:
             return
         # vLLM adds its own middleware later, so its check of the API key comes before ours.
         app.add_middleware(AnswerMiddleware)
+        app.add_middleware(MetricsMiddleware)
         app.include_router(router)
+        app.include_router(page)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        from vllm_ttt.frontend.metrics import Figures
+
         state.ttt_engine = engine_client
+        if not args.disable_log_stats:
+            ask = partial(engine_client.engine_core.call_utility_async, "ttt_admin", "metrics", "", "")
+            state.ttt_figures = Figures(ask, engine_client.model_config.served_model_name)
 
 
 def endpoint_plugin() -> TTTEndpointPlugin:

@@ -111,7 +111,8 @@ def _create_engine_config(original: Callable) -> Callable:
         support.prepare_engine_args(self, config)
         vllm_config = original(self, *args, **kwargs)
         support.finish_vllm_config(vllm_config, config)
-        if config.sessions.state_dir is not None:
+        another = self._api_process_count > 1 and self._api_process_rank >= 0  # one of several: by now the dir is in use
+        if config.sessions.state_dir is not None and not another:
             from vllm_ttt.engine.store import check_dir
 
             check_dir(vllm_config, config)

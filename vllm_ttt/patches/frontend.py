@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vllm_ttt.patches import _contract, async_llm, serving, validation
+from vllm_ttt.patches import _contract, api_servers, async_llm, serving, tracing, validation
 
-_MODULES = (serving, async_llm, validation)
+_MODULES = (serving, async_llm, validation, api_servers, tracing)
 
 
 def install() -> None:

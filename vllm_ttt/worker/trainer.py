@@ -303,10 +303,21 @@ class Trainer:
             self.backlog.settle(chunk)
 
     def _report_chunk(self, chunk: Chunk, loss: float, skipped: str | None) -> None:
-        version = self.deltas.session(chunk.session).version
+        session = self.deltas.session(chunk.session)
         frozen, served = chunk.measured or (None, None)
+        norm = max(session.norms) if skipped is None else None
         self.report.chunks.append(
             ChunkReport(
-                chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, chunk.end, version, served, chunk.scale
+                chunk.session,
+                chunk.request,
+                chunk.rows,
+                loss,
+                frozen,
+                skipped,
+                chunk.end,
+                session.version,
+                served,
+                chunk.scale,
+                norm,
             )
         )

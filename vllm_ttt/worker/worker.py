@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.geometry import Geometry
+from vllm_ttt.metrics import Snapshot
 from vllm_ttt.plugin import config_of
 from vllm_ttt.types import StepPlan
 from vllm_ttt.worker import memory
@@ -20,6 +21,7 @@ from vllm_ttt.worker.budget import Budget, tile_sizes
 from vllm_ttt.worker.capture import Capture
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.files import Files
+from vllm_ttt.worker.meter import Meter
 from vllm_ttt.worker.micro_step import MODULES
 from vllm_ttt.worker.probe import Probe
 from vllm_ttt.worker.signals import leave_with_the_engine
@@ -85,6 +87,7 @@ class TTTWorkerMixin:
         self.files = Files(self.trainer, geometry, self.vllm_config.model_config.model)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
+        self.meter = Meter(self.clock)
         #: (before learning, before the forward, after sampling, tokens learned) of iterations whose times are not known yet
         self.iterations: deque[tuple[Any, Any, Any, int]] = deque()
         self.ran: Any = None
@@ -111,6 +114,8 @@ class TTTWorkerMixin:
         learned = self._guard(self._between, serving) or 0
         self._guard(self._start, plan)
         self.marks = (before, self.clock.mark(), learned)
+        if learned and not serving:
+            self.meter.idle.append(self.marks[:2])
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         if serving:
             self.ran = self.ttt_batch(scheduler_output) if plan.sessions else None
@@ -174,6 +179,16 @@ class TTTWorkerMixin:
             "tile_ms": {tokens: 1e3 * seconds for tokens, seconds in self.budget.costs.items()},
         }
 
+    def ttt_metrics(self) -> Snapshot:
+        """What the worker knows of the metrics; "slots" is how many sessions have one."""
+        trainer = self.trainer
+        return self.meter.snapshot() | {
+            "pending_tokens": {"": self.backlog.pending},
+            "evictions_total": {"device": trainer.deltas.evictions},
+            "errors_total": {"worker": trainer.errors},
+            "slots": {"": trainer.slots.filled(trainer.deltas.sessions)},
+        }
+
     # Between iterations.
 
     @torch.inference_mode()
@@ -232,9 +247,13 @@ class TTTWorkerMixin:
         """Tell the budget of iterations that are over."""
         while self.iterations and self.clock.done(self.iterations[0][2]):
             before, start, end, tokens = self.iterations.popleft()
-            self.budget.served(self.clock.seconds(start, end))
+            seconds = self.clock.seconds(start, end)
+            self.budget.served(seconds)
+            self.meter.serving += seconds
             if tokens:
-                self.budget.learned(tokens, self.clock.seconds(before, start))
+                seconds = self.clock.seconds(before, start)
+                self.budget.learned(tokens, seconds)
+                self.meter.learned(seconds, "serving")
 
     def _take(self) -> None:
         """After an iteration: keep the rows that are to be learned, before the next one overwrites them."""

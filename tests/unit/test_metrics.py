@@ -1,0 +1,342 @@
+"""Metrics: what is counted, what an API server makes of it, and that vLLM's own /metrics keeps every byte."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+from test_admin import Engine
+from vllm.entrypoints.serve.instrumentator.metrics import attach_router
+from world import World
+
+from vllm_ttt.config import TTTConfig
+from vllm_ttt.engine.ledger import ASKED_FOR
+from vllm_ttt.engine.meters import Meters, snapshot
+from vllm_ttt.frontend import metrics
+from vllm_ttt.frontend.metrics import Figures, MetricsMiddleware
+from vllm_ttt.metrics import BY_NAME, METRICS, PREFIX, REASONS, Values
+from vllm_ttt.types import ChunkReport, Trial
+from vllm_ttt.worker.clock import Clock
+from vllm_ttt.worker.meter import Meter
+
+pytestmark = pytest.mark.unit
+
+
+def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """(name, values of our own label and le) -> value, of all our series."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for s in family.samples:
+            if s.name.startswith(PREFIX):
+                own = tuple(v for k, v in sorted(s.labels.items()) if k not in ("model_name", "engine"))
+                assert (s.name, own) not in found, "a series is there twice"
+                found[s.name.removeprefix(PREFIX), own] = s.value
+    return found
+
+
+def chunk(skipped: str | None = None, loss: float = 2.0, frozen: float | None = None, tokens: int = 256) -> ChunkReport:
+    served = None if frozen is None else loss
+    return ChunkReport(1, "r", tokens, loss, frozen, skipped, tokens, 1, served, 0.6, None if skipped else 0.12)
+
+
+# Names
+
+
+def test_names_follow_the_practice_of_prometheus() -> None:
+    assert len(BY_NAME) == len(METRICS)
+    for metric in METRICS:
+        assert re.fullmatch(r"[a-z][a-z_]*[a-z]", metric.name)
+        assert (metric.kind == "counter") == metric.name.endswith("_total"), metric.name
+        assert not re.search(r"_(ms|milliseconds|minutes|kb|mb|percent|count|sum|bucket)(_|$)", metric.name), "base units only"
+        assert bool(metric.label) == bool(metric.values), "every label has values that are known from the start"
+        assert metric.label not in ("model_name", "engine", "le")
+        assert (metric.kind == "histogram") == bool(metric.buckets)
+        assert list(metric.buckets) == sorted(set(metric.buckets))
+        assert metric.help.endswith(".")
+
+
+def test_a_label_that_nobody_thought_of_does_not_make_a_series() -> None:
+    values = Values("skipped_tokens_total")
+    for i in range(1000):
+        values.add("skipped_tokens_total", 1, f"reason-{i}")
+    assert set(values.snapshot()["skipped_tokens_total"]) == set(REASONS)
+    assert values.snapshot()["skipped_tokens_total"][REASONS[-1]] == 1000
+
+
+# Counting
+
+
+def test_chunks_are_counted_by_what_became_of_them() -> None:
+    meters = Meters()
+    for report in (
+        chunk(frozen=2.5), chunk(frozen=2.001), chunk(frozen=1.5, tokens=100), chunk(), chunk("loss", 9.0),
+        chunk("nonfinite", math.inf), chunk("short", math.nan, tokens=5), chunk("error", math.nan),
+        chunk(loss=math.nan, frozen=1.0),
+    ):  # fmt: skip
+        meters.chunk(report)
+    found = meters.snapshot()
+    assert found["learned_tokens_total"][""] == 4 * 256 + 100
+    assert found["commits_total"][""] == found["chunks_total"]["learned"] == 5
+    assert {k: n for k, n in found["chunks_total"].items() if n} == {
+        "learned": 5,
+        "loss": 1,
+        "nonfinite": 1,
+        "short": 1,
+        "error": 1,
+    }
+    assert found["skipped_tokens_total"]["short"] == 5
+    assert found["skipped_tokens_total"]["loss"] == 256
+    assert found["measured_total"] == {"better": 1, "even": 1, "worse": 1}, "what is not finite was not measured"
+    assert found["measured_loss_nats"]["frozen"][0] == pytest.approx(2.5 + 2.001 + 1.5)
+    assert found["measured_loss_nats"]["session"][0] == 6.0
+    assert sum(found["chunk_loss_nats"][""][1:]) == 5, "finite losses alone"
+    assert sum(found["delta_norm_ratio"][""][1:]) == 5
+    assert sum(found["served_scale"][""][1:]) == 4, "with each measurement"
+
+
+def test_what_the_guard_found_is_counted() -> None:
+    meters = Meters()
+    for trial in (Trial(1, 16, 0.01, None), Trial(1, 32, 0.02, None), Trial(1, 48, 0.4, 32)):
+        meters.tried(trial)
+    found = meters.snapshot()
+    assert found["guard_trials_total"] == {"good": 2, "bad": 1}
+    assert found["rollbacks_total"] == {"guard": 1, "request": 0}
+
+
+def test_an_observation_falls_into_the_bucket_that_it_is_no_larger_than() -> None:
+    values = Values("delta_norm_ratio")
+    bounds = BY_NAME["delta_norm_ratio"].buckets
+    for value in (0.0, bounds[0], bounds[0] * 1.001, bounds[-1], bounds[-1] * 2):
+        values.observe("delta_norm_ratio", value)
+    counts = values.snapshot()["delta_norm_ratio"][""][1:]
+    assert (counts[0], counts[1], counts[-2], counts[-1]) == (2, 1, 1, 1)
+    assert sum(counts) == 5
+
+
+def test_the_workers_times() -> None:
+    import torch
+
+    meter = Meter(Clock(torch.device("cpu")))
+    meter.learned(0.03, "serving")
+    meter.serving += 0.5
+    meter.idle.append((10.0, 10.25))
+    found = meter.snapshot()
+    assert found["learning_seconds_total"] == {"serving": 0.03, "idle": 0.25}
+    assert found["serving_seconds_total"] == {"": 0.5}
+    assert sum(found["step_seconds"][""][1:]) == 2
+    assert meter.snapshot() == found, "nothing is counted twice"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path / "state", limit=3)
+    yield world
+    world.end()
+
+
+def figures_of(world: World) -> dict[str, dict[str, Any]]:
+    scheduler = SimpleNamespace(
+        ttt_config=TTTConfig(), ttt_tiers=world.tiers, ttt_ledger=world.ledger, ttt_meters=world.tiers.meters, ttt_errors=3,
+        ttt_requests={"a": SimpleNamespace(held=1.0, started=False), "b": SimpleNamespace(held=1.0, started=True)},
+    )  # fmt: skip
+    worker = {"slots": {"": 1}, "evictions_total": {"device": 7}, "errors_total": {"worker": 2}, "pending_tokens": {"": 5}}
+    return snapshot(scheduler, worker)
+
+
+def test_sessions_are_counted_where_they_are(world: World) -> None:
+    for i in range(5):
+        world.use(f"s{i}", 1.0)
+        world.save(f"s{i}")
+    fresh = world.use("frozen", 1.0)
+    fresh.frozen = ASKED_FOR
+    found = figures_of(world)
+    assert found["sessions"] == {"slot": 1, "memory": 2, "disk": 3, "new": 0}
+    assert found["frozen_sessions"] == {"guard": 0, "request": 1}
+    assert found["unsaved_sessions"] == {"": 1}
+    assert found["saves_total"] == {"done": 5, "failed": 0}
+    assert sum(found["save_seconds"][""][1:]) == 5
+    assert found["evictions_total"] == {"device": 7, "memory": 3}
+    assert found["errors_total"] == {"engine": 3, "worker": 2}
+    assert found["held_requests"] == {"": 1}, "one that has been scheduled is not held any more"
+    assert found["state_dir_bytes"][""] == sum(f.stat().st_size for f in world.store.folder.root.rglob("*.safetensors")) > 0
+    world.use("s0")
+    assert figures_of(world)["loads_total"] == {"done": 1, "failed": 0, "damaged": 0}
+    world.run()
+    Engine(world).ask("reset", "s1")
+    world.run()
+    reset = figures_of(world)
+    assert reset["sessions"]["new"] == 1
+    assert sum(reset["sessions"].values()) == 6
+    assert reset["state_dir_bytes"][""] == sum(f.stat().st_size for f in world.store.folder.root.rglob("*.safetensors"))
+
+
+def test_a_save_that_fails_is_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_ttt.errors import RequestError
+
+    def no_room(uid: str) -> str:
+        raise OSError(28, "No space left on device")
+
+    world.use("a", 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store.folder, "new_file", no_room)
+        with pytest.raises(RequestError, match="No space left"):
+            world.save("a")
+    assert figures_of(world)["saves_total"] == {"done": 0, "failed": 1}
+
+
+def test_the_admin_operation_asks_the_worker_once(tmp_path: Path) -> None:
+    world = World(tmp_path / "state")
+    engine = Engine(world)
+    engine.scheduler.ttt_meters, engine.scheduler.ttt_errors, engine.scheduler.ttt_requests = world.tiers.meters, 0, {}
+    found = engine.ask("metrics")
+    assert engine.calls == ["ttt_metrics"]
+    assert set(found) == set(BY_NAME) - {"snapshot_age_seconds"}, "the whole list of metrics, and nothing else"
+    for name, series in found.items():
+        assert set(series) == set(BY_NAME[name].values or ("",)), name
+    world.end()
+
+
+# Showing
+
+
+def everything() -> dict[str, dict[str, Any]]:
+    values = Values(*BY_NAME)
+    values.add("learned_tokens_total", 1234)
+    values.observe("held_seconds", 0.02)
+    values.observe("held_seconds", 1e9)
+    return values.snapshot()
+
+
+#: vLLM's other route for metrics compresses: those bytes are left alone.
+GZIP = {"Accept-Encoding": "gzip"}
+
+
+class Core:
+    """An engine that is asked."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer, self.gate = 0, {"ok": True, "result": everything()}, asyncio.Event()
+        self.gate.set()
+
+    async def ask(self) -> dict[str, Any]:
+        self.asked += 1
+        await self.gate.wait()
+        return self.answer
+
+
+def test_the_text_is_what_was_counted() -> None:
+    found = samples(asyncio.run(Figures(Core().ask, "m").text()).decode())
+    assert found["learned_tokens_total", ()] == 1234
+    assert found["held_seconds_count", ()] == 2
+    assert found["held_seconds_bucket", ("0.025",)] == 1
+    assert found["held_seconds_bucket", ("0.01",)] == 0
+    assert found["held_seconds_bucket", ("+Inf",)] == 2
+    for metric in METRICS:
+        for value in metric.values or ("",):
+            own = (value,) if value else ()
+            assert (metric.name + ("_count" if metric.kind == "histogram" else ""), own) in found
+
+
+def serve(core: Core | None, monkeypatch: pytest.MonkeyPatch, **changes: float) -> FastAPI:
+    """vLLM's own /metrics, with ours."""
+    for name, value in changes.items():
+        monkeypatch.setattr(metrics, name, value)
+    app = FastAPI()
+    attach_router(app)
+    app.add_middleware(MetricsMiddleware)
+    if core is not None:
+        app.state.ttt_figures = Figures(core.ask, "m")
+    return app
+
+
+async def get(app: FastAPI, path: str = "/metrics", **options: Any) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
+        return await http.request(options.pop("method", "GET"), path, **options)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one process", "several"])
+def test_vllms_own_metrics_come_first_and_unchanged(several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    if several:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    core = Core()
+    with_ours, without = serve(core, monkeypatch), serve(None, monkeypatch)
+    answer, stock = asyncio.run(get(with_ours)), asyncio.run(get(without))
+    names = lambda text: re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE)  # noqa: E731
+    ours = names(answer.text)[len(names(stock.text)) :]
+    assert names(answer.text)[: len(names(stock.text))] == names(stock.text)
+    assert len(ours) == len(METRICS)
+    assert all(name.startswith(PREFIX) for name in ours)
+    assert answer.headers["content-type"] == stock.headers["content-type"]
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    others = [get(with_ours, method="POST"), get(with_ours, method="HEAD"), get(with_ours, "/metricsx")]
+    for other in [*others, get(with_ours, "/metrics/", headers=GZIP)]:
+        assert not samples(asyncio.run(other).text)
+    assert core.asked == 1, "nobody but GET /metrics asks the engine"
+
+
+def test_the_engine_is_asked_once_however_many_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core()
+    app = serve(core, monkeypatch)
+
+    async def many() -> list[httpx.Response]:
+        return [*await asyncio.gather(*(get(app) for _ in range(50))), await get(app)]
+
+    answers = asyncio.run(many())
+    assert core.asked == 1
+    assert all(samples(answer.text)["learned_tokens_total", ()] == 1234 for answer in answers)
+
+
+def test_an_engine_that_does_not_answer_costs_a_moment_and_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core()
+    app = serve(core, monkeypatch, PATIENCE=0.05, FRESH=0.0)
+
+    async def story() -> None:
+        core.gate.clear()
+        assert not samples((await get(app)).text), "it has never answered"
+        await get(app)
+        assert core.asked == 1, "it is not asked again before it has answered"
+        core.gate.set()
+        await asyncio.sleep(0.01)
+        assert samples((await get(app)).text)["learned_tokens_total", ()] == 1234
+        core.gate.clear()
+        await asyncio.sleep(0.1)
+        late = samples((await get(app)).text)
+        assert late["learned_tokens_total", ()] == 1234
+        assert late["snapshot_age_seconds", ()] >= 0.1, "old figures say that they are old"
+        core.gate.set()
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_is_gone_leaves_vllms_own_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead(Core):
+        async def ask(self) -> dict[str, Any]:
+            raise RuntimeError("EngineCore is dead")
+
+    answer = asyncio.run(get(serve(Dead(), monkeypatch)))
+    assert answer.status_code == 200
+    assert not samples(answer.text)
+
+
+def test_without_stats_there_are_no_figures() -> None:
+    from argparse import Namespace
+
+    from vllm_ttt.frontend.endpoint import endpoint_plugin
+
+    engine = SimpleNamespace(
+        engine_core=SimpleNamespace(call_utility_async=print), model_config=SimpleNamespace(served_model_name="m")
+    )
+    for off in (True, False):
+        state: Any = SimpleNamespace()
+        asyncio.run(endpoint_plugin().init_state(engine, state, Namespace(disable_log_stats=off)))
+        assert hasattr(state, "ttt_figures") is not off
