@@ -1,0 +1,127 @@
+"""What a client knows of its session from its own requests and their answers: so the version must be that, and no other.
+
+The rule is README's: a request of n tokens has n - 1 to learn, those behind what an earlier request of the session began with;
+they are cut into chunks of ``learn.chunk``, a rest shorter than ``learn.min_chunk`` is left, and each chunk that is learned is
+a version.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Why a whole request may be answered and not learned: the session was frozen, or had had its share of the hour.
+REFUSED = frozenset({"frozen", "hourly"})
+#: Skipped without a chunk of its own: what was learned before, and a rest that is too short.
+NO_CHUNK = REFUSED | {"history", "short"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Of the server, from GET /v1/ttt/config."""
+
+    chunk: int
+    min_chunk: int
+
+    def accepted(self, pairs: int) -> int:
+        """How many of so many consecutive pairs are learned."""
+        rest = pairs % self.chunk
+        return pairs - rest if rest < self.min_chunk else pairs
+
+    def chunks(self, pairs: int) -> int:
+        """In how many chunks they are learned."""
+        return -(-self.accepted(pairs) // self.chunk)
+
+
+@dataclass
+class Book:
+    """One session as its only client sees it, one request at a time."""
+
+    name: str
+    rule: Rule
+    learn: bool = True
+    #: chunks that must have been committed, and those that may have been besides: of requests that the client gave up
+    chunks: int = 0
+    doubtful: int = 0
+    #: pairs sent, and of them those of requests that the client gave up
+    sent: int = 0
+    given_up: int = 0
+    #: pairs of the latest prompt that are history to one that goes on from it
+    known: int = 0
+    #: pairs of requests that were answered with ``tokens_learned: 0`` although there was something to learn
+    refused: int = 0
+    requests: int = 0
+    #: what did not agree, in words
+    problems: list[str] = field(default_factory=list)
+
+    def answered(self, prompt: int, ttt: Any, goes_on: bool = False) -> None:
+        """Enter an answer.
+
+        Args:
+            prompt: ``usage.prompt_tokens``.
+            ttt: the answer's object.
+            goes_on: whether the prompt begins with all of the one before.
+        """
+        if not isinstance(ttt, dict) or ttt.get("session_id") != self.name:
+            self.problems.append(f"request {self.requests}: the answer's ttt is {ttt!r}")
+            return
+        # Chunks that were skipped are known to the server alone: `check` compares the exact number.
+        if not ttt["version"] <= self.chunks + self.doubtful:
+            self.problems.append(f"request {self.requests}: version {ttt['version']}, but only {self.chunks} chunks were sent")
+        self.requests += 1
+        pairs = max(0, prompt - 1)
+        start = min(self.known, pairs) if goes_on else 0
+        expected = self.rule.accepted(pairs - start) if self.learn else 0
+        if not self.learn:
+            pass
+        elif ttt["tokens_learned"] == 0 and expected:
+            self.refused += pairs
+            self.sent += pairs
+        else:
+            self.sent += pairs
+            self.chunks += self.rule.chunks(pairs - start)
+            self.known = start + expected
+        if ttt["tokens_learned"] not in (expected, 0):
+            self.problems.append(f"request {self.requests}: tokens_learned {ttt['tokens_learned']}, not {expected}")
+
+    def left(self, prompt: int) -> None:
+        """Enter a request that the client gave up: any number of its chunks may have been learned."""
+        self.requests += 1
+        self.doubtful += self.rule.chunks(prompt - 1)
+        self.given_up += prompt - 1
+
+    def check(self, session: dict[str, Any]) -> list[str]:
+        """What does not agree with GET /v1/ttt/sessions/{id} of the session, at rest; [] where all does."""
+        found, skipped = list(self.problems), Counter(session["tokens_skipped"])
+        say = lambda what: found.append(f"{self.name}: {what}")  # noqa: E731
+        version, losses = session["version"], session["losses"]
+        if self.refused > sum(skipped[reason] for reason in REFUSED):
+            say(f"{self.refused} tokens were not accepted, and the session says why of {dict(skipped)} only")
+        if not self.sent <= session["tokens_seen"] <= self.sent + self.given_up:
+            say(f"tokens_seen {session['tokens_seen']}; sent {self.sent}, and {self.given_up} given up")
+        settled = session["tokens_learned"] + sum(skipped.values())
+        if not session["tokens_seen"] - self.given_up <= settled <= session["tokens_seen"]:
+            say(f"of {session['tokens_seen']} tokens seen, {settled} were learned or skipped")
+        if rolled_back(session):
+            # What it had learned after that version is gone: all that can be said is that it was there.
+            if version > self.chunks + self.doubtful:
+                say(f"version {version} after the guard's rollback; at most {self.chunks + self.doubtful} chunks were sent")
+            return found
+        unlearned = sum(1 for chunk in losses if chunk["skipped"] not in (None, *NO_CHUNK))
+        if unlearned == 0 and any(skipped[reason] for reason in skipped.keys() - NO_CHUNK):
+            say(f"skipped {dict(skipped)}, but no chunk says so")
+        if not self.chunks <= version + unlearned <= self.chunks + self.doubtful:
+            counted = f"{self.chunks}" + (f" to {self.chunks + self.doubtful}" if self.doubtful else "")
+            say(f"version {version} and {unlearned} chunks skipped; the client counted {counted}")
+        return found
+
+
+def rolled_back(session: dict[str, Any]) -> bool:
+    """Whether the guard has returned the session to an earlier version."""
+    return isinstance(session.get("frozen"), str) and "back at version" in session["frozen"]
+
+
+def at_rest(session: dict[str, Any]) -> bool:
+    """Whether nothing of the session is under way; of requests that were given up, some tokens are never accounted for."""
+    return not session["requests_open"] and not session["tokens_pending"]
