@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import requests
 from load.hosts import check_host
 from load.shapes import SHAPES, users
 from load.statistics import Statistics
@@ -48,24 +49,24 @@ def _options(parser: Any) -> None:
     parser.add_argument("--allow-host", action="store_true", help="load a server that is not on this machine")
 
 
-@events.test_start.add_listener
-def _begin(environment: Environment, **_: Any) -> None:
-    options: Any = environment.parsed_options
-    check_host(environment.host or "", options.allow_host)
-    state: Any = environment
+@events.init.add_listener
+def _prepare(environment: Environment, **_: Any) -> None:
+    state, options = _state(environment), environment.parsed_options
+    assert options is not None
+    try:
+        check_host(options.host or "", options.allow_host)
+        name, learn = f"load-{time.time_ns() // 10**6}", ARMS[options.arm][0]
+        state.world = World(options.host.rstrip("/"), name, learn, options.key or None, options.hostile_key or None)
+    except (ValueError, requests.RequestException) as error:
+        raise SystemExit(f"--host: {error}") from None  # an Exception would be logged, and the run go on
     state.stop_timeout = 120  # users end what they have begun: what is cut off could not be counted
-    name = f"load-{time.time_ns() // 10**6}"
-    learn = ARMS[options.arm][0]
-    state.world = World((environment.host or "").rstrip("/"), name, learn, options.key or None, options.hostile_key or None)
     state.statistics, state.began = Statistics(), time.perf_counter()
     environment.events.request.add_listener(state.statistics.note)
 
 
 @events.test_stop.add_listener
 def _end(environment: Environment, **_: Any) -> None:
-    state: Any = environment
-    if not hasattr(state, "statistics"):
-        return  # it did not begin
+    state = _state(environment)
     figures = state.statistics.figures(time.perf_counter() - state.began)
     figures["audit"] = state.world.audit()
     problems = figures["audit"]["problems"]
@@ -74,3 +75,8 @@ def _end(environment: Environment, **_: Any) -> None:
     for problem in [*figures["errors"], *problems]:
         print(f"NOT ASKED FOR: {problem}")
     environment.process_exit_code = 1 if figures["errors"] or problems else 0
+
+
+def _state(environment: Environment) -> Any:
+    """The environment, to which we add ``world``, ``statistics`` and ``began``."""
+    return environment
