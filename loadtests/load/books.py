@@ -47,22 +47,24 @@ class Book:
     #: pairs sent, and of them those of requests that the client gave up
     sent: int = 0
     given_up: int = 0
-    #: pairs of the latest prompt that are history to one that goes on from it
-    known: int = 0
+    #: each prompt, and how many of its first pairs were learned: history to one that goes on from it
+    past: list[tuple[list[int], int]] = field(default_factory=list)
     #: pairs of requests that were answered with ``tokens_learned: 0`` although there was something to learn
     refused: int = 0
     requests: int = 0
     #: what did not agree, in words
     problems: list[str] = field(default_factory=list)
 
-    def answered(self, prompt: int, ttt: Any, goes_on: bool = False) -> None:
+    def answered(self, prompt: list[int], usage: int, ttt: Any) -> None:
         """Enter an answer.
 
         Args:
-            prompt: ``usage.prompt_tokens``.
+            prompt: token ids.
+            usage: ``usage.prompt_tokens``.
             ttt: the answer's object.
-            goes_on: whether the prompt begins with all of the one before.
         """
+        if usage != len(prompt):
+            self.problems.append(f"request {self.requests}: prompt_tokens {usage}, not {len(prompt)}")
         if not isinstance(ttt, dict) or ttt.get("session_id") != self.name:
             self.problems.append(f"request {self.requests}: the answer's ttt is {ttt!r}")
             return
@@ -70,8 +72,8 @@ class Book:
         if not ttt["version"] <= self.chunks + self.doubtful:
             self.problems.append(f"request {self.requests}: version {ttt['version']}, but only {self.chunks} chunks were sent")
         self.requests += 1
-        pairs = max(0, prompt - 1)
-        start = min(self.known, pairs) if goes_on else 0
+        pairs = len(prompt) - 1
+        start = max((n for ids, n in self.past if len(ids) <= pairs and prompt[: len(ids)] == ids), default=0)
         expected = self.rule.accepted(pairs - start) if self.learn else 0
         if not self.learn:
             pass
@@ -81,7 +83,7 @@ class Book:
         else:
             self.sent += pairs
             self.chunks += self.rule.chunks(pairs - start)
-            self.known = start + expected
+            self.past.append((prompt, start + expected))
         if ttt["tokens_learned"] not in (expected, 0):
             self.problems.append(f"request {self.requests}: tokens_learned {ttt['tokens_learned']}, not {expected}")
 

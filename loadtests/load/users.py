@@ -79,7 +79,7 @@ class DocumentUser(_Person):
         prompt = self.world.texts.window(self.rng, self.rng.randrange(*DOCUMENT))
         answer = self.client.complete(self.kind, self.body(prompt=prompt, max_tokens=4, ignore_eos=True))
         if answer.error is None:
-            book.answered(answer.prompt_tokens, answer.ttt)
+            book.answered(prompt, answer.prompt_tokens, answer.ttt)
 
 
 class RepeatingUser(_Person):
@@ -94,9 +94,10 @@ class RepeatingUser(_Person):
     @task
     def send(self) -> None:
         book = self.session(REPEATS)
-        answer = self.client.complete(self.kind, self.body(prompt=self.document, max_tokens=4, ignore_eos=True))
+        prompt = self.document
+        answer = self.client.complete(self.kind, self.body(prompt=prompt, max_tokens=4, ignore_eos=True))
         if answer.error is None:
-            book.answered(answer.prompt_tokens, answer.ttt)
+            book.answered(prompt, answer.prompt_tokens, answer.ttt)
 
 
 class ChatUser(_Person):
@@ -115,7 +116,7 @@ class ChatUser(_Person):
         messages = [*self.messages, {"role": "user", "content": said}]
         answer = self.client.complete(self.kind, self.body(messages=messages, max_tokens=16), "/v1/chat/completions")
         if answer.error is None:
-            book.answered(answer.prompt_tokens, answer.ttt, goes_on=bool(self.messages))
+            book.answered(self.world.tokens(messages), answer.prompt_tokens, answer.ttt)
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
 
 

@@ -37,6 +37,13 @@ class World:
         answer.raise_for_status()
         return answer.json()
 
+    def tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """A chat as the model gets it. A token may span a turn and the answer to it: then the turn does not begin this chat."""
+        body = {"model": self.model, "messages": messages}
+        answer = requests.post(f"{self.url}/tokenize", json=body, headers=self.headers, timeout=60)
+        answer.raise_for_status()
+        return answer.json()["tokens"]
+
     def open(self, what: str) -> Book:
         """The book of a new session."""
         book = Book(f"{self.name}-{what}", self.rule, self.learn)

@@ -25,7 +25,14 @@ _FULL: dict[int | str, dict[str, Any]] = {
 
 #: ``:path`` so that an id with a slash is refused as an id; FastAPI would otherwise answer 404 as for an unknown route.
 _SESSION = "/sessions/{session_id:path}"
-SessionId = Annotated[str, Path(description=f"The session as the client calls it: {SESSION_ID_RULE}")]
+#: The pattern is for readers of the schema: `check_session_id` checks, and says what is allowed.
+SessionId = Annotated[
+    str,
+    Path(
+        description=f"The session as the client calls it: {SESSION_ID_RULE}",
+        json_schema_extra={"pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+    ),
+]
 
 router = APIRouter(prefix="/v1/ttt", tags=["test-time training"])
 
