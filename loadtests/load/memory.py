@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import psutil
 
 #: Of the run, the part in which pools fill up and code is met for the first time.
 WARM_UP = 0.4
+#: Samples that a report keeps of each process.
+SHOWN = 100
 
 
 class Memory(threading.Thread):
@@ -33,15 +36,17 @@ class Memory(threading.Thread):
                         if size > 100:  # helpers that only wait
                             self.samples.setdefault(_name(process), []).append((time.monotonic() - began, size))
 
-    def stop(self) -> dict[str, dict[str, float]]:
-        """By process: MB at the end of the warm-up and at the end, the peak, and the slope after the warm-up in MB a minute."""
+    def stop(self) -> dict[str, dict[str, Any]]:
+        """`slope` by process, and as ``samples`` up to SHOWN of what was measured, evenly."""
         self.ended.set()
         self.join()
-        return {name: slope(samples) for name, samples in self.samples.items() if len(samples) > 4}
+        enough = {name: samples for name, samples in self.samples.items() if len(samples) > 4}
+        shown = lambda samples: [[round(x) for x in sample] for sample in samples[:: -(-len(samples) // SHOWN)]]  # noqa: E731
+        return {name: {**slope(samples), "samples": shown(samples)} for name, samples in enough.items()}
 
 
 def slope(samples: list[tuple[float, float]]) -> dict[str, float]:
-    """See `Memory.stop`. The slope is that of the least squares' line."""
+    """MB at the end of the warm-up and at the end, the peak, and what it grew by from then on: least squares, MB a minute."""
     at, size = np.asarray(samples).T
     late = at >= at[0] + WARM_UP * (at[-1] - at[0])
     per_second = float(np.polyfit(at[late], size[late], 1)[0])

@@ -168,17 +168,17 @@ def test_the_programs_refuse_other_hosts(script: list[str]) -> None:
 def test_the_table_has_the_arms_side_by_side() -> None:
     row = {"what": "TTFT", "kind": "base", **spread([1.0, 2.0]), "per_s": 1.0}
     audit = {"exact": 2, "bounded": 1, "rolled_back": 0, "versions": 9, "tokens": 20, "skipped": {"history": 5}, "problems": []}
-    flat = slope([(float(t), 1.0) for t in range(9)])
+    rising = slope([(float(t), float(t)) for t in range(9)])
     arm = {
         "seconds": 2.0,
         "rows": [row],
         "errors": {"x": 3},
         "audit": audit,
-        "memory": {"VLLM::Worker": flat},
+        "memory": {"VLLM::Worker": rising},
     }
     other = {**arm, "rows": [{**row, "kind": "chat"}], "memory": {}}
     text = table({"arms": {"alone": other, "learning": arm}})
     assert "| TTFT | chat | 2, 2, 2 (2) |  |" in text
     assert "| TTFT | base |  | 2, 2, 2 (2) |" in text
     assert "| errors that were not | 3 | 3 |" in text
-    assert "| learning | VLLM::Worker | 1 | 1 | 1 | +0.00 |" in text
+    assert "| learning | VLLM::Worker | 4 | 8 | 8 | +60.00 |" in text
