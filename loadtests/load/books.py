@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: Why a whole request may be answered and not learned: the session was frozen, or had had its share of the hour.
-REFUSED = frozenset({"frozen", "hourly"})
-#: Skipped without a chunk of its own: what was learned before, and a rest that is too short.
-NO_CHUNK = REFUSED | {"history", "short"}
+REFUSED = frozenset({"frozen", "limit"})
+#: Skipped without being scored: that, what was learned before, a rest that is too short, and what repeats itself.
+NOT_SCORED = REFUSED | {"history", "short", "repetition"}
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,12 @@ class Book:
     given_up: int = 0
     #: each prompt, and how many of its first pairs were learned: history to one that goes on from it
     past: list[tuple[list[int], int]] = field(default_factory=list)
-    #: pairs of requests that were answered with ``tokens_learned: 0`` although there was something to learn
+    #: pairs of requests that were answered and not learned, and pairs of others that were not accepted
     refused: int = 0
+    repetitive: int = 0
     requests: int = 0
+    #: answers that began before all earlier requests of the session had been learned
+    behind: int = 0
     #: what did not agree, in words
     problems: list[str] = field(default_factory=list)
 
@@ -68,24 +71,25 @@ class Book:
         if not isinstance(ttt, dict) or ttt.get("session_id") != self.name:
             self.problems.append(f"request {self.requests}: the answer's ttt is {ttt!r}")
             return
-        # Chunks that were skipped are known to the server alone: `check` compares the exact number.
-        if not ttt["version"] <= self.chunks + self.doubtful:
+        # Chunks that were skipped are known to the server alone, until `check`.
+        self.behind += ttt["version"] < self.chunks
+        if ttt["version"] > self.chunks + self.doubtful:
             self.problems.append(f"request {self.requests}: version {ttt['version']}, but only {self.chunks} chunks were sent")
         self.requests += 1
         pairs = len(prompt) - 1
         start = max((n for ids, n in self.past if len(ids) <= pairs and prompt[: len(ids)] == ids), default=0)
-        expected = self.rule.accepted(pairs - start) if self.learn else 0
+        expected, given = self.rule.accepted(pairs - start) if self.learn else 0, ttt["tokens_learned"]
+        if given > expected:
+            self.problems.append(f"request {self.requests}: tokens_learned {given}, not {expected}")
         if not self.learn:
-            pass
-        elif ttt["tokens_learned"] == 0 and expected:
+            return
+        self.sent += pairs
+        if given == 0 and expected:
             self.refused += pairs
-            self.sent += pairs
-        else:
-            self.sent += pairs
-            self.chunks += self.rule.chunks(pairs - start)
-            self.past.append((prompt, start + expected))
-        if ttt["tokens_learned"] not in (expected, 0):
-            self.problems.append(f"request {self.requests}: tokens_learned {ttt['tokens_learned']}, not {expected}")
+            return
+        self.repetitive += expected - given
+        self.chunks += -(-given // self.rule.chunk)
+        self.past.append((prompt, start + expected))
 
     def left(self, prompt: int) -> None:
         """Enter a request that the client gave up: any number of its chunks may have been learned."""
@@ -98,8 +102,8 @@ class Book:
         found, skipped = list(self.problems), Counter(session["tokens_skipped"])
         say = lambda what: found.append(f"{self.name}: {what}")  # noqa: E731
         version, losses = session["version"], session["losses"]
-        if self.refused > sum(skipped[reason] for reason in REFUSED):
-            say(f"{self.refused} tokens were not accepted, and the session says why of {dict(skipped)} only")
+        if self.refused > sum(skipped[reason] for reason in REFUSED) or self.repetitive > skipped["repetition"]:
+            say(f"{self.refused} and {self.repetitive} tokens were not accepted; the session says why of {dict(skipped)} only")
         if not self.sent <= session["tokens_seen"] <= self.sent + self.given_up:
             say(f"tokens_seen {session['tokens_seen']}; sent {self.sent}, and {self.given_up} given up")
         settled = session["tokens_learned"] + sum(skipped.values())
@@ -110,9 +114,11 @@ class Book:
             if version > self.chunks + self.doubtful:
                 say(f"version {version} after the guard's rollback; at most {self.chunks + self.doubtful} chunks were sent")
             return found
-        unlearned = sum(1 for chunk in losses if chunk["skipped"] not in (None, *NO_CHUNK))
-        if unlearned == 0 and any(skipped[reason] for reason in skipped.keys() - NO_CHUNK):
+        unlearned = sum(1 for chunk in losses if chunk["skipped"] not in (None, *NOT_SCORED))
+        if unlearned == 0 and any(skipped[reason] for reason in skipped.keys() - NOT_SCORED):
             say(f"skipped {dict(skipped)}, but no chunk says so")
+        if unlearned == 0 and self.behind:
+            say(f"{self.behind} answers did not wait for what had been sent before")
         if not self.chunks <= version + unlearned <= self.chunks + self.doubtful:
             counted = f"{self.chunks}" + (f" to {self.chunks + self.doubtful}" if self.doubtful else "")
             say(f"version {version} and {unlearned} chunks skipped; the client counted {counted}")
@@ -121,7 +127,7 @@ class Book:
 
 def rolled_back(session: dict[str, Any]) -> bool:
     """Whether the guard has returned the session to an earlier version."""
-    return isinstance(session.get("frozen"), str) and "back at version" in session["frozen"]
+    return "back at version" in (session.get("frozen_reason") or "")
 
 
 def at_rest(session: dict[str, Any]) -> bool:

@@ -73,7 +73,31 @@ def test_a_session_that_agrees_and_each_way_not_to() -> None:
 def test_answers_that_do_not_agree(wrong: Any) -> None:
     book = Book("s", RULE)
     book.answered(list(range(601)), 601, wrong)
-    assert book.problems
+    assert book.check(session(3, 600))
+
+
+def test_an_answer_that_did_not_wait() -> None:
+    book = Book("s", RULE)
+    book.answered(list(range(257)), 257, answer(0, 256))
+    book.answered(list(range(1, 258)), 257, answer(0, 256))
+    assert book.check(session(2, 512)) == ["s: 1 answers did not wait for what had been sent before"]
+    assert book.check(session(1, 512, {"loss": 256}, losses=[{"skipped": "loss"}])) == []
+
+
+def test_what_repeats_itself_is_not_counted() -> None:
+    book = Book("s", RULE)
+    book.answered(list(range(1025)), 1025, answer(0, 768))
+    assert book.check(session(3, 1024, {"repetition": 256})) == []
+    assert book.check(session(3, 1024, {"short": 256}))
+    assert book.check(session(4, 1024, {"repetition": 256}))
+
+
+def test_after_a_rollback_only_the_most_is_known() -> None:
+    book = Book("s", RULE)
+    book.answered(list(range(1025)), 1025, answer(0, 1024))
+    reason = {"frozen": True, "frozen_reason": "at version 4 its delta ...; it is back at version 2"}
+    assert book.check(session(2, 1024, **reason)) == []
+    assert book.check(session(5, 1024, **reason))
 
 
 def test_what_went_before_is_history() -> None:
