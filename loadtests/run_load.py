@@ -29,6 +29,7 @@ import httpx
 import yaml
 from bench_cpu import DEMO, HERE, hardware, versions
 from load.hosts import check_host
+from load.logs import unexpected
 from load.memory import Memory
 from load.report import ARMS, table
 from load.shapes import SHAPES
@@ -89,8 +90,7 @@ class Target:
         """Lines of the log that no request should cause."""
         if self.log is None:
             return []
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [line for line in lines if "Traceback (most recent call last)" in line or "Internal Server Error" in line]
+        return unexpected(self.log.read_text(encoding="utf-8", errors="replace"))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from load.logs import unexpected
 from schemathesis import GenerationMode
 from served import Documents, Served
 
@@ -23,8 +24,8 @@ from vllm_ttt.types import SESSION_ID
 
 pytestmark = pytest.mark.engine
 
-#: Requests per operation, and of our fields per route of vLLM's.
-EXAMPLES = 25
+#: Requests per operation, allowed and forbidden ones each; of our fields, per route of vLLM's.
+EXAMPLES, FIELDS = 25, 120
 QUICKLY = settings(
     max_examples=EXAMPLES,
     database=None,
@@ -62,13 +63,14 @@ def alive(server: Served, documents: Documents) -> Iterator[Served]:
     server.settle()
     for name in listed() - before:
         assert server.http.delete(f"/v1/ttt/sessions/{name}").status_code == 200
-    said = server.logged()[logged:]
-    assert "Traceback (most recent call last)" not in said, said[-4000:]
+    assert unexpected(server.logged()[logged:]) == []
 
 
 def judge(answer: httpx.Response | schemathesis.Response, sent: Any) -> None:
     """No 5xx but 507 of a full disk, which this server has not; an error in OpenAI's shape."""
     assert answer.status_code < 500, (answer.status_code, answer.text[:500], sent)
+    if answer.content == b"Invalid HTTP request received.":
+        return  # of a header that is none: it has not come to vLLM
     if answer.status_code >= 400 and answer.status_code not in (404, 405):
         error = answer.json().get("error")
         assert error, (answer.status_code, answer.text[:500], sent)
@@ -121,7 +123,7 @@ def test_our_fields_on_their_routes(alive: Served, route: str) -> None:
     """Session ids in body and header, and ``vllm_xargs``: accepted as README says, or refused in words."""
     accepted: Counter[bool] = Counter()
 
-    @QUICKLY
+    @settings(QUICKLY, max_examples=FIELDS)
     @given(
         name=st.none() | ids | anything,
         header=st.none() | ids.map(lambda text: text.encode("utf-8", "surrogatepass")[:200]),

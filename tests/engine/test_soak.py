@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from load.logs import unexpected
 from served import Served
 
 pytestmark = pytest.mark.engine
@@ -38,5 +39,5 @@ def test_soak(server: Served, tmp_path: Path) -> None:
     assert "VLLM::Worker" in figures["memory"]
     assert all(process["per_minute"] == process["per_minute"] for process in figures["memory"].values())
     assert done.stdout.strip() == dated.with_suffix(".md").read_text().strip()
-    assert "Traceback (most recent call last)" not in server.logged()[logged:]
+    assert unexpected(server.logged()[logged:]) == []
     assert {s["session_id"] for s in server.http.get("/v1/ttt/sessions").json()["sessions"]} == before, "it leaves no session"

@@ -25,6 +25,7 @@ import pytest
 import yaml
 from conftest import HERE, Stage, running
 from load.books import Book, Rule
+from load.logs import unexpected
 from served import Documents, Served, completion
 
 from vllm_ttt.sessions.offline import Offline
@@ -81,7 +82,7 @@ def calm(stormy: Served, documents: Documents) -> Iterator[Served]:
     name = stormy.fresh("after")
     for version in (0, 1):
         assert stormy.complete(documents["kjv"][0][:257], name)["ttt"]["version"] == version
-    assert "Traceback (most recent call last)" not in stormy.logged()[logged:]
+    assert unexpected(stormy.logged()[logged:]) == []
 
 
 class Beside:

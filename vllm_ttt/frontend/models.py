@@ -13,7 +13,7 @@ def _finite(value: Any) -> Any:
 
 
 #: For readers of the schema: `check_session_id` checks, and says what is allowed.
-SESSION_ID_SCHEMA: dict[str, Any] = {"pattern": "^[A-Za-z0-9._:-]{1,128}$"}
+SESSION_ID_SCHEMA: dict[str, Any] = {"pattern": r"^(?!\.{1,2}$)[A-Za-z0-9._:-]{1,128}$"}
 #: JSON has no NaN: what was not finite is null.
 Loss = Annotated[float | None, BeforeValidator(_finite)]
 
