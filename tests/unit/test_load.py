@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from load.books import Book, Rule
 from load.hosts import check_host
+from load.logs import unexpected
 from load.memory import slope
 from load.report import table
 from load.shapes import SHAPES, users
@@ -206,3 +207,14 @@ def test_the_table_has_the_arms_side_by_side() -> None:
     assert "| TTFT | base |  | 2, 2, 2 (2) |" in text
     assert "| errors that were not | 3 | 3 |" in text
     assert "| learning | VLLM::Worker | 4 | 8 | 8 | +60.00 |" in text
+
+
+def test_what_a_log_must_not_say() -> None:
+    refusal = "(APIServer pid=1) ERROR 11-24 15:29:23 [validation.py:151] Traceback (most recent call last):"
+    fine = ["INFO: 127.0.0.1 - POST /v1/completions 200 OK", refusal]
+    bad = [
+        "(EngineCore pid=1) ERROR [core.py:12] Traceback (most recent call last):",
+        'INFO: "POST /x" 500 Internal Server Error',
+    ]
+    bad += ["ERROR vllm-ttt: _take failed (error 1)"]
+    assert unexpected("\n".join([*fine, *bad])) == bad
