@@ -106,8 +106,12 @@ def adapted_modules(num_layers: int, config: TTTConfig) -> list[str]:
 
 
 def max_sessions(hf: Any, config: TTTConfig) -> int:
-    """How many sessions fit: those with a slot, and as many as ``sessions.host_gib`` holds in float32."""
-    return config.sessions.resident + int(config.sessions.host_gib * 2**30 / Geometry.of(hf, config.adapt).bytes)
+    """How many sessions fit: those with a slot, and as many as ``sessions.host_gib`` holds in float32.
+
+    With the guard, a session may take twice its size: what it is, and what it was when it was last found good.
+    """
+    size = Geometry.of(hf, config.adapt).bytes * (2 if config.guard.every else 1)
+    return config.sessions.resident + int(config.sessions.host_gib * 2**30 / size)
 
 
 def describe_model(model: str) -> str:

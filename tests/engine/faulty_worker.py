@@ -53,7 +53,8 @@ class FaultyWorker(TTTCPUWorker):
         slot = slots.manager._adapter_manager.lora_index_to_id.index(key)
         modules = slots.modules
         places = ((modules.o_proj, 0), (modules.gate_up_proj, 0), (modules.gate_up_proj, 1), (modules.down_proj, 0))
-        parts = self.trainer.deltas.read(key).to(slots.dtype).parts()
+        scale = self.trainer.deltas.session(key).scale
+        parts = self.trainer.deltas.read(key).times(scale).to(slots.dtype).parts()
         equal = [bool((m.lora_b_stacked[i][slot, 0] == b[0]).all()) for (_, b), (m, i) in zip(parts, places, strict=True)]
         return {"held": True, "equal": all(equal)}
 

@@ -62,11 +62,13 @@ async def main() -> None:
     parser.add_argument("--protocols", default="p2,p3")
     parser.add_argument("--retrieval", action="store_true")
     parser.add_argument("--float32", action="store_true", help="load the model in float32 instead of its own dtype")
+    parser.add_argument("--unscaled", action="store_true", help="serve with the delta as it is (learn.scales: [1])")
     parser.add_argument("--json")
     parser.add_argument("--reference", help="recorded curves to compare with")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    scorer = OracleScorer(args.model, dtype=torch.float32 if args.float32 else None)
+    config = TTTConfig.model_validate({"learn": {"scales": [1]}} if args.unscaled else {})
+    scorer = OracleScorer(args.model, config, torch.float32 if args.float32 else None)
     found = texts.read_texts(args.texts)
     if args.domains:
         found = {domain: found[domain] for domain in args.domains.split(",")}
