@@ -44,7 +44,14 @@ def test_the_documented_command(server: Served, documents: Documents, tmp_path: 
     name = body["session_id"]
     assert server.http.get(f"/v1/ttt/sessions/{name}").status_code == 404
     result = tmp_path / "result.json"
-    program = [str(Path(sys.executable).with_name("vllm")), *command, "--save-result", "--result-filename", str(result)]
+    program = [
+        str(Path(sys.executable).with_name("vllm")),
+        *command,
+        "--save-result",
+        "--save-detailed",
+        "--result-filename",
+        str(result),
+    ]
     done = subprocess.run(program, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     figures = json.loads(result.read_text())
