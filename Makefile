@@ -2,6 +2,7 @@
 # make demo    start a server that learns, compare it with the frozen model and with retrieval, draw the plot (KEEP=1: leave it running)
 # make test    ruff, pyright and pytest (ARGS='-k name' passes options on to pytest)
 # make bench   what learning costs a client, on the CPU (loadtests/bench_engine.py: beside stock vLLM, on a GPU)
+# make load    a minute of every kind of user on a server that learns, beside the same without learning (docs/load.md)
 # make format  rewrite the sources as ruff wants them
 # make lock    resolve the requirements anew
 # make clean   remove what setup made
@@ -35,7 +36,7 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-.PHONY: help setup demo test lint format bench lock build clean
+.PHONY: help setup demo test lint format bench load lock build clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -71,6 +72,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python loadtests/bench_cpu.py $(ARGS)
+
+load: setup
+	$(BIN)/python loadtests/run_load.py --seconds 60 --beside 30 $(ARGS)
 
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--no-emit-index-url --custom-compile-command "make lock" --no-sources pyproject.toml $(foreach e,$(EXTRAS),--extra $(e))

@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 from vllm_ttt.errors import RequestError
 
-SESSION_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}\Z")
+#: ``.`` and ``..`` would be lost in a URL: no route could name such a session.
+SESSION_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:\-]{1,128}\Z")
 #: Where the in-memory adapters of sessions pretend to lie: ADAPTER_PATH + adapter id. Nothing is ever read there.
 ADAPTER_PATH = "/ttt/"
-SESSION_ID_RULE = "1 to 128 characters of A-Z a-z 0-9 . _ : -"
+SESSION_ID_RULE = "1 to 128 characters of A-Z a-z 0-9 . _ : -, and neither . nor .. alone"
 
 
 class SessionKey(NamedTuple):

@@ -12,7 +12,7 @@ from vllm_ttt.types import SESSION_ID_RULE
 pytestmark = pytest.mark.engine
 
 NAMES: list[Any] = [
-    *("", "x" * 129, "two words", "a/b", "a\\b", "a?b", "tab\t", "new\nline", "nul\x00", "bell\x07", "é", "会话"),
+    *("", ".", "..", "x" * 129, "two words", "a/b", "a\\b", "a?b", "tab\t", "new\nline", "nul\x00", "bell\x07", "é", "会话"),
     *(7, ["a"], {"a": 1}),
 ]
 ROUTES = {

@@ -180,3 +180,10 @@ def test_admin_key_files_that_are_refused(
     with pytest.raises(ConfigError, match=says) as caught:
         tenants.admit_admin(Namespace(api_key=keys), str(file))
     assert content is None or content not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"version": "1"}', b'{"version": 1e999}'])
+@pytest.mark.parametrize("rest", ["/rollback", "/fork"])
+def test_bodies_that_cannot_be_read(keyed: TestClient, rest: str, content: bytes) -> None:
+    headers = {**bearer("key-a"), "Content-Type": "application/json"}
+    refused(keyed.post("/v1/ttt/sessions/s" + rest, content=content, headers=headers))

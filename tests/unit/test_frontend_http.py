@@ -126,7 +126,7 @@ def refused(answer: Any, *says: str, status: int = 400) -> None:
         assert text in error["message"]
 
 
-BAD_NAMES = ["", "a" * 129, "a b", "a/b", "../x", "a\n", "\x00", "ä", "日本", "a\u2028", "%2e", "a\\b", "{}", "'"]
+BAD_NAMES = ["", ".", "..", "a" * 129, "a b", "a/b", "../x", "a\n", "\x00", "ä", "日本", "a\u2028", "%2e", "a\\b", "{}", "'"]
 
 
 @pytest.mark.parametrize("path", sorted(BODIES))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -369,6 +370,32 @@ def test_sessions_that_nobody_uses_expire(make: Make) -> None:
     assert sorted(s["session_id"] for s in Offline(world.store.folder.root).list()) == ["s1", "s2"]
     assert len(files(world)) == 2
     assert world.ledger.tenants["-"] == 2
+
+
+@pytest.mark.parametrize("jump", [10 * 365 * 86400.0, -10 * 365 * 86400.0])
+def test_a_clock_that_is_set_ends_no_session(make: Make, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    """In memory and on disk; and who is unused for ``ttl`` by the new clock goes, as before."""
+    world, real = make(limit=2, ttl="1h"), time.time
+    for i in range(4):
+        world.use(f"s{i}", 1.0)
+        world.run()
+
+    def sweep() -> list[str]:
+        world.tiers.next_sweep = 0.0
+        world.step()
+        world.run()
+        return sorted(s["session_id"] for s in Offline(world.store.folder.root).list())
+
+    for offset in (jump, 0.0):
+        monkeypatch.setattr("time.time", lambda offset=offset: real() + offset)
+        assert sweep() == ["s0", "s1", "s2", "s3"]
+        world.use("s1", 1.0)
+        assert world.save("s1").saved == pytest.approx(real() + offset, abs=60)
+    # An hour passes, by either clock.
+    passed = time.monotonic
+    monkeypatch.setattr("time.time", lambda: real() + 7200)
+    monkeypatch.setattr("time.monotonic", lambda: passed() + 7200)
+    assert sweep() == []
 
 
 def test_a_key_has_so_many_sessions_wherever_they_are(make: Make) -> None:

@@ -187,6 +187,11 @@ def shrink(db: sqlite3.Connection, excess: int) -> list[str]:
     return gone
 
 
+def follow_clock(db: sqlite3.Connection, ahead: float, now: float) -> None:
+    """The clock was set: sessions were last used ``ahead`` seconds later than is recorded, and not after ``now``."""
+    db.execute("UPDATE sessions SET last_used = min(last_used + ?, ?)", (ahead, now))
+
+
 def unused_since(db: sqlite3.Connection, time: float, limit: int = 1000) -> list[Row]:
     return list(_rows(db, "WHERE s.last_used < ? ORDER BY s.last_used LIMIT ?", (time, limit)))
 

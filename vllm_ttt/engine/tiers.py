@@ -30,6 +30,8 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below it
 _HIGH_WATER = 0.75
 #: Seconds between two looks for sessions that nobody has used for ``ttl``.
 _SWEEP = 60.0
+#: Seconds by which the clock may differ from the time that has passed before somebody must have set it.
+_JUMP = 5.0
 
 
 class Tiers:
@@ -54,6 +56,8 @@ class Tiers:
         #: who waits for a session to be in memory, by adapter id
         self.waking: dict[int, list[Future]] = {}
         self.next_sweep = time.monotonic()
+        #: the clock less the time that has passed: it changes where somebody sets the clock
+        self.skew = time.time() - time.monotonic()
         self.closing = False
 
     # What the scheduler asks.
@@ -296,13 +300,28 @@ class Tiers:
         now, ttl = time.monotonic(), self.config.ttl_seconds
         if now < self.next_sweep or self.closing:
             return
-        self.next_sweep, oldest = now + min(_SWEEP, ttl), time.time() - ttl
+        self.next_sweep = now + min(_SWEEP, ttl)
+        self._follow_clock()
         if ttl == math.inf:
             return
+        oldest = time.time() - ttl
         for session in [s for s in self.ledger.sessions.values() if s.last_used < oldest and s.idle]:
             self.remove(session)
         if self.store is not None:
             self.store.write(lambda db: Change(records.unused_since(db, oldest)), self._expire)
+
+    def _follow_clock(self) -> None:
+        """Where the clock was set, sessions stay as old as they are: a jump of years must not remove them all."""
+        now = time.time()
+        jump, self.skew = now - time.monotonic() - self.skew, now - time.monotonic()
+        if abs(jump) < _JUMP:
+            return
+        logger.warning("vllm-ttt: the clock was set by %+.0f s; the times at which sessions were last used follow it", jump)
+        ahead = max(jump, 0.0)  # after a step back, what lies in the future was used just now
+        for session in self.ledger.sessions.values():
+            session.last_used = min(session.last_used + ahead, now)
+        if self.store is not None:
+            self.store.write(lambda db: Change(records.follow_clock(db, ahead, now)))
 
     def _expire(self, rows: list[records.Row] | None, error: Exception | None) -> None:
         for row in rows or ():

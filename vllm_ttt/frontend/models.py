@@ -12,6 +12,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+#: For readers of the schema: `check_session_id` checks, and says what is allowed.
+SESSION_ID_SCHEMA: dict[str, Any] = {"pattern": r"^(?!\.{1,2}$)[A-Za-z0-9._:-]{1,128}$"}
 #: JSON has no NaN: what was not finite is null.
 Loss = Annotated[float | None, BeforeValidator(_finite)]
 
@@ -120,7 +122,7 @@ class Rollback(_Request):
 class Fork(_Request):
     """The session to be made."""
 
-    to: str
+    to: Annotated[str, Field(json_schema_extra=SESSION_ID_SCHEMA)]
     """Its id, which no session of this API key has."""
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, HTTPException, Path, Request, Response
 from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_ttt.errors import RequestError
 from vllm_ttt.frontend import adapter, models, refusals, tenants
@@ -25,9 +28,31 @@ _FULL: dict[int | str, dict[str, Any]] = {
 
 #: ``:path`` so that an id with a slash is refused as an id; FastAPI would otherwise answer 404 as for an unknown route.
 _SESSION = "/sessions/{session_id:path}"
-SessionId = Annotated[str, Path(description=f"The session as the client calls it: {SESSION_ID_RULE}")]
+SessionId = Annotated[
+    str,
+    Path(
+        description=f"The session as the client calls it: {SESSION_ID_RULE}",
+        json_schema_extra=models.SESSION_ID_SCHEMA,
+    ),
+]
 
-router = APIRouter(prefix="/v1/ttt", tags=["test-time training"])
+
+class _Route(APIRoute):
+    """Of a body that cannot be read at all, Starlette's exception says so; vLLM puts FastAPI's alone into OpenAI's shape."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except StarletteHTTPException as error:
+                raise HTTPException(error.status_code, error.detail, error.headers) from None
+
+        return answer
+
+
+router = APIRouter(prefix="/v1/ttt", tags=["test-time training"], route_class=_Route)
 
 
 @router.get("/sessions", response_model=models.Sessions)

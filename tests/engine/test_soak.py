@@ -1,0 +1,43 @@
+"""`make load` in small: every kind of user for a while, no error that was not asked for, every session at its version."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from load.logs import unexpected
+from served import Served
+
+pytestmark = pytest.mark.engine
+
+LOAD = Path(__file__).parents[2] / "loadtests" / "run_load.py"
+SECONDS = int(os.environ.get("TTT_SOAK", "60"))
+
+
+def test_soak(server: Served, tmp_path: Path) -> None:
+    before = {s["session_id"] for s in server.http.get("/v1/ttt/sessions").json()["sessions"]}
+    logged = len(server.logged())
+    options = ["--arms", "learning", "--seconds", str(SECONDS), "--base-url", server.url, "--out", str(tmp_path)]
+    options += ["--server-pid", str(server.process.pid), "--no-yielding"]
+    done = subprocess.run([sys.executable, str(LOAD), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (dated,) = tmp_path.glob("20*-load.json")
+    figures = json.loads(dated.read_text())["arms"]["learning"]
+    assert figures["errors"] == {}
+    assert figures["audit"]["problems"] == []
+    assert figures["audit"]["exact"] >= 3, "sessions whose version was compared"
+    assert figures["audit"]["versions"] > 10
+    kinds = {(row["what"], row["kind"]) for row in figures["rows"]}
+    for kind in ("base", "documents", "repeated", "chat"):
+        assert {("answer", kind), ("TTFT", kind), ("TPOT", kind)} <= kinds
+    assert ("left", "hostile") in kinds
+    assert {what for what, kind in kinds if kind.startswith("hostile: ")} == {"asked"}
+    assert "VLLM::Worker" in figures["memory"]
+    assert all(process["per_minute"] == process["per_minute"] for process in figures["memory"].values())
+    assert done.stdout.strip() == dated.with_suffix(".md").read_text().strip()
+    assert unexpected(server.logged()[logged:]) == []
+    assert {s["session_id"] for s in server.http.get("/v1/ttt/sessions").json()["sessions"]} == before, "it leaves no session"
