@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.geometry import Geometry
+from vllm_ttt.geometry import Geometry, adapted_layers
 
 #: Architectures with a tail that worker/tail.py knows, by the name in the model's config.json.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -101,7 +101,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
 def adapted_modules(num_layers: int, config: TTTConfig) -> list[str]:
     """Full names of the adapted modules: the only ones that get LoRA slots, so every other layer stays as it was."""
     names = {"o_proj": "self_attn.o_proj", "gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"}
-    first = num_layers - config.adapt.layers
+    first = num_layers - adapted_layers(num_layers, config.adapt)
     return [f"model.layers.{i}.{names[m]}" for i in range(first, num_layers) for m in config.adapt.modules]
 
 

@@ -161,7 +161,7 @@ class ChunkReport:
     loss: float
     #: the same under the frozen model, where it was measured
     frozen_loss: float | None
-    #: None: learned. Otherwise why not: "loss", "nonfinite", "short" or "error"
+    #: None: learned. Otherwise why not: "loss", "nonfinite", "short", "pool" or "error"
     skipped: str | None
     #: the pair of the request that comes after its last one
     end: int

@@ -31,7 +31,7 @@ def test_needs_are_the_bytes_of_the_buffers() -> None:
     backlog = Backlog(memory.pages(config), config.learn.chunk, 8, h, a)
     buffers = [*deltas.masters.tensors(), *deltas.grads.tensors(), backlog.h_PCD, backlog.a_PCQ, backlog.t_PC, h, a]
     buffers += [tail.ao_RQ, tail.ai_RD, tail.ad_RF, tail.logits]
-    needs = memory.needs(geometry, config, N, 2, V)
+    needs = memory.needs(geometry, config, N, 2, V, 512)
     assert sum(needs.values()) == sum(x.nbytes for x in buffers)
 
     memory.check(needs, sum(needs.values()))

@@ -17,14 +17,13 @@ from vllm_ttt.worker.backlog import Backlog, Chunk
 from vllm_ttt.worker.clock import Clock, to_host
 from vllm_ttt.worker.compute import Compute
 from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.micro_step import Delta, Tail
+from vllm_ttt.worker.past import PastPool
+from vllm_ttt.worker.qkv import Past
 from vllm_ttt.worker.slots import Slots
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
-
-
-#: A tile counts as at least so many tokens: reading a session's B and one step of its optimiser cost as much.
-SMALLEST_SHARE = 128
 
 
 @dataclass(slots=True)
@@ -56,7 +55,11 @@ class Outcome:
 class Trainer:
     """One per worker. Not thread-safe: it runs between vLLM's iterations, on the same stream."""
 
-    def __init__(self, tail: Tail, config: TTTConfig, backlog: Backlog, deltas: Deltas, slots: Slots):
+    def __init__(
+        self, tail: Tail, config: TTTConfig, backlog: Backlog, deltas: Deltas, slots: Slots, pool: PastPool | None = None
+    ):
+        """``pool``: where the past of each chunk is; None where the step needs none."""
+        self.pool = pool
         self.config, self.backlog, self.deltas, self.slots = config, backlog, deltas, slots
         self.dtype = tail.head_VD.dtype
         self.compute = Compute(tail, config.learn, backlog, deltas)
@@ -79,6 +82,8 @@ class Trainer:
                 for tile in tiles:
                     self._give_up(tile.chunk, "error")
             left -= sum(tile.cost for tile in tiles)
+            if self.pool is not None:
+                self.pool.sweep(self.backlog)
         return tokens - max(left, 0)
 
     def collect(self, wait: bool = False) -> None:
@@ -146,9 +151,13 @@ class Trainer:
         """Give up everything that waits, of all sessions, and the rest of what they are sending now; their masters stay."""
         reading = {r.plan.session for r in self.backlog.readings.values()}
         for key in reading | set(self.backlog.queues):
-            for chunk in self.backlog.drop_session(key):
-                self._report_chunk(chunk, math.nan, None, "error")
-            self.deltas.end_chunk(key)
+            self.give_up(key, "error")
+
+    def give_up(self, key: int, reason: str) -> None:
+        """Give up what waits of a session, and the rest of what it is sending now; its master stays."""
+        for chunk in self.backlog.drop_session(key):
+            self._report_chunk(chunk, math.nan, None, reason)
+        self.deltas.end_chunk(key)
 
     def failed(self, what: str) -> None:
         """Count an error that serving survives, and log it; call it while the exception is handled."""
@@ -163,7 +172,10 @@ class Trainer:
             row = self.deltas.row(chunk.session) if tokens > 0 else None
             if row is None or any(tile.row == row for tile in tiles):
                 continue
-            tiles.append(Tile(chunk, row, min(chunk.rows - chunk.done, tokens)))
+            left = chunk.rows - chunk.done
+            if self.pool is not None and tiles and left > tokens:
+                continue  # its rows attend to one another: they are learned together
+            tiles.append(Tile(chunk, row, min(left, tokens) if self.pool is None else left))
             tokens -= tiles[-1].cost
             self.deltas.begin_chunk(chunk.session)
         return tiles
@@ -172,9 +184,10 @@ class Trainer:
         flat, weight = self._rows(tiles)
         rows = torch.tensor([tile.row for tile in tiles])
         keep = torch.tensor([tile.chunk.done > 0 for tile in tiles])
-        self.compute.score(flat, weight, rows, keep)
+        self.compute.score(flat, weight, rows, keep, self._past(tiles, flat))
         if due := [s for s, tile in enumerate(tiles) if self._frozen_due(tile.chunk)]:
-            self.compute.score_frozen(flat[due], weight[due], rows[due], keep[due])
+            past = self._past([tiles[s] for s in due], flat)
+            self.compute.score_frozen(flat[due], weight[due], rows[due], keep[due], past)
         for tile in tiles:
             tile.chunk.done += tile.rows
         complete = [tile for tile in tiles if tile.chunk.done == tile.chunk.rows]
@@ -192,6 +205,9 @@ class Trainer:
             flat[s, : tile.rows] += torch.arange(tile.rows)
             weight[s, : tile.rows] = 1.0 / tile.chunk.rows
         return flat, weight
+
+    def _past(self, tiles: list[Tile], flat: Tensor) -> Past | None:
+        return None if self.pool is None else self.pool.past([tile.chunk for tile in tiles], flat.shape[1])
 
     def _frozen_due(self, chunk: Chunk) -> bool:
         every = self.config.observe.frozen_every
