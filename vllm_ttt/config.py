@@ -19,7 +19,11 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: What a preset means where the config says nothing else (the table in docs/algorithm.md).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "last": {"adapt": {"layers": 1, "rank": 128}, "learn": {"rate": 0.032, "decay": 0.015}},
-    "deep": {"adapt": {"layers": None, "rank": 128}, "learn": {"rate": 0.016, "decay": 0.015}},
+    "deep": {
+        "adapt": {"layers": None, "rank": 128},
+        "learn": {"rate": 0.016, "decay": 0.015, "scales": (1.0,), "familiar": 0},
+        "guard": {"every": 0},
+    },
 }
 
 
@@ -86,6 +90,28 @@ class LearnConfig(_Model):
     """Where a prompt goes on from an earlier one of its session: whether what they share is skipped, or learned again."""
     interleave: bool = False
     """Whether a prompt is read chunk by chunk, each learned before the next is scored, where a request does not say."""
+    scales: tuple[Annotated[float, Field(ge=0, le=2)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+    """A session is served with s times its delta, s within these, by its past losses; `[1]`: always with the delta as it is."""
+    scale_rate: Annotated[float, Field(gt=0, le=10**6)] = 200.0
+    """How decidedly s follows the losses: the weight of a scale is exp(- this times its loss in nats)."""
+    scale_memory: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """The share of those losses that each request leaves; less follows a change of subject sooner."""
+    familiar: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """A prompt of which a smaller share is like the session's past is served with a smaller s; 0: none is."""
+
+    @field_validator("scales")
+    @classmethod
+    def _scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if scales != (1.0,) and not (2 <= len(scales) <= 16 and scales[0] == 0 and list(scales) == sorted(set(scales))):
+            raise ValueError("scales must be 2 to 16 numbers, ascending from 0, or [1] alone, which switches scaling off")
+        return scales
+
+    @field_validator("familiar")
+    @classmethod
+    def _familiar(cls, familiar: float) -> float:
+        if 0 < familiar <= 0.05:
+            raise ValueError("familiar must be 0, or more than 0.05, which any two texts have in common")
+        return familiar
 
 
 class ScheduleConfig(_Model):
@@ -115,7 +141,7 @@ class SessionsConfig(_Model):
     autosave: Annotated[float, Field(ge=0.1, le=86400)] = 30.0
     """Seconds after which a session that has learned is saved, at the latest."""
     keep_versions: Annotated[int, Field(ge=1, le=1000)] = 3
-    """Saved versions that are kept of each session, for rollback and in case one is damaged."""
+    """Earlier versions of each session that it can be rolled back to: so many in memory, and so many on disk."""
     disk_gib: Annotated[float, Field(gt=0, le=2**20)] = 100.0
     """GiB of files in the state dir. Where they are full, older versions go first; then a new session is refused with 429."""
     ttl: Annotated[str, Field(pattern=r"^([1-9][0-9]{0,5}[smhd]|never)$")] = "30d"
@@ -124,6 +150,10 @@ class SessionsConfig(_Model):
     """File with an API key that may list the sessions of all keys."""
     per_key: Annotated[int, Field(ge=1, le=10**9)] = 1000
     """Sessions of one API key; one more is refused with 429."""
+    version_every: Annotated[int, Field(ge=1, le=10**6)] = 16
+    """Commits from one version that is kept in memory to the next."""
+    versions_gib: Annotated[float, Field(ge=0, le=65536)] = 2.0
+    """GiB of memory for kept versions; where it is full, the session that has most gives up its oldest. 0: none are."""
 
     @property
     def ttl_seconds(self) -> float:
@@ -132,11 +162,26 @@ class SessionsConfig(_Model):
         return math.inf if self.ttl == "never" else float(int(self.ttl[:-1]) * units[self.ttl[-1]])
 
 
+class GuardConfig(_Model):
+    """What keeps a session from being spoiled, and from spoiling what the model knows."""
+
+    every: Annotated[int, Field(ge=0, le=10**6)] = 16
+    """Commits of a session after which its delta is tried on the probe, a text that no session sends; 0: never."""
+    max_regression: Annotated[float, Field(gt=0, le=100)] = 0.15
+    """A delta that makes the probe worse than this, in nats per token, is rolled back, and its session learns no more."""
+    probe: str | None = None
+    """File of the probe, plain text; null: the one that comes with vllm-ttt."""
+    probe_tokens: Annotated[int, Field(ge=64, le=65536)] = 2048
+    """So many tokens of it are tried; their activations are kept on the device."""
+    min_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    """A chunk of a prompt whose tokens zlib makes smaller than this share is not learned: it repeats itself; 0: all are."""
+    hourly_tokens: Annotated[int, Field(ge=0, le=10**12)] = 1000000
+    """Tokens that a session may have learned within an hour; a request beyond is answered and not learned; 0: no limit."""
+
+
 class ObserveConfig(_Model):
     """What is measured for people to look at."""
 
-    frozen_every: Annotated[int, Field(ge=0)] = 8
-    """Every n-th chunk of a session is also scored under the frozen model; 0: never."""
     recent_chunks: Annotated[int, Field(ge=1, le=4096)] = 64
     """How many chunk losses `GET /v1/ttt/sessions/{id}` shows."""
 
@@ -148,11 +193,20 @@ class TTTConfig(_Model):
     learn: LearnConfig = LearnConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     sessions: SessionsConfig = SessionsConfig()
+    guard: GuardConfig = GuardConfig()
     observe: ObserveConfig = ObserveConfig()
 
     @model_validator(mode="after")
-    def _whole_chunks(self) -> TTTConfig:
-        if self.adapt.preset == "deep" and self.schedule.tokens_per_step < self.learn.chunk:
+    def _deep(self) -> TTTConfig:
+        if self.adapt.preset != "deep":
+            return self
+        learn, guard = self.learn, self.guard
+        if learn.scales != (1.0,) or learn.familiar or guard.every:
+            raise ValueError(
+                "the preset deep serves a session with its delta as it is and tries none: learn.scales must be [1], "
+                "learn.familiar and guard.every 0"
+            )
+        if self.schedule.tokens_per_step < self.learn.chunk:
             raise ValueError(
                 f"schedule.tokens_per_step {self.schedule.tokens_per_step} is less than learn.chunk {self.learn.chunk}, "
                 "and the preset deep learns a chunk in one step"

@@ -88,6 +88,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         raise ConfigError("on CUDA, --plugin ttt needs vLLM's model runner V2; unset VLLM_USE_V2_MODEL_RUNNER")
     hf = model.hf_text_config
     _check_architecture(model.architectures, hf)
+    check_layers(hf, config)
     lora = LoRAConfig(
         max_lora_rank=config.adapt.rank,  # type: ignore[arg-type]  # one of RANKS
         max_loras=config.sessions.resident,
@@ -106,8 +107,12 @@ def adapted_modules(num_layers: int, config: TTTConfig) -> list[str]:
 
 
 def max_sessions(hf: Any, config: TTTConfig) -> int:
-    """How many sessions fit: those with a slot, and as many as ``sessions.host_gib`` holds in float32."""
-    return config.sessions.resident + int(config.sessions.host_gib * 2**30 / Geometry.of(hf, config.adapt).bytes)
+    """How many sessions fit: those with a slot, and as many as ``sessions.host_gib`` holds in float32.
+
+    With the guard, a session may take twice its size: what it is, and what it was when it was last found good.
+    """
+    size = Geometry.of(hf, config.adapt).bytes * (2 if config.guard.every else 1)
+    return config.sessions.resident + int(config.sessions.host_gib * 2**30 / size)
 
 
 def describe_model(model: str) -> str:
@@ -118,6 +123,22 @@ def describe_model(model: str) -> str:
     _check_architecture(hf.architectures, hf)
     kind = (hf.architectures or ["unknown"])[0]
     return f"{kind}, {hf.num_hidden_layers} layers, hidden {hf.hidden_size}, vocabulary {hf.vocab_size}"
+
+
+def check_layers(hf: Any, config: TTTConfig) -> None:
+    """Raise ConfigError where the model has not so many layers, or an adapted layer attends in a way that cannot be learned
+    through. What only the loaded model can tell is refused by worker/tail.py."""
+    layers = adapted_layers(hf.num_hidden_layers, config.adapt)
+    kinds = getattr(hf, "layer_types", None)
+    window = getattr(hf, "sliding_window", None) if getattr(hf, "use_sliding_window", True) else None
+    for i in range(hf.num_hidden_layers - layers + 1, hf.num_hidden_layers):
+        if kinds[i] not in ("full_attention", "attention") if kinds else window is not None:
+            what = f"{kinds[i]} in layer {i}" if kinds else f"a sliding window of {window} tokens"
+            most = 1 if not kinds else hf.num_hidden_layers - i
+            raise ConfigError(
+                f"the model has {what}, which the preset deep cannot learn through: adapt.layers may be at most {most} here; "
+                "or serve with adapt.preset last"
+            )
 
 
 def _check_architecture(architectures: list[str] | None, hf: Any) -> None:

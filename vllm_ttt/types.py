@@ -96,6 +96,12 @@ class RequestPlan:
     start: int = 0
     #: the slot follows the master while the prompt is being read
     interleave: bool = False
+    #: the largest scale of the delta that its prompt is served with; None: as the session's last one
+    ceiling: float | None = None
+    #: it reads the guard's text: its activations are kept, and nothing is learned
+    probe: bool = False
+    #: ranges (first, end) of pairs whose tokens repeat themselves: a chunk most of which is in one is not learned
+    repetitive: list[tuple[int, int]] = field(default_factory=list)
 
 
 FileAction = Literal["save", "load", "export", "drop"]
@@ -134,6 +140,8 @@ class FileReport:
     #: sha256 of the file, hexadecimal
     checksum: str = ""
     error: str = ""
+    #: load: the metadata of the file
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -159,14 +167,29 @@ class ChunkReport:
     tokens: int
     #: mean loss in nats per token under the delta before the update
     loss: float
-    #: the same under the frozen model, where it was measured
+    #: on a part of a prompt's last chunk: mean loss under the frozen model
     frozen_loss: float | None
-    #: None: learned. Otherwise why not: "loss", "nonfinite", "short", "pool" or "error"
+    #: None: learned. Otherwise why not: "loss", "nonfinite", "short", "repetition", "rollback", "pool" or "error"
     skipped: str | None
     #: the pair of the request that comes after its last one
     end: int
     #: the session's version after the chunk
     version: int
+    #: on the same part: mean loss under what the request was served with, and the scale of the delta in that
+    served_loss: float | None = None
+    scale: float | None = None
+
+
+@dataclass(slots=True)
+class Trial:
+    """What a session's delta does to the guard's text."""
+
+    session: int
+    version: int
+    #: nats per token by which the text is worse than under the base model
+    regression: float
+    #: the version to which the session has been rolled back, to learn no more; None: it is good
+    back_to: int | None
 
 
 @dataclass(slots=True)
@@ -174,6 +197,7 @@ class StepReport:
     """Worker to engine, with a step's output."""
 
     chunks: list[ChunkReport] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
     #: request id -> version of the delta that serves its first token
     began: dict[str, int] = field(default_factory=dict)
     #: (request id, session) of requests of which everything that is to be learned has been, and is being served

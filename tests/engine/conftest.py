@@ -29,7 +29,7 @@ FLAGS = ["--served-model-name", "demo", "--max-model-len", "2048", "--kv-cache-m
 FLAGS += ["--enforce-eager", "--enable-prompt-tokens-details"]
 #: name: (vllm-ttt's config, further flags)
 SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "exact": ({"sessions": {"resident": 4}}, ["--dtype", "float32"]),
+    "exact": ({"sessions": {"resident": 4}, "guard": {"hourly_tokens": 8000}}, ["--dtype", "float32"]),
     "server": ({"sessions": {"resident": 6}}, []),
 }
 

@@ -53,7 +53,8 @@ class FaultyWorker(TTTCPUWorker):
         if not slots.holds(key):
             return {"held": False, "equal": False}
         slot = slots.manager._adapter_manager.lora_index_to_id.index(key)
-        parts = self.trainer.deltas.read(key).to(slots.dtype).parts()
+        scale = self.trainer.deltas.session(key).scale
+        parts = self.trainer.deltas.read(key).times(scale).to(slots.dtype).parts()
         equal = [bool((stack[slot, 0] == b[0]).all()) for (_, b), stack in zip(parts, slots.stacks, strict=True)]
         return {"held": True, "equal": all(equal)}
 

@@ -12,7 +12,9 @@ from served import Documents, Served, completion
 
 pytestmark = pytest.mark.engine
 
-CHAT = {"model": "demo", "messages": [{"role": "user", "content": "In the beginning " * 40}], "max_tokens": 2}
+#: Some 200 tokens that do not repeat themselves.
+VARIED = " ".join(f"In the year {year} there were {year * year % 97} of them." for year in range(1801, 1815))
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": VARIED}], "max_tokens": 2}
 
 
 def stream(server: Served, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> list[dict[str, Any]]:
@@ -47,7 +49,7 @@ def test_answers_say_version_and_tokens(server: Served, documents: Documents, ro
 
 def test_responses_route(server: Served) -> None:
     name = server.fresh()
-    body = {"model": "demo", "input": "In the beginning " * 40, "max_output_tokens": 2, "session_id": name}
+    body = {"model": "demo", "input": VARIED, "max_output_tokens": 2, "session_id": name}
     answer = server.http.post("/v1/responses", json=body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["ttt"]["session_id"] == name
@@ -138,7 +140,10 @@ def test_list_get_reset_delete_config(server: Served, documents: Documents) -> N
     assert got["bytes"] == (384 + 2 * 1024 + 384) * 128 * 4
     assert [chunk["tokens"] for chunk in got["losses"]] == [256, 256]
     assert [chunk["version"] for chunk in got["losses"]] == [1, 2]
-    assert got["losses"][0]["frozen_loss"] == pytest.approx(got["losses"][0]["loss"])
+    first, last = got["losses"]
+    assert first["frozen_loss"] is first["served_loss"] is first["scale"] is None, "the last chunk of a prompt is measured"
+    assert last["frozen_loss"] == pytest.approx(last["served_loss"], abs=1e-4), "a fresh session is the base model"
+    assert last["scale"] == pytest.approx(0.625)
     assert got["created"] <= got["last_used"]
 
     listed = http.get("/v1/ttt/sessions").json()["sessions"]

@@ -57,18 +57,44 @@ def test_served_with_what_was_learned(exact: Served, oracle: Callable[[], Oracle
     assert (before - expected).abs().max() > 0.1
 
 
-def test_frozen_loss_is_the_base_models(exact: Served, oracle: Callable[[], Oracle], documents: Documents) -> None:
-    """Every eighth chunk is also scored without the delta."""
-    name, text = exact.fresh(), documents["kjv"][1]
-    for start in range(0, 9 * 64, 64):
-        exact.complete(text[start : start + 65], name)
+def test_the_scale_is_the_oracles(exact: Served, oracle: Callable[[], Oracle], documents: Documents) -> None:
+    """Five documents of one subject, then two of another: what is measured, chosen and served, request by request."""
+    name, reference, frozen = exact.fresh(), oracle(), oracle()
+    requests = [*documents["kjv"][:5], *documents["py_dns"][:2]]
+    lengths = [1025, 1025, 900, 1029, 1025, 1025, 1025]
+    scales, session = [], {}
+    for text, length in zip(requests, lengths, strict=True):
+        prompt = text[:length]
+        served, pairs = reference.scale.served(prompt), length - 1
+        start = (pairs - 8) // 256 * 256  # the last chunk of 8 or more
+        rows = slice(start, min(start + 256, pairs), 2)
+        expected = [o.score(prompt)[rows].mean().item() for o in (frozen, reference)]
+        exact.complete(prompt, name)
+        reference.learn(prompt)
+        exact.settle()
+        session = exact.session(name)
+        chunk = session["losses"][-1]
+        assert [chunk["frozen_loss"], chunk["served_loss"]] == pytest.approx(expected, abs=0.01)
+        assert chunk["scale"] == pytest.approx(served, abs=0.02)
+        assert session["scale"] == pytest.approx(reference.scale.chosen, abs=0.02)
+        assert session["scale_served"] == min(session["scale"], session["scale_served"])
+        assert exact.rpc("test_slot_is_master") == {"held": True, "equal": True}, "the slot holds that much of the master"
+        scales.append(chunk["scale"])
+    assert scales[4] > 0.8, "a subject of which it has learned is served with its delta"
+    assert scales[5] < 0.3, "the first document of another subject is not"
+    assert sum(c["frozen_loss"] is not None for c in session["losses"]) == 7, "once a request"
+    assert [s["scale"] for s in session["scale_losses"]] == list(TTTConfig().learn.scales)
+
+
+def test_a_scale_does_not_outlive_its_session(exact: Served, documents: Documents) -> None:
+    name = exact.fresh()
+    for text in documents["kjv"][:3]:
+        exact.complete(text[:1025], name)
     exact.settle()
-    chunks, frozen = exact.session(name)["losses"], oracle()
-    assert [i for i, c in enumerate(chunks) if c["frozen_loss"] is not None] == [0, 8]
-    for i in (0, 8):
-        expected = frozen.score(text[64 * i : 64 * i + 65]).mean().item()
-        assert chunks[i]["frozen_loss"] == pytest.approx(expected, abs=0.01)
-    assert chunks[8]["loss"] < chunks[8]["frozen_loss"] - 0.02, "what it learned must help"
+    assert exact.session(name)["scale"] != pytest.approx(0.625, abs=0.02)
+    exact.http.post(f"/v1/ttt/sessions/{name}/reset").raise_for_status()
+    session = exact.session(name)
+    assert (session["scale"], {s["loss"] for s in session["scale_losses"]}) == (pytest.approx(0.625), {0.0})
 
 
 @pytest.mark.parametrize("outputs", [300, 20, 4])

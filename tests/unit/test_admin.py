@@ -15,6 +15,7 @@ from world import World
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.admin import OPERATIONS, admin
+from vllm_ttt.engine.ledger import Open
 from vllm_ttt.sessions.offline import Offline
 
 pytestmark = pytest.mark.unit
@@ -34,6 +35,9 @@ class Engine:
         if method == "ttt_copy":
             self.world.trainer.deltas.copy(*args)
             return [None]
+        if method == "ttt_roll_back":
+            trainer = self.world.trainer
+            return [None if trainer.roll_back(*args) else trainer.versions.of(args[0])]
         tell = lambda key: {"tier": "memory", "bytes": 1, "tokens_pending": 0, "norm": {}}  # noqa: E731
         return [tell(args[0]) if method == "ttt_session" else [tell(key) for key in args[0]]]
 
@@ -135,6 +139,38 @@ def test_save_and_rollback(engine: Engine) -> None:
     engine.world.use("s19", 7.0)
     assert engine.ask("save", "s19")["saved_version"] == 3
     assert engine.world.value("s19") == 27.0
+
+
+def test_a_version_in_memory_is_returned_to_and_is_what_the_disk_has(engine: Engine) -> None:
+    world = engine.world
+    session = world.use("s19", 5.0, 6.0, 7.0)
+    assert engine.ask("save", "s19")["saved_version"] == 5
+    later = session.history.add(range(100), [100], 99)
+    session.history.settle(later, 99, version=5)
+    back = engine.ask("rollback", "s19", 3)
+    assert (back["version"], back["saved_version"], back["versions"]) == (3, 3, [2, 3])
+    assert session.history.known(range(200)) == 0, "what it forgot may be learned again"
+    assert world.value("s19") == 25.0
+    world.use("s19", 1.0, 1.0)
+    assert session.version == 5
+    assert session.unsaved, "another version 5 than the one that was saved"
+    world.crash()
+    again = World(world.store.folder.root)
+    assert again.value("s19") == 25.0, "an answered rollback outlives a crash"
+    again.end()
+
+
+def test_version_0_is_the_base_model(engine: Engine) -> None:
+    back = engine.ask("rollback", "s19", 0)
+    assert (back["version"], back["saved_version"], back["versions"]) == (0, 0, [0])
+    assert engine.world.value("s19") == 0.0
+    assert engine.ask("rollback", "s0", 0)["version"] == 0, "one that is on disk comes back for it"
+
+
+def test_no_rollback_while_it_learns(engine: Engine) -> None:
+    session = engine.world.use("s19", 5.0)
+    session.open["r"] = Open(1)
+    assert engine.ask("rollback", "s19", 2) == 409
 
 
 def test_a_request_that_comes_during_a_rollback_meets_the_old_version(engine: Engine) -> None:

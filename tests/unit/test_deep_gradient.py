@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_ttt.config import TTTConfig
+from vllm_ttt.config import parse_config
 from vllm_ttt.eval.deep_oracle import KV, DeepOracle, LayerWeights, stack_nll
 from vllm_ttt.eval.tiny import ARCHITECTURES, tiny_model
 from vllm_ttt.worker.attention import Layout, SDPAAttention
@@ -96,9 +96,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     architecture, layers = request.param
     shape: dict[str, Any] = {"num_hidden_layers": 5, "max_position_embeddings": 1024}
     folder = tiny_model(architecture, tmp_path_factory.mktemp(f"{architecture}-{layers}"), **shape)
-    config = TTTConfig.model_validate(
-        {"adapt": {"preset": "deep", "layers": layers, "rank": RANK}, "learn": {"max_loss": 2, "rate": 0.016}}
-    )
+    config = parse_config({"adapt": {"layers": layers, "rank": RANK}, "learn": {"max_loss": 2}}, "deep")
     return DeepOracle(folder, config, dtype=torch.float64, compute_dtype=torch.float64)
 
 

@@ -54,6 +54,8 @@ def limits(name: str, field: FieldInfo) -> str:
     """What the field may be, in words."""
     if name == "rank":
         return ", ".join(map(str, RANKS))
+    if name == "scales":
+        return "2 to 16, ascending from 0 to at most 2; or `[1]`"
     kind = field.annotation
     if get_origin(kind) is tuple:
         return "all of " + ", ".join(f"`{v}`" for v in get_args(get_args(kind)[0]))

@@ -32,9 +32,25 @@ def test_what_was_not_learned_in_the_end_is_not_history() -> None:
     history = History()
     prefixes = history.add(range(100), [60, 80, 100], 99)
     assert history.known(range(200)) == 99
-    history.settle(prefixes, 64)
+    history.settle(prefixes, 64, version=1)
     assert history.known(range(200)) == 64
     assert history.known(range(70)) == 59, "of a shorter prefix no more than it has"
+
+
+def test_what_was_learned_after_a_version_is_forgotten_with_it() -> None:
+    history = History()
+    first = history.add(range(100), [100], 99)
+    history.settle(first, 99, version=3)
+    second = history.add(range(300), [300], 299)
+    history.settle(second, 299, version=7)
+    history = History.from_state(json.loads(json.dumps(history.to_state())))
+    unsettled = history.add(range(900), [900], 899)
+    history.back_to(5)
+    assert history.known(range(1000)) == 99
+    history.settle(unsettled, 899, version=5)
+    assert history.known(range(1000)) == 99, "it was given up with the rest"
+    history.back_to(2)
+    assert history.known(range(1000)) == 0
 
 
 def test_it_is_bounded_and_keeps_what_was_met_last() -> None:

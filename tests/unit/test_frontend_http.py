@@ -33,11 +33,21 @@ BODIES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
     "/v1/responses": {"input": "x"},
 }
-LOSS = {"version": 0, "tokens": 2, "loss": float("nan"), "frozen_loss": None, "skipped": "nonfinite"}
+LOSS = {
+    "version": 0,
+    "tokens": 2,
+    "loss": float("nan"),
+    "frozen_loss": None,
+    "skipped": "nonfinite",
+    "served_loss": None,
+    "scale": None,
+}
 SESSION = {
     "session_id": "s", "version": 1, "tokens_seen": 3, "tokens_learned": 2, "tokens_skipped": {"nonfinite": 1},
+    "frozen": False, "frozen_reason": None, "probe_regression": float("nan"), "versions": [0, 16],
     "tokens_pending": 0, "requests_open": 0, "created": 1.5, "last_used": 2.5,
-    "norm": {"o_proj": 0.1, "down_proj": float("nan")}, "tier": "slot", "bytes": 10, "losses": [LOSS],
+    "norm": {"o_proj": 0.1, "down_proj": float("nan")}, "scale": 0.5, "scale_served": 0.25,
+    "scale_losses": [{"scale": 0.0, "loss": 0.0}, {"scale": 1.0, "loss": 0.0}], "tier": "slot", "bytes": 10, "losses": [LOSS],
 }  # fmt: skip
 
 
@@ -256,12 +266,20 @@ def test_admin_answers(client: TestClient, serving: FakeServing) -> None:
     assert answer["norm"] == {"o_proj": 0.1, "down_proj": None}
     assert client.post("/v1/ttt/sessions/s/reset").json()["session_id"] == "s"
     assert serving.asked[-1] == ("ttt_admin", "reset", "-", "s")
+    assert answer["probe_regression"] is None
+    for op in ("freeze", "unfreeze"):
+        assert client.post(f"/v1/ttt/sessions/s/{op}").json()["versions"] == [0, 16]
+        assert serving.asked[-1] == ("ttt_admin", op, "-", "s")
+    assert client.post("/v1/ttt/sessions/s/rollback", json={"version": 16}).json()["version"] == 1
+    assert serving.asked[-1] == ("ttt_admin", "rollback", "-", "s", 16)
     assert client.delete("/v1/ttt/sessions/s").json() == {"session_id": "s", "deleted": True}
     serving.admin = {"ok": True, "result": {"adapt": {"rank": 128}}}
     assert client.get("/v1/ttt/config").json() == {"adapt": {"rank": 128}}
 
 
-@pytest.mark.parametrize(("method", "suffix"), [("GET", ""), ("DELETE", ""), ("POST", "/reset")])
+@pytest.mark.parametrize(
+    ("method", "suffix"), [("GET", ""), ("DELETE", ""), *(("POST", f"/{op}") for op in ("reset", "freeze", "unfreeze"))]
+)
 def test_admin_errors(client: TestClient, serving: FakeServing, method: str, suffix: str) -> None:
     for status in (404, 409):
         serving.admin = {"ok": False, "status": status, "message": "session 's' is so"}

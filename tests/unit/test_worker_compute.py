@@ -78,3 +78,18 @@ def test_what_is_not_finite_in_one_session_stays_there() -> None:
     assert float(compute.deltas.masters.o[0].norm()) == 0
     torch.testing.assert_close(compute.deltas.masters.gu[2], clean.deltas.masters.gu[2])
     assert torch.isfinite(expected).all()
+
+
+def test_a_padded_batch_measures_the_same() -> None:
+    plain, padded = make(), make()
+    for c in (plain, padded):
+        for x in c.deltas.masters.tensors():
+            torch.manual_seed(3)
+            x.normal_(std=0.3)
+    graph = Eager(padded._measure)
+    padded.measure_graphs[3, 16] = graph  # type: ignore[assignment]
+    flat, weight, rows = torch.stack((torch.arange(8), torch.arange(16, 24))), torch.full((2, 8), 1 / 8), torch.tensor([2, 0])
+    found = padded.measure(flat, weight, rows)
+    assert graph.shapes == [(3, 16)]
+    torch.testing.assert_close(found, plain.measure(flat, weight, rows))
+    assert found.shape == (2, 3)

@@ -12,6 +12,7 @@ from vllm_ttt.worker import memory
 from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.micro_step import Tail
+from vllm_ttt.worker.probe import Probe
 
 pytestmark = pytest.mark.unit
 
@@ -30,6 +31,8 @@ def test_needs_are_the_bytes_of_the_buffers() -> None:
     h, a = new(N, D), new(N, Q)
     backlog = Backlog(memory.pages(config), config.learn.chunk, 8, h, a)
     buffers = [*deltas.masters.tensors(), *deltas.grads.tensors(), backlog.h_PCD, backlog.a_PCQ, backlog.t_PC, h, a]
+    probe = Probe(config.guard.probe_tokens, h, a)
+    buffers += [probe.h_PD, probe.a_PQ, probe.t_P]
     buffers += [tail.ao_RQ, tail.ai_RD, tail.ad_RF, tail.logits]
     needs = memory.needs(geometry, config, N, 2, V, 512)
     assert sum(needs.values()) == sum(x.nbytes for x in buffers)

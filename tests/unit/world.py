@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_ttt.config import SessionsConfig
+from vllm_ttt.config import GuardConfig, SessionsConfig
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.store import Store
 from vllm_ttt.engine.tiers import Tiers
@@ -18,9 +18,14 @@ from vllm_ttt.geometry import Geometry
 from vllm_ttt.state_dir import StateDir
 from vllm_ttt.types import ChunkReport, SessionKey, StepReport
 from vllm_ttt.worker import peft
+from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.deltas import Session as WorkerSession
 from vllm_ttt.worker.files import Files
+from vllm_ttt.worker.guard import Guard
 from vllm_ttt.worker.micro_step import Tail
+from vllm_ttt.worker.probe import Probe
+from vllm_ttt.worker.versions import Kept, Versions, restore, snapshot
 
 D, Q, F, R = 8, 12, 16, 4
 GEOMETRY = Geometry(layer=1, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)
@@ -43,6 +48,8 @@ class FakeTrainer:
         )  # fmt: skip
         self.deltas, self.dtype, self.report = Deltas(tail, rows), torch.bfloat16, StepReport()
         self.flying: set[int] = set()
+        clock, self.versions = Clock(torch.device("cpu")), Versions(3, 1, 2**30)
+        self.guard = Guard(GuardConfig(), tail, Probe(1, zeros(1, D), zeros(1, Q)), self.versions, clock)
 
     def learn(self, key: int, value: float) -> None:
         row = self.deltas.row(key)
@@ -51,14 +58,29 @@ class FakeTrainer:
             x[row] += value
         session = self.deltas.session(key)
         session.version += 1
-        session.chunks += 1
+        self.guard.committed(key)
+        if self.versions.due(key):
+            self.versions.add(key, session.version, Kept(snapshot(self.deltas, key), list(session.norms), list(session.losses)))
         self.report.chunks.append(ChunkReport(key, "r", 16, 1.0, None, None, 16 * session.version, session.version))
 
     def in_flight(self, key: int) -> bool:
         return key in self.flying
 
+    def resume(self, key: int, session: WorkerSession, untried: int) -> None:
+        self.deltas.sessions[key] = session
+        self.guard.resume(key, untried)
+
+    def roll_back(self, key: int, version: int) -> bool:
+        if (kept := self.versions.find(key, version)) is None:
+            return False
+        restore(self.deltas, key, version, kept)
+        self.versions.cut(key, version)
+        return True
+
     def drop(self, key: int) -> None:
         self.deltas.drop(key)
+        self.versions.drop(key)
+        self.guard.drop(key)
 
 
 class World:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from vllm_ttt.types import FileReport, SessionKey, check_session_id
 
 #: Sessions that one answer lists.
 MAX_LISTED = 10_000
+#: Why a session is frozen by its owner.
+ASKED_FOR = "asked for"
 
 
 def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) -> Any:
@@ -70,7 +72,9 @@ class Admin:
         session = self._idle(key)
         self.tiers.remove(session)
         fresh = self.ledger.open(key)
-        fresh.created, fresh.frozen = session.created, session.frozen
+        fresh.created, fresh.allowance = session.created, session.allowance
+        if session.frozen == ASKED_FOR:  # what the guard found is gone with the delta
+            fresh.frozen = ASKED_FOR
         self.tiers.changes(fresh)
         detail = self._detail(fresh)
         self.tiers.left(fresh)
@@ -81,10 +85,10 @@ class Admin:
         return {"session_id": key.name, "deleted": True}
 
     def freeze(self, key: SessionKey, _: Any) -> dict[str, Any]:
-        return self._set_frozen(key, True)
+        return self._set_frozen(key, ASKED_FOR)
 
     def unfreeze(self, key: SessionKey, _: Any) -> dict[str, Any]:
-        return self._set_frozen(key, False)
+        return self._set_frozen(key, None)
 
     def save(self, key: SessionKey, _: Any) -> Future:
         saves = self._need_saves("save")
@@ -99,13 +103,14 @@ class Admin:
         return _then(saves.save(session), saved)
 
     def rollback(self, key: SessionKey, version: Any) -> Future:
-        store = self._need_saves("rollback").store
         session = self._idle(key)
-        kept = {v.version: v for v in records.versions(store.reader, session.uid)}
-        if version not in kept:
-            listed = ", ".join(map(str, kept)) or "none"
-            raise RequestError(f"session {key.name!r} has no version {version} on disk; kept are: {listed}", 409, "version")
-        return _then(self.tiers.go_back(session, kept[version]), self._detail)
+        if session.open:
+            raise RequestError(f"session {key.name!r} is still learning what it was sent; try again in a moment", 409)
+        if self.store is not None:
+            on_disk = {v.version: v for v in records.versions(self.store.reader, session.uid)}
+            if version in on_disk:
+                return _then(self.tiers.go_back(session, on_disk[version]), self._detail)
+        return self._awake(session, lambda: self._roll_back(session, version))
 
     def fork(self, key: SessionKey, to: Any) -> Future:
         source, target_key = self._idle(key), SessionKey(key.tenant, check_session_id(to, "to"))
@@ -119,6 +124,7 @@ class Admin:
                 raise RequestError(f"session {key.name!r} has been sent something meanwhile; try again", 409)
             self.rpc("ttt_copy", args=(source.adapter, target.adapter))
             target.from_state(source.to_state())
+            target.past.pairs = source.past.pairs
             self.tiers.changes(target)
             return self._detail(target)
 
@@ -137,14 +143,31 @@ class Admin:
         session = self._find(key)
         folder = self.store.folder.exports if self.store is not None else Path(tempfile.gettempdir())
         path = str(folder / f"vllm-ttt-{secrets.token_hex(16)}.safetensors")
-        done = _then(self.tiers.wake(session), lambda _: self.tiers.export(session, path))
 
         def written(report: FileReport) -> dict[str, Any]:
             return {"path": path, "bytes": report.bytes, "version": report.version}
 
-        answer = _then(done, written)
+        return self._awake(session, lambda: _then(self.tiers.export(session, path), written))
+
+    def _awake(self, session: Session, function: Callable[[], Any]) -> Future:
+        """What ``function`` returns, called when the session is in memory, where it stays until that is known."""
+        answer = _then(self.tiers.wake(session), lambda _: function())
         answer.add_done_callback(lambda _: self.tiers.unpin(session))
         return answer
+
+    def _roll_back(self, session: Session, version: int) -> Any:
+        """To a version that is kept in memory. With a state dir, later ones are forgotten there before this is answered."""
+        if session.open or session.requests:
+            raise RequestError(f"session {session.key.name!r} has been sent something meanwhile; try again", 409)
+        (kept,) = self.rpc("ttt_roll_back", args=(session.adapter, version))
+        if kept is not None:
+            listed = ", ".join(map(str, self._versions(session, kept)))
+            raise RequestError(f"session {session.key.name!r} has no version {version}; kept are: {listed}", 409, "version")
+        session.back_to(version)
+        self.tiers.changes(session)
+        if self.tiers.saves is None:
+            return self._detail(session)
+        return _then(self.tiers.saves.save(session), lambda _: self._detail(session))
 
     def _list(self, tenant: str | None) -> Any:
         here = self.ledger.of_tenant(tenant)
@@ -176,7 +199,7 @@ class Admin:
     def _describe(self, session: Session, worker: dict[str, Any] | None = None) -> dict[str, Any]:
         return {**self._summary(session), **(worker or self._away(session)), "tenant": session.key.tenant}
 
-    def _set_frozen(self, key: SessionKey, frozen: bool) -> dict[str, Any]:
+    def _set_frozen(self, key: SessionKey, frozen: str | None) -> dict[str, Any]:
         session = self._find(key)
         session.frozen = frozen
         self.tiers.changes(session)
@@ -207,14 +230,18 @@ class Admin:
         worker = self._away(session)
         if session.place == "memory":
             (worker,) = self.rpc("ttt_session", args=(session.adapter,))
-        kept = [v.version for v in records.versions(self.store.reader, session.uid)] if self.store is not None else []
-        return {**self._summary(session), **worker, "losses": list(session.losses), "versions": kept}
+        versions = self._versions(session, worker.get("versions", ()))
+        return {**self._summary(session), **worker, "losses": list(session.losses), "versions": versions}
+
+    def _versions(self, session: Session, in_memory: Iterable[int]) -> Any:
+        """Those that the session can return to."""
+        on_disk = records.versions(self.store.reader, session.uid) if self.store is not None else []
+        return sorted({*in_memory, *(v.version for v in on_disk)})
 
     def _summary(self, session: Session) -> dict[str, Any]:
         saved = session.saved
         return {
             **session.summary(),
-            "frozen": session.frozen,
             "saved_version": saved.version if saved else None,
             "saved": saved.saved if saved else None,
             "error": session.error,

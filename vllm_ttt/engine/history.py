@@ -27,6 +27,8 @@ class Prefix:
 
     length: int
     learned: int
+    #: the session's version when that was done; None: it is not yet
+    version: int | None = None
 
 
 class History:
@@ -63,27 +65,35 @@ class History:
             self.prefixes.popitem(last=False)
         return digests
 
-    def settle(self, digests: Iterable[bytes], learned: int) -> None:
+    def settle(self, digests: Iterable[bytes], learned: int, version: int) -> None:
         """So many pairs have in fact been learned: a request may be cut off, and a short rest is left to the next turn."""
         self.changes += 1
         for digest in digests:
             if (prefix := self.prefixes.get(digest)) is not None:
-                prefix.learned = min(learned, prefix.length - 1)
+                prefix.learned, prefix.version = min(learned, prefix.length - 1), version
 
-    def to_state(self, open_: dict[bytes, int] | None = None) -> list[tuple[str, int, int]]:
-        """(hash, length, learned), least recently met first: plain data, to be kept with the session.
+    def back_to(self, version: int) -> None:
+        """Forget what was learned after ``version``."""
+        self.changes += 1
+        later = [d for d, p in self.prefixes.items() if p.version is None or p.version > version]
+        for digest in later:
+            del self.prefixes[digest]
+
+    def to_state(self, open_: dict[bytes, int] | None = None) -> list[tuple[str, int, int, int | None]]:
+        """(hash, length, learned, version), least recently met first: plain data, to be kept with the session.
 
         Args:
             open_: pairs learned so far of prefixes whose request is not settled.
         """
         learned = open_ or {}
-        return [(d.hex(), p.length, min(p.learned, learned.get(d, p.learned))) for d, p in self.prefixes.items()]
+        return [(d.hex(), p.length, min(p.learned, learned.get(d, p.learned)), p.version) for d, p in self.prefixes.items()]
 
     @classmethod
-    def from_state(cls, state: Iterable[tuple[str, int, int]]) -> History:
+    def from_state(cls, state: Iterable[tuple[str, int, int, int | None]], version: int = 0) -> History:
+        """``version``: of the session that it is; what was being learned then has been, as far as that version has it."""
         history = cls()
-        for digest, length, learned in state:
-            history.prefixes[bytes.fromhex(digest)] = Prefix(length, learned)
+        for digest, length, learned, since in state:
+            history.prefixes[bytes.fromhex(digest)] = Prefix(length, learned, version if since is None else since)
         return history
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_ttt.engine.blocks import Epoch
+from vllm_ttt.engine.familiar import Past
 from vllm_ttt.engine.history import History
+from vllm_ttt.engine.limits import Allowance
 from vllm_ttt.engine.records import Row, Version
 from vllm_ttt.engine.store import Store
 from vllm_ttt.errors import RequestError
@@ -54,14 +56,23 @@ class Session:
     open: dict[str, Open] = field(default_factory=dict)
     #: requests in the engine
     requests: set[str] = field(default_factory=set)
-    #: uses the delta and learns nothing until it is unfrozen
-    frozen: bool = False
+    #: why it uses the delta and learns nothing until it is unfrozen; None: it learns
+    frozen: str | None = None
+    #: nats per token by which its delta made the guard's text worse when it was last tried
+    probe_regression: float | None = None
+    #: what it may still have learned
+    allowance: Allowance = field(default_factory=Allowance)
+    #: what its prompts are compared with; kept with its delta
+    past: Past = field(default_factory=Past)
     #: what the state dir calls it
     uid: str = field(default_factory=lambda: secrets.token_hex(16))
     #: where the delta is; "new": there is none yet, and no room was given to it
     place: Literal["new", "disk", "loading", "memory"] = "new"
     #: the newest version on disk
     saved: Version | None = None
+    #: how often it went back to an earlier version in memory, and how often it had when ``saved`` was taken
+    returns: int = 0
+    saved_returns: int = 0
     #: whether what the state dir records of it, the delta apart, is out of date
     touched: bool = True
     #: operations that need it in memory
@@ -76,7 +87,7 @@ class Session:
     @property
     def unsaved(self) -> bool:
         """Whether its delta is not, or not like this, on disk."""
-        return self.version != (self.saved.version if self.saved else 0)
+        return self.version != (self.saved.version if self.saved else 0) or self.returns != self.saved_returns
 
     @property
     def idle(self) -> bool:
@@ -92,8 +103,14 @@ class Session:
             "tokens_skipped": dict(self.tokens_skipped),
             "losses": list(self.losses),
             "frozen": self.frozen,
+            "probe_regression": self.probe_regression,
+            "allowance": self.allowance.to_state(),
             "history": self.history.to_state({p: opened.learned for opened in self.open.values() for p in opened.prefixes}),
         }
+
+    def standing(self) -> dict[str, Any]:
+        """What of its state holds whichever version its delta has."""
+        return _standing(self.to_state())
 
     def from_state(self, state: dict[str, Any]) -> None:
         """Take over what `to_state` said; a key that is missing keeps what a fresh session has."""
@@ -102,8 +119,10 @@ class Session:
         self.tokens_learned = state.get("tokens_learned", 0)
         self.tokens_skipped = Counter(state.get("tokens_skipped", {}))
         self.losses = deque(state.get("losses", ()), maxlen=self.recent)
-        self.frozen = state.get("frozen", False)
-        self.history = History.from_state(state.get("history", ()))
+        self.frozen = state.get("frozen")
+        self.probe_regression = state.get("probe_regression")
+        self.allowance = Allowance.from_state(state["allowance"]) if "allowance" in state else Allowance()
+        self.history = History.from_state(state.get("history", ()), self.version)
 
     def row(self, newest: Version | None = None) -> Row:
         """As the state dir records it now."""
@@ -126,11 +145,24 @@ class Session:
                 "tokens": chunk.tokens,
                 "loss": round(chunk.loss, 5) if math.isfinite(chunk.loss) else None,
                 "frozen_loss": None if chunk.frozen_loss is None else round(chunk.frozen_loss, 5),
+                "served_loss": None if chunk.served_loss is None else round(chunk.served_loss, 5),
+                "scale": None if chunk.scale is None else round(chunk.scale, 4),
                 "skipped": chunk.skipped,
             }
         )
         while len(self.losses) > self.recent:
             self.losses.popleft()
+
+    def refuse(self, tokens: int, reason: str, seen: bool = False) -> None:
+        """A prompt that is answered and not learned; ``seen``: it has been counted as sent already."""
+        self.tokens_seen += 0 if seen else tokens
+        self.tokens_skipped[reason] += tokens
+
+    def back_to(self, version: int) -> None:
+        """The worker has made its delta what it was at ``version``."""
+        self.version = version
+        self.history.back_to(version)
+        self.returns += 1
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -139,6 +171,9 @@ class Session:
             "tokens_seen": self.tokens_seen,
             "tokens_learned": self.tokens_learned,
             "tokens_skipped": dict(self.tokens_skipped),
+            "frozen": self.frozen is not None,
+            "frozen_reason": self.frozen,
+            "probe_regression": self.probe_regression,
             "requests_open": len(self.requests),
             "created": self.created,
             "last_used": self.last_used,
@@ -182,6 +217,11 @@ class Ledger:
         self.sessions[key] = self.sessions.pop(key)
         return session
 
+    def reserve(self) -> int:
+        """An adapter id that is no session's."""
+        self.next_adapter += 1
+        return self.next_adapter - 1
+
     def remove(self, session: Session) -> None:
         """It is no more."""
         self.forget(session)
@@ -202,7 +242,7 @@ class Ledger:
         # What was counted beyond the newest version was not saved in time: it did not happen.
         newest = row.newest.state if row.newest else {}
         same = row.state.get("version", 0) == newest.get("version", 0)
-        session.from_state({**(row.state if same else newest), "frozen": row.state.get("frozen", False)})
+        session.from_state({**(row.state if same else newest), **_standing(row.state)})
         session.saved, session.touched = row.newest, False
         session.place = "disk" if row.newest else "new"
         return session
@@ -223,3 +263,7 @@ class Ledger:
             self.tenants[tenant] = self.store.count(tenant)
         if self.tenants[tenant] >= self.per_key:
             raise RequestError(f"a key has at most {self.per_key} sessions (sessions.per_key); delete one first", 429)
+
+
+def _standing(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: state[key] for key in ("frozen", "allowance") if key in state}

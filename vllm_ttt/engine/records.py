@@ -16,7 +16,7 @@ from typing import Any
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.types import SessionKey
 
-FORMAT = 1
+FORMAT = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sessions (

@@ -31,6 +31,8 @@ class Save:
     session: Session
     file: str
     version: Version | None = None
+    #: `Session.returns` then
+    returns: int = 0
 
 
 class Saves:
@@ -123,6 +125,7 @@ class Saves:
         if report.outcome == "taken":
             # The ledger has counted what the delta holds, and nothing that came later.
             save.version = Version(report.version, save.file, 0, "", time.time(), session.to_state())
+            save.returns = session.returns
         elif report.outcome == "done" and current and save.version is not None:
             taken = save.version
             version = Version(taken.version, taken.file, report.bytes, report.checksum, taken.saved, taken.state)
@@ -149,7 +152,8 @@ class Saves:
         except OSError as error:
             self._failed(session, error.strerror or str(error))
             return
-        metadata = {"uid": session.uid, "tenant": session.key.tenant, "session_id": session.key.name}
+        key = session.key
+        metadata = {"uid": session.uid, "tenant": key.tenant, "session_id": key.name, "past": session.past.to_text()}
         path = str(self.store.folder.path(file))
         self.under_way[path] = Save(session, file)
         self.order(FileOrder("save", session.adapter, path, metadata=metadata))
@@ -162,6 +166,7 @@ class Saves:
             self._failed(session, str(error))
         elif self.ledger.by_adapter.get(report.session) is session:
             session.saved, session.error, self.store.full = version, None, ""
+            session.saved_returns = save.returns
             if session.unsaved or session.touched:
                 self.changed[session.adapter] = session
             else:

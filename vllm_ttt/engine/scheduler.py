@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.logger import init_logger
@@ -21,39 +19,16 @@ from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.engine.ledger import Ledger, Open, Session
+from vllm_ttt.engine.probe import ProbeReading, pieces
+from vllm_ttt.engine.requests import Arrivals, Attached, first_of
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.tiers import Tiers
+from vllm_ttt.engine.trust import Trust
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
-from vllm_ttt.types import ADAPTER_PATH, ChunkReport, Knobs, RequestPlan, SessionKey, StepPlan, StepReport
+from vllm_ttt.types import ADAPTER_PATH, ChunkReport, Knobs, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
-
-#: Child of a request with n > 1: index and parent (vllm/v1/engine/parallel_sampling.py).
-_CHILD = re.compile(r"(\d+)_(.+)", re.DOTALL)
-
-
-@dataclass(slots=True)
-class Attached:
-    """A request of a session, while it is in the engine."""
-
-    request: Request
-    session: Session
-    knobs: Knobs
-    #: whether its prompt is learned, by itself or, with n > 1, by the first of its siblings
-    prompt_learned: bool
-    #: order of arrival; the children of a request with n > 1 share it
-    arrival: int
-    prompt: int
-    started: bool = False
-    #: the first pair to learn, known from the start on; those before are history
-    start: int = 0
-    #: `History.changes` when it was asked for that
-    asked: int = -1
-    #: tokens that have been generated
-    outputs: int = 0
-    #: the version that serves its first token
-    version: int = 0
 
 
 class TTTScheduler(AsyncScheduler):
@@ -73,12 +48,13 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_ledger = Ledger(first, limit, config.sessions.per_key, config.observe.recent_chunks, self.ttt_store)
         self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up)
         self.ttt_blocks = BlockKeys(config)
+        self.ttt_trust = Trust(config)
+        self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
         self.ttt_alarm: Alarm | None = None
         self.ttt_errors = 0
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
-        self.ttt_arrivals = 0
-        self.ttt_parents: dict[str, int] = {}
+        self.ttt_arrivals = Arrivals()
         self.ttt_interleaved: dict[str, Attached] = {}
         #: whether a request that this step has passed over waits for nothing but a slot
         self.ttt_slot_awaited = False
@@ -112,10 +88,12 @@ class TTTScheduler(AsyncScheduler):
         if not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck:
             raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)
         self.ttt_tiers.changes(session)
-        if session.frozen:
+        if session.frozen and knobs.learn:
+            if first_of(request.request_id) is None:
+                session.refuse(max(0, request.num_prompt_tokens - 1), "frozen")
             knobs = Knobs(learn=False)
         prompt_learned = knobs.learn
-        arrival, knobs = self._arrive(request, knobs)
+        arrival, knobs = self.ttt_arrivals.arrive(request.request_id, knobs)
         request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")
         attached = Attached(request, session, knobs, prompt_learned, arrival, request.num_prompt_tokens)
         self.ttt_requests[request.request_id] = attached
@@ -125,24 +103,16 @@ class TTTScheduler(AsyncScheduler):
             if knobs.interleave:
                 self.ttt_interleaved[request.request_id] = attached
             session.tokens_seen += max(0, attached.prompt - 1)
-
-    def _arrive(self, request: Request, knobs: Knobs) -> tuple[int, Knobs]:
-        """The arrival number; of n samples of one prompt, which arrive as one, the first alone learns."""
-        self.ttt_arrivals += 1
-        child = _CHILD.fullmatch(request.request_id)
-        if child is None:
-            return self.ttt_arrivals, knobs
-        index, parent = child.groups()
-        if index == "0":
-            self.ttt_parents[parent] = self.ttt_arrivals
-            return self.ttt_arrivals, knobs
-        return self.ttt_parents.get(parent, self.ttt_arrivals), Knobs(learn=False)
+        for reading in self.ttt_probe.begin(request):
+            super().add_request(reading)
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         if not super()._handle_blocked_waiting_request(request):
             return False
         attached = self.ttt_requests.get(request.request_id)
-        return attached is None or self._may_start(attached)
+        if attached is None:
+            return request.request_id not in self.ttt_probe.open or self._has_slot(self.ttt_probe.adapter)
+        return self._may_start(attached)
 
     def _may_start(self, attached: Attached) -> bool:
         session = attached.session
@@ -155,13 +125,16 @@ class TTTScheduler(AsyncScheduler):
         pending = self.ttt_report.pending
         if attached.knobs.learn and pending and pending + attached.prompt > self.ttt_config.schedule.backlog_tokens:
             return False
+        return self._has_slot(session.adapter)
+
+    def _has_slot(self, adapter: int) -> bool:
         # vLLM counts the adapters of requests that this step schedules; one that runs but is not scheduled now keeps its slot.
         running = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
         assert self.lora_config is not None
         if len(running) < self.lora_config.max_loras:
             return True
         # A session that has a slot does not keep it by sending more while an older request waits for one.
-        if session.adapter in running and not self.ttt_slot_awaited:
+        if adapter in running and not self.ttt_slot_awaited:
             return True
         self.ttt_slot_awaited = True
         return False
@@ -210,10 +183,12 @@ class TTTScheduler(AsyncScheduler):
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended, files=self._guard(self.ttt_tiers.take_orders) or [])
         self.ttt_ended = {}
-        if self.ttt_requests:
+        if self.ttt_requests or self.ttt_probe.open:
             for request_id in output.num_scheduled_tokens:
                 attached = self.ttt_requests.get(request_id)
                 if attached is None:
+                    if request_id in self.ttt_probe.open:
+                        self.ttt_probe.plan(self.requests[request_id], plan)
                     continue
                 plan.sessions = True
                 if not attached.started:
@@ -234,15 +209,32 @@ class TTTScheduler(AsyncScheduler):
             self.ttt_blocks.leave(attached.request, session)
 
     def _plan(self, attached: Attached) -> RequestPlan:
-        session, knobs, start = attached.session, attached.knobs, attached.start
-        opened = session.open.get(attached.request.request_id)
+        session, request, start = attached.session, attached.request, attached.start
+        tokens, sibling = request.prompt_token_ids or [], first_of(request.request_id)
+        opened = session.open.get(request.request_id)
+        if opened is not None and not self.ttt_trust.allows(session, attached.prompt - 1 - start):
+            opened = self._learn_not(attached, "limit")
+        ceiling = None if sibling else self.ttt_trust.ceiling(session, tokens, start, learns=opened is not None)
+        if sibling and (first := self.ttt_requests.get(sibling)) is not None:
+            attached.prompt_learned = first.prompt_learned
         if opened is not None:
             opened.learned = opened.done = start
-            tokens = attached.request.prompt_token_ids or ()
+            attached.repetitive = self.ttt_trust.repetitive(tokens, start)
             opened.prefixes = session.history.add(tokens, [attached.prompt], start + self._accept(attached.prompt - 1 - start))
             if start:
                 session.tokens_skipped["history"] += start
-        return RequestPlan(session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave)
+        knobs = attached.knobs
+        return RequestPlan(
+            session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave,
+            ceiling, repetitive=attached.repetitive,
+        )  # fmt: skip
+
+    def _learn_not(self, attached: Attached, reason: str) -> None:
+        """A request that was to learn, and has not begun to, is answered and not learned."""
+        attached.knobs, attached.prompt_learned = Knobs(learn=False), False
+        attached.session.open.pop(attached.request.request_id, None)
+        self.ttt_interleaved.pop(attached.request.request_id, None)
+        attached.session.refuse(max(0, attached.prompt - 1), reason, seen=True)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -251,7 +243,7 @@ class TTTScheduler(AsyncScheduler):
         if report is not None:
             self._read(report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self.ttt_requests:
+        if self.ttt_requests or self.ttt_probe.open:
             for per_client in outputs.values():
                 for output in per_client.outputs:
                     self._answer(output)
@@ -271,10 +263,13 @@ class TTTScheduler(AsyncScheduler):
             self._guard(self.ttt_tiers.read, file)
         self._count(report.chunks[counted:])
         by_adapter = self.ttt_ledger.by_adapter
+        for trial in report.trials:
+            if (session := by_adapter.get(trial.session)) is not None:
+                self._tried(session, trial)
         for request_id, adapter in report.settled:
             session = by_adapter.get(adapter)
             if session is not None and (opened := session.open.pop(request_id, None)) is not None:
-                session.history.settle(opened.prefixes, opened.learned)
+                session.history.settle(opened.prefixes, opened.learned, session.version)
 
     def _count(self, chunks: list[ChunkReport]) -> None:
         for chunk in chunks:
@@ -286,8 +281,23 @@ class TTTScheduler(AsyncScheduler):
                 if interleaved is not None and not interleaved.outputs:
                     interleaved.version = chunk.version
 
+    def _tried(self, session: Session, trial: Trial) -> None:
+        """The guard has tried the session's delta; where it was bad, nothing that has not begun is learned any more."""
+        reason = self.ttt_trust.tried(session, trial)
+        self.ttt_tiers.changes(session)
+        if reason is None:
+            return
+        logger.warning("vllm-ttt: session %s learns no more: %s", session.key.wire(), reason)
+        for request_id in session.requests & set(session.open):
+            if not (attached := self.ttt_requests[request_id]).started:
+                self._learn_not(attached, "frozen")
+        if self.ttt_tiers.saves is not None:
+            self._guard(self.ttt_tiers.saves.save, session)
+
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""
+        if output.finish_reason is not None:
+            self.ttt_probe.open.pop(output.request_id, None)
         attached = self.ttt_requests.get(output.request_id)
         if attached is None:
             return
@@ -301,7 +311,9 @@ class TTTScheduler(AsyncScheduler):
 
     def _accepted(self, attached: Attached) -> int:
         """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
-        tokens = self._accept(attached.prompt - 1 - attached.start) if attached.prompt_learned else 0
+        tokens = 0
+        if attached.prompt_learned:
+            tokens = self._accept(attached.prompt - 1 - attached.start) - sum(end - first for first, end in attached.repetitive)
         return tokens + (self._accept(attached.outputs) if attached.knobs.learn_output else 0)
 
     def _accept(self, pairs: int) -> int:
@@ -327,10 +339,10 @@ class TTTScheduler(AsyncScheduler):
         elif attached.knobs.learn:
             self.ttt_ended[request_id] = attached.prompt - 1 + attached.outputs
             if attached.knobs.learn_output and attached.outputs:
+                attached.session.allowance.spend(attached.outputs)
                 self._remember_answer(attached)
         self.ttt_tiers.left(attached.session)
-        if (child := _CHILD.fullmatch(request_id)) is not None and child.group(1) == "0":
-            self.ttt_parents.pop(child.group(2), None)
+        self.ttt_arrivals.leave(request_id)
 
     def _remember_answer(self, attached: Attached) -> None:
         """What was generated is learned, and history when the client sends it back within the next prompt."""

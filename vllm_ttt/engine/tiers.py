@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 
 from vllm_ttt.config import SessionsConfig
 from vllm_ttt.engine import records
+from vllm_ttt.engine.familiar import Past
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.records import Version
 from vllm_ttt.engine.saves import AT_ONCE, Saves
@@ -145,7 +146,7 @@ class Tiers:
         future: Future = Future()
         self._drop(session)
         self._forget(session)
-        state = {**version.state, "frozen": session.frozen}
+        state = {**version.state, **session.standing()}
         row = records.Row(session.uid, session.key, session.created, session.last_used, state, version)
 
         def done(_: Any, error: Exception | None) -> None:
@@ -217,6 +218,7 @@ class Tiers:
             self.orders.append(FileOrder("drop", report.session))  # it was removed meanwhile
         elif report.outcome == "done":
             session.place = "memory"
+            session.past = Past.from_text(report.metadata.get("past", ""))
             self._woken(session)
         elif report.outcome == "damaged":
             self._fall_back(session, report.error)
@@ -236,7 +238,7 @@ class Tiers:
         """The newest version is damaged: set it aside, and go on with the one before, or with none."""
         assert self.store is not None
         assert session.saved is not None
-        store, file, version, frozen = self.store, session.saved.file, session.saved.version, session.frozen
+        store, file, version = self.store, session.saved.file, session.saved.version
 
         def write(db: Any) -> Change:
             row = records.without(db, session.uid, file, {})
@@ -249,8 +251,8 @@ class Tiers:
             if row is None or error is not None:
                 self._cannot_read(session, str(error or why))
                 return
-            session.from_state(row.state)
-            session.saved, session.frozen = row.newest, frozen
+            session.from_state({**row.state, **session.standing()})
+            session.saved = row.newest
             session.error = f"version {version} was damaged ({why}) and set aside; this is the version before"
             logger.error(
                 "vllm-ttt: %s is damaged (%s) and was set aside; its session falls back from version %d to %d",

@@ -69,11 +69,13 @@ async def main() -> None:
     parser.add_argument("--preset", default="last")
     parser.add_argument("--layers", type=int, help="adapted layers; default: what the preset says")
     parser.add_argument("--float32", action="store_true", help="load the model in float32 instead of its own dtype")
+    parser.add_argument("--unscaled", action="store_true", help="serve with the delta as it is (learn.scales: [1])")
     parser.add_argument("--json")
     parser.add_argument("--reference", help="recorded curves to compare with")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    config = parse_config({} if args.layers is None else {"adapt": {"layers": args.layers}}, args.preset)
+    adapt = {} if args.layers is None else {"layers": args.layers}
+    config = parse_config({"adapt": adapt, "learn": {"scales": [1]} if args.unscaled else {}}, args.preset)
     scorer = OracleScorer(args.model, config, torch.float32 if args.float32 else None)
     found = texts.read_texts(args.texts)
     if args.domains:

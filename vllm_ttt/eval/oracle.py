@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.eval.no_regret import NoRegret
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -100,7 +101,7 @@ class Oracle:
         config: rank, seed and the section ``learn``; the rest does not matter here.
         dtype: what the model is loaded in; None: what its config says. A is rounded to it, as a slot stores it, and
             ``score`` uses B rounded to it, as a slot serves it.
-        compute_dtype: what the tail is computed in, forward and backward. The steps use the unrounded B.
+        compute_dtype: what the tail is computed in, forward and backward. The steps use the unrounded B, and no scale.
     Raises:
         ConfigError: the model is not one of ``MODEL_TYPES``, has biases that the tail leaves out, or is too narrow.
     """
@@ -129,6 +130,8 @@ class Oracle:
         """Forget: B [out, R] is float32 (float64 where compute_dtype is) and zero again."""
         master = torch.promote_types(torch.float32, self.compute_dtype)
         self.B = {k: torch.zeros(getattr(self.weights, k).shape[0], self.config.adapt.rank, dtype=master) for k in "ogud"}
+        #: which multiple of B serves
+        self.scale = NoRegret(self.config.learn)
         #: updates so far
         self.version = 0
         #: tokens, by what became of them
@@ -143,18 +146,21 @@ class Oracle:
         return self._seen[1]
 
     @torch.no_grad()
-    def score(self, ids: list[int]) -> Tensor:
-        """NLL [T - 1] in nats of each token but the first, all of them under the delta as it is now."""
-        h, a = self.activations(ids)
-        served = {k: v.to(self.dtype).to(self.compute_dtype) for k, v in self.B.items()}
-        return tail_nll(self.weights, self.A, served, h[:-1], a[:-1], torch.tensor(ids[1:]))
+    def score(self, ids: list[int], start: int = 0) -> Tensor:
+        """NLL [T - 1] in nats of each token but the first, all of them under the delta as it is now, and as it is scaled for a
+        request of which the pairs before ``start`` are history."""
+        return self._nll(ids, slice(0, len(ids) - 1), self.scale.served(ids, start))
 
     def learn(self, ids: list[int], start: int = 0) -> list[float]:
-        """Learn a request chunk by chunk, from pair ``start`` on: those before it are history.
+        """Learn a request chunk by chunk, from pair ``start`` on: those before it are history. Before that, its last chunk is
+        measured under every scale.
 
         Returns the loss of each chunk before its step, also where it was skipped for its loss; a remainder shorter than
         ``min_chunk`` has none.
         """
+        if self.scale.on:
+            self._measure(ids, start)
+            self.scale.note(ids[start:])
         h, a = self.activations(ids)
         targets, losses, learn = torch.tensor(ids[1:]), [], self.config.learn
         for first in range(start, len(targets), learn.chunk):
@@ -165,6 +171,21 @@ class Oracle:
                 continue
             losses.append(self._step(h[rows], a[rows], targets[rows]))
         return losses
+
+    def _measure(self, ids: list[int], start: int) -> None:
+        chunk, pairs = self.config.learn.chunk, len(ids) - 1
+        starts = [s for s in range(start, pairs, chunk) if min(chunk, pairs - s) >= self.config.learn.min_chunk]
+        if starts:
+            end = min(starts[-1] + chunk, pairs)
+            rows = slice(starts[-1], end, 2)
+            losses = [self._nll(ids, rows, scale).mean().item() for scale in self.scale.measured]
+            self.scale.add(losses, end - starts[-1])
+
+    @torch.no_grad()
+    def _nll(self, ids: list[int], rows: slice, scale: float) -> Tensor:
+        h, a = self.activations(ids)
+        served = {k: (scale * v).to(self.dtype).to(self.compute_dtype) for k, v in self.B.items()}
+        return tail_nll(self.weights, self.A, served, h[rows], a[rows], torch.tensor(ids[1:])[rows])
 
     def _step(self, h: Tensor, a: Tensor, targets: Tensor) -> float:
         learn, n = self.config.learn, len(targets)

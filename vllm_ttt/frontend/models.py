@@ -34,9 +34,13 @@ class ChunkLoss(_Model):
     loss: Loss
     """Mean loss before it was learned, nats per token; null where it was not finite."""
     frozen_loss: Loss = None
-    """The same under the base model; null where it was not measured."""
+    """Under the base model, mean of every second token; measured on the last chunk of a prompt, null on others."""
+    served_loss: Loss = None
+    """Of the same tokens, under the delta that the request was served with."""
+    scale: Loss = None
+    """The scale of the delta in that."""
     skipped: str | None = None
-    """Why the chunk was not learned: `loss`, `nonfinite`, `short` or `error`; null: it was."""
+    """Why the chunk was not learned: `loss`, `nonfinite`, `short`, `repetition`, `rollback` or `error`; null: it was."""
 
 
 class SessionSummary(_Model):
@@ -64,10 +68,18 @@ class SessionSummary(_Model):
     """Frobenius norm of the delta relative to that of the weight, by module."""
     tier: Literal["slot", "memory", "disk", "new"]
     """Where the delta is: in one of vLLM's LoRA slots, only in memory, or only on disk; new: there is none yet."""
+    scale: Loss = None
+    """The session is served with its delta times this, as its past losses have it (`learn.scales`); null: not in memory."""
+    scale_served: Loss = None
+    """The same for its latest prompt, less where that was not like what the session had sent before."""
     bytes: int
     """Memory that the session takes; on disk, its newest file."""
     frozen: bool = False
     """Whether it learns nothing until it is unfrozen."""
+    frozen_reason: str | None = None
+    """Why: `asked for`, or what the guard found; null: it learns."""
+    probe_regression: Loss = None
+    """Nats per token by which its delta made the guard's text worse when last tried; null: not tried yet."""
     saved_version: int | None = None
     """The newest version in the state dir; null: none."""
     saved: float | None = None
@@ -78,20 +90,31 @@ class SessionSummary(_Model):
     """Whose it is, as the state dir names the API key; only where the admin key lists all."""
 
 
+class ScaleLoss(_Model):
+    """What the session's requests say of one scale of its delta."""
+
+    scale: float
+    """The scale, one of `learn.scales`; 0: the base model."""
+    loss: Loss
+    """Nats per token over past requests, the recent most; only differences mean anything."""
+
+
 class Session(SessionSummary):
     """A session."""
 
+    scale_losses: list[ScaleLoss] = []
+    """The losses by which `scale` was chosen."""
     losses: list[ChunkLoss]
     """The most recent chunks, oldest first."""
     versions: list[int] = []
-    """Versions in the state dir, to which the session can be rolled back."""
+    """Versions to which the session can be rolled back, in memory and on disk; 0 is the base model."""
 
 
 class Rollback(_Request):
     """Where to return to."""
 
-    version: Annotated[int, Field(ge=1, lt=2**31)]
-    """One of the session's `versions`."""
+    version: Annotated[int, Field(ge=0, lt=2**31)]
+    """One of the session's `versions`; 0 is the base model."""
 
 
 class Fork(_Request):

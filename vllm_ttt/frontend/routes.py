@@ -92,7 +92,7 @@ async def save_session(session_id: SessionId, request: Request) -> Any:
 
 @router.post(_SESSION + "/rollback", response_model=models.Session, responses=_ERRORS | _CONFLICT)
 async def roll_back_session(session_id: SessionId, body: models.Rollback, request: Request) -> Any:
-    """Return to a version that the state dir has; later ones are forgotten."""
+    """Return to an earlier version, one of the session's `versions`; what it learned after that is forgotten."""
     return await _ask(request, "rollback", session_id, body.version)
 
 

@@ -73,11 +73,13 @@ class Offline:
             raise SessionsError(f"session {name!r} has learned nothing that was saved")
         path = self.folder.path(row.newest.file)
         try:
-            tensors, _ = delta_file.load(path, row.newest.checksum, self.geometry)
+            tensors, saved = delta_file.load(path, row.newest.checksum, self.geometry)
         except (FileError, OSError) as error:
             raise SessionsError(f"{path} cannot be used: {error}; vllm-ttt sessions fsck says more") from None
         dtype = getattr(torch, self.identity["dtype"])
-        metadata = {"session_id": name, "version": str(row.newest.version)}
+        scale = float(json.loads(saved["state"])["chosen"])  # as the session is served
+        tensors = {module: scale * b for module, b in tensors.items()}
+        metadata = {"session_id": name, "version": str(row.newest.version), "scale": f"{scale:g}"}
         base = self.identity["model"]["name"]
         data = peft.adapter(tensors, peft.projections(self.geometry, dtype), self.geometry, base, metadata)
         out.mkdir(parents=True, exist_ok=True)
@@ -95,8 +97,8 @@ class Offline:
             if records.find(self.db, SessionKey(tenant, name)) is not None:
                 raise SessionsError(f"there is a session {name!r} already; vllm-ttt sessions rm removes it")
             tensors, version = self._read_adapter(source)
-            norms = [0.0] * 4  # relative norms are known again after the next step
-            state = WorkerSession(version=version, chunks=version, norms=norms).to_state()
+            # Served as it was exported. Relative norms are known again after the next step.
+            state = WorkerSession(version=version, chosen=1.0).to_state()
             uid, now = secrets.token_hex(16), time.time()
             file = self.folder.new_file(uid)
             metadata = {"uid": uid, "tenant": tenant, "session_id": name, "state": json.dumps(state)}

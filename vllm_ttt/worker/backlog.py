@@ -29,6 +29,9 @@ class Chunk:
     rows: int = 0
     #: rows whose gradient has been accumulated
     done: int = 0
+    #: where it was measured: the scale that its request was served with, and mean losses (frozen, served) of a part of it
+    scale: float | None = None
+    measured: tuple[float, float] | None = None
 
     @property
     def end(self) -> int:
@@ -72,8 +75,12 @@ class Backlog:
         self.free = list(range(pages - 1, -1, -1))
         self.readings: dict[str, Reading] = {}
         self.queues: OrderedDict[int, deque[Chunk]] = OrderedDict()
+        #: the last chunk of each prompt, when it has joined its queue; `Measuring` takes them out
+        self.last: deque[Chunk] = deque()
         #: chunks too short to be learned, to be reported
         self.short: list[Chunk] = []
+        #: chunks that repeat themselves, likewise
+        self.repetitive: list[Chunk] = []
         #: learning requests until all of them has been learned; they may outlive their reading
         self.closing: dict[str, Reading] = {}
 
@@ -169,7 +176,7 @@ class Backlog:
 
     def reading_sessions(self) -> set[int]:
         """Sessions that have a prompt which has been read in part: their slot must not change now, but for interleaving."""
-        started = (r for r in self.readings.values() if r.next > r.plan.start and not r.prompt_read)
+        started = (r for r in self.readings.values() if r.next > r.plan.start and not r.prompt_read and not r.closed)
         return {r.plan.session for r in started if not r.plan.interleave}
 
     def settled(self) -> list[tuple[str, int]]:
@@ -206,7 +213,8 @@ class Backlog:
                 part_end = min(part_end, position + self.chunk - chunk.rows)
                 self._copy_rows(rows, position, part_end, chunk, copy)
                 if chunk.rows == self.chunk or part_end == last_of_prompt:
-                    self._close(reading)
+                    # Where what is left of the prompt is too short to be learned, this is its last chunk.
+                    self._close(reading, last=in_prompt and last_of_prompt - part_end < self.min_chunk)
             position = part_end
         reading.next = max(reading.next, end)
         if not reading.prompt_read and reading.next >= last_of_prompt:
@@ -222,7 +230,7 @@ class Backlog:
         copy.tokens.append(rows.next_tokens[offset : offset + n])
         chunk.rows += n
 
-    def _close(self, reading: Reading) -> None:
+    def _close(self, reading: Reading, last: bool = False) -> None:
         chunk, reading.open = reading.open, None
         assert chunk is not None
         if chunk.rows < self.min_chunk:
@@ -230,7 +238,13 @@ class Backlog:
                 self.short.append(chunk)
             self._release(chunk)
             return
+        if _repeats(chunk, reading.plan):
+            self.repetitive.append(chunk)
+            self._release(chunk)
+            return
         self.queues.setdefault(chunk.session, deque()).append(chunk)
+        if last:
+            self.last.append(chunk)
         reading.unlearned += 1
         self.closing.setdefault(chunk.request, reading)
 
@@ -242,3 +256,9 @@ class Backlog:
 
     def _release(self, chunk: Chunk) -> None:
         self.free.append(chunk.page)
+
+
+def _repeats(chunk: Chunk, plan: RequestPlan) -> bool:
+    """Whether most of the chunk is in a range that repeats itself."""
+    inside = sum(max(0, min(chunk.end, end) - max(chunk.first, first)) for first, end in plan.repetitive)
+    return 2 * inside > chunk.rows

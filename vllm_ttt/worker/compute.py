@@ -20,6 +20,8 @@ from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.micro_step import Delta, Tail, accumulate, update
 from vllm_ttt.worker.qkv import Past
+from vllm_ttt.worker.scale import measured
+from vllm_ttt.worker.scaled import scaled_losses
 
 
 @dataclass
@@ -50,8 +52,10 @@ class Compute:
         rows = deltas.masters.o.shape[0]
         # Sums over the tiles of the chunk that is being learned, by row of the masters.
         self.loss_R = torch.zeros(rows, device=self.device)
-        self.frozen_R = torch.zeros(rows, device=self.device)
+        #: the scales of `measure`
+        self.scales_K = torch.tensor(measured(learn.scales), device=self.device)
         self.score_graphs: dict[tuple[int, int], Graph] = {}
+        self.measure_graphs: dict[tuple[int, int], Graph] = {}
         self.apply_graphs: dict[int, Graph] = {}
 
     def score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None = None) -> None:
@@ -64,19 +68,28 @@ class Compute:
         else:
             self.score_graphs[shape](*_pad(shape, flat, weight, rows, keep, self.deltas.spare))
 
-    def score_frozen(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None = None) -> None:
-        """Add the loss of the same rows under the frozen model."""
-        flat, weight, rows, keep = (to_device(x, self.device) for x in (flat, weight, rows, keep))
-        base = Delta(*(torch.zeros_like(x[: len(rows)]) for x in self.deltas.masters.tensors())).to(self.tail.head_VD.dtype)
-        loss_S = accumulate(self.tail, base, *self._gather(flat), weight, None, past)
-        self._add(self.frozen_R, rows, keep, loss_S)
+    def measure(self, flat: Tensor, weight: Tensor, rows: Tensor, served: Delta | None = None) -> Tensor:
+        """Losses of some rows under each of ``scales_K`` times the masters, or times ``served``, one session's B.
+
+        Returns:
+            [S, K] float32, on the device, overwritten by the next call.
+        """
+        S, C = flat.shape
+        if served is not None:
+            flat, weight = to_device(flat, self.device), to_device(weight, self.device)
+            return scaled_losses(self.tail, served.to(self.tail.head_VD.dtype), self.scales_K, *self._gather(flat), weight)
+        shape = next((s for s in sorted(self.measure_graphs) if s[0] >= S and s[1] >= C), None)
+        if shape is None:
+            return self._measure(*(to_device(x, self.device) for x in (flat, weight, rows)))
+        flat, weight, rows, _ = _pad(shape, flat, weight, rows, torch.zeros(S, dtype=torch.bool), self.deltas.spare)
+        return self.measure_graphs[shape](flat, weight, rows)[:S]
 
     def apply(self, rows: Tensor, share: Tensor) -> Tensor:
         """One step of the optimiser on each master. ``share`` [S]: rows of the chunk / rows of a full one.
 
         Returns:
-            [3 + modules, S]: whether it was applied, the chunk's loss, its frozen loss, norms of B relative to W; on the
-            device, overwritten by the next call.
+            [2 + modules, S]: whether it was applied, the chunk's loss, norms of B relative to W; on the device, overwritten by
+            the next call.
         """
         S = len(rows)
         size = next((s for s in sorted(self.apply_graphs) if s >= S), None)
@@ -107,6 +120,8 @@ class Compute:
                 self.score_graphs[S, C] = self._capture(self._score, (flat, weight, rows, keep), pool)
             if pool is not None and S not in self.apply_graphs:
                 self.apply_graphs[S] = self._capture(self._apply, (rows, share), pool)
+            if pool is not None and past is None and len(self.scales_K) > 1:
+                self.measure_graphs[S, C] = self._capture(self._measure, (flat, weight, rows), pool)
             before = None if past is None else past(S, C)
 
             def once(args: Any = (flat, weight, rows, keep, before), rows: Tensor = rows, share: Tensor = share) -> None:
@@ -127,6 +142,10 @@ class Compute:
         self._add(self.loss_R, rows, keep, loss_S)
         return loss_S
 
+    def _measure(self, flat: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        delta = self.deltas.masters.select(rows).to(self.tail.head_VD.dtype)
+        return scaled_losses(self.tail, delta, self.scales_K, *self._gather(flat), weight)
+
     def _apply(self, rows: Tensor, share: Tensor) -> Tensor:
         masters, learn = self.deltas.masters, self.learn
         loss_S = self.loss_R.index_select(0, rows)
@@ -136,7 +155,7 @@ class Compute:
         )  # fmt: skip
         for x, part in zip(masters.tensors(), new.tensors(), strict=True):
             x.index_copy_(0, rows, part)
-        return torch.cat((torch.stack((ok_S.float(), loss_S, self.frozen_R.index_select(0, rows))), norm_MS))
+        return torch.cat((torch.stack((ok_S.float(), loss_S)), norm_MS))
 
     def _gather(self, flat_SC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pages, flat = self.backlog, flat_SC.flatten()

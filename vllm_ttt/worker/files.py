@@ -82,7 +82,7 @@ class Files:
             session = self.deltas.sessions.get(order.session)
             if session is None and order.action == "save":
                 raise RuntimeError("the session is not in memory")
-            snapshot = self._snapshot(order.session, session or Session())
+            snapshot = self._snapshot(order.session, session or self.deltas.fresh())
             version = snapshot.state["version"]
             counted = len(self.trainer.report.chunks)
             self.reports.append(FileReport(order.action, order.session, order.path, "taken", version, counted))
@@ -93,9 +93,9 @@ class Files:
         self.running.append((order, pool.submit(job, *args)))
 
     def _snapshot(self, key: int, session: Session) -> Snapshot:
-        state = session.to_state()
+        state = {**session.to_state(), "untried": self.trainer.guard.untried(key)}
         if key not in self.deltas.rows:
-            return Snapshot(session.host, None, state)  # what lies on the host is never written to
+            return Snapshot(session.host, session.copied, state)  # what lies on the host is never written to
         # Copied in the stream of the steps: before any later step, and without waiting for it.
         delta = Delta(*(copy_to_host(x) for x in self.deltas.read(key).tensors()))
         return Snapshot(delta, self.clock.mark(), state)
@@ -107,7 +107,7 @@ class Files:
             return
         report, session = future.result()
         if session is not None:
-            self.deltas.sessions[order.session] = session
+            self.trainer.resume(order.session, *session)
         self.reports.append(report)
 
     def _failed(self, order: FileOrder, error: BaseException) -> None:
@@ -125,17 +125,22 @@ class Files:
         version = snapshot.state["version"]
         return FileReport("save", order.session, order.path, "done", version, bytes=len(data), checksum=checksum), None
 
-    def _load(self, order: FileOrder) -> tuple[FileReport, Session]:
+    def _load(self, order: FileOrder) -> tuple[FileReport, tuple[Session, int]]:
         tensors, metadata = delta_file.load(Path(order.path), order.checksum, self.geometry)
-        session = Session.from_state(json.loads(metadata["state"]))
-        session.host = Delta(*(tensors[name][None] for name in self.geometry.shapes))
-        return FileReport("load", order.session, order.path, "done", session.version), session
+        state = json.loads(metadata["state"])
+        session = self.deltas.revive(state)
+        pinned = torch.Tensor.pin_memory if self.clock.cuda else lambda x: x
+        session.host = Delta(*(pinned(tensors[name][None]) for name in self.geometry.shapes))
+        report = FileReport("load", order.session, order.path, "done", session.version, metadata=metadata)
+        return report, (session, int(state.get("untried", 0)))
 
     def _export(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
-        metadata = {**order.metadata, "version": str(snapshot.state["version"])}
+        scale = snapshot.state["chosen"]
+        metadata = {**order.metadata, "version": str(snapshot.state["version"]), "scale": f"{scale:g}"}
         tail = self.deltas.tail
         served = {a.shape[1]: a.cpu() for a in (tail.ao_RQ, tail.ai_RD, tail.ad_RF)}
-        data = peft.adapter(self._tensors(snapshot), served, self.geometry, self.base_model, metadata)
+        tensors = {name: scale * b for name, b in self._tensors(snapshot).items()}
+        data = peft.adapter(tensors, served, self.geometry, self.base_model, metadata)
         delta_file.write(Path(order.path), data)
         return FileReport("export", order.session, order.path, "done", snapshot.state["version"], bytes=len(data)), None
 

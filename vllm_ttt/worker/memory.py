@@ -37,12 +37,14 @@ def needs(
     """
     D, Q, F, rows = geometry.hidden, geometry.attention, geometry.feed_forward, config.sessions.resident
     tokens = pages(config) * config.learn.chunk
+    tried = config.guard.probe_tokens if config.guard.every else 1
     past = _past_bytes(geometry, itemsize)
     parts = {
         f"masters and gradients of {rows} resident sessions (sessions.resident, adapt.rank)": (2 * (rows + 1) * geometry.bytes),
         f"activations of {tokens:,} tokens that may wait to be learned (schedule.backlog_tokens)": (
             tokens * ((D + Q) * itemsize + 8)
         ),
+        f"the guard's text, {tried:,} tokens (guard.probe_tokens)": tried * ((D + Q) * itemsize + 8),
         f"activations of a batch of {max_tokens:,} tokens (--max-num-batched-tokens)": max_tokens * (D + Q) * itemsize,
         "fixed projections and the workspace of the loss": itemsize * (geometry.rank * (D + Q + F) + LOSS_ROWS * vocab),
     }

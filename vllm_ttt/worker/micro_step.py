@@ -125,6 +125,10 @@ class Delta:
     def to(self, dtype: torch.dtype) -> Delta:
         return Delta(*(x.to(dtype) for x in self.tensors()))
 
+    def times(self, scale: float) -> Delta:
+        """The delta times ``scale``; itself where that is 1."""
+        return self if scale == 1.0 else Delta(*(x * scale for x in self.tensors()))
+
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """(module, [S, out, R] view), layer by layer, in the order of MODULES."""
         for layer in self.layers():
@@ -148,7 +152,7 @@ def accumulate(
     """Add the gradient of the weighted loss of some rows to ``grad``, and return that loss.
 
     Args:
-        delta: B as it is served, in the tail's dtype.
+        delta: B as it is, whatever the scale it is served with, in the tail's dtype.
         h_SCD: residual stream entering the first adapted layer. a_SCQ: that layer's attention output. Both as served.
         t_SC: int64, the token that follows.
         w_SC: float32, weight of each row's loss: 1 / (rows of its chunk), and 0 for padding.
@@ -241,6 +245,11 @@ def orthogonalise(g_SOR: Tensor) -> Tensor:
         xx = torch.bmm(x, x.transpose(1, 2))
         x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.transpose(1, 2) if tall else x).float()
+
+
+def token_losses(tail: Tail, y_TD: Tensor, t_T: Tensor, w_T: Tensor) -> Tensor:
+    """Weighted losses [T] float32 in nats of the tokens ``t_T``, given the tail's last normalised states ``y_TD``."""
+    return _cross_entropy(tail, y_TD, t_T, w_T, backward=False)[0]
 
 
 def _cross_entropy(tail: Tail, y_TD: Tensor, t_T: Tensor, w_T: Tensor, backward: bool) -> tuple[Tensor, Tensor | None]:

@@ -65,9 +65,9 @@ class Slots:
     def adapter(self, key: int) -> LoRAModel:
         """The session's adapter with the delta that is to be served: vLLM copies it into the slot that it chooses."""
         session = self.deltas.session(key)
-        serving = session.serving or self.deltas.read(key).to(self.dtype)
+        served = (session.serving or self.deltas.read(key)).times(session.scale).to(self.dtype)
         tail, layers = self.deltas.tail, {}
-        for layer, delta in zip(self.modules.layers, serving.layers(), strict=True):
+        for layer, delta in zip(self.modules.layers, served.layers(), strict=True):
             parts, parent = dict(delta.parts()), layer.names["gu"].rpartition(".")[0]
             layers[layer.names["o"]] = tail.ao_RQ, parts["o"]
             layers[f"{parent}.gate_proj"] = tail.ai_RD, parts["g"]
@@ -77,14 +77,15 @@ class Slots:
         return LoRAModel(key, rank, {n: LoRALayerWeights(n, rank, rank, a, b[0]) for n, (a, b) in layers.items()})
 
     def write(self, key: int, session: Session) -> None:
-        """Bring the session's slot, where it has one, to the master's version, in place.
+        """Bring what is served of the session, and its slot where it has one, to the master's version and the wanted scale.
 
         A slot that cannot be written is given back, so that vLLM fills another from the master when the session is served next.
         """
-        session.serving = None
+        session.serving, session.scale = None, session.wanted
         if self.holds(key):
             try:
-                self._copy(self.manager._adapter_manager.lora_index_to_id.index(key), self.deltas.read(key))
+                delta = self.deltas.read(key).times(session.scale)
+                self._copy(self.manager._adapter_manager.lora_index_to_id.index(key), delta)
             except Exception:
                 self.drop(key)
                 raise

@@ -23,6 +23,7 @@ from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.micro_step import MODULES
 from vllm_ttt.worker.past import PastPool
+from vllm_ttt.worker.probe import Probe
 from vllm_ttt.worker.qkv import Past
 from vllm_ttt.worker.signals import leave_with_the_engine
 from vllm_ttt.worker.slots import Slots
@@ -78,16 +79,18 @@ class TTTWorkerMixin:
         self.capture = Capture(modules, max_tokens, dtype, device, self.idle)
         pages = memory.pages(config)
         self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, self.capture.h_ND, self.capture.a_NQ)
-        deltas = Deltas(tail, config.sessions.resident)
+        deltas = Deltas(tail, config.sessions.resident, config.learn.scales)
         assert deltas.bytes_per_session() == geometry.bytes, "the model's configuration and its weights disagree"
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
+        tried = config.guard.probe_tokens if config.guard.every else 1
+        self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ)
         self.pool: PastPool | None = None
         #: keeps room on the device until the first step
         self.reserve: Tensor | None = None
         if geometry.layers > 1:
             held = memory.past_pages(geometry, config, model.dtype.itemsize, model.max_model_len)
             self.pool = PastPool(held, config.learn.chunk, self.capture, tail.attentions[0].kv_heads)
-        self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.pool)
+        self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.pool)
         self.files = Files(self.trainer, geometry, self.vllm_config.model_config.model)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
@@ -151,7 +154,9 @@ class TTTWorkerMixin:
             "tier": "slot" if self.trainer.slots.holds(key) else "memory",
             "bytes": self.trainer.deltas.bytes_per_session(),
             "tokens_pending": self.backlog.pending_of(key),
+            "versions": self.trainer.versions.of(key),
             "norm": dict(zip(MODULES, norms, strict=True)),
+            **self.trainer.measuring.state(key),
         }
 
     def ttt_sessions(self, keys: list[int]) -> list[dict[str, Any]]:
@@ -163,6 +168,11 @@ class TTTWorkerMixin:
         """Give the new session ``to`` the delta of ``key``, for which nothing waits to be learned."""
         self.trainer.collect(wait=True)
         self.trainer.deltas.copy(key, to)
+
+    @torch.inference_mode()
+    def ttt_roll_back(self, key: int, version: int) -> list[int] | None:
+        """Return a session that has no request in the engine to ``version``; versions that are kept, where that is not one."""
+        return None if self.trainer.roll_back(key, version) else self.trainer.versions.of(key)
 
     def ttt_status(self) -> dict[str, Any]:
         """Captured tokens that wait, updates committed to all sessions, tokens learned and errors since the start, and ms that
@@ -211,17 +221,22 @@ class TTTWorkerMixin:
     def _finish(self, scheduler_output: Any, plan: StepPlan) -> None:
         for request in scheduler_output.finished_req_ids:
             self.backlog.finish(request, plan.ended.get(request))
+            self.probe.finish(request)
 
     def _start(self, plan: StepPlan) -> None:
         for request, request_plan in plan.started.items():
+            if request_plan.probe:
+                self.probe.start(request, request_plan)
+                continue
             self.backlog.start(request, request_plan)
+            self.trainer.begin(request_plan.session, request_plan.ceiling)
             self.began[request] = self.trainer.deltas.session(request_plan.session).served
 
     def _between(self, serving: bool) -> int:
         """Before an iteration: learn what the budget allows, or all that may be where nobody is served; then the slots."""
         self._read_times()
         learned = 0
-        if self.backlog.queues:
+        if self.backlog.queues or self.trainer.guard.busy:
             self.reserve = None
             if not serving:
                 self.trainer.collect(wait=True)  # one step at a time, so that a request that comes now waits for one only
@@ -245,13 +260,17 @@ class TTTWorkerMixin:
     def _take(self) -> None:
         """After an iteration: keep the rows that are to be learned, before the next one overwrites them."""
         ran, self.ran = self.ran, None
-        wanted = self.backlog.wanted()
+        wanted = {**self.backlog.wanted(), **self.probe.reading}
         if not wanted:
             return
         view = self.ttt_view(ran, wanted)
+        if self.probe.reading:
+            self.probe.take([r for r in view if r.request in self.probe.reading], self.capture.h_ND, self.capture.a_NQ)
+            view = [rows for rows in view if rows.request not in self.probe.reading]
         needed = self.backlog.pages_needed(sum(len(rows.next_tokens) for rows in view))
         while len(self.backlog.free) < needed and self.backlog.queues:
             self.trainer.learn(self.budget.tokens_per_step)  # the backlog is full: learning cannot yield any longer
+            self.trainer.collect(wait=True)  # what is learned next may wait for the outcome of a trial
         if self.pool is not None:
             self._take_past(self.pool, view)
         self.backlog.take(view, self.capture.h_ND, self.capture.a_NQ)
@@ -262,7 +281,7 @@ class TTTWorkerMixin:
         while pool.lacking(view, self.backlog) and self.backlog.queues:
             self.trainer.learn(self.budget.tokens_per_step)
         for request in pool.lacking(view, self.backlog):
-            self.trainer.give_up(self.backlog.readings[request].plan.session, "pool")
+            self.trainer.lose(self.backlog.readings[request].plan.session, "pool")
             pool.sweep(self.backlog)
         pool.take(view, self.backlog, self.capture)
 

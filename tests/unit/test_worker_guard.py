@@ -1,0 +1,289 @@
+"""Versions to return to, the guard's trials, and what may be learned at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_worker_compute import V, make
+
+from vllm_ttt.config import GuardConfig
+from vllm_ttt.engine.limits import Allowance, repetitive
+from vllm_ttt.engine.probe import read_text
+from vllm_ttt.errors import ConfigError
+from vllm_ttt.types import RequestPlan
+from vllm_ttt.worker.backlog import Backlog
+from vllm_ttt.worker.clock import Clock
+from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.guard import Guard
+from vllm_ttt.worker.micro_step import Delta, accumulate
+from vllm_ttt.worker.probe import Probe
+from vllm_ttt.worker.step_view import Rows
+from vllm_ttt.worker.versions import Kept, Versions, restore, snapshot
+
+pytestmark = pytest.mark.unit
+
+ROWS = 40
+
+
+def fill(deltas: Deltas, key: int, value: float) -> None:
+    deltas.row(key)
+    for x in deltas.read(key).tensors():
+        x.fill_(value)
+
+
+def keep(versions: Versions, deltas: Deltas, key: int, version: int) -> None:
+    versions.add(key, version, Kept(snapshot(deltas, key), [float(version)] * 4, [float(version)]))
+
+
+# Versions
+
+
+def test_the_last_versions_are_kept_and_restored_as_they_were() -> None:
+    deltas, versions = make().deltas, Versions(2, 3, 10**9)
+    for commit in range(1, 13):
+        fill(deltas, 7, commit)
+        if versions.due(7):
+            keep(versions, deltas, 7, commit)
+    assert versions.of(7) == [0, 9, 12], "every third, the last two of them, and the base model"
+    kept = versions.find(7, 9)
+    assert kept is not None
+    session = restore(deltas, 7, 9, kept)
+    assert (session.version, session.norms, session.losses) == (9, [9.0] * 4, [9.0])
+    assert all(bool((x == 9).all()) for x in deltas.read(7).tensors())
+    fill(deltas, 7, 5.0)
+    assert all(bool((x == 9).all()) for x in kept.delta.tensors()), "what is kept stays"  # type: ignore[union-attr]
+    versions.cut(7, 9)
+    assert versions.of(7) == [0, 9]
+    assert versions.find(7, 12) is None
+
+
+def test_version_0_is_the_base_model() -> None:
+    deltas, versions = make().deltas, Versions(2, 1, 10**9)
+    fill(deltas, 7, 1.0)
+    kept = versions.find(7, 0)
+    assert kept is not None
+    session = restore(deltas, 7, 0, kept)
+    assert not any(x.any() for x in deltas.read(7).tensors())
+    assert (session.version, session.norms) == (0, [0.0] * 4)
+    assert session.losses == [0.0], "one for each scale"
+
+
+def test_a_session_without_a_row_is_restored() -> None:
+    deltas, versions = make().deltas, Versions(2, 1, 10**9)
+    fill(deltas, 1, 4.0)
+    keep(versions, deltas, 1, 4)
+    for other in (2, 3, 4):
+        deltas.row(other)  # three rows: session 1 has to go
+    assert 1 not in deltas.rows
+    kept = versions.find(1, 4)
+    assert kept is not None
+    restore(deltas, 1, 4, kept)
+    assert all(bool((x == 4).all()) for x in deltas.read(1).tensors())
+    deltas.row(1)
+    deltas.read(1).o.fill_(5.0)
+    assert bool((kept.delta.o == 4).all())  # type: ignore[union-attr]
+
+
+def test_memory_is_bounded_and_the_good_version_stays() -> None:
+    deltas = make().deltas
+    size = deltas.bytes_per_session()
+    assert deltas.row(1) != deltas.row(2)
+    versions = Versions(5, 1, 4 * size)
+    versions.add_good(1, 2, Kept(snapshot(deltas, 1), [], []))
+    for version in range(1, 6):
+        keep(versions, deltas, 1, version)
+    keep(versions, deltas, 2, 1)
+    assert versions.bytes <= 4 * size
+    assert versions.of(2) == [0, 1], "who has most gives"
+    assert versions.of(1) == [0, 2, 3, 4, 5]
+    versions.drop(1)
+    assert versions.of(1) == [0]
+    assert versions.bytes == size
+
+
+# The guard
+
+
+class Trying:
+    """A guard with a text of ROWS rows that has been read."""
+
+    def __init__(self, config: GuardConfig):
+        self.compute = make()
+        self.deltas, self.tail = self.compute.deltas, self.compute.tail
+        self.versions = Versions(3, 16, 10**9)
+        torch.manual_seed(2)
+        self.h, self.a, self.t = torch.randn(ROWS + 1, 32), torch.randn(ROWS + 1, 48), torch.randint(0, V, (ROWS + 1,))
+        self.probe = Probe(ROWS, self.h, self.a)
+        self.guard = Guard(config, self.tail, self.probe, self.versions, Clock(torch.device("cpu")))
+
+    def read(self) -> None:
+        plan = RequestPlan(99, ROWS + 1, learn=False, learn_output=False, probe=True)
+        self.probe.start("p", plan)
+        self.take(0, 24)
+        assert not self.probe.ready
+        self.take(16, ROWS)  # eight are computed again
+        self.probe.finish("p")
+
+    def take(self, first: int, end: int) -> None:
+        self.probe.take([Rows("p", 0, first, self.t[first:end])], self.h[first:end], self.a[first:end])
+
+    def loss(self, delta: Delta) -> float:
+        weight = torch.full((1, ROWS), 1 / ROWS)
+        return accumulate(self.tail, delta, self.h[None, :ROWS], self.a[None, :ROWS], self.t[None, :ROWS], weight, None).item()
+
+    def learn(self, key: int, commits: int, scale: float) -> None:
+        torch.manual_seed(key)
+        row = self.deltas.row(key)
+        for x in self.deltas.masters.tensors():
+            x[row].normal_(std=scale)
+        for _ in range(commits):
+            self.deltas.session(key).version += 1
+            self.guard.committed(key)
+
+    def run(self, tokens: int = 10**6, only: set[int] | None = None) -> int:
+        return self.guard.run(tokens, self.deltas, frozenset(), only)
+
+
+@pytest.mark.parametrize("tokens", [10**6, 5])
+def test_a_delta_that_harms_is_found_and_a_good_version_kept(tokens: int) -> None:
+    trying = Trying(GuardConfig(every=4, max_regression=0.001))
+    trying.learn(1, 4, 0.0)
+    assert not trying.guard.busy, "the text has not been read yet"
+    trying.read()
+    assert trying.probe.rows == ROWS, "each row once"
+    trials = []
+    while trying.guard.busy:
+        trying.run(tokens)
+        trials += trying.guard.collect(trying.deltas.sessions)
+    assert [(t.session, t.version, t.back_to) for t in trials] == [(1, 4, None)]
+    assert trials[0].regression == pytest.approx(0.0, abs=1e-5)
+    assert trying.versions.of(1) == [0, 4]
+
+    trying.learn(1, 3, 0.5)
+    assert not trying.guard.busy, "it is not due"
+    trying.learn(1, 1, 0.5)
+    while trying.guard.busy:
+        trying.run(tokens)
+        trials += trying.guard.collect(trying.deltas.sessions)
+    session = trying.deltas.session(1)
+    expected = trying.loss(trying.deltas.read(1).times(session.chosen)) - trying.loss(trying.deltas.read(1).times(0.0))
+    assert expected > 0.001
+    assert trials[1].regression == pytest.approx(expected, abs=1e-5)
+    assert (trials[1].version, trials[1].back_to) == (8, 4)
+
+
+def test_a_session_that_was_never_tried_waits_and_then_the_others_do_not() -> None:
+    trying = Trying(GuardConfig(every=4))
+    trying.learn(1, 7, 0.1)
+    trying.learn(2, 8, 0.1)
+    assert trying.guard.overdue() == set(), "nothing waits for a text that has not been read"
+    trying.read()
+    assert trying.guard.overdue() == {2}
+    trying.run(only={2})  # the base model first
+    trying.guard.collect(trying.deltas.sessions)
+    trying.run(only={2})
+    assert [t.session for t in trying.guard.collect(trying.deltas.sessions)] == [2]
+    assert not trying.guard.overdue()
+
+
+def test_it_never_takes_more_than_it_is_given() -> None:
+    trying = Trying(GuardConfig(every=1))
+    trying.learn(1, 1, 0.1)
+    trying.read()
+    assert trying.run(4) == 4
+    assert trying.guard.task is not None
+    assert trying.guard.task.done == 12, "a forward costs a third of a step"
+
+
+def test_what_is_reset_meanwhile_is_not_judged() -> None:
+    trying = Trying(GuardConfig(every=1, max_regression=0.01))
+    trying.read()
+    trying.learn(1, 1, 0.5)
+    trying.run()
+    trying.guard.collect(trying.deltas.sessions)
+    trying.run()
+    trying.deltas.drop(1)
+    assert trying.guard.collect(trying.deltas.sessions) == []
+
+
+def test_a_guard_that_fails_ends_and_nobody_waits_for_it() -> None:
+    trying = Trying(GuardConfig(every=1))
+    trying.read()
+    trying.probe.t_P.fill_(V + 1)  # a token that does not exist
+    for _ in range(3):
+        trying.learn(1, 2, 0.1)
+        with pytest.raises(RuntimeError):
+            trying.run()
+    trying.learn(1, 9, 0.1)
+    assert not trying.guard.overdue()
+    assert not trying.guard.busy
+
+
+def test_off_it_costs_nothing() -> None:
+    trying = Trying(GuardConfig(every=0))
+    trying.read()
+    trying.learn(1, 100, 0.5)
+    assert not trying.guard.commits
+    assert trying.run() == 0
+
+
+# What may be learned
+
+
+def test_what_repeats_itself_is_found() -> None:
+    draw = torch.randint(0, 8192, (1025,), generator=torch.Generator().manual_seed(0)).tolist()
+    line = draw[:20]
+    assert repetitive(draw, 0, 256, 8, 0.15) == []
+    assert repetitive((line * 60)[:1025], 0, 256, 8, 0.15) == [(0, 256), (256, 512), (512, 768), (768, 1024)]
+    assert repetitive(draw[:513] + (line * 30)[:512], 0, 256, 8, 0.15) == [(512, 768), (768, 1024)]
+    assert repetitive((line * 60)[:1025], 0, 256, 8, 0) == [], "switched off"
+    assert repetitive([5] * 40, 0, 256, 8, 0.15) == [], "too little to say"
+    assert repetitive((line * 60)[:1025], 700, 256, 8, 0.15) == [(700, 956)], "from where it is new"
+    assert repetitive([5] * 40, 0, 128, 48, 0.15) == [], "too short to be learned anyway"
+
+
+def test_a_chunk_that_repeats_itself_is_not_queued() -> None:
+    h, a = torch.zeros(32, 2), torch.zeros(32, 2)
+    backlog = Backlog(4, 8, 2, h, a)
+    backlog.start("r", RequestPlan(1, 25, learn=True, learn_output=False, repetitive=[(8, 16)]))
+    backlog.take([Rows("r", 0, 0, torch.arange(1, 25))], h, a)
+    assert [chunk.first for chunk in backlog.queues[1]] == [0, 16]
+    assert [(chunk.first, chunk.rows) for chunk in backlog.repetitive] == [(8, 8)]
+    assert len(backlog.free) == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.floats(0, 7200)), min_size=1, max_size=30))
+def test_never_more_than_the_hours_tokens_and_a_refill(requests: list[tuple[int, float]]) -> None:
+    """In any stretch of time: at most what a full allowance holds, and what has come in since."""
+    allowance, now, taken = Allowance(), 0.0, []
+    for tokens, pause in requests:
+        now += pause
+        if allowance.take(tokens, 1000, now):
+            taken.append((now, tokens))
+    for i, (begin, _) in enumerate(taken):
+        for j in range(i, len(taken)):
+            assert sum(n for _, n in taken[i : j + 1]) <= 1000 * (1 + (taken[j][0] - begin) / 3600) + 1e-6
+
+
+def test_an_allowance_can_be_switched_off_and_is_spent_by_answers() -> None:
+    allowance = Allowance()
+    assert all(allowance.take(10**9, 0) for _ in range(3))
+    assert allowance.take(600, 1000, now=0.0)
+    allowance.spend(600)
+    assert not allowance.take(1, 1000, now=0.0)
+    assert allowance.take(1, 1000, now=800.0)
+    assert not Allowance().take(1001, 1000, now=0.0), "more than an hour's"
+
+
+def test_a_probe_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    assert len(read_text(GuardConfig())) > 10000
+    for path in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(ConfigError, match=r"guard\.probe .* guard\.every"):
+            read_text(GuardConfig(probe=str(path)))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="as text"):
+        read_text(GuardConfig(probe=str(tmp_path / "binary")))

@@ -1,0 +1,106 @@
+"""Reads the guard's text through the model, once: as requests of nobody, scheduled beside the first session's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+
+from vllm_ttt.config import GuardConfig
+from vllm_ttt.errors import ConfigError
+from vllm_ttt.types import ADAPTER_PATH, RequestPlan, StepPlan
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+
+#: Tokens of a piece of the text: its context.
+PIECE = 512
+#: Ids of its requests; those of clients begin with other words.
+PREFIX = "ttt-probe-"
+#: In the installed package, and in a checkout.
+SHIPPED = (Path(__file__).parents[1] / "configs" / "probe.txt", Path(__file__).parents[2] / "configs" / "probe.txt")
+
+
+def read_text(guard: GuardConfig) -> str:
+    """The guard's text. Raises ConfigError where it cannot be read."""
+    path = Path(guard.probe) if guard.probe else next((p for p in SHIPPED if p.is_file()), SHIPPED[0])
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"guard.probe {path} cannot be read as text: {error}; name another file, or set guard.every to 0"
+        ) from None
+
+
+def pieces(guard: GuardConfig, vllm_config: VllmConfig) -> list[list[int]]:
+    """Token ids of the text, a list for each request; none where the guard is off or the server has no tokenizer.
+
+    Raises ConfigError: the text cannot be read, or is shorter than ``guard.probe_tokens``.
+    """
+    if not guard.every:
+        return []
+    text, model = read_text(guard), vllm_config.model_config
+    if model.skip_tokenizer_init:
+        logger.warning("vllm-ttt: without a tokenizer the guard has no text to try deltas on, and is off")
+        return []
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer: Any = cached_tokenizer_from_config(model)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    size = min(PIECE, model.max_model_len - 1)
+    found, wanted = [], guard.probe_tokens
+    for start in range(0, len(ids) - 1, size - 1):  # the last token of a piece is predicted in it, and begins the next
+        piece = ids[start : start + min(size, wanted + 1)]
+        if len(piece) < 2 or wanted <= 0:
+            break
+        found.append(piece)
+        wanted -= len(piece) - 1
+    if wanted > 0:
+        raise ConfigError(
+            f"guard.probe has {guard.probe_tokens - wanted} tokens to predict, and guard.probe_tokens asks for "
+            f"{guard.probe_tokens}; give a longer text, or set guard.probe_tokens lower"
+        )
+    return found
+
+
+class ProbeReading:
+    """The requests that read the text, which begin with the first session's."""
+
+    def __init__(self, pieces: list[list[int]], adapter: int):
+        """``adapter``: an id that is no session's. Its delta is all zero; with it, a batch counts as one with session rows."""
+        self.pieces, self.adapter = pieces, adapter
+        #: requests that have not ended yet, and whether the worker knows them
+        self.open: dict[str, bool] = {}
+
+    def begin(self, like: Request) -> list[Request]:
+        """The requests, where they have not been made yet; ``like`` is any, for what the engine core gives them all."""
+        lora = LoRARequest(f"ttt:{self.adapter}", self.adapter, f"{ADAPTER_PATH}{self.adapter}")
+        made = []
+        for i, piece in enumerate(self.pieces):
+            request = Request(
+                f"{PREFIX}{i}",
+                piece,
+                SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False),
+                None,
+                client_index=like.client_index,
+                lora_request=lora,
+                block_hasher=like._block_hasher,
+            )
+            request.skip_reading_prefix_cache = True
+            self.open[request.request_id] = False
+            made.append(request)
+        self.pieces = []
+        return made
+
+    def plan(self, request: Any, step: StepPlan) -> None:
+        """The step schedules ``request``, one of these."""
+        step.sessions = True
+        if not self.open[request.request_id]:
+            self.open[request.request_id] = True
+            step.started[request.request_id] = RequestPlan(
+                self.adapter, request.num_prompt_tokens, learn=False, learn_output=False, probe=True
+            )

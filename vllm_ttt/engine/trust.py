@@ -1,0 +1,49 @@
+"""How far a session is trusted: what of a prompt may be learned, and with how much of its delta it is served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm_ttt.config import TTTConfig
+from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.limits import repetitive
+from vllm_ttt.types import Trial
+
+
+class Trust:
+    def __init__(self, config: TTTConfig):
+        self.config = config
+
+    def allows(self, session: Session, pairs: int) -> bool:
+        """Whether so many more may be learned in this hour; they are taken off then."""
+        return session.allowance.take(pairs, self.config.guard.hourly_tokens)
+
+    def ceiling(self, session: Session, ids: Sequence[int], start: int, learns: bool) -> float | None:
+        """The largest scale for a prompt, by what its pairs from ``start`` on are like; where it learns, they join the past.
+
+        None: the scale is switched off.
+        """
+        learn = self.config.learn
+        if len(learn.scales) == 1:
+            return None
+        ceiling = session.past.ceiling(ids, start, learn.familiar, learn.scales[-1])
+        if learns:
+            session.past.note(ids[start:])
+        return ceiling
+
+    def repetitive(self, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
+        """Ranges (first, end) of a prompt's pairs, from ``start`` on, that repeat themselves."""
+        learn = self.config.learn
+        return repetitive(ids, start, learn.chunk, learn.min_chunk, self.config.guard.min_ratio)
+
+    def tried(self, session: Session, trial: Trial) -> str | None:
+        """The guard has tried the session's delta. Where it was bad: why the session learns no more."""
+        session.probe_regression = trial.regression
+        if trial.back_to is None:
+            return None
+        session.back_to(trial.back_to)
+        session.frozen = (
+            f"at version {trial.version} its delta made the guard's text worse by {trial.regression:.3f} nats per token "
+            f"(guard.max_regression {self.config.guard.max_regression:g}); it is back at version {trial.back_to}"
+        )
+        return session.frozen

@@ -1,0 +1,165 @@
+"""Tries each session's delta, as it is served, on a text that no session sends; what makes that worse is rolled back.
+
+It runs where nothing else does, or in what the budget leaves. A session that has gone on for twice the interval without a trial
+learns nothing more until it has had one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from vllm_ttt.config import GuardConfig
+from vllm_ttt.types import Trial
+from vllm_ttt.worker.clock import Clock, to_host
+from vllm_ttt.worker.deltas import Deltas, Session
+from vllm_ttt.worker.measuring import ROWS_PER_TOKEN
+from vllm_ttt.worker.micro_step import Delta, Tail
+from vllm_ttt.worker.probe import Probe
+from vllm_ttt.worker.versions import Kept, Versions, snapshot
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A delta on trial."""
+
+    #: None: of the base model
+    key: int | None
+    session: Session | None
+    version: int
+    #: what is served, in the tail's dtype; and the session as it is, to return to
+    delta: Delta
+    kept: Kept | None
+    sum_1: Tensor
+    done: int = 0
+
+
+class Guard:
+    def __init__(self, config: GuardConfig, tail: Tail, probe: Probe, versions: Versions, clock: Clock):
+        self.config, self.tail, self.probe, self.versions, self.clock = config, tail, probe, versions, clock
+        #: commits since the last trial of each session
+        self.commits: OrderedDict[int, int] = OrderedDict()
+        self.task: Task | None = None
+        self.outcomes: deque[tuple[Task, Tensor, Any]] = deque()
+        #: nats per token under the base model, once it is known
+        self.frozen: float | None = None
+        self.failures = 0
+
+    def committed(self, key: int) -> None:
+        """A chunk of the session has been learned."""
+        if self.config.every:
+            self.commits[key] = self.commits.get(key, 0) + 1
+
+    def untried(self, key: int) -> int:
+        """Commits of the session that no trial has seen; kept with its file, so that it does not escape by leaving memory."""
+        tasks = [task for task in (self.task, *(task for task, *_ in self.outcomes)) if task is not None]
+        on_trial = any(task.key == key for task in tasks)
+        return self.commits.get(key, 0) + (self.config.every if on_trial else 0)
+
+    def resume(self, key: int, untried: int) -> None:
+        """The session has come back."""
+        if self.config.every and untried:
+            self.commits[key] = untried
+
+    def failed(self) -> None:
+        """A trial could not be made. After three of them there are no more: learning must not wait for what cannot be."""
+        self.task = None
+        self.failures += 1
+        if self.failures == 3:
+            logger.error("vllm-ttt: the guard does not work and is switched off; deltas are no longer tried")
+            self.config = self.config.model_copy(update={"every": 0})
+            self.commits.clear()
+
+    def overdue(self) -> set[int]:
+        """Sessions that must not learn before they have been tried."""
+        return {k for k, n in self.commits.items() if n >= 2 * self.config.every} if self.probe.ready else set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to try, or the outcome of a trial is on its way."""
+        return bool(self.outcomes) or (
+            self.probe.ready and (self.task is not None or self._next(frozenset(), None) is not None)
+        )
+
+    def run(self, tokens: int, deltas: Deltas, unsettled: frozenset[int], only: set[int] | None = None) -> int:
+        """Try deltas for as long as learning ``tokens`` tokens would take; returns how many that took.
+
+        Args:
+            deltas: the masters. unsettled: sessions whose version is not known yet; they wait.
+            only: where given, no other session is begun.
+        """
+        left = tokens
+        while left > 0 and self.probe.ready and (self.task or self._begin(deltas, unsettled, only)):
+            task = self.task
+            assert task is not None
+            end = min(self.probe.rows, task.done + left * ROWS_PER_TOKEN)
+            try:
+                task.sum_1 = task.sum_1 + self.probe.loss(self.tail, task.delta, task.done, end)
+            except Exception:
+                self.failed()
+                raise
+            left -= -(-(end - task.done) // ROWS_PER_TOKEN)
+            task.done = end
+            if end == self.probe.rows:
+                self.outcomes.append((task, to_host(task.sum_1), self.clock.mark()))
+                self.task = None
+        return tokens - max(left, 0)
+
+    def collect(self, sessions: dict[int, Session], wait: bool = False) -> list[Trial]:
+        """Trials whose outcome has come home. A good version is kept; of a bad one the trial says where to return to."""
+        trials = []
+        while self.outcomes and (wait or self.clock.done(self.outcomes[0][2])):
+            task, values, mark = self.outcomes.popleft()
+            self.clock.wait(mark)
+            loss = values.item() / self.probe.rows
+            if task.key is None:
+                self.frozen = loss
+                continue
+            assert self.frozen is not None
+            assert task.kept is not None
+            if sessions.get(task.key) is not task.session or task.session is None or task.session.version < task.version:
+                continue  # reset or rolled back meanwhile
+            regression = loss - self.frozen
+            bad = not math.isfinite(regression) or regression > self.config.max_regression
+            if bad:
+                trials.append(Trial(task.key, task.version, regression, self.versions.last_good(task.key)))
+            else:
+                self.versions.add_good(task.key, task.version, task.kept)
+                trials.append(Trial(task.key, task.version, regression, None))
+        return trials
+
+    def drop(self, key: int) -> None:
+        """The session is the base model again, or has returned to what was tried."""
+        self.commits.pop(key, None)
+        if self.task is not None and self.task.key == key:
+            self.task = None
+
+    def _next(self, unsettled: frozenset[int], only: set[int] | None) -> int | None:
+        due = [key for key, commits in self.commits.items() if commits >= self.config.every and key not in unsettled]
+        return next((key for key in due if only is None or key in only), None)
+
+    def _begin(self, deltas: Deltas, unsettled: frozenset[int], only: set[int] | None) -> bool:
+        key = self._next(unsettled, only)
+        if key is None:
+            return False
+        zero = torch.zeros(1, device=self.probe.t_P.device)
+        if self.frozen is None:
+            if any(task.key is None for task, *_ in self.outcomes):
+                return False  # its outcome is on its way
+            self.task = Task(None, None, 0, Delta.zeros(self.tail, 1, self.tail.wo_DQ.dtype), None, zero)
+            return True
+        del self.commits[key]
+        session = deltas.session(key)
+        dtype, device = self.tail.wo_DQ.dtype, self.tail.wo_DQ.device
+        delta = Delta(*(x.to(device, dtype, copy=True) for x in deltas.read(key).times(session.chosen).tensors()))
+        kept = Kept(snapshot(deltas, key), list(session.norms), list(session.losses))
+        self.task = Task(key, session, session.version, delta, kept, zero)
+        return True
