@@ -88,7 +88,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         raise ConfigError("on CUDA, --plugin ttt needs vLLM's model runner V2; unset VLLM_USE_V2_MODEL_RUNNER")
     hf = model.hf_text_config
     _check_architecture(model.architectures, hf)
-    check_layers(hf, config)
+    check_layers(hf, config, model.max_model_len)
     lora = LoRAConfig(
         max_lora_rank=config.adapt.rank,  # type: ignore[arg-type]  # one of RANKS
         max_loras=config.sessions.resident,
@@ -125,19 +125,21 @@ def describe_model(model: str) -> str:
     return f"{kind}, {hf.num_hidden_layers} layers, hidden {hf.hidden_size}, vocabulary {hf.vocab_size}"
 
 
-def check_layers(hf: Any, config: TTTConfig) -> None:
+def check_layers(hf: Any, config: TTTConfig, max_model_len: int) -> None:
     """Raise ConfigError where the model has not so many layers, or an adapted layer attends in a way that cannot be learned
     through. What only the loaded model can tell is refused by worker/tail.py."""
     layers = adapted_layers(hf.num_hidden_layers, config.adapt)
     kinds = getattr(hf, "layer_types", None)
     window = getattr(hf, "sliding_window", None) if getattr(hf, "use_sliding_window", True) else None
-    for i in range(hf.num_hidden_layers - layers + 1, hf.num_hidden_layers):
-        if kinds[i] not in ("full_attention", "attention") if kinds else window is not None:
+    if window is None or window >= max_model_len:
+        return
+    for i in reversed(range(hf.num_hidden_layers - layers + 1, hf.num_hidden_layers)):
+        if kinds is None or kinds[i] == "sliding_attention":
             what = f"{kinds[i]} in layer {i}" if kinds else f"a sliding window of {window} tokens"
             most = 1 if not kinds else hf.num_hidden_layers - i
             raise ConfigError(
-                f"the model has {what}, which the preset deep cannot learn through: adapt.layers may be at most {most} here; "
-                "or serve with adapt.preset last"
+                f"the model has {what}, which the preset deep cannot learn through: adapt.layers may be at most {most} here, "
+                f"or serve with adapt.preset last, or with --max-model-len {window}"
             )
 
 

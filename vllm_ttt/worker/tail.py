@@ -93,10 +93,11 @@ def find_modules(model: nn.Module, layers: int = 1) -> TailModules:
     return TailModules(adapted, model.get_submodule(spec.final_norm), model.get_submodule("lm_head"))
 
 
-def build_tail(model: Any, modules: TailModules, rank: int, seed: int) -> Tail:
+def build_tail(model: Any, modules: TailModules, rank: int, seed: int, max_model_len: int) -> Tail:
     """Collect the frozen weights and draw the projections A.
 
     The weights keep the model's dtype. A is rounded to it too, as it stands in vLLM's LoRA slots.
+    Raises ConfigError where the attention between adapted layers is one that the step does not follow.
     """
     vocab = model.config.vocab_size
     head = modules.lm_head.weight.data[:vocab]
@@ -113,7 +114,7 @@ def build_tail(model: Any, modules: TailModules, rank: int, seed: int) -> Tail:
         logit_scale=model.logits_processor.scale,
         soft_cap=model.logits_processor.soft_cap,
         lower=tuple(lower),
-        attentions=tuple(_qkv(layer, head.dtype) for layer in modules.layers[1:]),
+        attentions=tuple(_qkv(layer, head.dtype, max_model_len) for layer in modules.layers[1:]),
         kernel=attention.choose(head.device, head.dtype),
     )
 
@@ -136,9 +137,9 @@ def _block(layer: LayerModules, dtype: torch.dtype) -> Block:
     )
 
 
-def _qkv(layer: LayerModules, dtype: torch.dtype) -> QKV:
+def _qkv(layer: LayerModules, dtype: torch.dtype, max_model_len: int) -> QKV:
     parts, rotary = layer.attention, layer.attention.rotary_emb
-    check_attention(parts, layer.names["o"].rpartition(".")[0])
+    check_attention(parts, layer.names["o"].rpartition(".")[0], max_model_len)
     bias = parts.qkv_proj.bias
 
     def head_norm(name: str) -> HeadNorm | None:
@@ -159,14 +160,14 @@ def _qkv(layer: LayerModules, dtype: torch.dtype) -> QKV:
     )
 
 
-def check_attention(parts: Any, name: str) -> None:
+def check_attention(parts: Any, name: str, max_model_len: int) -> None:
     """Raise ConfigError where a layer above the first adapted one attends in a way that the step does not follow."""
     attn, rotary = parts.attn, parts.rotary_emb
     impl = attn.impl
     refusals = {
         "multi-head latent attention": getattr(attn, "use_mla", False),
         "attention of a kind of its own": type(attn).__name__ != "Attention",
-        "a sliding window": attn.sliding_window is not None,
+        "a sliding window": attn.sliding_window is not None and attn.sliding_window < max_model_len,
         "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
         "a soft cap on its scores": bool(getattr(impl, "logits_soft_cap", None)),
         "attention sinks": getattr(impl, "sinks", None) is not None,

@@ -73,7 +73,7 @@ class TTTWorkerMixin:
         modules = find_modules(runner.get_model(), geometry.layers)
         left, sizes = self.ttt_memory_left(), (model.dtype.itemsize, model.get_vocab_size(), model.max_model_len)
         memory.check(memory.needs(geometry, config, max_tokens, *sizes), left)
-        tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed)
+        tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed, model.max_model_len)
         dtype, device = tail.head_VD.dtype, tail.head_VD.device
         self.idle = self.ttt_idle_flag(modules)
         self.capture = Capture(modules, max_tokens, dtype, device, self.idle)
