@@ -46,7 +46,7 @@ def main() -> None:
     docs = asyncio.run(texts.encode(texts.read_texts(args.texts), scorer.tokenize))
     work = texts.interactions(docs, 2, max(TRIED))
     pieces = cut(asyncio.run(scorer.tokenize(PROBE.read_text(encoding="utf-8"))), TTTConfig().guard.probe_tokens)
-    frozen = loss(scorer.frozen, pieces, 0.0)
+    frozen = loss(Oracle(scorer.model), pieces, 0.0)
     print(f"| domain | {' | '.join(f'after {n}' for n in TRIED)} |\n| --- |{' --- |' * len(TRIED)}")
     for domain, windows in list(zip(work.domains, work.windows, strict=True))[::2]:
         if args.domains and domain not in args.domains.split(","):

@@ -17,8 +17,9 @@ settings.load_profile("vllm-ttt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def rank(item: pytest.Item) -> tuple[bool, bool]:
-        return item.get_closest_marker("unit") is None, "exact" not in getattr(item, "fixturenames", ())
+    def rank(item: pytest.Item) -> tuple[bool, int]:
+        names = getattr(item, "fixturenames", ())
+        return item.get_closest_marker("unit") is None, 0 if "exact" in names else 1 if "deep" in names else 2
 
     items.sort(key=rank)  # stable: within a rank the order stays as it was
 

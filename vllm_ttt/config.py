@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vllm_ttt.errors import ConfigError
 
@@ -19,6 +19,11 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: What a preset means where the config says nothing else (the table in docs/algorithm.md).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "last": {"adapt": {"layers": 1, "rank": 128}, "learn": {"rate": 0.032, "decay": 0.015}},
+    "deep": {
+        "adapt": {"layers": None, "rank": 128},
+        "learn": {"rate": 0.016, "decay": 0.015, "scales": (1.0,), "familiar": 0},
+        "guard": {"every": 0},
+    },
 }
 
 
@@ -29,14 +34,16 @@ class _Model(BaseModel):
 class AdaptConfig(_Model):
     """Which layers carry a delta, and how large it is."""
 
-    preset: Literal["last"] = "last"
-    """`last`: the last layer; no key or value depends on the delta. (`deep` is not implemented yet.)"""
-    layers: Annotated[int, Field(ge=1, le=1)] = 1
-    """How many layers, counted from the end. `last` has one."""
+    preset: Literal["last", "deep"] = "last"
+    """`last`: the last layer; no key or value depends on the delta. `deep`: several, with attention in the step."""
+    layers: Annotated[int | None, Field(ge=1, le=1024)] = 1
+    """How many layers, counted from the end. `last` has one; null, the default of `deep`: half of them."""
     modules: tuple[Literal["o_proj", "gate_up_proj", "down_proj"], ...] = ("o_proj", "gate_up_proj", "down_proj")
     """The linear layers that get a delta. The step needs all three."""
     rank: int = 128
     """Rank of a delta; one of the ranks that vLLM's LoRA slots can have."""
+    kv_pool_gib: Annotated[float, Field(gt=0, le=65536)] = 1.0
+    """`deep`: GiB for keys and values of requests that are being learned; where it is full, the rest of a request is not."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the fixed projections A. Deltas learned under one seed mean nothing under another."""
 
@@ -46,6 +53,13 @@ class AdaptConfig(_Model):
         if rank not in RANKS:
             raise ValueError(f"rank {rank} is not one that vLLM's LoRA slots can hold; allowed: {RANKS}")
         return rank
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, layers: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("preset") == "last" and layers != 1:
+            raise ValueError("layers must be 1 with the preset last; the preset deep takes more")
+        return layers
 
     @field_validator("modules")
     @classmethod
@@ -111,6 +125,8 @@ class ScheduleConfig(_Model):
     """Captured tokens that may wait for their step, over all sessions; their activations are kept on the device."""
     consistency: Literal["read-your-writes", "eventual"] = "read-your-writes"
     """Whether a session's next request waits until what its earlier requests sent has been learned."""
+    kv_epoch: Annotated[float, Field(ge=0, le=10)] = 0.05
+    """`deep`: how far a delta may move, relative to its weights, while the session reads what it had cached; 0: not at all."""
 
 
 class SessionsConfig(_Model):
@@ -179,6 +195,23 @@ class TTTConfig(_Model):
     sessions: SessionsConfig = SessionsConfig()
     guard: GuardConfig = GuardConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    @model_validator(mode="after")
+    def _deep(self) -> TTTConfig:
+        if self.adapt.preset != "deep":
+            return self
+        learn, guard = self.learn, self.guard
+        if learn.scales != (1.0,) or learn.familiar or guard.every:
+            raise ValueError(
+                "the preset deep serves a session with its delta as it is and tries none: learn.scales must be [1], "
+                "learn.familiar and guard.every 0"
+            )
+        if self.schedule.tokens_per_step < self.learn.chunk:
+            raise ValueError(
+                f"schedule.tokens_per_step {self.schedule.tokens_per_step} is less than learn.chunk {self.learn.chunk}, "
+                "and the preset deep learns a chunk in one step"
+            )
+        return self
 
 
 def parse_config(data: dict[str, Any] | None, preset: str | None = None, source: str = "the config") -> TTTConfig:

@@ -8,14 +8,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_ttt.config import AdaptConfig
+from vllm_ttt.errors import ConfigError
 
 #: Adapted modules of a layer, as a delta stores them -> where they are in the layer. gate and up are one tensor, gate first.
 PATHS = {"o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
 
 
+def adapted_layers(num_layers: int, adapt: AdaptConfig) -> int:
+    """How many of a model's layers are adapted, the last ones. Raises ConfigError where it has not so many."""
+    layers = max(1, num_layers // 2) if adapt.layers is None else adapt.layers
+    if layers > num_layers:
+        raise ConfigError(f"adapt.layers is {layers}, and the model has {num_layers} layers; allowed: 1 to {num_layers}")
+    return layers
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """One delta. ``hidden``, ``attention`` and ``feed_forward`` are widths of the model: D, Q and F."""
+    """One delta. ``layer`` is the first adapted layer; ``hidden``, ``attention`` and ``feed_forward`` are D, Q and F."""
 
     layer: int
     rank: int
@@ -23,28 +32,38 @@ class Geometry:
     hidden: int
     attention: int
     feed_forward: int
+    #: adapted layers, from ``layer`` on
+    layers: int = 1
+    #: width of a token's keys in one layer, and of its values
+    keys: int = 0
 
     @classmethod
     def of(cls, hf: Any, adapt: AdaptConfig) -> Geometry:
         """Of a Hugging Face configuration (that of the text model)."""
         head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-        attention = head * hf.num_attention_heads
-        return cls(hf.num_hidden_layers - 1, adapt.rank, adapt.seed, hf.hidden_size, attention, hf.intermediate_size)
+        attention, keys = (head * n for n in (hf.num_attention_heads, hf.num_key_value_heads))
+        layers = adapted_layers(hf.num_hidden_layers, adapt)
+        first = hf.num_hidden_layers - layers
+        return cls(first, adapt.rank, adapt.seed, hf.hidden_size, attention, hf.intermediate_size, layers, keys)
 
     @property
     def outputs(self) -> dict[str, int]:
-        """Rows of each module's B."""
+        """Rows of each module's B, in one layer."""
         return {"o_proj": self.hidden, "gate_up_proj": 2 * self.feed_forward, "down_proj": self.hidden}
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Tensor name in a session's file -> shape of B: [out, rank]."""
-        return {f"model.layers.{self.layer}.{PATHS[m]}.{m}": (out, self.rank) for m, out in self.outputs.items()}
+        """Tensor name in a session's file -> shape of B: [out, rank]; layer by layer, in the order of ``outputs``."""
+        return {
+            f"model.layers.{i}.{PATHS[m]}.{m}": (out, self.rank)
+            for i in range(self.layer, self.layer + self.layers)
+            for m, out in self.outputs.items()
+        }
 
     @property
     def bytes(self) -> int:
         """Of a delta in float32."""
-        return 4 * self.rank * sum(self.outputs.values())
+        return 4 * self.rank * self.layers * sum(self.outputs.values())
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)

@@ -28,7 +28,7 @@ def engine_args(preset: str | None = None, config: str | dict[str, Any] | TTTCon
     """Arguments for ``vllm.LLM`` that switch test-time training on: ``LLM(model=..., **engine_args())``.
 
     Args:
-        preset: `last`.
+        preset: `last` or `deep`.
         config: a path to a YAML file, the same as a dict, or a TTTConfig.
     Raises:
         ConfigError: the config is not valid.

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.geometry import Geometry
+from vllm_ttt.geometry import Geometry, adapted_layers
 
 #: Architectures with a tail that worker/tail.py knows, by the name in the model's config.json.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -91,6 +91,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         raise ConfigError(f"guard.probe {config.guard.probe} is not a file; name a text, or set guard.every to 0")
     hf = model.hf_text_config
     _check_architecture(model.architectures, hf)
+    check_layers(hf, config, model.max_model_len)
     lora = LoRAConfig(
         max_lora_rank=config.adapt.rank,  # type: ignore[arg-type]  # one of RANKS
         max_loras=config.sessions.resident,
@@ -104,7 +105,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
 def adapted_modules(num_layers: int, config: TTTConfig) -> list[str]:
     """Full names of the adapted modules: the only ones that get LoRA slots, so every other layer stays as it was."""
     names = {"o_proj": "self_attn.o_proj", "gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"}
-    first = num_layers - config.adapt.layers
+    first = num_layers - adapted_layers(num_layers, config.adapt)
     return [f"model.layers.{i}.{names[m]}" for i in range(first, num_layers) for m in config.adapt.modules]
 
 
@@ -125,6 +126,24 @@ def describe_model(model: str) -> str:
     _check_architecture(hf.architectures, hf)
     kind = (hf.architectures or ["unknown"])[0]
     return f"{kind}, {hf.num_hidden_layers} layers, hidden {hf.hidden_size}, vocabulary {hf.vocab_size}"
+
+
+def check_layers(hf: Any, config: TTTConfig, max_model_len: int) -> None:
+    """Raise ConfigError where the model has not so many layers, or an adapted layer attends in a way that cannot be learned
+    through. What only the loaded model can tell is refused by worker/tail.py."""
+    layers = adapted_layers(hf.num_hidden_layers, config.adapt)
+    kinds = getattr(hf, "layer_types", None)
+    window = getattr(hf, "sliding_window", None) if getattr(hf, "use_sliding_window", True) else None
+    if window is None or window >= max_model_len:
+        return
+    for i in reversed(range(hf.num_hidden_layers - layers + 1, hf.num_hidden_layers)):
+        if kinds is None or kinds[i] == "sliding_attention":
+            what = f"{kinds[i]} in layer {i}" if kinds else f"a sliding window of {window} tokens"
+            most = 1 if not kinds else hf.num_hidden_layers - i
+            raise ConfigError(
+                f"the model has {what}, which the preset deep cannot learn through: adapt.layers may be at most {most} here, "
+                f"or serve with adapt.preset last, or with --max-model-len {window}"
+            )
 
 
 def _check_architecture(architectures: list[str] | None, hf: Any) -> None:

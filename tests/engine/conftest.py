@@ -1,7 +1,7 @@
-"""Three servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
+"""Four servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
 
 ``reference``: stock vLLM, for its log-probabilities. ``exact``: float32 and four slots, so that nothing but the algorithm
-separates it from the oracle. ``server``: bfloat16 as users have it, for everything else.
+separates it from the oracle. ``deep``: the same with that preset. ``server``: bfloat16 as users have it, for everything else.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import yaml
 from served import SCORED, Documents, Served, logprobs
 from torch import nn
 
-from vllm_ttt.config import TTTConfig
+from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.eval import server as processes
+from vllm_ttt.eval.deep_oracle import DeepOracle
 from vllm_ttt.eval.oracle import Oracle, load_model
 
 HERE = Path(__file__).parent
@@ -31,6 +32,7 @@ FLAGS += ["--enforce-eager", "--enable-prompt-tokens-details"]
 SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "exact": ({"sessions": {"resident": 4}, "guard": {"hourly_tokens": 8000}}, ["--dtype", "float32"]),
     "server": ({"sessions": {"resident": 6}}, []),
+    "deep": ({"adapt": {"preset": "deep"}, "sessions": {"resident": 4}}, ["--dtype", "float32"]),
 }
 
 
@@ -97,6 +99,11 @@ def server(reference: Any, stage: Stage) -> Iterator[Served]:
     yield from at_rest(stage.get("server"))
 
 
+@pytest.fixture
+def deep(stage: Stage) -> Iterator[Served]:
+    yield from at_rest(stage.get("deep"))
+
+
 def at_rest(served: Served) -> Iterator[Served]:
     """Nothing is under way before a test, and nothing has leaked after it."""
     served.settle()
@@ -137,3 +144,9 @@ def models() -> dict[torch.dtype, nn.Module]:
 def oracle(models: dict[torch.dtype, nn.Module]) -> Callable[[], Oracle]:
     """Fresh sessions of the plain loop, float32 throughout as ``exact`` is."""
     return lambda: Oracle(models[torch.float32], TTTConfig())
+
+
+@pytest.fixture
+def deep_oracle(models: dict[torch.dtype, nn.Module]) -> Callable[[], DeepOracle]:
+    """The same for the preset `deep`, as ``deep`` serves it."""
+    return lambda: DeepOracle(models[torch.float32], parse_config(None, "deep"))

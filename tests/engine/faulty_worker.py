@@ -12,6 +12,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_ttt.worker.cpu_lora import GroupedPunicaCPU
 from vllm_ttt.worker.cpu_worker import TTTCPUWorker
+from vllm_ttt.worker.qkv import Past
 
 
 class FaultyWorker(TTTCPUWorker):
@@ -41,9 +42,10 @@ class FaultyWorker(TTTCPUWorker):
         return super().ttt_session(key)
 
     def test_delta(self) -> dict[str, str]:
-        """The master of the session that GET asked for last: float32 in base64, by module."""
-        parts = self.trainer.deltas.read(self.test_asked).parts()
-        return {name: _encode(b[0]) for name, b in parts}
+        """The master of the session that GET asked for last: float32 in base64, by module; "o" is of the lowest adapted layer,
+        "1o" of the one above it."""
+        layers = enumerate(self.trainer.deltas.read(self.test_asked).layers())
+        return {f"{i or ''}{name}": _encode(b[0]) for i, layer in layers for name, b in layer.parts()}
 
     def test_slot_is_master(self) -> dict[str, bool]:
         """Whether the slot of the session that GET asked for last holds its master, bit for bit in the model's dtype."""
@@ -51,11 +53,9 @@ class FaultyWorker(TTTCPUWorker):
         if not slots.holds(key):
             return {"held": False, "equal": False}
         slot = slots.manager._adapter_manager.lora_index_to_id.index(key)
-        modules = slots.modules
-        places = ((modules.o_proj, 0), (modules.gate_up_proj, 0), (modules.gate_up_proj, 1), (modules.down_proj, 0))
         scale = self.trainer.deltas.session(key).scale
         parts = self.trainer.deltas.read(key).times(scale).to(slots.dtype).parts()
-        equal = [bool((m.lora_b_stacked[i][slot, 0] == b[0]).all()) for (_, b), (m, i) in zip(parts, places, strict=True)]
+        equal = [bool((stack[slot, 0] == b[0]).all()) for (_, b), stack in zip(parts, slots.stacks, strict=True)]
         return {"held": True, "equal": all(equal)}
 
     def test_watch(self, on: int) -> None:
@@ -87,6 +87,14 @@ class FaultyWorker(TTTCPUWorker):
         recorded = {"batches": self.test_batches, "updates": self.test_updates}
         self.test_batches, self.test_updates = [], []
         return recorded
+
+    def test_pool(self, pages: int) -> int:
+        """Leave so many pages of the pool of keys and values free, or with -1 give all back; how many were free."""
+        pool, free = self.pool, len(self.pool.free) if self.pool else 0
+        assert pool is not None
+        held = {page for one in pool.held.values() for page in one.pages}
+        pool.free = [p for p in range(pool.pages) if p not in held] if pages < 0 else pool.free[:pages]
+        return free
 
     def test_cpu_lora(self, which: str) -> None:
         """``stock``: vLLM's own LoRA on the CPU, as it is without our cure; ``grouped``: ours."""
@@ -120,26 +128,28 @@ class FaultyWorker(TTTCPUWorker):
         else:
             raise ValueError(what)
 
-    def _nan_gradient(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
-        score(flat, weight, rows, keep)
+    def _nan_gradient(
+        self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None
+    ) -> None:
+        score(flat, weight, rows, keep, past)
         self.trainer.deltas.grads.d[rows, 0, 0] = float("nan")
 
-    def _nan_loss(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
-        score(flat, weight, rows, keep)
+    def _nan_loss(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None) -> None:
+        score(flat, weight, rows, keep, past)
         self.trainer.compute.loss_R[rows] = float("nan")
 
-    def _nan_row(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
+    def _nan_row(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None) -> None:
         self.backlog.h_PCD.flatten(0, 1)[flat[0, 0]] = float("nan")
-        score(flat, weight, rows, keep)
+        score(flat, weight, rows, keep, past)
 
-    def _watched_score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
+    def _watched_score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None = None) -> None:
         if self.test_watching:
             sessions = {row: session for session, row in self.trainer.deltas.rows.items()}
             pages = self.backlog.h_PCD.flatten(0, 1), self.backlog.a_PCQ.flatten(0, 1)
             for row, numbers, weights in zip(rows.tolist(), flat, weight, strict=True):
                 h, a = (x[numbers[weights > 0]].clone() for x in pages)
                 self.test_rows.setdefault(sessions[row], []).append((h, a))
-        self.test_score(flat, weight, rows, keep)
+        self.test_score(flat, weight, rows, keep, past)
 
     def _updates(self) -> int:
         return sum(session.version for session in self.trainer.deltas.sessions.values())

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vllm_ttt.engine.blocks import Epoch
 from vllm_ttt.engine.familiar import Past
 from vllm_ttt.engine.history import History
 from vllm_ttt.engine.limits import Allowance
@@ -35,7 +36,7 @@ class Open:
 
     def note(self, chunk: ChunkReport) -> None:
         self.done = max(self.done, chunk.end)
-        if chunk.skipped not in ("short", "error"):  # those are left to the next turn; other chunks had their turn
+        if chunk.skipped not in ("short", "pool", "error"):  # those are left to the next turn; other chunks had their turn
             self.learned = max(self.learned, chunk.end)
 
 
@@ -81,6 +82,8 @@ class Session:
     pins: int = 0
     #: why it could not be saved or read lately
     error: str | None = None
+    #: of its blocks in the prefix cache
+    epoch: Epoch = field(default_factory=Epoch)
     #: whether its last save failed, and the next round of saves has not come yet
     unsavable: bool = False
 

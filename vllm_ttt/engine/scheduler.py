@@ -17,6 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt import plugin, support
 from vllm_ttt.engine.alarm import Alarm
+from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.meters import Meters
@@ -49,6 +50,7 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_ledger = Ledger(first, limit, config.sessions.per_key, config.observe.recent_chunks, self.ttt_store)
         self.ttt_meters = Meters()
         self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up, self.ttt_meters)
+        self.ttt_blocks = BlockKeys(config)
         self.ttt_trust = Trust(config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
         self.ttt_alarm: Alarm | None = None
@@ -149,14 +151,21 @@ class TTTScheduler(AsyncScheduler):
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """A token read from the prefix cache has no activations to learn from: what is to be learned is computed."""
         attached = self.ttt_requests.get(request.request_id)
-        if attached is None or request.request_id not in attached.session.open:
+        if attached is None:
+            return super()._get_local_prefix_cache_hit(request)
+        learns = request.request_id in attached.session.open
+        if self.ttt_blocks.on:
+            alone = not attached.session.open or (learns and len(attached.session.open) == 1)
+            self.ttt_blocks.enter(request, attached.session, alone and not attached.started and not attached.knobs.interleave)
+        if not learns:
             return super()._get_local_prefix_cache_hit(request)
         history = attached.session.history
         # Asked again in each step in which there is no room for the request.
         if not attached.started and attached.asked != history.changes and self.ttt_config.learn.history == "skip":
             attached.start, attached.asked = history.known(request.prompt_token_ids or ()), history.changes
         cache = self.kv_cache_manager
-        if not cache.prefix_cache_lookup_enabled(request):
+        # With `deep` the chunks attend to the keys and values of all that comes before: it is computed, to be captured.
+        if self.ttt_blocks.on or not cache.prefix_cache_lookup_enabled(request):
             return cache.empty_kv_cache_blocks, 0, 0, False
         blocks, tokens, _ = cache.coordinator.find_longest_cache_hit(request.block_hashes, attached.start)
         return cache.create_kv_cache_blocks(blocks), tokens, 0, False
@@ -196,8 +205,19 @@ class TTTScheduler(AsyncScheduler):
                     if attached.held is not None:
                         self.ttt_meters.observe("held_seconds", time.monotonic() - attached.held)
                     plan.started[request_id] = self._plan(attached)
+                if self.ttt_blocks.on and attached.knobs.learn:
+                    self._moves(attached)
         output.ttt = plan  # type: ignore[attr-defined]  # a plain dataclass: extra attributes travel with it
         return output
+
+    def _moves(self, attached: Attached) -> None:
+        """A request that learns runs: the delta moves under the session's others, and under itself once it has been read."""
+        session = attached.session
+        for request_id in session.requests:
+            if request_id != attached.request.request_id and self.ttt_requests[request_id].started:
+                self.ttt_blocks.leave(self.ttt_requests[request_id].request, session)
+        if attached.request.num_computed_tokens >= attached.prompt:
+            self.ttt_blocks.leave(attached.request, session)
 
     def _plan(self, attached: Attached) -> RequestPlan:
         session, request, start = attached.session, attached.request, attached.start
@@ -268,6 +288,7 @@ class TTTScheduler(AsyncScheduler):
         for chunk in chunks:
             self.ttt_meters.chunk(chunk)
             if (session := self.ttt_ledger.by_adapter.get(chunk.session)) is not None:
+                self.ttt_blocks.learned(session, chunk)
                 session.record(chunk)
                 self.ttt_tiers.changes(session)
                 interleaved = self.ttt_interleaved.get(chunk.request)

@@ -137,24 +137,12 @@ class Oracle:
         #: tokens, by what became of them
         self.tokens = {"learned": 0, "loss": 0, "nonfinite": 0, "short": 0}
 
-    @torch.no_grad()
     def activations(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         """(h [T, D], a [T, attention width]) of a request, compute dtype. They do not depend on the delta."""
         if self._seen is not None and self._seen[0] == ids:
             return self._seen[1]
-        last, found = self.model.model.layers[-1], {}
-        hooks = [
-            last.register_forward_pre_hook(
-                lambda _, args, kw: found.update(h=args[0] if args else kw["hidden_states"]), with_kwargs=True
-            ),
-            last.self_attn.o_proj.register_forward_pre_hook(lambda _, args: found.update(a=args[0])),
-        ]
-        try:
-            self.model.model(torch.tensor([ids]), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._seen = (list(ids), (found["h"][0].to(self.compute_dtype), found["a"][0].to(self.compute_dtype)))
+        h, a = entering(self.model, ids, -1)
+        self._seen = (list(ids), (h.to(self.compute_dtype), a.to(self.compute_dtype)))
         return self._seen[1]
 
     @torch.no_grad()
@@ -221,6 +209,24 @@ class Oracle:
         self.version += 1
         self.tokens["learned"] += n
         return loss.item()
+
+
+@torch.no_grad()
+def entering(model: Any, ids: list[int], layer: int) -> tuple[Tensor, Tensor]:
+    """(h [T, D], a [T, attention width]) of a request: residual stream that enters a layer, and its attention output."""
+    chosen, found = model.model.layers[layer], {}
+    hooks = [
+        chosen.register_forward_pre_hook(
+            lambda _, args, kw: found.update(h=args[0] if args else kw["hidden_states"]), with_kwargs=True
+        ),
+        chosen.self_attn.o_proj.register_forward_pre_hook(lambda _, args: found.update(a=args[0])),
+    ]
+    try:
+        model.model(torch.tensor([ids]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found["h"][0], found["a"][0]
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:

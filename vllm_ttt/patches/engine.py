@@ -45,12 +45,13 @@ def check() -> None:
 
 
 def _share_blocks(original: Callable) -> Callable:
-    """With `last`, no key or value depends on the delta: sessions share blocks with the base model and each other."""
+    """With `last`, no key or value depends on the delta: sessions share blocks with the base model and each other. With `deep`,
+    a session's epoch is a part of its adapter's path (engine/blocks.py)."""
 
     def _gen_lora_extra_hash_keys(request: Any) -> list[Any]:
         adapter = request.lora_request
         if adapter is not None and adapter.lora_path.startswith(ADAPTER_PATH):
-            return []
+            return [] if "/" not in adapter.lora_path.removeprefix(ADAPTER_PATH) else original(request)
         return original(request)
 
     return _gen_lora_extra_hash_keys

@@ -52,7 +52,9 @@ def _add_cli_args(original: Callable) -> Callable:
             help="Use the installed vLLM plugin NAME; can be repeated. `--plugin ttt` switches test-time training on.",
         )
         group.add_argument("--ttt-config", metavar="FILE", help="YAML file with vllm-ttt's settings.")
-        group.add_argument("--ttt-preset", metavar="PRESET", help="What is adapted: `last` (default), the last layer.")
+        group.add_argument(
+            "--ttt-preset", metavar="PRESET", help="What is adapted: `last` (default), or `deep`, several layers."
+        )
         group.add_argument("--ttt-state-dir", metavar="DIR", help="Folder in which sessions outlive the server.")
         return parser
 

@@ -8,9 +8,9 @@ from collections import deque
 SMALLEST = 32
 
 
-def tile_sizes(tokens_per_step: int) -> list[int]:
-    """The tiles whose cost is known: powers of two from SMALLEST, and ``tokens_per_step``."""
-    sizes = [min(SMALLEST, tokens_per_step)]
+def tile_sizes(tokens_per_step: int, smallest: int = SMALLEST) -> list[int]:
+    """The tiles whose cost is known: ``smallest`` and its doubles, and ``tokens_per_step``."""
+    sizes = [min(smallest, tokens_per_step)]
     while sizes[-1] * 2 <= tokens_per_step:
         sizes.append(sizes[-1] * 2)
     return sizes if sizes[-1] == tokens_per_step else [*sizes, tokens_per_step]

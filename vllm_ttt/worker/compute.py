@@ -19,6 +19,7 @@ from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.micro_step import Delta, Tail, accumulate, update
+from vllm_ttt.worker.qkv import Past
 from vllm_ttt.worker.scale import measured
 from vllm_ttt.worker.scaled import scaled_losses
 
@@ -57,12 +58,13 @@ class Compute:
         self.measure_graphs: dict[tuple[int, int], Graph] = {}
         self.apply_graphs: dict[int, Graph] = {}
 
-    def score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> None:
+    def score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None = None) -> None:
         """Add the gradient and the loss of some rows to what their chunks have accumulated."""
         S, C = flat.shape
         shape = next((s for s in sorted(self.score_graphs) if s[0] >= S and s[1] >= C), None)
-        if shape is None:
-            self._score(*(to_device(x, self.device) for x in (flat, weight, rows, keep)))
+        if shape is None:  # with a past, which may have any length, no shape has a graph
+            flat, weight, rows, keep = (to_device(x, self.device) for x in (flat, weight, rows, keep))
+            self._score(flat, weight, rows, keep, past)
         else:
             self.score_graphs[shape](*_pad(shape, flat, weight, rows, keep, self.deltas.spare))
 
@@ -97,34 +99,44 @@ class Compute:
         rows = torch.cat((rows, rows.new_full((pad,), self.deltas.spare)))
         return self.apply_graphs[size](rows, torch.cat((share, share.new_zeros(pad))))[:, :S]
 
-    def warm_up(self, shapes: list[tuple[int, int]], timed: Callable[[Callable[[], None]], float]) -> list[float]:
-        """Run each shape [S, C] on the spare row, on CUDA capture it; returns seconds per shape, commits included."""
+    def warm_up(
+        self,
+        shapes: list[tuple[int, int]],
+        timed: Callable[[Callable[[], None]], float],
+        past: Callable[[int, int], Past] | None = None,
+    ) -> list[float]:
+        """Run each shape [S, C] on the spare row, on CUDA capture it; returns seconds per shape, commits included.
+
+        Args:
+            past: makes one for a shape; None where the step needs none.
+        """
         times = []
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         for S, C in shapes:
             flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.full((S, C), 1.0 / C)
             rows, keep = torch.full((S,), self.deltas.spare), torch.zeros(S, dtype=torch.bool)
             share = torch.ones(S)
-            if pool is not None:
+            if pool is not None and past is None:
                 self.score_graphs[S, C] = self._capture(self._score, (flat, weight, rows, keep), pool)
-                if S not in self.apply_graphs:
-                    self.apply_graphs[S] = self._capture(self._apply, (rows, share), pool)
-                if len(self.scales_K) > 1:
-                    self.measure_graphs[S, C] = self._capture(self._measure, (flat, weight, rows), pool)
+            if pool is not None and S not in self.apply_graphs:
+                self.apply_graphs[S] = self._capture(self._apply, (rows, share), pool)
+            if pool is not None and past is None and len(self.scales_K) > 1:
+                self.measure_graphs[S, C] = self._capture(self._measure, (flat, weight, rows), pool)
+            before = None if past is None else past(S, C)
 
-            def once(args: tuple[Tensor, ...] = (flat, weight, rows, keep, share)) -> None:
-                self.score(*args[:4])
-                self.apply(args[2], args[4])
+            def once(args: Any = (flat, weight, rows, keep, before), rows: Tensor = rows, share: Tensor = share) -> None:
+                self.score(*args)
+                self.apply(rows, share)
 
             times.append(timed(once))
         for x in (*self.deltas.masters.tensors(), *self.deltas.grads.tensors()):
             x[self.deltas.spare].zero_()
         return times
 
-    def _score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+    def _score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None = None) -> Tensor:
         served = self.deltas.masters.select(rows).to(self.tail.head_VD.dtype)
         grad = Delta(*(torch.where(keep[:, None, None], x.index_select(0, rows), 0.0) for x in self.deltas.grads.tensors()))
-        loss_S = accumulate(self.tail, served, *self._gather(flat), weight, grad)
+        loss_S = accumulate(self.tail, served, *self._gather(flat), weight, grad, past)
         for x, part in zip(self.deltas.grads.tensors(), grad.tensors(), strict=True):
             x.index_copy_(0, rows, part)
         self._add(self.loss_R, rows, keep, loss_S)

@@ -7,13 +7,28 @@ from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.worker.micro_step import LOSS_ROWS
 
+#: A tile counts as at least so many tokens: reading a session's B and one step of its optimiser cost as much.
+SMALLEST_SHARE = 128
+
 
 def pages(config: TTTConfig) -> int:
     """Pages of the backlog: those of ``backlog_tokens``, and an open one for each session that may be served."""
     return config.schedule.backlog_tokens // config.learn.chunk + config.sessions.resident
 
 
-def needs(geometry: Geometry, config: TTTConfig, max_tokens: int, itemsize: int, vocab: int) -> dict[str, int]:
+def past_pages(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int) -> int:
+    """Pages of the pool of keys and values: what ``kv_pool_gib`` holds, and no more than all resident sessions can fill."""
+    if geometry.layers == 1:
+        return 0
+    page = config.learn.chunk * _past_bytes(geometry, itemsize)
+    return min(
+        int(config.adapt.kv_pool_gib * 2**30) // page, config.sessions.resident * -(-max_model_len // config.learn.chunk)
+    )
+
+
+def needs(
+    geometry: Geometry, config: TTTConfig, max_tokens: int, itemsize: int, vocab: int, max_model_len: int
+) -> dict[str, int]:
     """Bytes that live as long as the worker, by what they are for; the layers' LoRA slots are vLLM's own and not among them.
 
     Args:
@@ -23,7 +38,8 @@ def needs(geometry: Geometry, config: TTTConfig, max_tokens: int, itemsize: int,
     D, Q, F, rows = geometry.hidden, geometry.attention, geometry.feed_forward, config.sessions.resident
     tokens = pages(config) * config.learn.chunk
     tried = config.guard.probe_tokens if config.guard.every else 1
-    return {
+    past = _past_bytes(geometry, itemsize)
+    parts = {
         f"masters and gradients of {rows} resident sessions (sessions.resident, adapt.rank)": (2 * (rows + 1) * geometry.bytes),
         f"activations of {tokens:,} tokens that may wait to be learned (schedule.backlog_tokens)": (
             tokens * ((D + Q) * itemsize + 8)
@@ -32,6 +48,30 @@ def needs(geometry: Geometry, config: TTTConfig, max_tokens: int, itemsize: int,
         f"activations of a batch of {max_tokens:,} tokens (--max-num-batched-tokens)": max_tokens * (D + Q) * itemsize,
         "fixed projections and the workspace of the loss": itemsize * (geometry.rank * (D + Q + F) + LOSS_ROWS * vocab),
     }
+    if geometry.layers > 1:
+        pool = past_pages(geometry, config, itemsize, max_model_len) * config.learn.chunk
+        parts |= {
+            f"keys and values of {pool:,} tokens (adapt.kv_pool_gib)": pool * past,
+            f"keys and values of a batch of {max_tokens:,} tokens (--max-num-batched-tokens)": max_tokens * past,
+            "a step over several layers (adapt.layers, schedule.tokens_per_step, --max-model-len)": (
+                step_bytes(geometry, config, itemsize, max_model_len)
+            ),
+        }
+    return parts
+
+
+def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int) -> int:
+    """What a step over several layers keeps from its forward for its backward, at most: `last` has graphs that hold theirs."""
+    D, Q, F, tokens = geometry.hidden, geometry.attention, geometry.feed_forward, config.schedule.tokens_per_step
+    row = 4 * (3 * D + 5 * F + 3 * Q + 3 * geometry.keys) + itemsize * (3 * geometry.rank + 3 * Q + 6 * geometry.keys)
+    sessions = max(1, tokens // SMALLEST_SHARE)
+    packed = sessions * max_model_len * 2 * (geometry.keys + Q) * itemsize  # SDPA shows each key to each of its queries' heads
+    return geometry.layers * (tokens * row + packed)
+
+
+def _past_bytes(geometry: Geometry, itemsize: int) -> int:
+    """Keys and values of one token, in all layers above the first adapted one."""
+    return (geometry.layers - 1) * 2 * geometry.keys * itemsize
 
 
 def check(parts: dict[str, int], left: int) -> None:

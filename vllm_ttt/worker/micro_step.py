@@ -1,7 +1,8 @@
-"""The micro-step of the `last` preset: forward and backward of the tail by hand, and the update of B.
+"""The micro-step: forward and backward of the tail by hand, and the update of B.
 
-The tail is what follows the last layer's attention: o_proj, the MLP, the final norm and lm_head. It needs no attention
-and no position, so the tokens of all sessions are rows of the same matrices; only the low-rank parts are per session.
+The tail is what follows the attention of the first adapted layer. With `last` that is o_proj, the MLP, the final norm and
+lm_head: it needs no attention and no position, so the tokens of all sessions are rows of the same matrices; only the low-rank
+parts are per session. With `deep` further layers come between, each with its attention (qkv.py).
 The algorithm is docs/algorithm.md; `vllm_ttt.eval.oracle` is the plain loop that this file is held to.
 
 Dimension suffixes:
@@ -12,10 +13,15 @@ Dimension suffixes:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from vllm_ttt.worker import block, qkv
+from vllm_ttt.worker.attention import Attention, SDPAAttention
+from vllm_ttt.worker.block import Block
+from vllm_ttt.worker.qkv import QKV, Past
 
 #: Rows of logits that exist at once, in float32: the loss is computed in tiles of this many.
 LOSS_ROWS = 256
@@ -26,7 +32,7 @@ MODULES = ("o", "g", "u", "d")
 
 @dataclass
 class Tail:
-    """The frozen weights that the step needs, in the dtype of its matrix products.
+    """The frozen weights that the step needs, in the dtype of its matrix products; those of a layer are of the last one.
 
     wo_DQ, wgu_2FD, wd_DF and head_VD are weights as [out, in]; ao_RQ, ai_RD, ad_RF the fixed projections A. ``head_VD`` holds
     the real vocabulary alone, without padding. ``norm`` are the Frobenius norms of the weights of MODULES.
@@ -49,11 +55,20 @@ class Tail:
     bd_D: Tensor | None = None
     logit_scale: float = 1.0
     soft_cap: float | None = None
+    #: the adapted layers below the last, lowest first, and the attention of each layer above the lowest
+    lower: tuple[Block, ...] = ()
+    attentions: tuple[QKV, ...] = ()
+    kernel: Attention = field(default_factory=SDPAAttention)
 
     def __post_init__(self) -> None:
         #: the workspace of the loss, [LOSS_ROWS, V]
         self.logits = self.head_VD.new_empty(LOSS_ROWS, self.head_VD.shape[0])
         self.softmax_rows = 32 if self.head_VD.device.type == "cpu" else LOSS_ROWS
+
+    @property
+    def blocks(self) -> tuple[Block | Tail, ...]:
+        """The adapted layers, lowest first."""
+        return (*self.lower, self)
 
     @property
     def rank(self) -> int:
@@ -65,22 +80,43 @@ class Tail:
         return {"o": self.wo_DQ.shape[0], "g": F, "u": F, "d": self.wd_DF.shape[0]}
 
 
-@dataclass
 class Delta:
-    """B matrices of several sessions: o_SDR, gu_S2FR (gate first) and d_SDR. Gradients have the same shape."""
+    """B matrices of several sessions: o_SDR, gu_S2FR (gate first) and d_SDR of each adapted layer, lowest first. Gradients have
+    the same shape."""
 
-    o: Tensor
-    gu: Tensor
-    d: Tensor
+    __slots__ = ("_tensors",)
+
+    def __init__(self, *tensors: Tensor):
+        self._tensors = tensors
 
     @classmethod
     def zeros(cls, tail: Tail, sessions: int, dtype: torch.dtype = torch.float32) -> Delta:
         out, like = tail.outputs(), tail.wo_DQ
-        new = lambda n: torch.zeros(sessions, n, tail.rank, dtype=dtype, device=like.device)  # noqa: E731
-        return cls(new(out["o"]), new(out["g"] + out["u"]), new(out["d"]))
+        sizes = (out["o"], out["g"] + out["u"], out["d"]) * len(tail.blocks)
+        return cls(*(torch.zeros(sessions, n, tail.rank, dtype=dtype, device=like.device) for n in sizes))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.o, self.gu, self.d
+    @property
+    def o(self) -> Tensor:
+        """Of the last layer, as ``gu`` and ``d`` are."""
+        return self._tensors[-3]
+
+    @property
+    def gu(self) -> Tensor:
+        return self._tensors[-2]
+
+    @property
+    def d(self) -> Tensor:
+        return self._tensors[-1]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._tensors
+
+    def layer(self, i: int) -> Delta:
+        """Of one layer, counted from the lowest."""
+        return Delta(*self._tensors[3 * i : 3 * i + 3])
+
+    def layers(self) -> Iterator[Delta]:
+        return (self.layer(i) for i in range(len(self._tensors) // 3))
 
     def select(self, rows_S: Tensor) -> Delta:
         """A copy of the given sessions, in the given order."""
@@ -94,53 +130,51 @@ class Delta:
         return self if scale == 1.0 else Delta(*(x * scale for x in self.tensors()))
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """(module, [S, out, R] view) in the order of MODULES."""
-        F = self.gu.shape[1] // 2
-        yield "o", self.o
-        yield "g", self.gu[:, :F]
-        yield "u", self.gu[:, F:]
-        yield "d", self.d
+        """(module, [S, out, R] view), layer by layer, in the order of MODULES."""
+        for layer in self.layers():
+            F = layer.gu.shape[1] // 2
+            yield "o", layer.o
+            yield "g", layer.gu[:, :F]
+            yield "u", layer.gu[:, F:]
+            yield "d", layer.d
 
 
 def accumulate(
-    tail: Tail, delta: Delta, h_SCD: Tensor, a_SCQ: Tensor, t_SC: Tensor, w_SC: Tensor, grad: Delta | None
+    tail: Tail,
+    delta: Delta,
+    h_SCD: Tensor,
+    a_SCQ: Tensor,
+    t_SC: Tensor,
+    w_SC: Tensor,
+    grad: Delta | None,
+    past: Past | None = None,
 ) -> Tensor:
     """Add the gradient of the weighted loss of some rows to ``grad``, and return that loss.
 
     Args:
         delta: B as it is, whatever the scale it is served with, in the tail's dtype.
-        h_SCD: residual stream entering the last layer. a_SCQ: the layer's attention output. Both as served.
+        h_SCD: residual stream entering the first adapted layer. a_SCQ: that layer's attention output. Both as served.
         t_SC: int64, the token that follows.
         w_SC: float32, weight of each row's loss: 1 / (rows of its chunk), and 0 for padding.
         grad: float32; None to compute the loss alone.
+        past: what the layers above the first attend to; None where there is none.
     Returns:
         [S] float32, the weighted sum of each session's losses in nats.
     """
     S, C, D = h_SCD.shape
-    dt = tail.wo_DQ.dtype
-    lora = lambda x_TR, b_SOR: torch.bmm(x_TR.view(S, C, -1), b_SOR.transpose(1, 2)).view(S * C, -1)  # noqa: E731
-    h_TD, a_TQ = h_SCD.reshape(S * C, D), a_SCQ.reshape(S * C, -1).to(dt)
-
-    ao_TR = a_TQ @ tail.ao_RQ.T
-    r1_TD = h_TD.float() + (a_TQ @ tail.wo_DQ.T).float() + lora(ao_TR, delta.o).float()
-    if tail.bo_D is not None:
-        r1_TD += tail.bo_D
-    i1_T1 = torch.rsqrt(r1_TD.square().mean(-1, keepdim=True) + tail.eps)
-    x_TD = (r1_TD * i1_T1 * tail.ln_D).to(dt)
-    ax_TR = x_TD @ tail.ai_RD.T
-    gu_T2F = (x_TD @ tail.wgu_2FD.T).float() + lora(ax_TR, delta.gu).float()
-    if tail.bgu_2F is not None:
-        gu_T2F += tail.bgu_2F
-    g_TF, u_TF = gu_T2F.chunk(2, -1)
-    s_TF = torch.sigmoid(g_TF)
-    silu_TF = g_TF * s_TF
-    z_TF = (silu_TF * u_TF).to(dt)
-    az_TR = z_TF @ tail.ad_RF.T
-    r2_TD = r1_TD + (z_TF @ tail.wd_DF.T).float() + lora(az_TR, delta.d).float()
-    if tail.bd_D is not None:
-        r2_TD += tail.bd_D
-    i2_T1 = torch.rsqrt(r2_TD.square().mean(-1, keepdim=True) + tail.eps_f)
-    y_TD = (r2_TD * i2_T1 * tail.lnf_D).to(dt)
+    T, blocks, attentions = S * C, tail.blocks, tail.attentions
+    r_TD, a_TQ = h_SCD.reshape(T, D), a_SCQ.reshape(T, -1).to(tail.wo_DQ.dtype)
+    passed, rotated = [], []
+    for i, layer in enumerate(blocks):
+        if i:
+            assert past is not None
+            a_TQ, turned = qkv.forward(attentions[i - 1], tail.kernel, past, i - 1, r_TD, grad is not None)
+            rotated.append(turned)
+        r_TD, saved = block.forward(layer, tail, delta.layer(i), r_TD, a_TQ, S)
+        if grad is not None:
+            passed.append(saved)
+    i2_T1 = torch.rsqrt(r_TD.square().mean(-1, keepdim=True) + tail.eps_f)
+    y_TD = (r_TD * i2_T1 * tail.lnf_D).to(tail.wo_DQ.dtype)
 
     loss_T, dy_TD = _cross_entropy(tail, y_TD, t_SC.reshape(-1), w_SC.reshape(-1), backward=grad is not None)
     loss_S = loss_T.view(S, C).sum(1)
@@ -148,17 +182,12 @@ def accumulate(
         return loss_S
     assert dy_TD is not None
 
-    d2_TD = _rms_backward(dy_TD * tail.lnf_D, r2_TD, i2_T1)
-    d2 = d2_TD.to(dt)
-    _add_outer(grad.d, d2_TD, az_TR, S)
-    dz_TF = (d2 @ tail.wd_DF).float() + _through(d2, delta.d, tail.ad_RF, S)
-    # d silu(g) / dg = s (1 + g (1 - s)) = s + silu(g) (1 - s)
-    dgu_T2F = torch.cat((dz_TF * u_TF * (s_TF + silu_TF * (1 - s_TF)), dz_TF * silu_TF), -1)
-    dgu = dgu_T2F.to(dt)
-    _add_outer(grad.gu, dgu_T2F, ax_TR, S)
-    dx_TD = (dgu @ tail.wgu_2FD).float() + _through(dgu, delta.gu, tail.ai_RD, S)
-    d1_TD = d2_TD + _rms_backward(dx_TD * tail.ln_D, r1_TD, i1_T1)
-    _add_outer(grad.o, d1_TD, ao_TR, S)
+    d_TD = block.rms_backward(dy_TD * tail.lnf_D, r_TD, i2_T1)
+    for i in reversed(range(len(blocks))):
+        d_TD = block.backward(blocks[i], tail, delta.layer(i), grad.layer(i), passed.pop(), d_TD, S)
+        if i:
+            da_TQ = block.attention_gradient(blocks[i], tail, delta.layer(i), d_TD, S)
+            d_TD = d_TD + qkv.backward(attentions[i - 1], tail.kernel, rotated.pop(), da_TQ)
     return loss_S
 
 
@@ -180,24 +209,26 @@ def update(
         loss_S: the chunk's mean loss in nats. share_S: the chunk's rows / rows of a full chunk.
         max_loss: nats; a session whose loss is larger, or whose gradient is not finite, keeps its B as it is.
     Returns:
-        the new B; [S] bool, whether the session was updated; [4, S], norms of B relative to W, by MODULES.
+        the new B; [S] bool, whether the session was updated; [4, S], norms of B relative to W, by MODULES, of the layer in
+        which they are largest.
     """
     finite_S = torch.isfinite(loss_S)
     for _, g_SOR in grad.parts():
         finite_S = finite_S & torch.isfinite(g_SOR.sum((1, 2)))
     ok_S = finite_S & (loss_S <= max_loss)
     new = Delta(*(torch.empty_like(x) for x in delta.tensors()))
+    weights = [layer.norm[name] for layer in tail.blocks for name in MODULES]
     norms = []
-    for (name, b_SOR), (_, g_SOR), (_, out_SOR) in zip(delta.parts(), grad.parts(), new.parts(), strict=True):
+    for (_, b_SOR), (_, g_SOR), (_, out_SOR), weight in zip(delta.parts(), grad.parts(), new.parts(), weights, strict=True):
         u_SOR = orthogonalise(torch.where(finite_S[:, None, None], g_SOR, 0.0))
-        length_S = share_S * (rate * tail.norm[name]) / (torch.linalg.vector_norm(u_SOR, dim=(1, 2)) + 1e-12)
+        length_S = share_S * (rate * weight) / (torch.linalg.vector_norm(u_SOR, dim=(1, 2)) + 1e-12)
         stepped = b_SOR * (1 - decay * share_S)[:, None, None] - u_SOR * length_S[:, None, None]
         norm_S = torch.linalg.vector_norm(stepped, dim=(1, 2))
-        limit = max_norm * tail.norm[name]
+        limit = max_norm * weight
         stepped = stepped * (limit / norm_S.clamp(min=limit))[:, None, None]
         torch.where(ok_S[:, None, None], stepped, b_SOR, out=out_SOR)
-        norms.append(torch.linalg.vector_norm(out_SOR, dim=(1, 2)) / tail.norm[name])
-    return new, ok_S, torch.stack(norms)
+        norms.append(torch.linalg.vector_norm(out_SOR, dim=(1, 2)) / weight)
+    return new, ok_S, torch.stack(norms).view(len(tail.blocks), len(MODULES), -1).amax(0)
 
 
 def orthogonalise(g_SOR: Tensor) -> Tensor:
@@ -255,18 +286,3 @@ def _nll(tail: Tail, logits: Tensor, t_T: Tensor, backward: bool) -> Tensor:
             x *= slope
         logits.copy_(x)
     return loss_T
-
-
-def _rms_backward(g_TD: Tensor, x_TD: Tensor, inv_T1: Tensor) -> Tensor:
-    return inv_T1 * g_TD - x_TD * (inv_T1.pow(3) * (g_TD * x_TD).mean(-1, keepdim=True))
-
-
-def _through(d_TO: Tensor, b_SOR: Tensor, a_RI: Tensor, S: int) -> Tensor:
-    """The gradient that flows back through B A: [T, I] float32."""
-    return (torch.bmm(d_TO.view(S, -1, d_TO.shape[-1]), b_SOR).view(d_TO.shape[0], -1) @ a_RI).float()
-
-
-def _add_outer(g_SOR: Tensor, d_TO: Tensor, x_TR: Tensor, S: int) -> None:
-    """g += d^T x, per session."""
-    d_SCO, x_SCR = d_TO.view(S, -1, d_TO.shape[-1]), x_TR.view(S, -1, x_TR.shape[-1])
-    g_SOR.baddbmm_(d_SCO.transpose(1, 2), x_SCR.to(d_SCO.dtype))

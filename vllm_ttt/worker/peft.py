@@ -40,7 +40,7 @@ def adapter(
 
 
 def config(geometry: Geometry, base_model: str) -> dict[str, Any]:
-    """What adapter_config.json says. Modules are named in full: only one layer has them."""
+    """What adapter_config.json says. Modules are named in full: only the adapted layers have them."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -81,9 +81,12 @@ def read_adapter(data: bytes, settings: dict[str, Any], geometry: Geometry) -> d
         own = projections(geometry, torch.float32)[width]
         if (a.float() - own).norm() > 0.01 * own.norm():  # what bf16 rounds away is less; another seed is 1.4
             raise FileError(f"its A of {name} is not that of adapt.seed {geometry.seed}; a session takes no other A")
-        found[name.rpartition(".")[2]] = tensors[f"{_PREFIX}{name}.lora_B.weight"].float()
-    joined = {**found, "gate_up_proj": torch.cat((found["gate_proj"], found["up_proj"]))}
-    return {name: joined[name.rpartition(".")[2]] for name in geometry.shapes}
+        found[name] = tensors[f"{_PREFIX}{name}.lora_B.weight"].float()
+    for name in geometry.shapes:
+        layer, _, module = name.rpartition(".")
+        if module == "gate_up_proj":
+            found[name] = torch.cat((found[f"{layer}.gate_proj"], found[f"{layer}.up_proj"]))
+    return {name: found[name] for name in geometry.shapes}
 
 
 @lru_cache(maxsize=4)
@@ -97,18 +100,22 @@ def projections(geometry: Geometry, dtype: torch.dtype) -> dict[int, Tensor]:
 
 def _modules(geometry: Geometry) -> dict[str, tuple[int, int]]:
     """PEFT's module -> (inputs, outputs)."""
-    layer, D, F = f"model.layers.{geometry.layer}", geometry.hidden, geometry.feed_forward
-    return {
-        f"{layer}.self_attn.o_proj": (geometry.attention, D),
-        f"{layer}.mlp.gate_proj": (D, F),
-        f"{layer}.mlp.up_proj": (D, F),
-        f"{layer}.mlp.down_proj": (F, D),
+    D, F = geometry.hidden, geometry.feed_forward
+    widths = {
+        "self_attn.o_proj": (geometry.attention, D),
+        "mlp.gate_proj": (D, F),
+        "mlp.up_proj": (D, F),
+        "mlp.down_proj": (F, D),
     }
+    layers = range(geometry.layer, geometry.layer + geometry.layers)
+    return {f"model.layers.{i}.{module}": sizes for i in layers for module, sizes in widths.items()}
 
 
 def _split(deltas: dict[str, Tensor], geometry: Geometry) -> dict[str, tuple[int, Tensor]]:
     """PEFT's module -> (inputs, B)."""
-    by_module = {name.rpartition(".")[2]: b for name, b in deltas.items()}
-    gate, up = by_module["gate_up_proj"].split(geometry.feed_forward)
-    b = {"o_proj": by_module["o_proj"], "gate_proj": gate, "up_proj": up, "down_proj": by_module["down_proj"]}
-    return {name: (width, b[name.rpartition(".")[2]]) for name, (width, _) in _modules(geometry).items()}
+    parts = dict(deltas)
+    for name, b in deltas.items():
+        layer, _, module = name.rpartition(".")
+        if module == "gate_up_proj":
+            parts[f"{layer}.gate_proj"], parts[f"{layer}.up_proj"] = b.split(geometry.feed_forward)
+    return {name: (width, parts[name]) for name, (width, _) in _modules(geometry).items()}

@@ -55,20 +55,25 @@ class Slots:
         manager.slots = self
         self.manager, self.modules, self.deltas, self.dtype = manager, modules, deltas, dtype
         wrapped = set(manager._adapter_manager.modules)
-        assert wrapped == set(modules.names.values()), f"LoRA slots on {wrapped}, expected {set(modules.names.values())}"
+        assert wrapped == set(modules.names), f"LoRA slots on {wrapped}, expected {set(modules.names)}"
+        #: vLLM's tensors of all slots, one for each part of a delta
+        self.stacks = [
+            module.lora_b_stacked[i]
+            for layer in modules.layers
+            for module, i in ((layer.o_proj, 0), (layer.gate_up_proj, 0), (layer.gate_up_proj, 1), (layer.down_proj, 0))
+        ]
 
     def adapter(self, key: int) -> LoRAModel:
         """The session's adapter with the delta that is to be served: vLLM copies it into the slot that it chooses."""
         session = self.deltas.session(key)
         served = (session.serving or self.deltas.read(key)).times(session.scale).to(self.dtype)
-        tail, parts = self.deltas.tail, dict(served.parts())
-        parent = self.modules.names["gu"].rpartition(".")[0]
-        layers = {
-            self.modules.names["o"]: (tail.ao_RQ, parts["o"]),
-            f"{parent}.gate_proj": (tail.ai_RD, parts["g"]),
-            f"{parent}.up_proj": (tail.ai_RD, parts["u"]),
-            self.modules.names["d"]: (tail.ad_RF, parts["d"]),
-        }
+        tail, layers = self.deltas.tail, {}
+        for layer, delta in zip(self.modules.layers, served.layers(), strict=True):
+            parts, parent = dict(delta.parts()), layer.names["gu"].rpartition(".")[0]
+            layers[layer.names["o"]] = tail.ao_RQ, parts["o"]
+            layers[f"{parent}.gate_proj"] = tail.ai_RD, parts["g"]
+            layers[f"{parent}.up_proj"] = tail.ai_RD, parts["u"]
+            layers[layer.names["d"]] = tail.ad_RF, parts["d"]
         rank = tail.rank
         return LoRAModel(key, rank, {n: LoRALayerWeights(n, rank, rank, a, b[0]) for n, (a, b) in layers.items()})
 
@@ -97,14 +102,5 @@ class Slots:
         return sum(key in keys for key in self.manager._adapter_manager.lora_index_to_id)
 
     def _copy(self, slot: int, delta: Delta) -> None:
-        for (_, b), (module, i) in zip(
-            delta.parts(),
-            (
-                (self.modules.o_proj, 0),
-                (self.modules.gate_up_proj, 0),
-                (self.modules.gate_up_proj, 1),
-                (self.modules.down_proj, 0),
-            ),
-            strict=True,
-        ):
-            module.lora_b_stacked[i][slot, 0].copy_(b[0])
+        for (_, b), stack in zip(delta.parts(), self.stacks, strict=True):
+            stack[slot, 0].copy_(b[0])

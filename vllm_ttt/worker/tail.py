@@ -1,7 +1,7 @@
 """From a loaded vLLM model to the `Tail` that the micro-step works on, for each supported architecture.
 
-Llama, Mistral, Qwen2 and Qwen3 name the modules of their last layer alike and differ before o_proj only, so one spec
-serves them all; another family gets another entry in ARCHITECTURES.
+Llama, Mistral, Qwen2 and Qwen3 name the modules of a layer alike, and in their attention differ by biases and norms alone, so
+one spec serves them all; another family gets another entry in ARCHITECTURES.
 """
 
 from __future__ import annotations
@@ -13,14 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.worker import attention
+from vllm_ttt.worker.block import Block
 from vllm_ttt.worker.micro_step import Tail
+from vllm_ttt.worker.qkv import QKV, HeadNorm
+
+#: Rotary embeddings of vLLM that are a table of cosines and sines by position, and nothing else.
+ROTARY = ("RotaryEmbedding", "Llama3RotaryEmbedding", "LinearScalingRotaryEmbedding", "YaRNScalingRotaryEmbedding")
 
 
 @dataclass(frozen=True)
 class TailSpec:
-    """Where the parts of the tail are: attribute paths from the causal-LM module, ``{layer}`` being the last one."""
+    """Where the parts of the tail are: attribute paths from the causal-LM module (``layers``, ``final_norm``) or a layer."""
 
-    layer: str = "model.layers"
+    layers: str = "model.layers"
+    attention_norm: str = "input_layernorm"
+    attention: str = "self_attn"
     o_proj: str = "self_attn.o_proj"
     norm: str = "post_attention_layernorm"
     gate_up_proj: str = "mlp.gate_up_proj"
@@ -37,72 +45,139 @@ ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class TailModules:
-    """The live modules; o_proj, gate_up_proj and down_proj are vLLM's LoRA wrappers. ``names`` are their full names."""
+class LayerModules:
+    """The live modules of one adapted layer; o_proj, gate_up_proj and down_proj are vLLM's LoRA wrappers.
 
+    ``names`` are their full names, by "o", "gu" and "d". ``attention`` has qkv_proj, rotary_emb, attn and, with Qwen3, q_norm
+    and k_norm.
+    """
+
+    attention_norm: Any
+    attention: Any
     o_proj: Any
     norm: Any
     gate_up_proj: Any
     down_proj: Any
-    final_norm: Any
-    lm_head: Any
     names: dict[str, str]
 
 
-def find_modules(model: nn.Module) -> TailModules:
-    """Raises ConfigError where the architecture has no spec."""
+@dataclass(frozen=True)
+class TailModules:
+    """``layers``: the adapted ones, lowest first."""
+
+    layers: tuple[LayerModules, ...]
+    final_norm: Any
+    lm_head: Any
+
+    @property
+    def names(self) -> list[str]:
+        """Full names of all adapted modules."""
+        return [name for layer in self.layers for name in layer.names.values()]
+
+
+def find_modules(model: nn.Module, layers: int = 1) -> TailModules:
+    """Those of the last ``layers`` layers. Raises ConfigError where the architecture has no spec."""
     spec = ARCHITECTURES.get(type(model).__name__)
     if spec is None:
         raise ConfigError(f"no tail for {type(model).__name__}; there is one for {', '.join(ARCHITECTURES)}")
-    layers = model.get_submodule(spec.layer)
-    prefix = f"{spec.layer}.{len(layers) - 1}"  # type: ignore[arg-type]
-    get = lambda path: model.get_submodule(f"{prefix}.{path}")  # noqa: E731
-    return TailModules(
-        get(spec.o_proj),
-        get(spec.norm),
-        get(spec.gate_up_proj),
-        get(spec.down_proj),
-        model.get_submodule(spec.final_norm),
-        model.get_submodule("lm_head"),
-        {
-            "o": f"{prefix}.{spec.o_proj}",
-            "gu": f"{prefix}.{spec.gate_up_proj}",
-            "d": f"{prefix}.{spec.down_proj}",
-        },
-    )
+    count = len(model.get_submodule(spec.layers))  # type: ignore[arg-type]
+
+    def layer(i: int) -> LayerModules:
+        prefix = f"{spec.layers}.{i}"
+        names = {"o": spec.o_proj, "gu": spec.gate_up_proj, "d": spec.down_proj}
+        paths = (spec.attention_norm, spec.attention, spec.o_proj, spec.norm, spec.gate_up_proj, spec.down_proj)
+        found = (model.get_submodule(f"{prefix}.{path}") for path in paths)
+        return LayerModules(*found, names={k: f"{prefix}.{name}" for k, name in names.items()})
+
+    adapted = tuple(layer(i) for i in range(count - layers, count))
+    return TailModules(adapted, model.get_submodule(spec.final_norm), model.get_submodule("lm_head"))
 
 
-def build_tail(model: Any, modules: TailModules, rank: int, seed: int) -> Tail:
+def build_tail(model: Any, modules: TailModules, rank: int, seed: int, max_model_len: int) -> Tail:
     """Collect the frozen weights and draw the projections A.
 
     The weights keep the model's dtype. A is rounded to it too, as it stands in vLLM's LoRA slots.
+    Raises ConfigError where the attention between adapted layers is one that the step does not follow.
     """
     vocab = model.config.vocab_size
     head = modules.lm_head.weight.data[:vocab]
-    wo, wgu, wd = (dense_weight(m.base_layer, head.dtype) for m in (modules.o_proj, modules.gate_up_proj, modules.down_proj))
+    projection = lambda width: make_projection(width, rank, seed).to(head)  # noqa: E731
+    *lower, last = (_block(layer, head.dtype) for layer in modules.layers)
+    return Tail(
+        **vars(last),
+        head_VD=head,
+        lnf_D=modules.final_norm.weight.data.float(),
+        eps_f=modules.final_norm.variance_epsilon,
+        ao_RQ=projection(last.wo_DQ.shape[1]),
+        ai_RD=projection(last.wgu_2FD.shape[1]),
+        ad_RF=projection(last.wd_DF.shape[1]),
+        logit_scale=model.logits_processor.scale,
+        soft_cap=model.logits_processor.soft_cap,
+        lower=tuple(lower),
+        attentions=tuple(_qkv(layer, head.dtype, max_model_len) for layer in modules.layers[1:]),
+        kernel=attention.choose(head.device, head.dtype),
+    )
+
+
+def _block(layer: LayerModules, dtype: torch.dtype) -> Block:
+    wo, wgu, wd = (dense_weight(m.base_layer, dtype) for m in (layer.o_proj, layer.gate_up_proj, layer.down_proj))
     F = wd.shape[1]
     norm = lambda w: torch.linalg.vector_norm(w.float()).item()  # noqa: E731
-    projection = lambda width: make_projection(width, rank, seed).to(head)  # noqa: E731
     bias = lambda m: None if m.base_layer.bias is None else m.base_layer.bias.data.float()  # noqa: E731
-    return Tail(
+    return Block(
         wo_DQ=wo,
         wgu_2FD=wgu,
         wd_DF=wd,
-        head_VD=head,
-        ln_D=modules.norm.weight.data.float(),
-        lnf_D=modules.final_norm.weight.data.float(),
-        eps=modules.norm.variance_epsilon,
-        eps_f=modules.final_norm.variance_epsilon,
-        ao_RQ=projection(wo.shape[1]),
-        ai_RD=projection(wgu.shape[1]),
-        ad_RF=projection(F),
+        ln_D=layer.norm.weight.data.float(),
+        eps=layer.norm.variance_epsilon,
         norm={"o": norm(wo), "g": norm(wgu[:F]), "u": norm(wgu[F:]), "d": norm(wd)},
-        bo_D=bias(modules.o_proj),
-        bgu_2F=bias(modules.gate_up_proj),
-        bd_D=bias(modules.down_proj),
-        logit_scale=model.logits_processor.scale,
-        soft_cap=model.logits_processor.soft_cap,
+        bo_D=bias(layer.o_proj),
+        bgu_2F=bias(layer.gate_up_proj),
+        bd_D=bias(layer.down_proj),
     )
+
+
+def _qkv(layer: LayerModules, dtype: torch.dtype, max_model_len: int) -> QKV:
+    parts, rotary = layer.attention, layer.attention.rotary_emb
+    check_attention(parts, layer.names["o"].rpartition(".")[0], max_model_len)
+    bias = parts.qkv_proj.bias
+
+    def head_norm(name: str) -> HeadNorm | None:
+        norm = getattr(parts, name, None)
+        return None if norm is None else HeadNorm(norm.weight.data.float(), norm.variance_epsilon)
+
+    return QKV(
+        wqkv_XD=dense_weight(parts.qkv_proj, dtype),
+        ln_D=layer.attention_norm.weight.data.float(),
+        eps=layer.attention_norm.variance_epsilon,
+        heads=parts.attn.num_heads,
+        kv_heads=parts.attn.num_kv_heads,
+        scale=parts.attn.impl.scale,
+        cos_sin_PI=rotary.cos_sin_cache,
+        bqkv_X=None if bias is None else bias.data.float(),
+        q_norm=head_norm("q_norm"),
+        k_norm=head_norm("k_norm"),
+    )
+
+
+def check_attention(parts: Any, name: str, max_model_len: int) -> None:
+    """Raise ConfigError where a layer above the first adapted one attends in a way that the step does not follow."""
+    attn, rotary = parts.attn, parts.rotary_emb
+    impl = attn.impl
+    refusals = {
+        "multi-head latent attention": getattr(attn, "use_mla", False),
+        "attention of a kind of its own": type(attn).__name__ != "Attention",
+        "a sliding window": attn.sliding_window is not None and attn.sliding_window < max_model_len,
+        "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
+        "a soft cap on its scores": bool(getattr(impl, "logits_soft_cap", None)),
+        "attention sinks": getattr(impl, "sinks", None) is not None,
+        "a temperature by position": getattr(parts, "do_llama_4_scaling", False),
+        f"attention of the type {attn.attn_type}": attn.attn_type != "decoder",
+        f"the rotary embedding {type(rotary).__name__}": type(rotary).__name__ not in ROTARY or not rotary.is_neox_style,
+    }
+    for what, found in refusals.items():
+        if found:
+            raise ConfigError(f"{name} has {what}, which the preset deep cannot learn through; serve with adapt.preset last")
 
 
 def make_projection(width: int, rank: int, seed: int) -> Tensor:

@@ -19,17 +19,16 @@ from vllm_ttt.worker.compute import Compute
 from vllm_ttt.worker.deltas import Deltas, Session
 from vllm_ttt.worker.guard import Guard
 from vllm_ttt.worker.measuring import Measuring
+from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.micro_step import Delta, Tail
+from vllm_ttt.worker.past import PastPool
 from vllm_ttt.worker.probe import Probe
+from vllm_ttt.worker.qkv import Past
 from vllm_ttt.worker.scale import choose
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.versions import Kept, Versions, restore, snapshot
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
-
-
-#: A tile counts as at least so many tokens: reading a session's B and one step of its optimiser cost as much.
-SMALLEST_SHARE = 128
 
 
 @dataclass(slots=True)
@@ -61,7 +60,18 @@ class Outcome:
 class Trainer:
     """One per worker. Not thread-safe: it runs between vLLM's iterations, on the same stream."""
 
-    def __init__(self, tail: Tail, config: TTTConfig, backlog: Backlog, deltas: Deltas, slots: Slots, probe: Probe):
+    def __init__(
+        self,
+        tail: Tail,
+        config: TTTConfig,
+        backlog: Backlog,
+        deltas: Deltas,
+        slots: Slots,
+        probe: Probe,
+        pool: PastPool | None = None,
+    ):
+        """``pool``: where the past of each chunk is; None where the step needs none."""
+        self.pool = pool
         self.config, self.backlog, self.deltas, self.slots = config, backlog, deltas, slots
         self.compute = Compute(tail, config.learn, backlog, deltas)
         self.clock = Clock(tail.head_VD.device)
@@ -93,6 +103,8 @@ class Trainer:
                 for tile in tiles:
                     self._give_up(tile.chunk, "error")
             left -= sum(tile.cost for tile in tiles)
+            if self.pool is not None:
+                self.pool.sweep(self.backlog)
         left -= self._try(left)
         return tokens - max(left, 0)
 
@@ -193,7 +205,7 @@ class Trainer:
         kept = self.versions.find(key, version)
         if kept is None or version > self.deltas.session(key).version:
             return False
-        self._lose(key, "rollback")
+        self.lose(key, "rollback")
         session = restore(self.deltas, key, version, kept)
         session.chosen = choose(session.losses, self.config.learn.scales, self.config.learn.scale_rate)
         self.versions.cut(key, version)
@@ -206,7 +218,7 @@ class Trainer:
         """Give up everything that waits, of all sessions, and the rest of what they are sending now; their masters stay."""
         reading = {r.plan.session for r in self.backlog.readings.values()}
         for key in reading | set(self.backlog.queues):
-            self._lose(key, "error")
+            self.lose(key, "error")
 
     def failed(self, what: str) -> None:
         """Count an error that serving survives, and log it; call it while the exception is handled."""
@@ -229,7 +241,7 @@ class Trainer:
         except Exception:
             self.failed("a slot could not be written; vLLM will fill another from the master")
 
-    def _lose(self, key: int, reason: str) -> None:
+    def lose(self, key: int, reason: str) -> None:
         """Give up what waits of the session, and the rest of what it is sending now; its master stays."""
         lost = self.backlog.drop_session(key)
         self.measuring.drop(lost)
@@ -245,7 +257,10 @@ class Trainer:
             row = self.deltas.row(chunk.session) if tokens > 0 and chunk.session not in unready else None
             if row is None or any(tile.row == row for tile in tiles):
                 continue
-            tiles.append(Tile(chunk, row, min(chunk.rows - chunk.done, tokens)))
+            left = chunk.rows - chunk.done
+            if self.pool is not None and tiles and left > tokens:
+                continue  # its rows attend to one another: they are learned together
+            tiles.append(Tile(chunk, row, min(left, tokens) if self.pool is None else left))
             tokens -= tiles[-1].cost
             self.deltas.begin_chunk(chunk.session)
         return tiles
@@ -254,7 +269,7 @@ class Trainer:
         flat, weight = self._rows(tiles)
         rows = torch.tensor([tile.row for tile in tiles])
         keep = torch.tensor([tile.chunk.done > 0 for tile in tiles])
-        self.compute.score(flat, weight, rows, keep)
+        self.compute.score(flat, weight, rows, keep, self._past(tiles, flat.shape[1]))
         for tile in tiles:
             tile.chunk.done += tile.rows
         complete = [tile for tile in tiles if tile.chunk.done == tile.chunk.rows]
@@ -272,6 +287,9 @@ class Trainer:
             flat[s, : tile.rows] += torch.arange(tile.rows)
             weight[s, : tile.rows] = 1.0 / tile.chunk.rows
         return flat, weight
+
+    def _past(self, tiles: list[Tile], rows: int) -> Past | None:
+        return None if self.pool is None else self.pool.past([tile.chunk for tile in tiles], rows)
 
     def _commit(self, tiles: list[Tile]) -> None:
         reading = self.backlog.reading_sessions()

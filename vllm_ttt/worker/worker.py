@@ -16,19 +16,22 @@ from vllm_ttt.metrics import Snapshot
 from vllm_ttt.plugin import config_of
 from vllm_ttt.types import StepPlan
 from vllm_ttt.worker import memory
-from vllm_ttt.worker.backlog import Backlog
+from vllm_ttt.worker.backlog import Backlog, Chunk
 from vllm_ttt.worker.budget import Budget, tile_sizes
 from vllm_ttt.worker.capture import Capture
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.files import Files
+from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.meter import Meter
 from vllm_ttt.worker.micro_step import MODULES
+from vllm_ttt.worker.past import PastPool
 from vllm_ttt.worker.probe import Probe
+from vllm_ttt.worker.qkv import Past
 from vllm_ttt.worker.signals import leave_with_the_engine
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.step_view import Rows
 from vllm_ttt.worker.tail import TailModules, build_tail, find_modules
-from vllm_ttt.worker.trainer import SMALLEST_SHARE, Trainer
+from vllm_ttt.worker.trainer import Trainer
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -67,12 +70,12 @@ class TTTWorkerMixin:
         if config.sessions.state_dir is not None:
             leave_with_the_engine()
         runner = self.model_runner
-        modules = find_modules(runner.get_model())
         model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
         geometry = Geometry.of(model.hf_text_config, config.adapt)
-        left = self.ttt_memory_left()
-        memory.check(memory.needs(geometry, config, max_tokens, model.dtype.itemsize, model.get_vocab_size()), left)
-        tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed)
+        modules = find_modules(runner.get_model(), geometry.layers)
+        left, sizes = self.ttt_memory_left(), (model.dtype.itemsize, model.get_vocab_size(), model.max_model_len)
+        memory.check(memory.needs(geometry, config, max_tokens, *sizes), left)
+        tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed, model.max_model_len)
         dtype, device = tail.head_VD.dtype, tail.head_VD.device
         self.idle = self.ttt_idle_flag(modules)
         self.capture = Capture(modules, max_tokens, dtype, device, self.idle)
@@ -83,7 +86,13 @@ class TTTWorkerMixin:
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
         tried = config.guard.probe_tokens if config.guard.every else 1
         self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ)
-        self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe)
+        self.pool: PastPool | None = None
+        #: keeps room on the device until the first step
+        self.reserve: Tensor | None = None
+        if geometry.layers > 1:
+            held = memory.past_pages(geometry, config, model.dtype.itemsize, model.max_model_len)
+            self.pool = PastPool(held, config.learn.chunk, self.capture, tail.attentions[0].kv_heads)
+        self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.pool)
         self.files = Files(self.trainer, geometry, self.vllm_config.model_config.model)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
@@ -94,10 +103,14 @@ class TTTWorkerMixin:
         self.marks: tuple[Any, Any, int] | None = None
         self.began: dict[str, int] = {}
         self.ttt_warm_up(config)
+        if self.pool is not None and device.type == "cuda":
+            torch.cuda.empty_cache()  # at start only
+            size = memory.step_bytes(geometry, config, model.dtype.itemsize, model.max_model_len)
+            self.reserve = torch.empty(size, dtype=torch.uint8, device=device)
         logger.info(
             "vllm-ttt: adapting %s; rank %d, %d resident sessions of %.1f MB, backlog of %d tokens, %.2f GiB in all; "
             "%d tokens are learned in %.1f ms",
-            ", ".join(modules.names.values()), config.adapt.rank, config.sessions.resident,
+            ", ".join(modules.names), config.adapt.rank, config.sessions.resident,
             deltas.bytes_per_session() / 1e6, pages * config.learn.chunk, (left - self.ttt_memory_left()) / 2**30,
             config.schedule.tokens_per_step, 1e3 * self.budget.costs[config.schedule.tokens_per_step],
         )  # fmt: skip
@@ -195,13 +208,21 @@ class TTTWorkerMixin:
     def ttt_warm_up(self, config: TTTConfig) -> None:
         """Run steps of each size: measures what they cost, loads the kernels that they use, and captures their graphs."""
         sizes = tile_sizes(config.schedule.tokens_per_step)
+        past = None
+        if self.pool is not None:  # chunks are learned whole
+            sizes = tile_sizes(config.schedule.tokens_per_step, config.learn.chunk)
+            past = self._no_past
         sessions = [min(-(-tokens // config.learn.chunk), config.sessions.resident) for tokens in sizes]
         shapes = [(S, min(-(-tokens // S), config.learn.chunk)) for S, tokens in zip(sessions, sizes, strict=True)]
         many = min(config.schedule.tokens_per_step // SMALLEST_SHARE, config.sessions.resident)
         if many > 1:
             shapes.append((many, min(SMALLEST_SHARE, config.learn.chunk)))  # many sessions with a little to learn each
-        for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed), strict=False):
+        for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed, past), strict=False):
             self.budget.calibrate(tokens, seconds)
+
+    def _no_past(self, sessions: int, rows: int) -> Past:
+        assert self.pool is not None
+        return self.pool.past([Chunk(-1, "", page=-1, first=0)] * sessions, rows)
 
     def _timed(self, run: Any) -> float:
         times = []
@@ -232,6 +253,7 @@ class TTTWorkerMixin:
         self._read_times()
         learned = 0
         if self.backlog.queues or self.trainer.guard.busy:
+            self.reserve = None
             if not serving:
                 self.trainer.collect(wait=True)  # one step at a time, so that a request that comes now waits for one only
             tokens = self.budget.tokens() if serving else self.budget.tokens_per_step
@@ -269,7 +291,19 @@ class TTTWorkerMixin:
         while len(self.backlog.free) < needed and self.backlog.queues:
             self.trainer.learn(self.budget.tokens_per_step)  # the backlog is full: learning cannot yield any longer
             self.trainer.collect(wait=True)  # what is learned next may wait for the outcome of a trial
+        if self.pool is not None:
+            self._take_past(self.pool, view)
         self.backlog.take(view, self.capture.h_ND, self.capture.a_NQ)
+
+    def _take_past(self, pool: PastPool, view: list[Rows]) -> None:
+        """Keep the keys and values of what is being learned; what finds no room even when nothing waits is given up."""
+        pool.sweep(self.backlog)
+        while pool.lacking(view, self.backlog) and self.backlog.queues:
+            self.trainer.learn(self.budget.tokens_per_step)
+        for request in pool.lacking(view, self.backlog):
+            self.trainer.lose(self.backlog.readings[request].plan.session, "pool")
+            pool.sweep(self.backlog)
+        pool.take(view, self.backlog, self.capture)
 
     def _report(self) -> Any:
         report = self.trainer.take_report()

@@ -1,0 +1,153 @@
+"""From vLLM's own modules to the weights of a step over several layers, and what it refuses; no engine is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_deep_gradient import RANK, ROWS, autograd, batch_of, of_session, random_deltas, relative
+from torch import nn
+
+from vllm_ttt import support
+from vllm_ttt.config import parse_config
+from vllm_ttt.errors import ConfigError
+from vllm_ttt.eval.deep_oracle import DeepOracle
+from vllm_ttt.eval.tiny import tiny_model
+from vllm_ttt.worker.micro_step import Delta, accumulate
+from vllm_ttt.worker.tail import TailModules, build_tail, check_attention, find_modules
+
+pytestmark = pytest.mark.unit
+
+CONFIG = parse_config({"adapt": {"layers": 2, "rank": RANK}, "learn": {"max_loss": 2}}, "deep")
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A world of one, without which vLLM builds no model."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel, init_distributed_environment
+    from vllm.distributed.parallel_state import initialize_model_parallel
+
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{tmp_path_factory.mktemp('world') / 'one'}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+    yield
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+def loaded(folder: Path) -> nn.Module:
+    """As a CPU worker loads it, with its weights packed."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    args = EngineArgs(model=str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=1024)
+    config = args.create_engine_config()
+    with set_current_vllm_config(config):
+        return get_model(vllm_config=config)
+
+
+def as_with_lora(modules: TailModules) -> TailModules:
+    """The adapted linear layers inside wrappers, as vLLM's LoRA has them."""
+    wrap = lambda layer: {n: SimpleNamespace(base_layer=getattr(layer, n)) for n in ("o_proj", "gate_up_proj", "down_proj")}  # noqa: E731
+    return replace(modules, layers=tuple(replace(layer, **wrap(layer)) for layer in modules.layers))
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3"])
+def test_the_tail_of_vllms_model_has_the_models_gradient(distributed: None, tmp_path: Path, architecture: str) -> None:
+    """Biases (Qwen2), norms of heads (Qwen3), packed weights, the rotary table: all are found, and in the right order."""
+    shape: dict[str, Any] = {"num_hidden_layers": 3, "max_position_embeddings": 1024}
+    shape |= {"sliding_window": 1024} if architecture == "mistral" else {}  # no narrower than the context: nothing is cut
+    folder = tiny_model(architecture, tmp_path, **shape)
+    model = loaded(folder)
+    tail = build_tail(model, as_with_lora(find_modules(model, 2)), RANK, 0, 1024)
+    oracle = DeepOracle(folder, CONFIG, dtype=torch.float64, compute_dtype=torch.float64)
+    batch = batch_of(oracle)
+    delta, grad = random_deltas(tail, 0.05), Delta.zeros(tail, len(ROWS))
+    losses = accumulate(tail, delta, *batch.rows(), grad, batch.past)
+    for s in range(len(ROWS)):
+        loss, expected = autograd(oracle, delta, batch, s)
+        assert losses[s].item() == pytest.approx(loss, abs=1e-5)
+        for one, other in zip([x for b in of_session(grad, s) for x in b.values()], expected, strict=True):
+            assert relative(one, other) < 1e-4
+    if architecture == "mistral":
+        with pytest.raises(ConfigError, match=r"layers\.2\.self_attn has a sliding window"):
+            build_tail(model, as_with_lora(find_modules(model, 2)), RANK, 0, 1025)
+
+
+class Attention:
+    """What `check_attention` looks at in vLLM's class of that name."""
+
+    attn_type, sliding_window, use_mla = "decoder", None, False
+
+    def __init__(self, **change: Any):
+        self.impl = SimpleNamespace(alibi_slopes=None, logits_soft_cap=0, sinks=None)
+        for key, value in change.items():
+            setattr(self.impl if hasattr(self.impl, key) else self, key, value)
+
+
+class OtherAttention(Attention):
+    pass
+
+
+class RotaryEmbedding(SimpleNamespace):
+    pass
+
+
+class MRotaryEmbedding(SimpleNamespace):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("attn", "rotary", "says"),
+    [
+        (Attention(use_mla=True), RotaryEmbedding(is_neox_style=True), "multi-head latent attention"),
+        (Attention(alibi_slopes=[1.0]), RotaryEmbedding(is_neox_style=True), "ALiBi"),
+        (Attention(sliding_window=63), RotaryEmbedding(is_neox_style=True), "a sliding window"),
+        (Attention(logits_soft_cap=30.0), RotaryEmbedding(is_neox_style=True), "a soft cap"),
+        (Attention(sinks=[1.0]), RotaryEmbedding(is_neox_style=True), "attention sinks"),
+        (Attention(attn_type="encoder_only"), RotaryEmbedding(is_neox_style=True), "of the type encoder_only"),
+        (OtherAttention(), RotaryEmbedding(is_neox_style=True), "a kind of its own"),
+        (Attention(), RotaryEmbedding(is_neox_style=False), "the rotary embedding RotaryEmbedding"),
+        (Attention(), MRotaryEmbedding(is_neox_style=True), "the rotary embedding MRotaryEmbedding"),
+    ],
+)
+def test_attention_that_cannot_be_learned_through(attn: Any, rotary: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=rf"layer 3 has .*{says}.*; serve with adapt.preset last"):
+        check_attention(SimpleNamespace(attn=attn, rotary_emb=rotary), "layer 3", 64)
+    plain = SimpleNamespace(attn=Attention(sliding_window=64), rotary_emb=RotaryEmbedding(is_neox_style=True))
+    check_attention(plain, "layer 3", 64)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hf", "says"),
+    [
+        (9, {}, r"adapt.layers is 9, and the model has 8 layers; allowed: 1 to 8"),
+        (3, {"sliding_window": 100}, "a sliding window of 100 tokens.*may be at most 1 here"),
+        (8, {"layer_types": ["full_attention"] * 5 + ["sliding_attention"] + ["full_attention"] * 2, "sliding_window": 100},
+         "sliding_attention in layer 5.*may be at most 3 here"),
+    ],
+)  # fmt: skip
+def test_refused_before_the_model_is_loaded(layers: int, hf: dict[str, Any], says: str) -> None:
+    config = parse_config({"adapt": {"layers": layers}}, "deep")
+    with pytest.raises(ConfigError, match=says):
+        support.check_layers(SimpleNamespace(num_hidden_layers=8, **hf), config, 1000)
+    fits = parse_config({"adapt": {"layers": min(layers, 3) if hf.get("layer_types") else 1}}, "deep")
+    support.check_layers(SimpleNamespace(num_hidden_layers=8, **hf), fits, 1000)
+    if layers <= 8:
+        support.check_layers(SimpleNamespace(num_hidden_layers=8, **hf), config, 100)
+
+
+def test_half_of_the_layers_is_the_default() -> None:
+    deep = parse_config(None, "deep")
+    assert len(support.adapted_modules(8, deep)) == 4 * 3
+    assert support.adapted_modules(8, deep)[0] == "model.layers.4.self_attn.o_proj"
+    assert len(support.adapted_modules(7, deep)) == 3 * 3
+    assert len(support.adapted_modules(1, deep)) == 3
+    assert len(support.adapted_modules(8, parse_config({"adapt": {"layers": 8}}, "deep"))) == 8 * 3

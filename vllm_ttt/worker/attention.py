@@ -1,0 +1,180 @@
+"""Causal attention of chunks over their past and themselves, forward and backward: one interface, three implementations.
+
+Every session brings C queries, the last C of its keys: query c of a session with P past tokens sees its keys 0 to P + c. Keys
+and values of all sessions lie one after another ("packed"), so that their pasts may have any lengths.
+
+Dimension suffixes, besides those of micro_step.py:
+  H query heads   G heads of keys and values   E width of a head   U packed keys, the sum of P + C over the sessions
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate as running_sum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vllm_ttt.worker.clock import to_device
+
+
+@dataclass
+class Layout:
+    """Where the keys of each session are. ``lengths``: tokens in the past of each of the S sessions; ``rows``: C."""
+
+    lengths: Sequence[int]
+    rows: int
+    device: torch.device
+    #: [U] int64: which of (past tokens of all sessions, own rows of all sessions), in this order, each packed key is
+    order_U: Tensor = field(init=False)
+    #: [S + 1] int32, where the queries and the keys of each session begin
+    starts_q: Tensor = field(init=False)
+    starts_k: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        with torch.inference_mode(False):  # autograd keeps these tensors
+            self._fill()
+
+    def _fill(self) -> None:
+        own = sum(self.lengths)
+        parts, past = [], 0
+        for length in self.lengths:
+            parts += [torch.arange(past, past + length), torch.arange(own, own + self.rows)]
+            past, own = past + length, own + self.rows
+        keys = list(running_sum((p + self.rows for p in self.lengths), initial=0))
+        queries = list(range(0, (len(self.lengths) + 1) * self.rows, self.rows))
+        self.order_U = to_device(torch.cat(parts), self.device)
+        self.starts_q = to_device(torch.tensor(queries, dtype=torch.int32), self.device)
+        self.starts_k = to_device(torch.tensor(keys, dtype=torch.int32), self.device)
+
+    @property
+    def longest(self) -> int:
+        """Keys of the session that has most."""
+        return max(self.lengths) + self.rows
+
+
+@dataclass
+class Attended:
+    """What the backward of one layer's attention needs."""
+
+    q_THE: Tensor
+    k_TGE: Tensor
+    v_TGE: Tensor
+    out_THE: Tensor
+
+
+class Attention(ABC):
+    """One implementation. Subclasses say how packed queries meet packed keys, in a way that autograd can follow."""
+
+    name: str
+
+    @abstractmethod
+    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
+        """[T, H, E], the sum of the values that each query sees, in the dtype of its inputs."""
+
+    def forward(
+        self, own: tuple[Tensor, Tensor, Tensor], past: tuple[Tensor, Tensor], layout: Layout, scale: float, backward: bool
+    ) -> Attended:
+        """Attention of all sessions.
+
+        Args:
+            own: queries [T, H, E], keys and values [T, G, E] of the chunks.
+            past: keys and values [sum of the past's lengths, G, E], session after session; constants.
+            scale: of the products of queries and keys.
+            backward: whether `backward` will be called.
+        """
+        # The worker's hooks run in inference mode, whose tensors cannot take part in autograd: copies made outside can.
+        with torch.inference_mode(False), torch.enable_grad():
+            q, k, v = (x.clone().requires_grad_(backward) for x in own)
+            k_UGE, v_UGE = (torch.cat((p, x)).index_select(0, layout.order_U) for p, x in zip(past, (k, v), strict=True))
+            return Attended(q, k, v, self.attend(q, k_UGE, v_UGE, layout, scale))
+
+    @staticmethod
+    def backward(saved: Attended, d_THE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients with respect to the chunks' own queries, keys and values."""
+        with torch.inference_mode(False), torch.enable_grad():
+            dq, dk, dv = torch.autograd.grad(saved.out_THE, (saved.q_THE, saved.k_TGE, saved.v_TGE), d_THE.clone())
+        return dq, dk, dv
+
+
+class SDPAAttention(Attention):
+    """torch's scaled_dot_product_attention, session by session: the reference, and what runs on a CPU."""
+
+    name = "sdpa"
+
+    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
+        C, groups = layout.rows, q_THE.shape[1] // k_UGE.shape[1]
+        sizes = [p + C for p in layout.lengths]
+        out = []
+        for q, k, v, past in zip(q_THE.split(C), k_UGE.split(sizes), v_UGE.split(sizes), layout.lengths, strict=True):
+            seen = torch.ones(C, past + C, dtype=torch.bool, device=q.device).tril(past) if past else None
+            k_HUE, v_HUE = (x.transpose(0, 1).repeat_interleave(groups, 0)[None] for x in (k, v))
+            found = scaled_dot_product_attention(q.transpose(0, 1)[None], k_HUE, v_HUE, seen, is_causal=not past, scale=scale)
+            out.append(found[0].transpose(0, 1))
+        return torch.cat(out)
+
+
+class VarlenAttention(Attention):
+    """torch.nn.attention.varlen: Flash Attention over all sessions in one kernel; CUDA, bf16 or fp16."""
+
+    name = "varlen"
+
+    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        groups, known = q_THE.shape[1] // k_UGE.shape[1], inspect.signature(varlen_attn).parameters
+        options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        if "enable_gqa" in known:
+            options["enable_gqa"] = groups > 1
+        else:  # torch 2.11
+            k_UGE, v_UGE = (x.repeat_interleave(groups, 1) for x in (k_UGE, v_UGE))
+        if "scale" in known:
+            options["scale"] = scale
+        else:
+            q_THE = q_THE * (scale * q_THE.shape[2] ** 0.5)  # it scales by the width of a head itself
+        starts = layout.starts_q, layout.starts_k
+        return varlen_attn(q_THE, k_UGE, v_UGE, *starts, layout.rows, layout.longest, **options)  # type: ignore[return-value]
+
+
+class XformersAttention(Attention):
+    """xformers' memory-efficient attention with a block-diagonal mask; CUDA. Needs the extra `xformers`."""
+
+    name = "xformers"
+
+    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
+        from xformers.ops import fmha  # pyright: ignore[reportMissingImports]
+
+        S, (T, H, E), G = len(layout.lengths), q_THE.shape, k_UGE.shape[1]
+        mask = fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
+            [layout.rows] * S, [p + layout.rows for p in layout.lengths], device=q_THE.device
+        )
+        # Its backward takes no groups of heads: each key is shown to its H / G queries as one of their own.
+        k, v = (x.repeat_interleave(H // G, 1)[None] for x in (k_UGE, v_UGE))
+        return fmha.memory_efficient_attention(q_THE[None], k, v, attn_bias=mask, scale=scale).view(T, H, E)
+
+
+#: By name; the order is that of preference.
+IMPLEMENTATIONS: dict[str, type[Attention]] = {x.name: x for x in (VarlenAttention, XformersAttention, SDPAAttention)}
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Attention:
+    """The fastest implementation that can run: Flash Attention on CUDA in bf16 or fp16, else the reference."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return VarlenAttention()
+    return SDPAAttention()
+
+
+def available(device: torch.device, dtype: torch.dtype) -> list[Attention]:
+    """Every implementation that can run there."""
+    found: list[Attention] = [SDPAAttention()]
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        found.append(VarlenAttention())
+        if importlib.util.find_spec("xformers") is not None:
+            found.append(XformersAttention())
+    return found
