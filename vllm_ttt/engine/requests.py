@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from vllm.v1.request import Request
 
+from vllm_ttt.config import LearnConfig
+from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.types import Knobs
 
@@ -40,6 +42,23 @@ class Attached:
     #: since when it has been held, time.monotonic(); None: it never was
     held: float | None = None
 
+    def accepted(self, learn: LearnConfig) -> int:
+        """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
+        tokens = 0
+        if self.prompt_learned:
+            tokens = accept(self.prompt - 1 - self.start, learn) - sum(end - first for first, end in self.repetitive)
+        return tokens + (accept(self.outputs, learn) if self.knobs.learn_output else 0)
+
+    def remember_answer(self) -> None:
+        """What was generated is learned, and history when the client sends it back within the next prompt."""
+        opened = self.session.open.get(self.request.request_id)
+        if opened is None:
+            return
+        end = self.prompt + self.outputs
+        tokens = list(self.request.all_token_ids)[:end]
+        lengths = [*range(self.prompt + BLOCK, end, BLOCK), end]
+        opened.prefixes += self.session.history.add(tokens, lengths, end - 1)
+
 
 class Arrivals:
     """Numbers requests in the order in which they arrive."""
@@ -70,3 +89,9 @@ def first_of(request_id: str) -> str | None:
     """For all but the first of n samples of one prompt: the id of the first."""
     child = _CHILD.fullmatch(request_id)
     return None if child is None or child.group(1) == "0" else f"0_{child.group(2)}"
+
+
+def accept(pairs: int, learn: LearnConfig) -> int:
+    """How many of so many consecutive pairs are learned: all but a rest that is too short."""
+    rest = pairs % learn.chunk
+    return pairs - rest if rest < learn.min_chunk else pairs

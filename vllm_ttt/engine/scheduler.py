@@ -18,11 +18,10 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_ttt import plugin, support
 from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.blocks import BlockKeys
-from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.probe import ProbeReading, pieces
-from vllm_ttt.engine.requests import Arrivals, Attached, first_of
+from vllm_ttt.engine.requests import Arrivals, Attached, accept, first_of
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.engine.trust import Trust
@@ -231,7 +230,9 @@ class TTTScheduler(AsyncScheduler):
         if opened is not None:
             opened.learned = opened.done = start
             attached.repetitive = self.ttt_trust.repetitive(tokens, start)
-            opened.prefixes = session.history.add(tokens, [attached.prompt], start + self._accept(attached.prompt - 1 - start))
+            opened.prefixes = session.history.add(
+                tokens, [attached.prompt], start + accept(attached.prompt - 1 - start, self.ttt_config.learn)
+            )
             if start:
                 session.tokens_skipped["history"] += start
                 self.ttt_meters.skipped(start, "history")
@@ -319,22 +320,10 @@ class TTTScheduler(AsyncScheduler):
         attached.outputs += len(output.new_token_ids)
         if attached.knobs.learn_output:
             attached.session.tokens_seen += len(output.new_token_ids)
-        answer = {"version": attached.version, "tokens_learned": self._accepted(attached)}
+        answer = {"version": attached.version, "tokens_learned": attached.accepted(self.ttt_config.learn)}
         output.kv_transfer_params = {**(output.kv_transfer_params or {}), "ttt": answer}
         if output.finish_reason is not None:
             self._detach(output.request_id)
-
-    def _accepted(self, attached: Attached) -> int:
-        """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
-        tokens = 0
-        if attached.prompt_learned:
-            tokens = self._accept(attached.prompt - 1 - attached.start) - sum(end - first for first, end in attached.repetitive)
-        return tokens + (self._accept(attached.outputs) if attached.knobs.learn_output else 0)
-
-    def _accept(self, pairs: int) -> int:
-        """How many of so many consecutive pairs are learned: all but a rest that is too short."""
-        rest = pairs % self.ttt_config.learn.chunk
-        return pairs - rest if rest < self.ttt_config.learn.min_chunk else pairs
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
         finished = super().finish_requests(request_ids, finished_status)
@@ -355,19 +344,9 @@ class TTTScheduler(AsyncScheduler):
             self.ttt_ended[request_id] = attached.prompt - 1 + attached.outputs
             if attached.knobs.learn_output and attached.outputs:
                 attached.session.allowance.spend(attached.outputs)
-                self._remember_answer(attached)
+                attached.remember_answer()
         self.ttt_tiers.left(attached.session)
         self.ttt_arrivals.leave(request_id)
-
-    def _remember_answer(self, attached: Attached) -> None:
-        """What was generated is learned, and history when the client sends it back within the next prompt."""
-        opened = attached.session.open.get(attached.request.request_id)
-        if opened is None:
-            return
-        end = attached.prompt + attached.outputs
-        tokens = list(attached.request.all_token_ids)[:end]
-        lengths = [*range(attached.prompt + BLOCK, end, BLOCK), end]
-        opened.prefixes += attached.session.history.add(tokens, lengths, end - 1)
 
     def _refuse(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, error in self.ttt_refused:
