@@ -62,7 +62,7 @@ def test_what_is_counted_is_what_happened(exact: Served, documents: Documents) -
     measured = [chunk for chunk in session["losses"] if chunk["frozen_loss"] is not None]
     assert moved["measured_loss_nats_count", "frozen"] == moved["measured_loss_nats_count", "session"] == len(measured) > 0
     assert moved["delta_norm_ratio_count", ""] == 3
-    assert moved["learning_seconds_total", "idle"] + moved.get(("learning_seconds_total", "serving"), 0.0) > 0
+    assert sum(moved.get(("learning_seconds_total", load), 0.0) for load in ("serving", "idle")) > 0
     assert moved["serving_seconds_total", ""] > 0
     assert moved["step_seconds_count", ""] > 0
     assert not [key for key in moved if key[0] in ("errors_total", "refused_requests_total", "saves_total", "loads_total")]
@@ -80,7 +80,7 @@ def test_sessions_are_counted_where_they_are(exact: Served, documents: Documents
     listed = exact.http.get("/v1/ttt/sessions").json()["sessions"]
     for tier in ("slot", "memory", "disk", "new"):
         assert found["sessions", tier] == sum(session["tier"] == tier for session in listed)
-    assert found["sessions", "slot"] == slots
+    assert 0 < found["sessions", "slot"] <= slots
     assert found["sessions", "memory"] >= 2
     assert found["pending_tokens", ""] == found["held_requests", ""] == 0
 

@@ -35,7 +35,7 @@ class Engine:
         self.calls.append(method)
         if method == "ttt_metrics":
             names = ("pending_tokens", "step_seconds", "learning_seconds_total", "serving_seconds_total")
-            return [Values(*names).snapshot() | {"slots": {"": 0}}]
+            return [Values(*names).snapshot() | {"slots": {"": []}}]
         if method == "ttt_copy":
             self.world.trainer.deltas.copy(*args)
             return [None]

@@ -148,7 +148,12 @@ def figures_of(world: World) -> dict[str, dict[str, Any]]:
         ttt_config=TTTConfig(), ttt_tiers=world.tiers, ttt_ledger=world.ledger, ttt_meters=world.tiers.meters, ttt_errors=3,
         ttt_requests={"a": SimpleNamespace(held=1.0, started=False), "b": SimpleNamespace(held=1.0, started=True)},
     )  # fmt: skip
-    worker = {"slots": {"": 1}, "evictions_total": {"device": 7}, "errors_total": {"worker": 2}, "pending_tokens": {"": 5}}
+    worker = {
+        "slots": {"": [*list(world.ledger.by_adapter)[-1:], 10**6]},
+        "evictions_total": {"device": 7},
+        "errors_total": {"worker": 2},
+        "pending_tokens": {"": 5},
+    }
     return snapshot(scheduler, worker)
 
 

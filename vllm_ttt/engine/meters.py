@@ -74,7 +74,7 @@ def snapshot(scheduler: Any, worker: Snapshot) -> Snapshot:
         found.setdefault(name, {}).update(series)
     store, sessions = ledger.store, list(ledger.sessions.values())
     here = [s for s in sessions if s.place == "memory"]
-    slots = int(found.pop("slots")[""])
+    slots = sum(adapter in ledger.by_adapter for adapter in found.pop("slots")[""])  # the guard's is no session's
     new, on_disk = sum(s.place == "new" for s in sessions), 0
     if store is not None:
         known = {s.uid for s in sessions}

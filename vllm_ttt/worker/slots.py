@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import Any
 
 import torch
@@ -97,9 +96,9 @@ class Slots:
     def holds(self, key: int) -> bool:
         return key in self.manager._adapter_manager.lora_index_to_id
 
-    def filled(self, keys: Container[int]) -> int:
-        """How many slots hold one of these sessions."""
-        return sum(key in keys for key in self.manager._adapter_manager.lora_index_to_id)
+    def held(self) -> list[int]:
+        """The adapters that have a slot now."""
+        return [key for key in self.manager._adapter_manager.lora_index_to_id if key is not None]
 
     def _copy(self, slot: int, delta: Delta) -> None:
         for (_, b), stack in zip(delta.parts(), self.stacks, strict=True):

@@ -193,13 +193,13 @@ class TTTWorkerMixin:
         }
 
     def ttt_metrics(self) -> Snapshot:
-        """What the worker knows of the metrics; "slots" is how many sessions have one."""
+        """What the worker knows of the metrics; "slots" is the adapters that have one."""
         trainer = self.trainer
         return self.meter.snapshot() | {
             "pending_tokens": {"": self.backlog.pending},
             "evictions_total": {"device": trainer.deltas.evictions},
             "errors_total": {"worker": trainer.errors},
-            "slots": {"": trainer.slots.filled(trainer.deltas.sessions)},
+            "slots": {"": trainer.slots.held()},
         }
 
     # Between iterations.
