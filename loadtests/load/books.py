@@ -97,6 +97,17 @@ class Book:
         self.doubtful += self.rule.chunks(prompt - 1)
         self.given_up += prompt - 1
 
+    def settled(self, session: dict[str, Any], before: dict[str, Any] | None) -> bool:
+        """Whether nothing of the session is under way; ``before``: what it was when it was looked at last.
+
+        Of requests that were given up, some tokens are never accounted for: then it must have come to rest.
+        """
+        if session["requests_open"] or session["tokens_pending"]:
+            return False
+        if self.given_up:
+            return before is not None and {**before, "tier": None} == {**session, "tier": None}
+        return session["tokens_learned"] + sum(session["tokens_skipped"].values()) == session["tokens_seen"]
+
     def check(self, session: dict[str, Any]) -> list[str]:
         """What does not agree with GET /v1/ttt/sessions/{id} of the session, at rest; [] where all does."""
         found, skipped = list(self.problems), Counter(session["tokens_skipped"])
@@ -128,8 +139,3 @@ class Book:
 def rolled_back(session: dict[str, Any]) -> bool:
     """Whether the guard has returned the session to an earlier version."""
     return "back at version" in (session.get("frozen_reason") or "")
-
-
-def at_rest(session: dict[str, Any]) -> bool:
-    """Whether nothing of the session is under way; of requests that were given up, some tokens are never accounted for."""
-    return not session["requests_open"] and not session["tokens_pending"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import requests
 
-from load.books import Book, Rule, at_rest, rolled_back
+from load.books import Book, Rule, rolled_back
 from load.texts import Texts
 
 
@@ -59,7 +59,7 @@ class World:
         found: dict[str, Any] = {"exact": 0, "bounded": 0, "rolled_back": 0, "versions": 0, "tokens": 0, "skipped": {}}
         problems = list(self.problems)
         for name, book in self.books.items():
-            session = self._settled(name, patience)
+            session = self._settled(book, patience)
             if session is None:
                 if book.chunks or book.sent:
                     problems.append(f"{name}: {book.chunks} chunks were sent, and there is no such session")
@@ -78,14 +78,15 @@ class World:
         problems += [f"{name}: nobody asked for this session" for name in left]
         return {**found, "problems": problems}
 
-    def _settled(self, name: str, patience: float) -> dict[str, Any] | None:
-        deadline = time.monotonic() + patience
+    def _settled(self, book: Book, patience: float) -> dict[str, Any] | None:
+        deadline, before = time.monotonic() + patience, None
         while True:
-            answer = requests.get(f"{self.url}/v1/ttt/sessions/{name}", headers=self.headers, timeout=60)
+            answer = requests.get(f"{self.url}/v1/ttt/sessions/{book.name}", headers=self.headers, timeout=60)
             if answer.status_code == 404:
                 return None
             answer.raise_for_status()
             session = answer.json()
-            if at_rest(session) or time.monotonic() > deadline:
+            if book.settled(session, before) or time.monotonic() > deadline:
                 return session
+            before = session
             time.sleep(0.05)

@@ -77,6 +77,18 @@ def test_answers_that_do_not_agree(wrong: Any) -> None:
     assert book.check(session(3, 600))
 
 
+def test_when_a_session_has_settled() -> None:
+    book, done = Book("s", RULE), session(2, 512)
+    assert book.settled(done, None)
+    assert not book.settled({**done, "tokens_learned": 256}, None), "its last chunk has not been reported"
+    assert not book.settled({**done, "tokens_pending": 256}, done)
+    assert not book.settled({**done, "requests_open": 1}, done)
+    book.left(100)
+    assert not book.settled(done, None)
+    assert not book.settled(done, {**done, "version": 1})
+    assert book.settled(done, {**done, "tier": "slot"})
+
+
 def test_an_answer_that_did_not_wait() -> None:
     book = Book("s", RULE)
     book.answered(list(range(257)), 257, answer(0, 256))
