@@ -172,7 +172,7 @@ class GuardConfig(_Model):
     probe: str | None = None
     """File of the probe, plain text; null: the one that comes with vllm-ttt."""
     probe_tokens: Annotated[int, Field(ge=64, le=65536)] = 2048
-    """So many tokens of it are tried; their activations are kept on the device."""
+    """At most so many tokens of it are tried; their activations are kept on the device."""
     min_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.15
     """A chunk of a prompt whose tokens zlib makes smaller than this share is not learned: it repeats itself; 0: all are."""
     hourly_tokens: Annotated[int, Field(ge=0, le=10**12)] = 1000000

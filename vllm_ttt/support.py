@@ -5,6 +5,7 @@ Refusals say what was found, why it cannot be, and the way out.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vllm_ttt.config import TTTConfig
@@ -86,6 +87,8 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
     if vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
         raise ConfigError("on CUDA, --plugin ttt needs vLLM's model runner V2; unset VLLM_USE_V2_MODEL_RUNNER")
+    if config.guard.every and config.guard.probe is not None and not Path(config.guard.probe).is_file():
+        raise ConfigError(f"guard.probe {config.guard.probe} is not a file; name a text, or set guard.every to 0")
     hf = model.hf_text_config
     _check_architecture(model.architectures, hf)
     check_layers(hf, config, model.max_model_len)

@@ -19,6 +19,8 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below it
 
 #: Tokens of a piece of the text: its context.
 PIECE = 512
+#: Tokens that the text must have.
+LEAST = 64
 #: Ids of its requests; those of clients begin with other words.
 PREFIX = "ttt-probe-"
 #: In the installed package, and in a checkout.
@@ -39,7 +41,7 @@ def read_text(guard: GuardConfig) -> str:
 def pieces(guard: GuardConfig, vllm_config: VllmConfig) -> list[list[int]]:
     """Token ids of the text, a list for each request; none where the guard is off or the server has no tokenizer.
 
-    Raises ConfigError: the text cannot be read, or is shorter than ``guard.probe_tokens``.
+    Raises ConfigError: the text cannot be read, or is shorter than LEAST.
     """
     if not guard.every:
         return []
@@ -59,11 +61,10 @@ def pieces(guard: GuardConfig, vllm_config: VllmConfig) -> list[list[int]]:
             break
         found.append(piece)
         wanted -= len(piece) - 1
+    if (tokens := guard.probe_tokens - max(wanted, 0)) < LEAST:
+        raise ConfigError(f"guard.probe has {tokens} tokens to predict; it needs {LEAST} or more to say anything")
     if wanted > 0:
-        raise ConfigError(
-            f"guard.probe has {guard.probe_tokens - wanted} tokens to predict, and guard.probe_tokens asks for "
-            f"{guard.probe_tokens}; give a longer text, or set guard.probe_tokens lower"
-        )
+        logger.info("vllm-ttt: the guard's text has %d tokens, fewer than guard.probe_tokens; it is tried whole", tokens)
     return found
 
 
