@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from vllm_ttt.config import parse_config
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval.deep_oracle import DeepOracle
 from vllm_ttt.eval.tiny import tiny_model
+from vllm_ttt.geometry import Geometry
+from vllm_ttt.worker import peft
 from vllm_ttt.worker.micro_step import Delta, accumulate
 from vllm_ttt.worker.tail import TailModules, build_tail, check_attention, find_modules
 
@@ -151,3 +154,33 @@ def test_half_of_the_layers_is_the_default() -> None:
     assert len(support.adapted_modules(7, deep)) == 3 * 3
     assert len(support.adapted_modules(1, deep)) == 3
     assert len(support.adapted_modules(8, parse_config({"adapt": {"layers": 8}}, "deep"))) == 8 * 3
+
+
+def test_an_exported_adapter_is_what_is_served(tmp_path: Path) -> None:
+    """peft, with the adapter of a delta over two layers, says what the oracle says; and the adapter can be read back."""
+    from peft import PeftModel
+
+    folder = tiny_model("qwen3", tmp_path / "model", num_hidden_layers=3)
+    oracle = DeepOracle(folder, CONFIG)
+    ids = torch.randint(320, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    before = oracle.score(ids)
+    oracle.learn(ids)
+    geometry = Geometry.of(oracle.model.config, CONFIG.adapt)
+    parts = [x for b in oracle.B for x in (b["o"], torch.cat((b["g"], b["u"])), b["d"])]
+    deltas = dict(zip(geometry.shapes, parts, strict=True))
+    assert all(tuple(x.shape) == geometry.shapes[name] for name, x in deltas.items())
+    data = peft.adapter(deltas, peft.projections(geometry, torch.float32), geometry, str(folder), {})
+    settings = peft.config(geometry, str(folder))
+    found = peft.read_adapter(data, settings, geometry)
+    assert all(torch.equal(found[name], x) for name, x in deltas.items())
+
+    exported = tmp_path / "adapter"
+    exported.mkdir()
+    (exported / "adapter_model.safetensors").write_bytes(data)
+    (exported / "adapter_config.json").write_text(json.dumps(settings))
+    expected = oracle.score(ids)
+    with torch.no_grad():
+        logits = PeftModel.from_pretrained(oracle.model, str(exported))(torch.tensor([ids])).logits[0, :-1]
+    served = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    assert (served - expected).abs().max() < 1e-3
+    assert (before - expected).abs().mean() > 0.05

@@ -24,7 +24,8 @@ def identity(vllm_config: Any, config: TTTConfig) -> dict[str, Any]:
     """
     model = vllm_config.model_config
     folder = _folder(model.model, model.revision)
-    adapt = config.adapt.model_dump(mode="json", include={"rank", "seed", "layers", "modules"})
+    geometry = Geometry.of(model.hf_text_config, config.adapt)
+    adapt = config.adapt.model_dump(mode="json", include={"rank", "seed", "layers", "modules"}) | {"layers": geometry.layers}
     return {
         "model": {
             "name": str(model.model),
@@ -32,7 +33,7 @@ def identity(vllm_config: Any, config: TTTConfig) -> dict[str, Any]:
             "weights": weights_hash(folder) if folder else None,
         },
         "adapt": adapt,
-        "geometry": Geometry.of(model.hf_text_config, config.adapt).to_json(),
+        "geometry": geometry.to_json(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
