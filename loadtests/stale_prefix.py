@@ -2,9 +2,9 @@
 
 python loadtests/stale_prefix.py demo/model demo/texts
 
-Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1, 2, 3, 8
-and 16 further chunks the next 512 tokens are scored with the cached prefix and with a prefix computed anew. The oracle does it, without
-vLLM. Printed: the mean difference of the loss, the largest of any domain, and how far single tokens move.
+Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1, 2, 3,
+8 and 16 further chunks the next 512 tokens are scored with the cached prefix and with a prefix computed anew. The oracle does it,
+without vLLM. Printed: the mean difference of the loss, the largest of any domain, and how far single tokens move.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ def main() -> None:
             if n in CHUNKS:
                 found[n].append(after(oracle, reader, cached) - after(oracle, reader, prefix(oracle, reader)))
     step = config.learn.rate + config.learn.decay * config.learn.max_norm
-    print(
-        "| chunks | moved, at most | loss: mean | worst domain | a token, root mean square |\n| --- | --- | --- | --- | --- |"
-    )
+    print("| chunks | moved, at most | loss: mean | worst domain | a token, root mean square |")
+    print("| --- | --- | --- | --- | --- |")
     for n, differences in found.items():
         means = [d.mean().item() for d in differences]
         size = torch.cat(differences).square().mean().sqrt()

@@ -171,7 +171,7 @@ def test_a_full_pool_costs_the_rest_of_the_request(deep: Served, documents: Docu
         assert len(logprobs(answer)) == 1024
         state = deep.settle()
     finally:
-        assert deep.rpc("test_pool", -1) == 2
+        assert deep.rpc("test_pool", -1) == {"free": 2}, "what was taken came back"
     session = deep.session(name)
     assert session["tokens_skipped"] == {"pool": 1024}
     assert state["errors"] == 0
