@@ -88,13 +88,13 @@ class FaultyWorker(TTTCPUWorker):
         self.test_batches, self.test_updates = [], []
         return recorded
 
-    def test_pool(self, pages: int) -> int:
-        """Leave so many pages of the pool of keys and values free, or with -1 give all back; how many were free."""
+    def test_pool(self, pages: int) -> dict[str, int]:
+        """Leave so many pages of the pool of keys and values free, or with -1 give all back; how many were free before."""
         pool, free = self.pool, len(self.pool.free) if self.pool else 0
         assert pool is not None
         held = {page for one in pool.held.values() for page in one.pages}
         pool.free = [p for p in range(pool.pages) if p not in held] if pages < 0 else pool.free[:pages]
-        return free
+        return {"free": free}
 
     def test_cpu_lora(self, which: str) -> None:
         """``stock``: vLLM's own LoRA on the CPU, as it is without our cure; ``grouped``: ours."""

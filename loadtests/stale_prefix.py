@@ -1,0 +1,70 @@
+"""What `schedule.kv_epoch` trades: the loss of a text after a prefix whose keys and values were cached some commits ago.
+
+python loadtests/stale_prefix.py demo/model demo/texts
+
+Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1, 2, 3,
+8 and 16 further chunks the next 512 tokens are scored with the cached prefix and with a prefix computed anew. The oracle does it,
+without vLLM. Printed: the mean difference of the loss, the largest of any domain, and how far single tokens move.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from vllm_ttt.config import parse_config
+from vllm_ttt.eval.deep_oracle import KV, DeepOracle, stack_nll
+from vllm_ttt.eval.oracle import load_model
+from vllm_ttt.eval.texts import read_texts
+
+PREFIX, TEXT, CHUNKS = 512, 512, (1, 2, 3, 8, 16)
+
+
+@torch.no_grad()
+def after(oracle: DeepOracle, ids: list[int], past: list[KV]) -> torch.Tensor:
+    """NLL of the tokens after the prefix, whose keys and values are given."""
+    h, a = oracle.activations(ids)
+    rows, targets = slice(PREFIX, PREFIX + TEXT), torch.tensor(ids[PREFIX + 1 : PREFIX + TEXT + 1])
+    return stack_nll(oracle.stack, oracle.A, oracle.B, h[rows], a[rows], targets, past)[0]
+
+
+@torch.no_grad()
+def prefix(oracle: DeepOracle, ids: list[int]) -> list[KV]:
+    return [(k[:PREFIX], v[:PREFIX]) for k, v in oracle.served(ids)[1]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("texts")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    from transformers import AutoTokenizer
+
+    tokenizer, model, config = AutoTokenizer.from_pretrained(args.model), load_model(args.model), parse_config(None, "deep")
+    found: dict[int, list[torch.Tensor]] = {n: [] for n in CHUNKS}
+    for texts in read_texts(args.texts).values():
+        documents = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+        first, reader, *rest = [ids[:1025] for ids in documents if len(ids) > 1025]
+        stream = [ids[i : i + 257] for ids in rest for i in range(0, 1024, 256)]
+        oracle = DeepOracle(model, config)
+        oracle.learn(first)
+        cached = prefix(oracle, reader)
+        for n, chunk in enumerate(stream[: max(CHUNKS)], 1):
+            oracle.learn(chunk)
+            if n in CHUNKS:
+                found[n].append(after(oracle, reader, cached) - after(oracle, reader, prefix(oracle, reader)))
+    step = config.learn.rate + config.learn.decay * config.learn.max_norm
+    print("| chunks | moved, at most | loss: mean | worst domain | a token, root mean square |")
+    print("| --- | --- | --- | --- | --- |")
+    for n, differences in found.items():
+        means = [d.mean().item() for d in differences]
+        size = torch.cat(differences).square().mean().sqrt()
+        print(f"| {n} | {n * step:.3f} | {fmean(means):+.4f} | {max(means, key=abs):+.4f} | {size:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
