@@ -2,9 +2,9 @@
 
 python loadtests/stale_prefix.py demo/model demo/texts
 
-Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1, 2, 3,
-8 and 16 further chunks the next 512 tokens are scored with the cached prefix and with a prefix computed anew. The oracle does it,
-without vLLM. Printed: the mean difference of the loss, the largest of any domain, and how far single tokens move.
+Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1, 2,
+3, 8 and 16 further chunks the next 512 tokens are scored with the cached prefix and with a prefix computed anew. The oracle
+does it, without vLLM. Printed: the mean difference of the loss, the largest of any domain, and how far single tokens move.
 """
 
 from __future__ import annotations
