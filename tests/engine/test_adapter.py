@@ -49,7 +49,7 @@ def exported(stage: Stage, documents: Documents, tmp_path_factory: pytest.TempPa
     return {
         "folder": folder, "probe": probe, "served": logprobs(answer), "base": logprobs(base), "again": logprobs(again),
         "tokens": answer["choices"][0]["logprobs"]["tokens"], "delta": served.delta(name),
-        "version": served.session(name)["version"],
+        "version": served.session(name)["version"], "scale": served.session(name)["scale"],
     }  # fmt: skip
 
 
@@ -110,5 +110,8 @@ def test_import_brings_it_back(exported: dict[str, Any], tmp_path: Path) -> None
             assert torch.equal(found[key], value) if "lora_B" in key else (found[key] - value).abs().max() < 1e-6
     parts = {key.split(".")[-3]: value for key, value in found.items() if "lora_B" in key}
     expected = {"o_proj": "o", "gate_proj": "g", "up_proj": "u", "down_proj": "d"}
-    assert all(torch.equal(parts[key].flatten(), exported["delta"][short]) for key, short in expected.items())
+    # As it is served: the session's scale is in B.
+    assert all(
+        torch.equal(parts[key].flatten(), exported["scale"] * exported["delta"][short]) for key, short in expected.items()
+    )
     assert offline.fsck()["problems"] == []

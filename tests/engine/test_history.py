@@ -89,7 +89,12 @@ def test_interleaved_chunks_are_scored_then_learned(exact: Served, oracle: Calla
     nll = -torch.tensor([next(iter(p.values()))["logprob"] for p in answer["choices"][0]["prompt_logprobs"][1:]])
     assert answer["ttt"] == {"session_id": name, "version": 3, "tokens_learned": 1024}
     frozen = alone.score(ids)
-    losses = alone.learn(ids)
+    h, a = alone.activations(ids)
+    targets, losses = torch.tensor(ids[1:]), []
+    for first in range(0, 1024, 256):
+        rows = slice(first, first + 256)
+        losses.append(alone._nll(ids, rows, alone.scale.chosen).mean().item())
+        alone._step(h[rows], a[rows], targets[rows])
     # Each chunk as the plain loop scores it: under all of this request that comes before the chunk, in attention and in delta.
     assert nll.view(4, 256).mean(1).tolist() == pytest.approx(losses, abs=2e-3)
     assert nll.mean() < frozen.mean() - 0.01, "the first request gains already"
