@@ -270,7 +270,7 @@ def test_pictures_for_the_documents(page: Page, watched: Served, documents: Docu
     for listed in watched.http.get("/v1/ttt/sessions").json()["sessions"]:
         watched.http.delete(f"/v1/ttt/sessions/{listed['session_id']}")
     for name, texts in {
-        "reader": [documents["kjv"][0]] * 4,
+        "reader": [documents["kjv"][0]] * 3,  # the guard would take more for an attack
         "support.chat-4711": documents["man2"][:3],
         "librarian": documents["py_networkx"][:2],
     }.items():
