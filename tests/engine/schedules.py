@@ -23,7 +23,13 @@ from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.eval.oracle import Oracle, load_model
 from vllm_ttt.types import SessionKey
 
-CONFIG = {"sessions": {"resident": 3}, "learn": {"chunk": 32, "max_loss": 2.0}, "schedule": {"tokens_per_step": 48}}
+# The oracle has no guard, and one text again and again is what the guard rolls back.
+CONFIG = {
+    "sessions": {"resident": 3},
+    "learn": {"chunk": 32, "max_loss": 2.0},
+    "schedule": {"tokens_per_step": 48},
+    "guard": {"every": 0, "min_ratio": 0},
+}
 CONTEXT = 320
 #: what the schedules brought about, to show that they are not tame
 seen: Counter[str] = Counter()
