@@ -87,7 +87,7 @@ def check(kernels: dict[str, Attention], args: Any, device: torch.device) -> dic
     lengths = [0, 1, 300, 777]
     own, _, d = draw(4, 0, args, device, torch.float32)
     total = torch.randn(2, sum(lengths), args.kv_heads, args.width, device=device)
-    layout, results = Layout(lengths, args.chunk, device), {}
+    layout, results = Layout.of(lengths, args.chunk).to(device), {}
 
     def run(kernel: Attention, dtype: torch.dtype) -> list[Tensor]:
         past = total[0].to(dtype), total[1].to(dtype)
@@ -108,7 +108,7 @@ def measure(kernel: Attention, sessions: int, past: int, args: Any, device: torc
     """Milliseconds of a forward and of a backward; None where the device's memory does not suffice."""
     try:
         own, before, d = draw(sessions, past, args, device, torch.bfloat16)
-        layout = Layout([past] * sessions, args.chunk, device)
+        layout = Layout.of([past] * sessions, args.chunk).to(device)
         forward = lambda: kernel.forward(own, before, layout, args.width**-0.5, True)  # noqa: E731
         clock = Clock(device)
         both = [_timed(clock, forward, lambda saved: kernel.backward(saved, d)) for _ in range(args.runs + 3)][3:]

@@ -148,6 +148,8 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
 
         # Random tokens are what the gate and the guard are for: let them be learned, and the guard try without consequence.
         settings = {"sessions": {"resident": args.slots}, "learn": {"max_loss": 2.0}, "guard": {"max_regression": 100}}
+        for section, values in json.loads(args.config).items():
+            settings.setdefault(section, {}).update(values)
         options |= vllm_ttt.engine_args(config=settings)
     if args.arm == "lora":
         options |= {"enable_lora": True, "max_loras": args.slots, "max_lora_rank": LORA_RANK}
@@ -273,6 +275,7 @@ def main() -> None:
     parser.add_argument("--tokens-out", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--options", default="{}", help="more arguments of vllm.LLM, as JSON")
+    parser.add_argument("--config", default="{}", help="more of the configuration of ttt, as JSON")
     parser.add_argument("--profile", help="folder for profiler traces of a few decode steps")
     parser.add_argument("--out", default=str(RESULTS), help="folder for the dated JSON and Markdown")
     parser.add_argument("--name", default="engine")

@@ -46,7 +46,7 @@ class Learner:
         self.compute = Compute(tail, config.learn, self.backlog, self.deltas)
         self.measuring = Measuring(config.learn, self.compute, self.backlog, self.deltas, Clock(torch.device("cpu")))
         self.probe = Probe(config.guard.probe_tokens, self.h, self.a)
-        self.probe.rows = config.guard.probe_tokens
+        self.probe.pieces = [range(config.guard.probe_tokens)]
         self.tail, self.row = tail, torch.tensor([self.deltas.row(1)])
 
     def read(self) -> None:
@@ -69,7 +69,7 @@ class Learner:
     def try_it(self) -> None:
         delta, step = self.deltas.read(1).to(self.tail.wo_DQ.dtype), 1536
         for first in range(0, self.probe.rows, step):
-            self.probe.loss(self.tail, delta, first, min(first + step, self.probe.rows))
+            self.probe.loss(self.tail, delta, self.probe.next(first, step))
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -21,8 +21,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "last": {"adapt": {"layers": 1, "rank": 128}, "learn": {"rate": 0.032, "decay": 0.015}},
     "deep": {
         "adapt": {"layers": None, "rank": 128},
-        "learn": {"rate": 0.016, "decay": 0.015, "scales": (1.0,), "familiar": 0},
-        "guard": {"every": 0},
+        "learn": {"rate": 0.016, "decay": 0.015, "familiar": 0},
     },
 }
 
@@ -200,11 +199,10 @@ class TTTConfig(_Model):
     def _deep(self) -> TTTConfig:
         if self.adapt.preset != "deep":
             return self
-        learn, guard = self.learn, self.guard
-        if learn.scales != (1.0,) or learn.familiar or guard.every:
+        if self.learn.familiar:
             raise ValueError(
-                "the preset deep serves a session with its delta as it is and tries none: learn.scales must be [1], "
-                "learn.familiar and guard.every 0"
+                "learn.familiar must be 0 with the preset deep: a scale that changes from prompt to prompt would leave the "
+                "prefix cache nothing to be read"
             )
         if self.schedule.tokens_per_step < self.learn.chunk:
             raise ValueError(

@@ -12,7 +12,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_ttt.worker.cpu_lora import GroupedPunicaCPU
 from vllm_ttt.worker.cpu_worker import TTTCPUWorker
-from vllm_ttt.worker.qkv import Past
+from vllm_ttt.worker.past import Before
 
 
 class FaultyWorker(TTTCPUWorker):
@@ -129,27 +129,31 @@ class FaultyWorker(TTTCPUWorker):
             raise ValueError(what)
 
     def _nan_gradient(
-        self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None
+        self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, before: Before | None
     ) -> None:
-        score(flat, weight, rows, keep, past)
+        score(flat, weight, rows, keep, before)
         self.trainer.deltas.grads.d[rows, 0, 0] = float("nan")
 
-    def _nan_loss(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None) -> None:
-        score(flat, weight, rows, keep, past)
+    def _nan_loss(
+        self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, before: Before | None
+    ) -> None:
+        score(flat, weight, rows, keep, before)
         self.trainer.compute.loss_R[rows] = float("nan")
 
-    def _nan_row(self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None) -> None:
+    def _nan_row(
+        self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, before: Before | None
+    ) -> None:
         self.backlog.h_PCD.flatten(0, 1)[flat[0, 0]] = float("nan")
-        score(flat, weight, rows, keep, past)
+        score(flat, weight, rows, keep, before)
 
-    def _watched_score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None = None) -> None:
+    def _watched_score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, before: Before | None = None) -> None:
         if self.test_watching:
             sessions = {row: session for session, row in self.trainer.deltas.rows.items()}
             pages = self.backlog.h_PCD.flatten(0, 1), self.backlog.a_PCQ.flatten(0, 1)
             for row, numbers, weights in zip(rows.tolist(), flat, weight, strict=True):
                 h, a = (x[numbers[weights > 0]].clone() for x in pages)
                 self.test_rows.setdefault(sessions[row], []).append((h, a))
-        self.test_score(flat, weight, rows, keep, past)
+        self.test_score(flat, weight, rows, keep, before)
 
     def _updates(self) -> int:
         return sum(session.version for session in self.trainer.deltas.sessions.values())

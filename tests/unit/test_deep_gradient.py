@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from vllm_ttt.worker.attention import Layout, SDPAAttention
 from vllm_ttt.worker.block import Block
 from vllm_ttt.worker.micro_step import MODULES, Delta, Tail, accumulate, update
 from vllm_ttt.worker.qkv import QKV, HeadNorm, Past
+from vllm_ttt.worker.scaled import STRIDE, stacked_losses
 
 pytestmark = pytest.mark.unit
 
@@ -85,9 +86,9 @@ def batch_of(oracle: DeepOracle, dtype: torch.dtype = torch.float32) -> Batch:
         a.append(pad(as_))
         t[s, :n], w[s, :n], positions[s] = each[-1][2], 1 / n, torch.arange(past, past + C)
     layers = range(len(oracle.stack.layers) - 1)
-    keys, values = ([torch.cat([e[3][i][j] for e in each]).to(dtype) for i in layers] for j in (0, 1))
-    served = lambda i: (keys[i].clone(), values[i].clone())  # noqa: E731
-    past = Past(Layout(PASTS, C, torch.device("cpu")), positions.flatten(), served)
+    keys, values = ([torch.cat([e[3][i][j] for e in each]).flatten(1).to(dtype) for i in layers] for j in (0, 1))
+    heads = oracle.stack.layers[0].k.shape[0] // oracle.stack.E
+    past = Past(Layout.of(PASTS, C), positions.flatten(), torch.arange(sum(PASTS)), keys, values, heads)
     return Batch(torch.stack(h), torch.stack(a), t, w, past, each)
 
 
@@ -133,8 +134,7 @@ def test_gradient(oracle: DeepOracle, batch: Batch, scale: float, inference: boo
     delta, grad = random_deltas(tail, scale), Delta.zeros(tail, len(ROWS))
     with torch.inference_mode(inference):
         h, a, t, w = (x.clone() for x in batch.rows())
-        layout = Layout(PASTS, max(ROWS), torch.device("cpu"))
-        past = Past(layout, batch.past.positions_T.clone(), batch.past.served)
+        past = replace(batch.past, layout=Layout.of(PASTS, max(ROWS)), positions_T=batch.past.positions_T.clone())
         losses = accumulate(tail, delta, h, a, t, w, grad, past)
         assert torch.allclose(accumulate(tail, delta, *batch.rows(), None, batch.past), losses, atol=1e-6)
     for s in range(len(ROWS)):
@@ -153,16 +153,41 @@ def test_past_matters(oracle: DeepOracle, batch: Batch) -> None:
     delta = random_deltas(tail, 0.05)
     right, wrong = Delta.zeros(tail, len(ROWS)), Delta.zeros(tail, len(ROWS))
     loss = accumulate(tail, delta, *batch.rows(), right, batch.past)
-
-    def negated(layer: int) -> tuple[Tensor, Tensor]:
-        keys, values = batch.past.served(layer)
-        return -keys, -values
-
-    other = Past(batch.past.layout, batch.past.positions_T, negated)
+    other = replace(batch.past, keys=[-x for x in batch.past.keys], values=[-x for x in batch.past.values])
     lost = accumulate(tail, delta, *batch.rows(), wrong, other)
     assert abs(loss[0] - lost[0]) < 1e-6
     assert (loss[1:] - lost[1:]).abs().min() > 1e-4
     assert relative(wrong.layer(0).o[2], right.layer(0).o[2]) > 0.01
+
+
+def test_a_past_that_is_filled_up_changes_nothing(oracle: DeepOracle, batch: Batch) -> None:
+    """As a CUDA graph needs it: the same shapes whatever the lengths are."""
+    tail = tail_of(oracle)
+    delta, room = random_deltas(tail, 0.05), sum(PASTS) + 50
+    source = torch.cat((batch.past.source_P, torch.zeros(50, dtype=torch.int64)))
+    wide = replace(batch.past, layout=Layout.of(PASTS, max(ROWS), room), source_P=source)
+    one, other = Delta.zeros(tail, len(ROWS)), Delta.zeros(tail, len(ROWS))
+    loss = accumulate(tail, delta, *batch.rows(), one, batch.past)
+    torch.testing.assert_close(accumulate(tail, delta, *batch.rows(), other, wide), loss)
+    for x, y in zip(one.tensors(), other.tensors(), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_losses_under_a_scale_are_those_of_a_scaled_delta(oracle: DeepOracle, batch: Batch) -> None:
+    """All scales in one batch, under the past as it was served."""
+    tail, scales = tail_of(oracle), torch.tensor([0.0, 0.5, 1.25])
+    delta, past, K, S = random_deltas(tail, 0.05), batch.past, 3, len(ROWS)
+    source = [x for part in past.source_P.split(PASTS) for x in [part] * K]
+    positions = past.positions_T.view(S, -1).repeat_interleave(K, 0).flatten()
+    lengths = [p for p in PASTS for _ in range(K)]
+    many = replace(past, layout=Layout.of(lengths, max(ROWS)), positions_T=positions, source_P=torch.cat(source))
+    weight = batch.w.clone()
+    weight[:, 1::STRIDE] = 0
+    found = stacked_losses(tail, delta, scales, batch.h, batch.a, batch.t, weight, many)
+    for k, scale in enumerate(scales.tolist()):
+        expected = accumulate(tail, delta.times(scale), batch.h, batch.a, batch.t, weight, None, past)
+        torch.testing.assert_close(found[:, k], expected, atol=1e-5, rtol=1e-4)
+    assert float((found[:, 0] - found[:, 2]).abs().min()) > 1e-4, "the delta does nothing: the comparison would prove nothing"
 
 
 def test_sessions_do_not_meet(oracle: DeepOracle, batch: Batch) -> None:
@@ -211,9 +236,10 @@ def test_bfloat16_is_near(oracle: DeepOracle, batch: Batch) -> None:
 
 
 def test_layout_packs_each_session_after_its_past() -> None:
-    layout = Layout([2, 0], 3, torch.device("cpu"))
+    layout = Layout.of([2, 0], 3)
     assert layout.order_U.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert Layout([1, 2], 2, torch.device("cpu")).order_U.tolist() == [0, 3, 4, 1, 2, 5, 6]
+    assert Layout.of([1, 2], 2).order_U.tolist() == [0, 3, 4, 1, 2, 5, 6]
+    assert Layout.of([1, 2], 2, room=5).order_U.tolist() == [0, 5, 6, 1, 2, 7, 8, 0, 0]
     assert layout.starts_q.tolist() == [0, 3, 6]
     assert layout.starts_k.tolist() == [0, 5, 8]
     assert layout.longest == 5
@@ -227,7 +253,7 @@ def test_a_query_sees_its_past_and_what_comes_before_it() -> None:
     q, k, v = draw(1, S * C, H, E), draw(2, S * C, G, E), draw(3, S * C, G, E)
     past = draw(4, 3, G, E), draw(5, 3, G, E)
     kernel, d = SDPAAttention(), draw(6, S * C, H, E)
-    saved = kernel.forward((q, k, v), past, Layout(lengths, C, q.device), 0.3, True)
+    saved = kernel.forward((q, k, v), past, Layout.of(lengths, C), 0.3, True)
     found = kernel.backward(saved, d)
     own = [x.clone().requires_grad_() for x in (q, k, v)]
     rows = []

@@ -17,7 +17,7 @@ from vllm_ttt.geometry import Geometry
 from vllm_ttt.types import ChunkReport, RequestPlan, SessionKey
 from vllm_ttt.worker import memory
 from vllm_ttt.worker.backlog import Backlog
-from vllm_ttt.worker.past import PastPool
+from vllm_ttt.worker.past import Before, PastPool
 from vllm_ttt.worker.step_view import Rows
 
 pytestmark = pytest.mark.unit
@@ -60,7 +60,7 @@ class Device:
     def check(self) -> None:
         """Every queued chunk finds all that comes before it, and nothing else."""
         chunks = [chunk for queue in self.backlog.queues.values() for chunk in queue]
-        past = self.pool.past(chunks, CHUNK)
+        past = Before(self.pool, chunks).past(len(chunks), CHUNK)
         assert list(past.layout.lengths) == [chunk.first for chunk in chunks]
         for layer in range(LAYERS):
             keys, values = past.served(layer)
@@ -68,7 +68,7 @@ class Device:
             expected = [1000.0 * c.session + torch.arange(c.first) + layer / 10 for c in chunks]
             assert torch.equal(keys[:, 0, 0], torch.cat(expected))
             assert torch.equal(values, -keys)
-        positions = [torch.arange(c.first, c.first + CHUNK) for c in chunks]
+        positions = [torch.arange(c.first, c.first + CHUNK).clamp(max=c.end - 1) for c in chunks]
         assert torch.equal(past.positions_T, torch.cat(positions))
 
 
@@ -187,15 +187,15 @@ def entered(keys: BlockKeys, session: Session, exact: bool = True) -> str:
     return path
 
 
-def learn(keys: BlockKeys, session: Session, tokens: int = 256, skipped: str | None = None) -> None:
+def learn(keys: BlockKeys, session: Session, tokens: int = 256, skipped: str | None = None, **report: Any) -> None:
     version = session.version + (skipped is None)
-    chunk = ChunkReport(session.adapter, "r", tokens, 1.0, None, skipped, tokens, version)
+    chunk = ChunkReport(session.adapter, "r", tokens, 1.0, None, skipped, tokens, version, **report)
     keys.learned(session, chunk)
     session.record(chunk)
 
 
-def deep(kv_epoch: float) -> BlockKeys:
-    return BlockKeys(parse_config({"schedule": {"kv_epoch": kv_epoch}}, "deep"))
+def deep(kv_epoch: float, **learn: Any) -> BlockKeys:
+    return BlockKeys(parse_config({"schedule": {"kv_epoch": kv_epoch}, "learn": learn or {"scales": [1]}}, "deep"))
 
 
 def test_version_0_is_the_base_model(session: Session) -> None:
@@ -228,6 +228,22 @@ def test_a_short_chunk_moves_less(session: Session) -> None:
     for _ in range(10):
         learn(keys, session, tokens=16)
     assert entered(keys, session) == before
+
+
+def test_another_scale_moves_what_is_served(session: Session) -> None:
+    """By its difference times the norm of the delta, as far as that is known."""
+    keys = deep(0.05, scales=[0, 1])
+    learn(keys, session, wanted=0.5, norm=0.02)
+    first = entered(keys, session)
+    learn(keys, session, skipped="loss", wanted=0.55)
+    assert entered(keys, session) == first, "0.05 of the largest norm there is, and half a step before"
+    learn(keys, session, skipped="loss", wanted=0.45)
+    second = entered(keys, session)
+    assert second != first
+    learn(keys, session, tokens=16, wanted=0.5, norm=0.3)
+    assert entered(keys, session) == second
+    session.back_to(session.version)
+    assert entered(keys, session) != second, "the same version, under a scale that is not known here"
 
 
 def test_what_changes_the_version_otherwise_begins_an_epoch(session: Session) -> None:

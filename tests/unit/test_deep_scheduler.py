@@ -37,7 +37,7 @@ class Engine:
             model=str(MODEL),
             max_model_len=512,
             enforce_eager=True,
-            **engine_args(preset, {"sessions": {"resident": 4}, **config}),
+            **engine_args(preset, {"sessions": {"resident": 4}, "learn": {"scales": [1]}, "guard": {"every": 0}, **config}),
         )
         self.config = args.create_engine_config()
         self.config.cache_config.num_gpu_blocks = 200

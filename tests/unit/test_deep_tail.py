@@ -166,7 +166,7 @@ def test_an_exported_adapter_is_what_is_served(tmp_path: Path) -> None:
     before = oracle.score(ids)
     oracle.learn(ids)
     geometry = Geometry.of(oracle.model.config, CONFIG.adapt)
-    parts = [x for b in oracle.B for x in (b["o"], torch.cat((b["g"], b["u"])), b["d"])]
+    parts = [oracle.scale.chosen * x for b in oracle.B for x in (b["o"], torch.cat((b["g"], b["u"])), b["d"])]
     deltas = dict(zip(geometry.shapes, parts, strict=True))
     assert all(tuple(x.shape) == geometry.shapes[name] for name, x in deltas.items())
     data = peft.adapter(deltas, peft.projections(geometry, torch.float32), geometry, str(folder), {})

@@ -41,7 +41,7 @@ class Eager:
 
     def __call__(self, *values: torch.Tensor) -> torch.Tensor:
         self.shapes.append(tuple(values[0].shape))
-        return self.function(*values)
+        return self.function(None, *values)
 
 
 def learn(compute: Compute) -> torch.Tensor:
@@ -56,7 +56,7 @@ def learn(compute: Compute) -> torch.Tensor:
 def test_a_padded_batch_learns_the_same() -> None:
     plain, padded = make(), make()
     score, apply = Eager(padded._score), Eager(padded._apply)
-    padded.score_graphs[3, 16] = score  # type: ignore[assignment]
+    padded.score_graphs[3, 16, 0] = score  # type: ignore[assignment]
     padded.apply_graphs[3] = apply  # type: ignore[assignment]
     expected, values = learn(plain), learn(padded)
     assert score.shapes == [(3, 16), (3, 16)], "the graph of the next larger shape was not taken"
@@ -72,7 +72,7 @@ def test_what_is_not_finite_in_one_session_stays_there() -> None:
     compute, clean = make(), make()
     compute.backlog.h_PCD[0].fill_(float("nan"))  # the page of session 0
     for c in (compute, clean):
-        c.score_graphs[3, 16] = Eager(c._score)  # type: ignore[assignment]
+        c.score_graphs[3, 16, 0] = Eager(c._score)  # type: ignore[assignment]
     values, expected = learn(compute), learn(clean)
     assert values[0].tolist() == [0.0, 1.0], "the session that is not finite stepped, or the other did not"
     assert float(compute.deltas.masters.o[0].norm()) == 0
@@ -87,7 +87,7 @@ def test_a_padded_batch_measures_the_same() -> None:
             torch.manual_seed(3)
             x.normal_(std=0.3)
     graph = Eager(padded._measure)
-    padded.measure_graphs[3, 16] = graph  # type: ignore[assignment]
+    padded.measure_graphs[3, 16, 0] = graph  # type: ignore[assignment]
     flat, weight, rows = torch.stack((torch.arange(8), torch.arange(16, 24))), torch.full((2, 8), 1 / 8), torch.tensor([2, 0])
     found = padded.measure(flat, weight, rows)
     assert graph.shapes == [(3, 16)]

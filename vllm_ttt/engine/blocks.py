@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Epoch:
-    """Of one session. ``moved`` bounds how far its delta is from where it was when the epoch began, relative to its weights."""
+    """Of one session. ``moved`` bounds how far what is served, ``scale`` times the delta, is from where it was when the epoch
+    began, relative to its weights."""
 
     number: int = 0
     #: the version that has been counted in
     version: int = 0
     moved: float = 0.0
+    #: None: not known
+    scale: float | None = None
 
     def begin(self, version: int) -> None:
-        self.number, self.version, self.moved = self.number + 1, version, 0.0
+        self.number, self.version, self.moved, self.scale = self.number + 1, version, 0.0, None
 
 
 class BlockKeys:
@@ -41,16 +44,22 @@ class BlockKeys:
         self.private = itertools.count()
 
     def learned(self, session: Session, chunk: ChunkReport) -> None:
-        """Before the session takes over what the chunk did to its version."""
-        if not self.on or chunk.version == session.version:
+        """Before the session takes over what the chunk did to its version and its scale."""
+        if not self.on:
             return
         epoch, learn = session.epoch, self.config.learn
         self._catch_up(session)
-        # A step has the length rate, the decay shortens the delta, and so does the trust region: no path is longer than this.
-        epoch.moved += (learn.rate + learn.decay * learn.max_norm) * min(1.0, chunk.tokens / learn.chunk)
-        epoch.version = chunk.version
+        if chunk.version != session.version:
+            # A step has the length rate, the decay shortens the delta, and so does the trust region: no path is longer.
+            step = (learn.rate + learn.decay * learn.max_norm) * min(1.0, chunk.tokens / learn.chunk)
+            epoch.moved += chunk.wanted * step
+            epoch.version = chunk.version
+        served = learn.scales[:: len(learn.scales) - 1 or 1] if epoch.scale is None else (epoch.scale,)
+        rescaled = max(abs(chunk.wanted - scale) for scale in served)
+        epoch.moved += rescaled * (learn.max_norm if chunk.norm is None else chunk.norm)
         if epoch.moved > self.config.schedule.kv_epoch:
             epoch.begin(chunk.version)
+        epoch.scale = chunk.wanted
 
     def enter(self, request: Any, session: Session, exact: bool) -> None:
         """The request is about to be given blocks: give it the keys that are right for what serves it.

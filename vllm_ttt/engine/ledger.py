@@ -165,6 +165,7 @@ class Session:
         """The worker has made its delta what it was at ``version``."""
         self.version = version
         self.history.back_to(version)
+        self.epoch.begin(version)
         self.returns += 1
 
     def summary(self) -> dict[str, Any]:

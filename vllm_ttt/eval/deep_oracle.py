@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.eval.no_regret import NoRegret
 from vllm_ttt.eval.oracle import entering, load_model, newton_schulz, projection, rms_norm, tail_weights
 from vllm_ttt.geometry import adapted_layers
 
@@ -155,6 +156,8 @@ class DeepOracle:
         master = torch.promote_types(torch.float32, self.compute_dtype)
         zeros = lambda w: torch.zeros(w.shape[0], self.config.adapt.rank, dtype=master)  # noqa: E731
         self.B = [{k: zeros(getattr(layer, k)) for k in "ogud"} for layer in self.stack.layers]
+        #: which multiple of B serves
+        self.scale = NoRegret(self.config.learn)
         self.version = 0
         self.tokens = {"learned": 0, "loss": 0, "nonfinite": 0, "short": 0}
 
@@ -167,9 +170,7 @@ class DeepOracle:
 
     def served(self, ids: list[int]) -> tuple[Tensor, list[KV]]:
         """NLL [T - 1] of a request under the delta as it is now, as a slot holds it, and its keys and values."""
-        h, a = self.activations(ids)
-        B = [{k: v.to(self.dtype).to(self.compute_dtype) for k, v in layer.items()} for layer in self.B]
-        return stack_nll(self.stack, self.A, B, h[:-1], a[:-1], torch.tensor(ids[1:]), self.nothing())
+        return self._nll(ids, slice(0, len(ids) - 1), self.scale.served(ids), self.nothing())
 
     def nothing(self) -> list[KV]:
         """No past."""
@@ -188,15 +189,32 @@ class DeepOracle:
         with torch.no_grad():
             _, kv = self.served(ids)
         targets, losses, learn = torch.tensor(ids[1:]), [], self.config.learn
+        if self.scale.on:
+            self._measure(ids, start, kv)
         for first in range(start, len(targets), learn.chunk):
             rows = slice(first, min(first + learn.chunk, len(targets)))
             n = rows.stop - rows.start
             if n < learn.min_chunk:
                 self.tokens["short"] += n
                 continue
-            past = [(k[:first], v[:first]) for k, v in kv]
-            losses.append(self.step(h[rows], a[rows], targets[rows], past))
+            losses.append(self.step(h[rows], a[rows], targets[rows], before(kv, first)))
         return losses
+
+    def _measure(self, ids: list[int], start: int, kv: Sequence[KV]) -> None:
+        """As `Oracle._measure`; what comes before the chunk stays as it was served, whatever the scale."""
+        chunk, pairs = self.config.learn.chunk, len(ids) - 1
+        starts = [s for s in range(start, pairs, chunk) if min(chunk, pairs - s) >= self.config.learn.min_chunk]
+        if starts:
+            rows = slice(starts[-1], min(starts[-1] + chunk, pairs))
+            past = before(kv, rows.start)
+            losses = [self._nll(ids, rows, scale, past)[0][::2].mean().item() for scale in self.scale.measured]
+            self.scale.add(losses, rows.stop - rows.start)
+
+    @torch.no_grad()
+    def _nll(self, ids: list[int], rows: slice, scale: float, past: Sequence[KV]) -> tuple[Tensor, list[KV]]:
+        h, a = self.activations(ids)
+        B = [{k: (scale * v).to(self.dtype).to(self.compute_dtype) for k, v in layer.items()} for layer in self.B]
+        return stack_nll(self.stack, self.A, B, h[rows], a[rows], torch.tensor(ids[1:])[rows], past)
 
     def step(self, h: Tensor, a: Tensor, targets: Tensor, past: Sequence[KV]) -> float:
         """One chunk; the loss before its step."""
@@ -220,3 +238,8 @@ class DeepOracle:
         self.version += 1
         self.tokens["learned"] += n
         return loss.item()
+
+
+def before(kv: Sequence[KV], first: int) -> list[KV]:
+    """Keys and values of the positions before ``first``."""
+    return [(k[:first], v[:first]) for k, v in kv]

@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate as running_sum
 from typing import Any
 
@@ -26,32 +26,39 @@ from vllm_ttt.worker.clock import to_device
 
 @dataclass
 class Layout:
-    """Where the keys of each session are. ``lengths``: tokens in the past of each of the S sessions; ``rows``: C."""
+    """Where the keys of each session are.
+
+    ``lengths``: tokens in the past of each of the S sessions; ``rows``: C. ``order_U`` [U] int64: which of (rows of the past,
+    own rows of all sessions), in this order, each packed key is. ``starts_q`` and ``starts_k`` [S + 1] int32: where the queries
+    and the keys of each session begin.
+    """
 
     lengths: Sequence[int]
     rows: int
-    device: torch.device
-    #: [U] int64: which of (past tokens of all sessions, own rows of all sessions), in this order, each packed key is
-    order_U: Tensor = field(init=False)
-    #: [S + 1] int32, where the queries and the keys of each session begin
-    starts_q: Tensor = field(init=False)
-    starts_k: Tensor = field(init=False)
+    order_U: Tensor
+    starts_q: Tensor
+    starts_k: Tensor
 
-    def __post_init__(self) -> None:
-        with torch.inference_mode(False):  # autograd keeps these tensors
-            self._fill()
-
-    def _fill(self) -> None:
-        own = sum(self.lengths)
+    @classmethod
+    def of(cls, lengths: Sequence[int], rows: int, room: int | None = None) -> Layout:
+        """On the host. ``room``: rows that the past is filled up to, so that all layouts of one room have the same shapes; what
+        is packed beyond the last session's keys is the past's first row, which nothing reads."""
+        total = sum(lengths)
+        own = room = total if room is None else room
+        keys = list(running_sum((length + rows for length in lengths), initial=0))
+        queries = list(range(0, (len(lengths) + 1) * rows, rows))
         parts, past = [], 0
-        for length in self.lengths:
-            parts += [torch.arange(past, past + length), torch.arange(own, own + self.rows)]
-            past, own = past + length, own + self.rows
-        keys = list(running_sum((p + self.rows for p in self.lengths), initial=0))
-        queries = list(range(0, (len(self.lengths) + 1) * self.rows, self.rows))
-        self.order_U = to_device(torch.cat(parts), self.device)
-        self.starts_q = to_device(torch.tensor(queries, dtype=torch.int32), self.device)
-        self.starts_k = to_device(torch.tensor(keys, dtype=torch.int32), self.device)
+        with torch.inference_mode(False):  # autograd keeps these tensors
+            for length in lengths:
+                parts += [torch.arange(past, past + length), torch.arange(own, own + rows)]
+                past, own = past + length, own + rows
+            order_U = torch.cat((*parts, torch.zeros(room - total, dtype=torch.int64)))
+            return cls(lengths, rows, order_U, *(torch.tensor(x, dtype=torch.int32) for x in (queries, keys)))
+
+    def to(self, device: torch.device) -> Layout:
+        with torch.inference_mode(False):
+            moved = (to_device(x, device) for x in (self.order_U, self.starts_q, self.starts_k))
+            return Layout(self.lengths, self.rows, *moved)
 
     @property
     def longest(self) -> int:
@@ -73,6 +80,8 @@ class Attention(ABC):
     """One implementation. Subclasses say how packed queries meet packed keys, in a way that autograd can follow."""
 
     name: str
+    #: whether it reads the lengths of the pasts on the device alone, so that a CUDA graph can follow them
+    static = False
 
     @abstractmethod
     def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -112,7 +121,8 @@ class SDPAAttention(Attention):
         C, groups = layout.rows, q_THE.shape[1] // k_UGE.shape[1]
         sizes = [p + C for p in layout.lengths]
         out = []
-        for q, k, v, past in zip(q_THE.split(C), k_UGE.split(sizes), v_UGE.split(sizes), layout.lengths, strict=True):
+        keys, values = (x[: sum(sizes)].split(sizes) for x in (k_UGE, v_UGE))
+        for q, k, v, past in zip(q_THE.split(C), keys, values, layout.lengths, strict=True):
             seen = torch.ones(C, past + C, dtype=torch.bool, device=q.device).tril(past) if past else None
             k_HUE, v_HUE = (x.transpose(0, 1).repeat_interleave(groups, 0)[None] for x in (k, v))
             found = scaled_dot_product_attention(q.transpose(0, 1)[None], k_HUE, v_HUE, seen, is_causal=not past, scale=scale)
@@ -124,6 +134,7 @@ class VarlenAttention(Attention):
     """torch.nn.attention.varlen: Flash Attention over all sessions in one kernel; CUDA, bf16 or fp16."""
 
     name = "varlen"
+    static = True
 
     def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn

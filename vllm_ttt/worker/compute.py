@@ -7,7 +7,7 @@ take the host longer than running them takes the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.micro_step import Delta, Tail, accumulate, update
+from vllm_ttt.worker.past import Before
 from vllm_ttt.worker.qkv import Past
 from vllm_ttt.worker.scale import measured
-from vllm_ttt.worker.scaled import scaled_losses
+from vllm_ttt.worker.scaled import scaled_losses, stacked_losses
 
 
 @dataclass
@@ -40,9 +41,17 @@ class Graph:
         return self.output
 
 
+#: Sessions, rows of each, and rows of the past of all of them together.
+Shape = tuple[int, int, int]
+
+#: Rows of the past of each session, on average, up to which a step is replayed.
+ROOM = 4096
+
+
 class Compute:
     """Arguments are host tensors. ``flat`` [S, C] are row numbers in the flattened pages, ``weight`` [S, C] the weights of
-    their losses, ``rows`` [S] rows of the masters, ``keep`` [S] bool: whether what the row holds belongs to this chunk.
+    their losses, ``rows`` [S] rows of the masters, ``keep`` [S] bool: whether what the row holds belongs to this chunk,
+    ``before`` what comes before those rows; None where the step needs none.
     """
 
     def __init__(self, tail: Tail, learn: LearnConfig, backlog: Backlog, deltas: Deltas):
@@ -54,35 +63,35 @@ class Compute:
         self.loss_R = torch.zeros(rows, device=self.device)
         #: the scales of `measure`
         self.scales_K = torch.tensor(measured(learn.scales), device=self.device)
-        self.score_graphs: dict[tuple[int, int], Graph] = {}
-        self.measure_graphs: dict[tuple[int, int], Graph] = {}
+        self.score_graphs: dict[Shape, Graph] = {}
+        self.measure_graphs: dict[Shape, Graph] = {}
         self.apply_graphs: dict[int, Graph] = {}
 
-    def score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None = None) -> None:
+    def score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, before: Before | None = None) -> None:
         """Add the gradient and the loss of some rows to what their chunks have accumulated."""
-        S, C = flat.shape
-        shape = next((s for s in sorted(self.score_graphs) if s[0] >= S and s[1] >= C), None)
-        if shape is None:  # with a past, which may have any length, no shape has a graph
-            flat, weight, rows, keep = (to_device(x, self.device) for x in (flat, weight, rows, keep))
-            self._score(flat, weight, rows, keep, past)
+        shape = _fitting(self.score_graphs, flat, before)
+        if shape is None:
+            past = None if before is None else before.past(*flat.shape).to(self.device)
+            self._score(past, *(to_device(x, self.device) for x in (flat, weight, rows, keep)))
         else:
-            self.score_graphs[shape](*_pad(shape, flat, weight, rows, keep, self.deltas.spare))
+            padded = _pad(shape, flat, weight, rows, keep, self.deltas.spare)
+            self.score_graphs[shape](*padded, *_static(before, shape))
 
-    def measure(self, flat: Tensor, weight: Tensor, rows: Tensor, served: Delta | None = None) -> Tensor:
+    def measure(
+        self, flat: Tensor, weight: Tensor, rows: Tensor, served: Delta | None = None, before: Before | None = None
+    ) -> Tensor:
         """Losses of some rows under each of ``scales_K`` times the masters, or times ``served``, one session's B.
 
         Returns:
             [S, K] float32, on the device, overwritten by the next call.
         """
-        S, C = flat.shape
-        if served is not None:
-            flat, weight = to_device(flat, self.device), to_device(weight, self.device)
-            return scaled_losses(self.tail, served.to(self.tail.head_VD.dtype), self.scales_K, *self._gather(flat), weight)
-        shape = next((s for s in sorted(self.measure_graphs) if s[0] >= S and s[1] >= C), None)
+        (S, C), K = flat.shape, len(self.scales_K)
+        shape = None if served is not None else _fitting(self.measure_graphs, flat, before)
         if shape is None:
-            return self._measure(*(to_device(x, self.device) for x in (flat, weight, rows)))
+            past = None if before is None else before.times(K).past(S * K, C).to(self.device)
+            return self._measure(past, *(to_device(x, self.device) for x in (flat, weight, rows)), served=served)
         flat, weight, rows, _ = _pad(shape, flat, weight, rows, torch.zeros(S, dtype=torch.bool), self.deltas.spare)
-        return self.measure_graphs[shape](flat, weight, rows)[:S]
+        return self.measure_graphs[shape](flat, weight, rows, *_static(before, shape, K))[:S]
 
     def apply(self, rows: Tensor, share: Tensor) -> Tensor:
         """One step of the optimiser on each master. ``share`` [S]: rows of the chunk / rows of a full one.
@@ -94,7 +103,7 @@ class Compute:
         S = len(rows)
         size = next((s for s in sorted(self.apply_graphs) if s >= S), None)
         if size is None:
-            return self._apply(to_device(rows, self.device), to_device(share, self.device))
+            return self._apply(None, to_device(rows, self.device), to_device(share, self.device))
         pad = size - S
         rows = torch.cat((rows, rows.new_full((pad,), self.deltas.spare)))
         return self.apply_graphs[size](rows, torch.cat((share, share.new_zeros(pad))))[:, :S]
@@ -103,26 +112,30 @@ class Compute:
         self,
         shapes: list[tuple[int, int]],
         timed: Callable[[Callable[[], None]], float],
-        past: Callable[[int, int], Past] | None = None,
+        before: Before | None = None,
     ) -> list[float]:
         """Run each shape [S, C] on the spare row, on CUDA capture it; returns seconds per shape, commits included.
 
         Args:
-            past: makes one for a shape; None where the step needs none.
+            before: of no chunk; None where the step needs none.
         """
-        times = []
+        times, K = [], len(self.scales_K)
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        graphs = pool is not None and (before is None or self.tail.kernel.static)
         for S, C in shapes:
             flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.full((S, C), 1.0 / C)
             rows, keep = torch.full((S,), self.deltas.spare), torch.zeros(S, dtype=torch.bool)
             share = torch.ones(S)
-            if pool is not None and past is None:
-                self.score_graphs[S, C] = self._capture(self._score, (flat, weight, rows, keep), pool)
+            shape = S, C, 0 if before is None else S * ROOM
+            if graphs:
+                self.score_graphs[shape] = self._capture(
+                    self._score, (flat, weight, rows, keep), pool, None if before is None else before.past(*shape)
+                )
             if pool is not None and S not in self.apply_graphs:
                 self.apply_graphs[S] = self._capture(self._apply, (rows, share), pool)
-            if pool is not None and past is None and len(self.scales_K) > 1:
-                self.measure_graphs[S, C] = self._capture(self._measure, (flat, weight, rows), pool)
-            before = None if past is None else past(S, C)
+            if graphs and K > 1:
+                many = None if before is None else before.past(S * K, C, K * shape[2])
+                self.measure_graphs[shape] = self._capture(self._measure, (flat, weight, rows), pool, many)
 
             def once(args: Any = (flat, weight, rows, keep, before), rows: Tensor = rows, share: Tensor = share) -> None:
                 self.score(*args)
@@ -133,7 +146,7 @@ class Compute:
             x[self.deltas.spare].zero_()
         return times
 
-    def _score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, past: Past | None = None) -> Tensor:
+    def _score(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
         served = self.deltas.masters.select(rows).to(self.tail.head_VD.dtype)
         grad = Delta(*(torch.where(keep[:, None, None], x.index_select(0, rows), 0.0) for x in self.deltas.grads.tensors()))
         loss_S = accumulate(self.tail, served, *self._gather(flat), weight, grad, past)
@@ -142,11 +155,12 @@ class Compute:
         self._add(self.loss_R, rows, keep, loss_S)
         return loss_S
 
-    def _measure(self, flat: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        delta = self.deltas.masters.select(rows).to(self.tail.head_VD.dtype)
-        return scaled_losses(self.tail, delta, self.scales_K, *self._gather(flat), weight)
+    def _measure(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, served: Delta | None = None) -> Tensor:
+        delta = (self.deltas.masters.select(rows) if served is None else served).to(self.tail.head_VD.dtype)
+        given = self.tail, delta, self.scales_K, *self._gather(flat), weight
+        return scaled_losses(*given) if past is None else stacked_losses(*given, past)
 
-    def _apply(self, rows: Tensor, share: Tensor) -> Tensor:
+    def _apply(self, _: Past | None, rows: Tensor, share: Tensor) -> Tensor:
         masters, learn = self.deltas.masters, self.learn
         loss_S = self.loss_R.index_select(0, rows)
         new, ok_S, norm_MS = update(
@@ -166,23 +180,41 @@ class Compute:
     def _add(sum_R: Tensor, rows: Tensor, keep: Tensor, loss_S: Tensor) -> None:
         sum_R.index_copy_(0, rows, torch.where(keep, sum_R.index_select(0, rows), 0.0) + loss_S)
 
-    def _capture(self, function: Callable[..., Tensor], values: tuple[Tensor, ...], pool: Any) -> Graph:
-        inputs = tuple(x.to(self.device) for x in values)
+    def _capture(
+        self, function: Callable[..., Tensor], values: tuple[Tensor, ...], pool: Any, past: Past | None = None
+    ) -> Graph:
+        """A graph of ``function``, whose inputs are ``values`` and the tensors of ``past``."""
+        with torch.inference_mode(False):  # autograd keeps some of them
+            inputs = tuple(x.to(self.device) for x in (*values, *(() if past is None else past.tensors())))
+        static = None if past is None else past.by(*inputs[len(values) :])
+        run = lambda: function(static, *inputs[: len(values)])  # noqa: E731
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # load every kernel before the capture
             for _ in range(2):
-                function(*inputs)
+                run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            output = function(*inputs)
+            output = run()
         return Graph(graph, inputs, output)
 
 
-def _pad(shape: tuple[int, int], flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, spare: int) -> tuple[Tensor, ...]:
+def _fitting(graphs: Iterable[Shape], flat: Tensor, before: Before | None) -> Shape | None:
+    """The smallest shape that has a graph and room for these rows."""
+    (S, C), rows = flat.shape, 0 if before is None else before.rows
+    return min((s for s in graphs if s[0] >= S and s[1] >= C and s[2] >= rows), default=None)
+
+
+def _static(before: Before | None, shape: Shape, copies: int = 1) -> tuple[Tensor, ...]:
+    """The inputs of a graph that say what comes before."""
+    S, C, room = shape
+    return () if before is None else before.times(copies).past(S * copies, C, room * copies).tensors()
+
+
+def _pad(shape: Shape, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, spare: int) -> tuple[Tensor, ...]:
     """Widen to ``shape``: more rows of weight 0, each a copy of its own session's first one; more sessions, the spare row's."""
-    (S, C), (s, c) = shape, flat.shape
+    (S, C, _), (s, c) = shape, flat.shape
     wide = flat[:, :1].expand(s, C).contiguous()
     wide[:, :c] = flat
     more = S - s

@@ -100,15 +100,15 @@ class Guard:
         while left > 0 and self.probe.ready and (self.task or self._begin(deltas, unsettled, only)):
             task = self.task
             assert task is not None
-            end = min(self.probe.rows, task.done + left * ROWS_PER_TOKEN)
+            rows = self.probe.next(task.done, left * ROWS_PER_TOKEN)
             try:
-                task.sum_1 = task.sum_1 + self.probe.loss(self.tail, task.delta, task.done, end)
+                task.sum_1 = task.sum_1 + self.probe.loss(self.tail, task.delta, rows)
             except Exception:
                 self.failed()
                 raise
-            left -= -(-(end - task.done) // ROWS_PER_TOKEN)
-            task.done = end
-            if end == self.probe.rows:
+            left -= -(-len(rows) // ROWS_PER_TOKEN)
+            task.done += len(rows)
+            if task.done == self.probe.rows:
                 self.outcomes.append((task, to_host(task.sum_1), self.clock.mark()))
                 self.task = None
         return tokens - max(left, 0)

@@ -22,11 +22,11 @@ from vllm_ttt.worker.backlog import Backlog, Chunk
 from vllm_ttt.worker.clock import Clock, to_host
 from vllm_ttt.worker.compute import Compute
 from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.past import Before, PastPool
+from vllm_ttt.worker.scaled import STRIDE
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
-#: Every so manyth row of the chunk is measured.
-STRIDE = 2
 #: Rows under one scale that take as long as learning a row: a forward of the tail, where learning is one and a backward.
 ROWS_PER_TOKEN = 3
 
@@ -34,7 +34,7 @@ ROWS_PER_TOKEN = 3
 @dataclass(slots=True, eq=False)
 class Measurement:
     chunk: Chunk
-    #: rows of the chunk that have been measured
+    #: rows that have been measured
     done: int = 0
     #: [scales], their weighted losses
     sums: Tensor | None = None
@@ -45,7 +45,17 @@ class Measurement:
 
 
 class Measuring:
-    def __init__(self, learn: LearnConfig, compute: Compute, backlog: Backlog, deltas: Deltas, clock: Clock):
+    def __init__(
+        self,
+        learn: LearnConfig,
+        compute: Compute,
+        backlog: Backlog,
+        deltas: Deltas,
+        clock: Clock,
+        pool: PastPool | None = None,
+    ):
+        """``pool``: where the past of each chunk is; None where its rows do not attend to one another."""
+        self.pool = pool
         self.learn, self.compute, self.backlog, self.deltas, self.clock = learn, compute, backlog, deltas, clock
         self.on = len(learn.scales) > 1
         self.scales = scale.measured(learn.scales)
@@ -122,11 +132,14 @@ class Measuring:
             alone = self.deltas.session(key).serving is not None
             if left <= 0 or (alone and batch):
                 break
+            count = min(m.rows - m.done, left) if self.pool is None else m.chunk.rows
+            if batch and count > left:
+                continue  # rows that attend to one another are measured together
             if key in seen or not (alone or self._pin(key)):
                 continue
             seen.add(key)
-            batch.append((m, min(m.rows - m.done, left)))
-            left -= batch[-1][1]
+            batch.append((m, count))
+            left -= count
             if alone:
                 break
         return batch
@@ -151,18 +164,20 @@ class Measuring:
     def _step(self, batch: list[tuple[Measurement, int]]) -> None:
         S, C = len(batch), max(count for _, count in batch)
         flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.zeros(S, C)
+        stride = STRIDE if self.pool is None else 1
         for s, (m, count) in enumerate(batch):
-            start = m.chunk.page * self.backlog.chunk + m.done * STRIDE
+            start = m.chunk.page * self.backlog.chunk + m.done * stride
             flat[s] = start
-            flat[s, :count] += torch.arange(count) * STRIDE
-            weight[s, :count] = 1.0 / m.rows
+            flat[s, :count] += torch.arange(count) * stride
+            weight[s, : count : STRIDE // stride] = 1.0 / m.rows
         keys = [m.chunk.session for m, _ in batch]
         served = self.deltas.session(keys[0]).serving
         rows = torch.tensor([self.deltas.rows[key] for key in keys] if served is None else [self.deltas.spare])
-        values_SK = self.compute.measure(flat, weight, rows, served)
+        before = None if self.pool is None else Before(self.pool, [m.chunk for m, _ in batch])
+        values_SK = self.compute.measure(flat, weight, rows, served, before)
         for (m, count), values_K in zip(batch, values_SK, strict=True):
             m.sums = values_K.clone() if m.sums is None else m.sums + values_K
-            m.done += count
+            m.done = m.rows if self.pool is not None else m.done + count
         complete = [m for m, _ in batch if m.done == m.rows]
         if complete:
             values = to_host(torch.stack([m.sums for m in complete if m.sums is not None]))

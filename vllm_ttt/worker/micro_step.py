@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vllm_ttt.worker import block, qkv
 from vllm_ttt.worker.attention import Attention, SDPAAttention
-from vllm_ttt.worker.block import Block
-from vllm_ttt.worker.qkv import QKV, Past
+from vllm_ttt.worker.block import Block, Passed
+from vllm_ttt.worker.qkv import QKV, Past, Rotated
 
 #: Rows of logits that exist at once, in float32: the loss is computed in tiles of this many.
 LOSS_ROWS = 256
@@ -161,21 +161,9 @@ def accumulate(
     Returns:
         [S] float32, the weighted sum of each session's losses in nats.
     """
-    S, C, D = h_SCD.shape
-    T, blocks, attentions = S * C, tail.blocks, tail.attentions
-    r_TD, a_TQ = h_SCD.reshape(T, D), a_SCQ.reshape(T, -1).to(tail.wo_DQ.dtype)
-    passed, rotated = [], []
-    for i, layer in enumerate(blocks):
-        if i:
-            assert past is not None
-            a_TQ, turned = qkv.forward(attentions[i - 1], tail.kernel, past, i - 1, r_TD, grad is not None)
-            rotated.append(turned)
-        r_TD, saved = block.forward(layer, tail, delta.layer(i), r_TD, a_TQ, S)
-        if grad is not None:
-            passed.append(saved)
-    i2_T1 = torch.rsqrt(r_TD.square().mean(-1, keepdim=True) + tail.eps_f)
-    y_TD = (r_TD * i2_T1 * tail.lnf_D).to(tail.wo_DQ.dtype)
-
+    (S, C, _), blocks = h_SCD.shape, tail.blocks
+    r_TD, passed, rotated = forward(tail, delta, h_SCD, a_SCQ, past, grad is not None)
+    y_TD, i2_T1 = last_norm(tail, r_TD)
     loss_T, dy_TD = _cross_entropy(tail, y_TD, t_SC.reshape(-1), w_SC.reshape(-1), backward=grad is not None)
     loss_S = loss_T.view(S, C).sum(1)
     if grad is None:
@@ -187,8 +175,35 @@ def accumulate(
         d_TD = block.backward(blocks[i], tail, delta.layer(i), grad.layer(i), passed.pop(), d_TD, S)
         if i:
             da_TQ = block.attention_gradient(blocks[i], tail, delta.layer(i), d_TD, S)
-            d_TD = d_TD + qkv.backward(attentions[i - 1], tail.kernel, rotated.pop(), da_TQ)
+            d_TD = d_TD + qkv.backward(tail.attentions[i - 1], tail.kernel, rotated.pop(), da_TQ)
     return loss_S
+
+
+def forward(
+    tail: Tail, delta: Delta, h_SCD: Tensor, a_SCQ: Tensor, past: Past | None, grad: bool
+) -> tuple[Tensor, list[Passed], list[Rotated]]:
+    """The residual stream [T, D] that leaves the last layer, and what a backward needs of each layer where ``grad``.
+
+    Arguments as for `accumulate`.
+    """
+    S, C, D = h_SCD.shape
+    r_TD, a_TQ = h_SCD.reshape(S * C, D), a_SCQ.reshape(S * C, -1).to(tail.wo_DQ.dtype)
+    passed, rotated = [], []
+    for i, layer in enumerate(tail.blocks):
+        if i:
+            assert past is not None
+            a_TQ, turned = qkv.forward(tail.attentions[i - 1], tail.kernel, past, i - 1, r_TD, grad)
+            rotated.append(turned)
+        r_TD, saved = block.forward(layer, tail, delta.layer(i), r_TD, a_TQ, S)
+        if grad:
+            passed.append(saved)
+    return r_TD, passed, rotated
+
+
+def last_norm(tail: Tail, r_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """What goes into lm_head, in its dtype, and the inverse norm [T, 1] of the rows."""
+    inv_T1 = torch.rsqrt(r_TD.square().mean(-1, keepdim=True) + tail.eps_f)
+    return (r_TD * inv_T1 * tail.lnf_D).to(tail.wo_DQ.dtype), inv_T1
 
 
 def update(

@@ -7,7 +7,7 @@ before a chunk has had its turn, and on the CPU backend they are packed for the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -78,25 +78,13 @@ class PastPool:
         for request in [name for name in self.held if name not in waiting and name not in reading]:
             self.free += self.held.pop(request).pages
 
-    def past(self, chunks: Iterable[Chunk], rows: int) -> Past:
-        """What the chunks of a step attend to besides themselves. ``rows``: of each chunk, padding included."""
-        lengths, source, positions = [], [], []
-        for chunk in chunks:
-            if chunk.first:
-                held = self.held[chunk.request]
-                assert held.tokens >= chunk.first, "tokens before the chunk have not been captured"
-                source.append(self._where(held, torch.arange(chunk.first)))
-            lengths.append(chunk.first)
-            positions.append(torch.arange(chunk.first, chunk.first + rows))
-        device = self.keys[0].device
-        source_P = to_device(torch.cat(source) if source else torch.zeros(0, dtype=torch.int64), device)
-
-        def served(layer: int) -> tuple[Tensor, Tensor]:
-            found = (x[layer].index_select(0, source_P) for x in (self.keys, self.values))
-            keys, values = (x.unflatten(1, (self.kv_heads, -1)) for x in found)
-            return keys, values
-
-        return Past(Layout(lengths, rows, device), to_device(torch.cat(positions), device), served)
+    def where(self, chunk: Chunk) -> Tensor:
+        """Rows of the pool for everything before the chunk."""
+        if not chunk.first:
+            return torch.zeros(0, dtype=torch.int64)
+        held = self.held[chunk.request]
+        assert held.tokens >= chunk.first, "tokens before the chunk have not been captured"
+        return self._where(held, torch.arange(chunk.first))
 
     def _new(self, view: list[Rows], backlog: Backlog) -> list[tuple[Rows, int]]:
         """Rows of requests that learn, with how many of them are there already: a preempted request is computed again."""
@@ -115,3 +103,40 @@ class PastPool:
     def _where(self, held: Held, positions: Tensor) -> Tensor:
         """Rows of the pool for positions of a request."""
         return torch.tensor(held.pages)[positions // self.rows] * self.rows + positions % self.rows
+
+
+@dataclass
+class Before:
+    """What some chunks attend to besides themselves."""
+
+    pool: PastPool
+    chunks: Sequence[Chunk]
+
+    @property
+    def rows(self) -> int:
+        return sum(chunk.first for chunk in self.chunks)
+
+    def times(self, copies: int) -> Before:
+        """Each chunk so many times."""
+        return Before(self.pool, [chunk for chunk in self.chunks for _ in range(copies)])
+
+    def past(self, sessions: int, rows: int, room: int | None = None) -> Past:
+        """For a step of so many sessions, the chunks' first and others without a past, and ``rows`` rows of each.
+
+        Its tensors are on the host.
+
+        Args:
+            room: rows that the past is filled up to.
+        """
+        lengths, source, positions = [0] * sessions, [], []
+        for s in range(sessions):
+            first, last = 0, rows - 1
+            if s < len(self.chunks):
+                chunk = self.chunks[s]
+                lengths[s] = first = chunk.first
+                last = max(chunk.end - 1, first)  # the rotary embedding has no more positions for what fills up a chunk
+                source.append(self.pool.where(chunk))
+            positions.append(torch.arange(first, first + rows).clamp(max=last))
+        source_P = torch.cat((*source, torch.zeros((room or self.rows) - self.rows, dtype=torch.int64)))
+        pool = self.pool
+        return Past(Layout.of(lengths, rows, room), torch.cat(positions), source_P, pool.keys, pool.values, pool.kv_heads)

@@ -1,7 +1,7 @@
-"""The guard's text as the last layer sees it: captured once, through the model that is served, and kept.
+"""The guard's text as it enters the first adapted layer: captured once, through the model that is served, and kept.
 
-With `last`, neither the residual stream nor the attention output of the last layer depends on a delta, so what a delta does to
-the text is a forward of the tail over these rows.
+Neither the residual stream nor the attention output of that layer depends on a delta, so what a delta does to the text is a
+forward of the tail over these rows. With several adapted layers the rows of a piece attend to one another, and to nothing else.
 """
 
 from __future__ import annotations
@@ -11,48 +11,77 @@ from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
 from vllm_ttt.worker.micro_step import Delta, Tail, accumulate
+from vllm_ttt.worker.past import Before, PastPool
 from vllm_ttt.worker.step_view import Rows
 
 
 class Probe:
-    """Shapes: h [P, D], a [P, Q], t [P] int64; the first ``rows`` of P are filled."""
+    """Shapes: h [P, D], a [P, Q], t [P] int64."""
 
-    def __init__(self, rows: int, h_ND: Tensor, a_NQ: Tensor):
-        """Allocate room for ``rows`` rows like those of the capture buffers."""
+    def __init__(self, rows: int, h_ND: Tensor, a_NQ: Tensor, pool: PastPool | None = None):
+        """Allocate room for ``rows`` rows like those of the capture buffers.
+
+        Args:
+            pool: as for `Trainer`; None where the rows do not attend to one another.
+        """
+        self.pool = pool
         self.h_PD = h_ND.new_zeros(rows, h_ND.shape[1])
         self.a_PQ = a_NQ.new_zeros(rows, a_NQ.shape[1])
         self.t_P = torch.zeros(rows, dtype=torch.int64, device=h_ND.device)
-        self.rows = 0
-        #: requests that are being read, and the pair of each that comes next
-        self.reading: dict[str, tuple[RequestPlan, int]] = {}
+        #: rows that are a request's
+        self.taken = 0
+        #: requests that are being read: the pair of each that comes next, and their rows, which are consecutive
+        self.reading: dict[str, tuple[RequestPlan, int, range]] = {}
+        #: the rows that have been read, those that are tried together
+        self.pieces: list[range] = []
 
     def start(self, request: str, plan: RequestPlan) -> None:
-        self.reading[request] = plan, 0
+        count = min(plan.prompt - 1, len(self.t_P) - self.taken)
+        self.reading[request] = plan, 0, range(self.taken, self.taken + count)
+        self.taken += count
 
     def take(self, view: list[Rows], h_ND: Tensor, a_NQ: Tensor) -> None:
         """Keep the rows of the probe's requests, each once."""
         for rows in view:
-            plan, expected = self.reading[rows.request]
+            plan, expected, place = self.reading[rows.request]
             skip = expected - rows.position  # what a preempted request computes again
-            count = min(len(rows.next_tokens), plan.prompt - 1 - rows.position) - skip
-            count = min(count, len(self.t_P) - self.rows)
+            count = min(len(rows.next_tokens) - skip, len(place) - expected)
             if count > 0 and skip >= 0:
-                source, target = slice(rows.first + skip, rows.first + skip + count), slice(self.rows, self.rows + count)
+                first = place.start + expected
+                source, target = slice(rows.first + skip, rows.first + skip + count), slice(first, first + count)
                 self.h_PD[target], self.a_PQ[target] = h_ND[source], a_NQ[source]
                 self.t_P[target] = rows.next_tokens[skip : skip + count]
-                self.rows += count
-                self.reading[rows.request] = plan, expected + count
+                self.reading[rows.request] = plan, expected + count, place
 
     def finish(self, request: str) -> None:
-        self.reading.pop(request, None)
+        """The request has ended. One that was not read to its end leaves its rows empty, and they are not tried."""
+        if (found := self.reading.pop(request, None)) is None or not found[1] == len(found[2]) > 0:
+            return
+        piece = found[2]
+        if self.pool is None and self.pieces and self.pieces[-1].stop == piece.start:
+            piece = range(self.pieces.pop().start, piece.stop)
+        self.pieces.append(piece)
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.pieces))
 
     @property
     def ready(self) -> bool:
         """Whether it has been read, as far as there is room."""
-        return self.rows > 0 and not self.reading
+        return bool(self.pieces) and not self.reading
 
-    def loss(self, tail: Tail, delta: Delta, first: int, end: int) -> Tensor:
+    def next(self, done: int, most: int) -> range:
+        """What to try where ``done`` rows have been: at most ``most``, but all that attend to one another."""
+        for piece in self.pieces:
+            if done < len(piece):
+                return piece[done : done + most] if self.pool is None else piece
+            done -= len(piece)
+        return range(0)
+
+    def loss(self, tail: Tail, delta: Delta, rows: range) -> Tensor:
         """[1] float32: the sum of the losses of some rows in nats, under ``delta``, one session's in the tail's dtype."""
-        rows = slice(first, end)
-        weight = torch.ones(1, end - first, device=self.t_P.device)
-        return accumulate(tail, delta, self.h_PD[None, rows], self.a_PQ[None, rows], self.t_P[None, rows], weight, None)
+        at, count = slice(rows.start, rows.stop), len(rows)
+        weight = torch.ones(1, count, device=self.t_P.device)
+        past = None if self.pool is None else Before(self.pool, ()).past(1, count).to(self.t_P.device)
+        return accumulate(tail, delta, self.h_PD[None, at], self.a_PQ[None, at], self.t_P[None, at], weight, None, past)

@@ -6,14 +6,15 @@ Dimension suffixes as in micro_step.py and attention.py; X = (H + 2 G) E.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vllm_ttt.worker.attention import Attended, Attention, Layout
 from vllm_ttt.worker.block import rms_backward
+from vllm_ttt.worker.clock import to_device
 
 
 @dataclass
@@ -51,9 +52,31 @@ class Past:
     layout: Layout
     #: [T] int64, position of each row in its request
     positions_T: Tensor
-    #: keys and values [sum of the past's lengths, G, E] of a layer, session after session, as they were served. The layers are
-    #: counted from the second adapted one, whose number is 0
-    served: Callable[[int], tuple[Tensor, Tensor]]
+    #: [P] int64, rows of ``keys`` and ``values``: the pasts, session after session
+    source_P: Tensor
+    #: by layer, counted from the second adapted one, whose number is 0: [rows, G E], as they were served
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    kv_heads: int
+
+    def served(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [P, G, E] of a layer."""
+        found = (x[layer].index_select(0, self.source_P) for x in (self.keys, self.values))
+        keys, values = (x.unflatten(1, (self.kv_heads, -1)) for x in found)
+        return keys, values
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What differs from step to step; `by` takes it back."""
+        return self.positions_T, self.source_P, self.layout.order_U, self.layout.starts_q, self.layout.starts_k
+
+    def by(self, positions_T: Tensor, source_P: Tensor, *layout: Tensor) -> Past:
+        """With those of other steps."""
+        own = Layout(self.layout.lengths, self.layout.rows, *layout)
+        return replace(self, layout=own, positions_T=positions_T, source_P=source_P)
+
+    def to(self, device: torch.device) -> Past:
+        positions_T, source_P = (to_device(x, device) for x in (self.positions_T, self.source_P))
+        return replace(self, layout=self.layout.to(device), positions_T=positions_T, source_P=source_P)
 
 
 @dataclass

@@ -21,9 +21,8 @@ from vllm_ttt.worker.guard import Guard
 from vllm_ttt.worker.measuring import Measuring
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.micro_step import Delta, Tail
-from vllm_ttt.worker.past import PastPool
+from vllm_ttt.worker.past import Before, PastPool
 from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.qkv import Past
 from vllm_ttt.worker.scale import choose
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.versions import Kept, Versions, restore, snapshot
@@ -75,7 +74,7 @@ class Trainer:
         self.config, self.backlog, self.deltas, self.slots = config, backlog, deltas, slots
         self.compute = Compute(tail, config.learn, backlog, deltas)
         self.clock = Clock(tail.head_VD.device)
-        self.measuring = Measuring(config.learn, self.compute, backlog, deltas, self.clock)
+        self.measuring = Measuring(config.learn, self.compute, backlog, deltas, self.clock, pool)
         sessions = config.sessions
         self.versions = Versions(sessions.keep_versions, sessions.version_every, int(sessions.versions_gib * 2**30))
         self.guard = Guard(config.guard, tail, probe, self.versions, self.clock)
@@ -269,7 +268,8 @@ class Trainer:
         flat, weight = self._rows(tiles)
         rows = torch.tensor([tile.row for tile in tiles])
         keep = torch.tensor([tile.chunk.done > 0 for tile in tiles])
-        self.compute.score(flat, weight, rows, keep, self._past(tiles, flat.shape[1]))
+        before = None if self.pool is None else Before(self.pool, [tile.chunk for tile in tiles])
+        self.compute.score(flat, weight, rows, keep, before)
         for tile in tiles:
             tile.chunk.done += tile.rows
         complete = [tile for tile in tiles if tile.chunk.done == tile.chunk.rows]
@@ -287,9 +287,6 @@ class Trainer:
             flat[s, : tile.rows] += torch.arange(tile.rows)
             weight[s, : tile.rows] = 1.0 / tile.chunk.rows
         return flat, weight
-
-    def _past(self, tiles: list[Tile], rows: int) -> Past | None:
-        return None if self.pool is None else self.pool.past([tile.chunk for tile in tiles], rows)
 
     def _commit(self, tiles: list[Tile]) -> None:
         reading = self.backlog.reading_sessions()
@@ -337,5 +334,6 @@ class Trainer:
                 served,
                 chunk.scale,
                 norm,
+                session.wanted,
             )
         )

@@ -16,7 +16,7 @@ from vllm_ttt.metrics import Snapshot
 from vllm_ttt.plugin import config_of
 from vllm_ttt.types import StepPlan
 from vllm_ttt.worker import memory
-from vllm_ttt.worker.backlog import Backlog, Chunk
+from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.budget import Budget, tile_sizes
 from vllm_ttt.worker.capture import Capture
 from vllm_ttt.worker.deltas import Deltas
@@ -24,9 +24,8 @@ from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.meter import Meter
 from vllm_ttt.worker.micro_step import MODULES
-from vllm_ttt.worker.past import PastPool
+from vllm_ttt.worker.past import Before, PastPool
 from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.qkv import Past
 from vllm_ttt.worker.signals import leave_with_the_engine
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.step_view import Rows
@@ -84,14 +83,14 @@ class TTTWorkerMixin:
         deltas = Deltas(tail, config.sessions.resident, config.learn.scales)
         assert deltas.bytes_per_session() == geometry.bytes, "the model's configuration and its weights disagree"
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
-        tried = config.guard.probe_tokens if config.guard.every else 1
-        self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ)
         self.pool: PastPool | None = None
         #: keeps room on the device until the first step
         self.reserve: Tensor | None = None
         if geometry.layers > 1:
             held = memory.past_pages(geometry, config, model.dtype.itemsize, model.max_model_len)
             self.pool = PastPool(held, config.learn.chunk, self.capture, tail.attentions[0].kv_heads)
+        tried = config.guard.probe_tokens if config.guard.every else 1
+        self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ, self.pool)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.pool)
         self.files = Files(self.trainer, geometry, self.vllm_config.model_config.model)
         self.clock = self.trainer.clock
@@ -208,21 +207,17 @@ class TTTWorkerMixin:
     def ttt_warm_up(self, config: TTTConfig) -> None:
         """Run steps of each size: measures what they cost, loads the kernels that they use, and captures their graphs."""
         sizes = tile_sizes(config.schedule.tokens_per_step)
-        past = None
+        before = None
         if self.pool is not None:  # chunks are learned whole
             sizes = tile_sizes(config.schedule.tokens_per_step, config.learn.chunk)
-            past = self._no_past
+            before = Before(self.pool, ())
         sessions = [min(-(-tokens // config.learn.chunk), config.sessions.resident) for tokens in sizes]
         shapes = [(S, min(-(-tokens // S), config.learn.chunk)) for S, tokens in zip(sessions, sizes, strict=True)]
         many = min(config.schedule.tokens_per_step // SMALLEST_SHARE, config.sessions.resident)
         if many > 1:
             shapes.append((many, min(SMALLEST_SHARE, config.learn.chunk)))  # many sessions with a little to learn each
-        for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed, past), strict=False):
+        for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed, before), strict=False):
             self.budget.calibrate(tokens, seconds)
-
-    def _no_past(self, sessions: int, rows: int) -> Past:
-        assert self.pool is not None
-        return self.pool.past([Chunk(-1, "", page=-1, first=0)] * sessions, rows)
 
     def _timed(self, run: Any) -> float:
         times = []
