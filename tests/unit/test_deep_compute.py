@@ -75,14 +75,14 @@ class Engine:
         return [self.compute.loss_R[rows], *(x[rows] for x in self.deltas.grads.tensors())]
 
     def graph(self, function: Any, shape: tuple[int, int, int], copies: int = 1) -> Eager:
-        """Stands where a captured graph stands; what comes before is told by five tensors."""
+        """Stands where a captured graph stands; what comes before is told by six tensors."""
         S, C, room = shape
 
         def run(_: None, *values: torch.Tensor) -> torch.Tensor:
             past = Before(self.pool, ()).past(S * copies, C, room * copies)
-            own = past.by(*values[-5:])
+            own = past.by(*values[-6:])
             own.layout.lengths = own.layout.starts_k.diff().sub(C).tolist()  # SDPA reads them on the host
-            return function(own, *values[:-5])
+            return function(own, *values[:-6])
 
         return Eager(run)
 

@@ -240,9 +240,10 @@ def test_layout_packs_each_session_after_its_past() -> None:
     assert layout.order_U.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert Layout.of([1, 2], 2).order_U.tolist() == [0, 3, 4, 1, 2, 5, 6]
     assert Layout.of([1, 2], 2, room=5).order_U.tolist() == [0, 5, 6, 1, 2, 7, 8, 0, 0]
+    assert layout.own_T.tolist() == [2, 3, 4, 5, 6, 7]
     assert layout.starts_q.tolist() == [0, 3, 6]
     assert layout.starts_k.tolist() == [0, 5, 8]
-    assert layout.longest == 5
+    assert (layout.longest, Layout.of([2, 0], 3, room=9).longest) == (5, 12)
 
 
 def test_a_query_sees_its_past_and_what_comes_before_it() -> None:

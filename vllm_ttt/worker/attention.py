@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate as running_sum
 from typing import Any
 
@@ -29,41 +29,54 @@ class Layout:
     """Where the keys of each session are.
 
     ``lengths``: tokens in the past of each of the S sessions; ``rows``: C. ``order_U`` [U] int64: which of (rows of the past,
-    own rows of all sessions), in this order, each packed key is. ``starts_q`` and ``starts_k`` [S + 1] int32: where the queries
-    and the keys of each session begin.
+    own rows of all sessions), in this order, each packed key is; ``own_T`` [T] int64: which packed keys are the chunks' own.
+    ``starts_q`` and ``starts_k`` [S + 1] int32: where the queries and the keys of each session begin.
     """
 
     lengths: Sequence[int]
     rows: int
     order_U: Tensor
+    own_T: Tensor
     starts_q: Tensor
     starts_k: Tensor
+    #: no session has more keys
+    longest: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], rows: int, room: int | None = None) -> Layout:
         """On the host. ``room``: rows that the past is filled up to, so that all layouts of one room have the same shapes; what
         is packed beyond the last session's keys is the past's first row, which nothing reads."""
         total = sum(lengths)
-        own = room = total if room is None else room
-        keys = list(running_sum((length + rows for length in lengths), initial=0))
-        queries = list(range(0, (len(lengths) + 1) * rows, rows))
-        parts, past = [], 0
+        longest = max(lengths) if room is None else room
+        room = total if room is None else room
+        starts = list(running_sum((length + rows for length in lengths), initial=0))
         with torch.inference_mode(False):  # autograd keeps these tensors
-            for length in lengths:
-                parts += [torch.arange(past, past + length), torch.arange(own, own + rows)]
-                past, own = past + length, own + rows
-            order_U = torch.cat((*parts, torch.zeros(room - total, dtype=torch.int64)))
-            return cls(lengths, rows, order_U, *(torch.tensor(x, dtype=torch.int32) for x in (queries, keys)))
+            order, own, past = [], [], 0
+            for s, length in enumerate(lengths):
+                order += [torch.arange(past, past + length), room + s * rows + torch.arange(rows)]
+                own.append(starts[s] + length + torch.arange(rows))
+                past += length
+            return cls(
+                lengths,
+                rows,
+                torch.cat((*order, torch.zeros(room - total, dtype=torch.int64))),
+                torch.cat(own),
+                torch.arange(len(lengths) + 1, dtype=torch.int32) * rows,
+                torch.tensor(starts, dtype=torch.int32),
+                longest + rows,
+            )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What differs from step to step; `by` takes it back."""
+        return self.order_U, self.own_T, self.starts_q, self.starts_k
+
+    def by(self, order_U: Tensor, own_T: Tensor, starts_q: Tensor, starts_k: Tensor) -> Layout:
+        """With those of another step, whose sessions have no more keys."""
+        return replace(self, order_U=order_U, own_T=own_T, starts_q=starts_q, starts_k=starts_k)
 
     def to(self, device: torch.device) -> Layout:
         with torch.inference_mode(False):
-            moved = (to_device(x, device) for x in (self.order_U, self.starts_q, self.starts_k))
-            return Layout(self.lengths, self.rows, *moved)
-
-    @property
-    def longest(self) -> int:
-        """Keys of the session that has most."""
-        return max(self.lengths) + self.rows
+            return self.by(*(to_device(x, device) for x in self.tensors()))
 
 
 @dataclass
@@ -71,9 +84,10 @@ class Attended:
     """What the backward of one layer's attention needs."""
 
     q_THE: Tensor
-    k_TGE: Tensor
-    v_TGE: Tensor
+    k_UGE: Tensor
+    v_UGE: Tensor
     out_THE: Tensor
+    layout: Layout
 
 
 class Attention(ABC):
@@ -99,17 +113,19 @@ class Attention(ABC):
             backward: whether `backward` will be called.
         """
         # The worker's hooks run in inference mode, whose tensors cannot take part in autograd: copies made outside can.
-        with torch.inference_mode(False), torch.enable_grad():
-            q, k, v = (x.clone().requires_grad_(backward) for x in own)
-            k_UGE, v_UGE = (torch.cat((p, x)).index_select(0, layout.order_U) for p, x in zip(past, (k, v), strict=True))
-            return Attended(q, k, v, self.attend(q, k_UGE, v_UGE, layout, scale))
+        with torch.inference_mode(False), torch.no_grad():
+            packed = [torch.cat(both).index_select(0, layout.order_U) for both in zip(past, own[1:], strict=True)]
+            q, k, v = (x.requires_grad_(backward) for x in (own[0].clone(), *packed))
+            with torch.enable_grad():
+                return Attended(q, k, v, self.attend(q, k, v, layout, scale), layout)
 
     @staticmethod
     def backward(saved: Attended, d_THE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients with respect to the chunks' own queries, keys and values."""
         with torch.inference_mode(False), torch.enable_grad():
-            dq, dk, dv = torch.autograd.grad(saved.out_THE, (saved.q_THE, saved.k_TGE, saved.v_TGE), d_THE.clone())
-        return dq, dk, dv
+            dq, dk, dv = torch.autograd.grad(saved.out_THE, (saved.q_THE, saved.k_UGE, saved.v_UGE), d_THE.clone())
+        own = saved.layout.own_T
+        return dq, dk.index_select(0, own), dv.index_select(0, own)
 
 
 class SDPAAttention(Attention):

@@ -44,8 +44,8 @@ class Graph:
 #: Sessions, rows of each, and rows of the past of all of them together.
 Shape = tuple[int, int, int]
 
-#: Rows of the past of each session, on average, up to which a step is replayed.
-ROOM = 4096
+#: Rows of the past of each session, on average, for which a step is captured: what is not filled is read all the same.
+ROOMS = (1024, 4096)
 
 
 class Compute:
@@ -119,23 +119,19 @@ class Compute:
         Args:
             before: of no chunk; None where the step needs none.
         """
-        times, K = [], len(self.scales_K)
+        times = []
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        graphs = pool is not None and (before is None or self.tail.kernel.static)
         for S, C in shapes:
             flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.full((S, C), 1.0 / C)
             rows, keep = torch.full((S,), self.deltas.spare), torch.zeros(S, dtype=torch.bool)
             share = torch.ones(S)
-            shape = S, C, 0 if before is None else S * ROOM
-            if graphs:
-                self.score_graphs[shape] = self._capture(
-                    self._score, (flat, weight, rows, keep), pool, None if before is None else before.past(*shape)
-                )
             if pool is not None and S not in self.apply_graphs:
                 self.apply_graphs[S] = self._capture(self._apply, (rows, share), pool)
-            if graphs and K > 1:
-                many = None if before is None else before.past(S * K, C, K * shape[2])
-                self.measure_graphs[shape] = self._capture(self._measure, (flat, weight, rows), pool, many)
+            if pool is not None and before is None:
+                self._capture_shape((S, C, 0), (flat, weight, rows, keep), None, pool)
+            elif pool is not None and self.tail.kernel.static:
+                for room in ROOMS:
+                    self._capture_shape((S, C, S * room), (flat, weight, rows, keep), before, pool)
 
             def once(args: Any = (flat, weight, rows, keep, before), rows: Tensor = rows, share: Tensor = share) -> None:
                 self.score(*args)
@@ -145,6 +141,14 @@ class Compute:
         for x in (*self.deltas.masters.tensors(), *self.deltas.grads.tensors()):
             x[self.deltas.spare].zero_()
         return times
+
+    def _capture_shape(self, shape: Shape, values: tuple[Tensor, ...], before: Before | None, pool: Any) -> None:
+        (S, C, room), K = shape, len(self.scales_K)
+        past = None if before is None else before.past(S, C, room)
+        self.score_graphs[shape] = self._capture(self._score, values, pool, past)
+        if K > 1:
+            past = None if before is None else before.past(S * K, C, room * K)
+            self.measure_graphs[shape] = self._capture(self._measure, values[:3], pool, past)
 
     def _score(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
         served = self.deltas.masters.select(rows).to(self.tail.head_VD.dtype)

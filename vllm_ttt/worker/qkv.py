@@ -67,12 +67,11 @@ class Past:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What differs from step to step; `by` takes it back."""
-        return self.positions_T, self.source_P, self.layout.order_U, self.layout.starts_q, self.layout.starts_k
+        return self.positions_T, self.source_P, *self.layout.tensors()
 
     def by(self, positions_T: Tensor, source_P: Tensor, *layout: Tensor) -> Past:
         """With those of other steps."""
-        own = Layout(self.layout.lengths, self.layout.rows, *layout)
-        return replace(self, layout=own, positions_T=positions_T, source_P=source_P)
+        return replace(self, layout=self.layout.by(*layout), positions_T=positions_T, source_P=source_P)
 
     def to(self, device: torch.device) -> Past:
         positions_T, source_P = (to_device(x, device) for x in (self.positions_T, self.source_P))
