@@ -10,6 +10,11 @@ so that no prefix cache helps.
 * Back to back: blocks of requests of one session, each sent when the one before is answered. A learned one waits until its
   predecessor has been learned. The first of a block waits for nothing and is not counted.
 
+    python loadtests/bench_cpu.py --config '{guard: {every: 0}}' --against '{guard: {every: 0}, learn: {scales: [1]}}'
+
+What a setting costs: two servers take turns with blocks of learned requests, back to back, each timed until all of it has been
+learned; the ratio is the median over the turns.
+
 A dated JSON and a Markdown table are written to loadtests/results.
 """
 
@@ -89,16 +94,31 @@ class Bench:
 
     def pause(self) -> None:
         """Until all that was sent has been learned."""
-        while True:
-            session = self.http.get(f"/v1/ttt/sessions/{self.session}").raise_for_status().json()
-            if session["tokens_learned"] + sum(session["tokens_skipped"].values()) == session["tokens_seen"]:
-                break
+        while self.pending():
             time.sleep(0.01)
         time.sleep(0.1)
 
-    def run(self, requests: int) -> None:
-        for learn in (None, False, True, True):  # warm
+    def warm_up(self) -> None:
+        for learn in (None, False, True, True):
             self.send(learn)
+
+    def block(self) -> float:
+        """Seconds that learned requests take, one after another, until everything has been learned."""
+        self.pause()
+        began = time.perf_counter()
+        for _ in range(BLOCK):
+            self.send(True)
+        while self.pending():
+            time.sleep(0.002)
+        return time.perf_counter() - began
+
+    def pending(self) -> bool:
+        """Whether something that was sent has not been learned."""
+        session = self.http.get(f"/v1/ttt/sessions/{self.session}").raise_for_status().json()
+        return session["tokens_learned"] + sum(session["tokens_skipped"].values()) != session["tokens_seen"]
+
+    def run(self, requests: int) -> None:
+        self.warm_up()
         for _ in range(requests):
             for arm, learn in (("base", None), ("unlearned", False), ("learned", True)):
                 self.pause()
@@ -133,6 +153,31 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def against(one: Bench, other: Bench, turns: int) -> dict[str, Any]:
+    """Blocks of two servers in turns; each turn has the other order."""
+    pairs = []
+    for bench in (one, other):
+        bench.warm_up()
+    for turn in range(turns):
+        benches = (one, other) if turn % 2 == 0 else (other, one)
+        times = {id(bench): bench.block() for bench in benches}
+        pairs.append((times[id(one)], times[id(other)]))
+        print(f"{turn + 1} of {turns}: {pairs[-1][0]:.2f} s, {pairs[-1][1]:.2f} s", file=sys.stderr)
+    ratios = [a / b for a, b in pairs]
+    return {"seconds": pairs, "ratio": median(ratios), "quartiles": quantiles(ratios, n=4)[::2]}
+
+
+def paired_table(report: dict[str, Any]) -> str:
+    medians = [median(x) for x in zip(*report["seconds"], strict=True)]
+    low, high = report["quartiles"]
+    return (
+        f"| {BLOCK} learned requests of {TOKENS:,} tokens, until all is learned | |\n| --- | --- |\n"
+        f"| with {report['config']}: median ms a request | {1e3 * medians[0] / BLOCK:.0f} |\n"
+        f"| with {report['against']} | {1e3 * medians[1] / BLOCK:.0f} |\n"
+        f"| ratio, median over {len(report['seconds'])} turns (quartiles) | {report['ratio']:.3f} ({low:.3f} - {high:.3f}) |"
+    )
+
+
 def hardware() -> str:
     models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     load = " ".join(f"{x:.2f}" for x in os.getloadavg())
@@ -147,11 +192,25 @@ def versions() -> dict[str, str]:
     return {"vllm": ensure_vllm_metadata() or "?", "vllm-ttt": version("vllm-ttt"), "python": platform.python_version()}
 
 
+@contextlib.contextmanager
+def served(flags: list[str], config: str) -> Iterator[str]:
+    """The URL of a server with that configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, log, port = Path(folder) / "ttt.yaml", Path(folder) / "server.log", server.free_port()
+        file.write_text(config)
+        with server.serve([*flags, "--ttt-config", str(file)], port, log, keep=False) as process:
+            print(f"starting vLLM on port {port}: a minute", file=sys.stderr)
+            server.wait_healthy(process, port, log)
+            yield f"http://127.0.0.1:{port}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20, help="of each arm; at least 2")
     parser.add_argument("--max-tokens", type=int, default=1, help="tokens of an answer")
     parser.add_argument("--base-url", help="a server that runs; default: one is started")
+    parser.add_argument("--config", default="{}", help="vllm-ttt's settings for the server, as YAML")
+    parser.add_argument("--against", help="the same for a second server, with which it takes turns")
     parser.add_argument("--compiled", action="store_true", help="start the server without --enforce-eager")
     parser.add_argument("--json", help="write the figures here, too")
     parser.add_argument("--out", default=str(HERE / "results"), help="folder for the dated JSON and Markdown")
@@ -162,23 +221,23 @@ def main() -> None:
         "hardware": hardware(),
         "versions": versions(),
     }
+    flags = SERVE if args.compiled else [*SERVE, "--enforce-eager"]
     with contextlib.ExitStack() as stack:
-        url = args.base_url
-        if url is None:
-            port, folder = server.free_port(), stack.enter_context(tempfile.TemporaryDirectory())
-            flags = SERVE if args.compiled else [*SERVE, "--enforce-eager"]
+        if args.base_url is None:
             about["server"] = "vllm serve demo/model --plugin ttt " + " ".join(flags[1:])
-            process = stack.enter_context(server.serve(flags, port, log := Path(folder) / "server.log", keep=False))
-            print(f"starting vLLM on port {port}: a minute", file=sys.stderr)
-            server.wait_healthy(process, port, log)
-            url = f"http://127.0.0.1:{port}"
-        bench = Bench(url, args.max_tokens)
-        bench.run(args.requests)
-    report = {**about, **figures(bench.times)}
+        bench = Bench(args.base_url or stack.enter_context(served(flags, args.config)), args.max_tokens)
+        if args.against is not None:
+            other = Bench(stack.enter_context(served(flags, args.against)), args.max_tokens)
+            report = {**about, "config": args.config, "against": args.against, **against(bench, other, args.requests)}
+        else:
+            bench.run(args.requests)
+            report = {**about, **figures(bench.times)}
     text = f"# Learning on the CPU\n\n{about['hardware']}; {about['versions']}; {about['date']}\n\n    {about['command']}\n"
-    text += (f"    {about['server']}\n" if "server" in about else "") + f"\n{table(report)}\n"
+    text += f"    {about['server']}\n" if "server" in about else ""
+    text += f"\n{table(report) if args.against is None else paired_table(report)}\n"
     print(text)
-    stem = Path(args.out) / f"{about['date']}-cpu{'-compiled' if args.compiled else ''}"
+    kind = "-against" if args.against is not None else "-compiled" if args.compiled else ""
+    stem = Path(args.out) / f"{about['date']}-cpu{kind}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".md").write_text(text)
     for file in (stem.with_suffix(".json"), *([Path(args.json)] if args.json else [])):

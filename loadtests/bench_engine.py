@@ -166,6 +166,8 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
     }
     log(f"{args.arm}: engine up after {result['startup_s']:.0f} s, {result['device_mib']} MiB")
     for name, extra in cases(args).items():
+        if args.cases and name not in args.cases.split(","):
+            continue
         for size in args.batches:
             measure(llm, size, args, extra, tokens_out=4)
             while name == "frozen" and llm.collective_rpc("ttt_status")[0]["trying"]:
@@ -174,8 +176,9 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
             result["cases"].setdefault(name, {})[size] = measured
             log(f"{name:>14} {size:>3}: " + " ".join(f"{k} {v:.1f}" for k, v in measured.items() if k != "wall_s"))
         if name == "learn prompts" and max(args.batches) > 1:
-            result["together"] = together(llm, args, extra)
-            log(f"8 sessions together / one after the other: {result['together']:.2f}")
+            if not args.cases:
+                result["together"] = together(llm, args, extra)
+                log(f"8 sessions together / one after the other: {result['together']:.2f}")
             result["worker"] = llm.collective_rpc("ttt_status")[0]
             log(f"worker: {result['worker']}")
         if args.profile and name in ("stock", "idle", "frozen"):
@@ -210,30 +213,33 @@ def hardware() -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: each case as ratios to stock, which is given in full."""
+    """Markdown: each case as ratios to stock, or without it to idle ttt, which is given in full."""
     head = ["case", "batch", "decode tok/s", "tok/s", "tok/s, all learned", "TTFT mean", "TTFT p99", "TPOT p50", "TPOT p99",
             "ITL p99", "learned tok/s"]  # fmt: skip
     keys = ["decode_tokens_per_s", "tokens_per_s", "tokens_per_s_drained", "ttft_mean_ms", "ttft_p99_ms", "tpot_p50_ms",
             "tpot_p99_ms", "itl_p99_ms"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    stock = report["arms"]["stock"]["cases"]["stock"]
+    arms = report["arms"]
+    reference = "stock" if "stock" in arms else "idle"
+    stock = arms["stock" if "stock" in arms else "ttt"]["cases"][reference]
     for size, values in stock.items():
-        lines.append(f"| stock | {size} | " + " | ".join(f"{values[k]:,.1f}" for k in keys) + " | |")
+        lines.append(f"| {reference} | {size} | " + " | ".join(f"{values[k]:,.1f}" for k in keys) + " | |")
     for arm in report["arms"].values():
         for name, sizes in arm["cases"].items():
             for size, values in sizes.items():
-                if name != "stock" and size in stock:
+                if name != reference and size in stock:
                     ratios = (values[k] / stock[size][k] if stock[size][k] else float("nan") for k in keys)
                     learned = f" | {values['learned_per_s']:,.0f} |" if values["learned_per_s"] else " | |"
-                    lines.append(f"| {name} / stock | {size} | " + " | ".join(f"{r:.3f}" for r in ratios) + learned)
+                    lines.append(f"| {name} / {reference} | {size} | " + " | ".join(f"{r:.3f}" for r in ratios) + learned)
     return "\n".join(lines)
 
 
 def memory_table(report: dict[str, Any]) -> str:
     """Markdown: what the engines hold. vLLM fills its share of the device with KV cache, so what ttt takes is missing there."""
-    lines = ["| engine | device MiB in use | KV cache, tokens | / stock |", "| --- | --- | --- | --- |"]
-    stock = report["arms"]["stock"]["kv_tokens"]
-    for name, arm in report["arms"].items():
+    arms = report["arms"]
+    lines = [f"| engine | device MiB in use | KV cache, tokens | / {next(iter(arms))} |", "| --- | --- | --- | --- |"]
+    stock = next(iter(arms.values()))["kv_tokens"]
+    for name, arm in arms.items():
         used = "" if arm["device_mib"] is None else f"{arm['device_mib']:,}"
         lines.append(f"| {name} | {used} | {arm['kv_tokens']:,} | {arm['kv_tokens'] / stock:.3f} |")
     return "\n".join(lines)
@@ -270,6 +276,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 64])
     parser.add_argument("--arms", default="stock,ttt")
+    parser.add_argument("--cases", help="of the arm ttt, comma-separated; default: all")
     parser.add_argument("--slots", type=int, default=64, help="sessions.resident, or --max-loras")
     parser.add_argument("--tokens-in", type=int, default=512)
     parser.add_argument("--tokens-out", type=int, default=128)
@@ -308,7 +315,7 @@ def main() -> None:
         stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     text = (
         f"# {args.name}\n\n{report['hardware']}, {report['versions']}, {report['date']}\n\n    {command}\n\n{table(report)}\n\n"
-        f"Ratios to stock in the same run; learned tok/s as it is. Times in ms.\n\n{memory_table(report)}\n"
+        f"Ratios to the first line, in the same run; learned tok/s as it is. Times in ms.\n\n{memory_table(report)}\n"
     )
     if args.profile:
         text += f"\nKernels in one prefill and eight decode steps of {max(args.batches)} requests:\n\n"

@@ -125,18 +125,19 @@ def evaluate(
     arms = ("frozen", *["retrieval"] * retrieval, *["ttt"] * (not frozen_only))
     console = Console()
 
-    async def measure() -> tuple[dict[str, Any], str]:
+    async def measure() -> tuple[dict[str, Any], str, str]:
         async with Client(base_url, model, api_key) as client:
             docs = await reader.encode(reader.read_texts(texts), client.tokenize)
-            return await runner.run(client, docs, counts, sessions_per_domain, console, arms), client.model
+            results = await runner.run(client, docs, counts, sessions_per_domain, console, arms)
+            return results, client.model, await client.preset()
 
-    results, served = asyncio.run(measure())
+    results, served, preset = asyncio.run(measure())
     console.print(report.table(results))
     if reference:
-        for curve, difference in report.compare(report.curves(results), json.loads(reference.read_text())).items():
+        for curve, difference in report.compare(report.curves(results, preset), json.loads(reference.read_text())).items():
             console.print(f"{reference.name}, {curve}: worst difference {difference:.4f} nats per token", soft_wrap=True)
     if json_file:
-        runner.write_json(json_file, results, {"command": f"vllm-ttt {' '.join(sys.argv[1:])}", "model": served})
+        runner.write_json(json_file, results, {"command": f"vllm-ttt {' '.join(sys.argv[1:])}", "model": served}, preset)
     if plot:
         report.plot(results, plot, f"{served}: {len(next(iter(results.values())).domains)} sessions, mean")
 

@@ -32,7 +32,11 @@ FLAGS += ["--enforce-eager", "--enable-prompt-tokens-details"]
 SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "exact": ({"sessions": {"resident": 4}, "guard": {"hourly_tokens": 8000}}, ["--dtype", "float32"]),
     "server": ({"sessions": {"resident": 6}}, []),
-    "deep": ({"adapt": {"preset": "deep"}, "sessions": {"resident": 4}}, ["--dtype", "float32"]),
+    # A guard that tries every few commits, and lets everything pass.
+    "deep": (
+        {"adapt": {"preset": "deep"}, "sessions": {"resident": 4}, "guard": {"every": 4, "max_regression": 100}},
+        ["--dtype", "float32"],
+    ),
 }
 
 

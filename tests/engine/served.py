@@ -97,6 +97,22 @@ class Served:
             time.sleep(0.02)
         raise AssertionError(f"the worker does not come to rest: {state}")
 
+    def tried(self, name: str) -> dict[str, Any]:
+        """The session, once the guard has tried its delta."""
+        deadline, session = time.monotonic() + 30, {}
+        while time.monotonic() < deadline:
+            session = self.session(name)
+            if session["probe_regression"] is not None:
+                return session
+            time.sleep(0.05)
+        raise AssertionError(f"the guard has not tried it: {session}")
+
+    def probe(self) -> list[list[int]]:
+        """The guard's text as it is tried: pieces of 512 tokens, each of which begins with the last of the one before."""
+        text = (Path(__file__).parents[2] / "configs" / "probe.txt").read_text()
+        ids = self.http.post("/tokenize", json={"model": "demo", "prompt": text}).json()["tokens"]
+        return [ids[start : start + min(512, 2048 - start + 1)] for start in range(0, 2048, 511)]
+
     def logged(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 

@@ -43,9 +43,24 @@ def test_same_text_same_delta_and_losses(
     assert_same_layers(deep.delta(name), reference)
     session = deep.session(name)
     assert [c["loss"] for c in session["losses"]] == pytest.approx(expected, abs=0.01)
+    assert session["scale"] == pytest.approx(reference.scale.chosen, abs=0.02)
     assert session["version"] == reference.version == len(expected)
     assert session["tokens_skipped"] == {k: v for k, v in reference.tokens.items() if v and k != "learned"}
     assert deep.rpc("test_slot_is_master") == {"held": True, "equal": True}
+
+
+def test_the_guard_tries_what_is_served(deep: Served, deep_oracle: Callable[[], DeepOracle], documents: Documents) -> None:
+    """On its text, piece by piece, each of which sees itself alone."""
+    reference, frozen, name, text = deep_oracle(), deep_oracle(), deep.fresh(), documents["man_fr"][4][:1025]
+    deep.complete(text, name)
+    reference.learn(text)
+    session = deep.tried(name)
+    assert session["version"] == 4
+    losses = [torch.cat([one.score(piece) for piece in deep.probe()]) for one in (reference, frozen)]
+    assert [len(x) for x in losses] == [2048, 2048]
+    expected = (losses[0].mean() - losses[1].mean()).item()
+    assert abs(expected) > 0.002, "the delta does nothing: the comparison would prove nothing"
+    assert session["probe_regression"] == pytest.approx(expected, abs=0.0005)
 
 
 def test_a_reread_history_is_a_past(deep: Served, deep_oracle: Callable[[], DeepOracle], documents: Documents) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,31 +14,16 @@ from vllm_ttt.eval.oracle import Oracle
 
 pytestmark = pytest.mark.engine
 
-PROBE = Path(__file__).parents[2] / "configs" / "probe.txt"
-
-
-def tried(served: Served, name: str) -> dict[str, Any]:
-    """The session, once the guard has tried its delta."""
-    deadline, session = time.monotonic() + 30, {}
-    while time.monotonic() < deadline:
-        session = served.session(name)
-        if session["probe_regression"] is not None:
-            return session
-        time.sleep(0.05)
-    raise AssertionError(f"the guard has not tried it: {session}")
-
 
 def test_the_guard_measures_what_the_oracle_does(exact: Served, oracle: Callable[[], Oracle], documents: Documents) -> None:
     name, reference, frozen = exact.fresh(), oracle(), oracle()
     for text in documents["man_fr"][:4]:
         exact.complete(text[:1025], name)
         reference.learn(text[:1025])
-    session = tried(exact, name)
+    session = exact.tried(name)
     assert session["version"] == 16
-    ids = exact.http.post("/tokenize", json={"model": "demo", "prompt": PROBE.read_text()}).json()["tokens"]
     losses = [torch.zeros(0), torch.zeros(0)]
-    for start in range(0, 2048, 511):
-        piece = ids[start : start + min(512, 2048 - start + 1)]
+    for piece in exact.probe():
         for i, (one, scale) in enumerate(((reference, reference.scale.chosen), (frozen, 1.0))):
             losses[i] = torch.cat((losses[i], one._nll(piece, slice(0, len(piece) - 1), scale)))
     assert [len(x) for x in losses] == [2048, 2048]

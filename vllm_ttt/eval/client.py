@@ -67,6 +67,11 @@ class Client:
         self.max_model_len = answer["max_model_len"]
         return self
 
+    async def preset(self) -> str:
+        """Which preset is served; "last" where that is not known."""
+        settings = await self._call("GET", "/v1/ttt/config", missing_ok=True)
+        return settings["adapt"]["preset"] if settings else "last"
+
     async def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``, as the server would read it in a prompt."""
         return (await self._call("POST", "/tokenize", {"model": self.model, "prompt": text}))["tokens"]

@@ -86,10 +86,10 @@ async def main() -> None:
     results = await runner.run(scorer, docs, counts, args.sessions_per_domain, console, arms)
     console.print(report.table(results))
     if args.reference:
-        console.print(report.compare(report.curves(results), json.loads(Path(args.reference).read_text())))
+        console.print(report.compare(report.curves(results, args.preset), json.loads(Path(args.reference).read_text())))
     if args.json:
         command = f"python -m vllm_ttt.eval.curves {' '.join(sys.argv[1:])}"
-        runner.write_json(args.json, results, {"command": command})
+        runner.write_json(args.json, results, {"command": command}, args.preset)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ async def run(
     return results
 
 
-def write_json(file: str | Path, results: dict[str, protocols.Result], about: dict[str, Any]) -> None:
-    """Write the curves (the layout of recorded ones), with ``about`` and every session's losses beside them."""
+def write_json(file: str | Path, results: dict[str, protocols.Result], about: dict[str, Any], preset: str = "last") -> None:
+    """Write the curves of ``preset`` (the layout of recorded ones), with ``about`` and every session's losses beside them."""
     sessions = {name: vars(result) for name, result in results.items()}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**report.curves(results), "about": about, "sessions": sessions}, indent=1)
+    text = json.dumps({**report.curves(results, preset), "about": about, "sessions": sessions}, indent=1)
     Path(file).write_text(text + "\n", encoding="utf-8")
