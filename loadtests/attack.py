@@ -11,28 +11,19 @@ somebody else are scored: they must not have moved by a bit.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import json
 import math
 import random
 import re
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import httpx
-import yaml
-from bench_cpu import DEMO, SERVE, hardware, versions
+from runs import DEMO, HERE, about, save, served
 
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.eval import server
 from vllm_ttt.eval.texts import read_texts
 
-HERE = Path(__file__).resolve().parent
 #: Tokens of an attacker's request.
 LENGTH = 1025
 VOCABULARY = 8192
@@ -197,30 +188,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(ATTACKS), help="comma-separated names of attacks")
     parser.add_argument("--out", default=str(HERE / "results"), help="folder for the dated JSON and Markdown")
     args = parser.parse_args()
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(["loadtests/attack.py", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-    played = {}
+    report, played = about("attack.py"), {}
     for which, config in SERVERS.items():
-        with contextlib.ExitStack() as stack:
-            port, folder = server.free_port(), Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            (folder / "ttt.yaml").write_text(yaml.safe_dump(config))
-            flags = [*SERVE, "--enforce-eager", "--ttt-config", str(folder / "ttt.yaml")]
-            process = stack.enter_context(server.serve(flags, port, log := folder / "server.log", keep=False))
-            server.wait_healthy(process, port, log)
-            played[which] = play(f"http://127.0.0.1:{port}", args.only.split(","), args.requests)
-            played[which]["config"] = config
-    report = {**about, "servers": played}
-    text = f"# What an attacker gets\n\n{about['hardware']}; {about['versions']}; {about['date']}\n\n    {about['command']}\n"
-    text += f"\n{table(report)}\n"
-    print(text)
-    stem = Path(args.out) / f"{about['date']}-attack"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        with served(config=config) as url:
+            played[which] = play(url, args.only.split(","), args.requests)
+        played[which]["config"] = config
+    report["servers"] = played
+    save("What an attacker gets", report, table(report), args.out, "attack")
 
 
 if __name__ == "__main__":

@@ -22,13 +22,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import itertools
-import json
 import os
-import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,13 +32,10 @@ from statistics import median, quantiles
 from typing import Any
 
 import httpx
+from runs import DEMO, EAGER, HERE, SERVE, about, save, served
 
-from vllm_ttt.eval import server
 from vllm_ttt.eval.texts import read_texts
 
-HERE = Path(__file__).resolve().parent
-DEMO = HERE.parent / "demo"
-SERVE = [str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**29), "--served-model-name", "demo"]
 #: Pairs of a request: it sends one token more.
 TOKENS = 1024
 #: Counted requests of a back-to-back block.
@@ -178,32 +171,6 @@ def paired_table(report: dict[str, Any]) -> str:
     )
 
 
-def hardware() -> str:
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    load = " ".join(f"{x:.2f}" for x in os.getloadavg())
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores; load average at the start {load}"
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from vllm_ttt.metadata import ensure_vllm_metadata
-
-    return {"vllm": ensure_vllm_metadata() or "?", "vllm-ttt": version("vllm-ttt"), "python": platform.python_version()}
-
-
-@contextlib.contextmanager
-def served(flags: list[str], config: str) -> Iterator[str]:
-    """The URL of a server with that configuration."""
-    with tempfile.TemporaryDirectory() as folder:
-        file, log, port = Path(folder) / "ttt.yaml", Path(folder) / "server.log", server.free_port()
-        file.write_text(config)
-        with server.serve([*flags, "--ttt-config", str(file)], port, log, keep=False) as process:
-            print(f"starting vLLM on port {port}: a minute", file=sys.stderr)
-            server.wait_healthy(process, port, log)
-            yield f"http://127.0.0.1:{port}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20, help="of each arm; at least 2")
@@ -215,33 +182,22 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures here, too")
     parser.add_argument("--out", default=str(HERE / "results"), help="folder for the dated JSON and Markdown")
     args = parser.parse_args()
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(["loadtests/bench_cpu.py", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-    flags = SERVE if args.compiled else [*SERVE, "--enforce-eager"]
+    report, flags = about("bench_cpu.py"), SERVE if args.compiled else EAGER
     with contextlib.ExitStack() as stack:
         if args.base_url is None:
-            about["server"] = "vllm serve demo/model --plugin ttt " + " ".join(flags[1:])
-        bench = Bench(args.base_url or stack.enter_context(served(flags, args.config)), args.max_tokens)
+            report["server"] = "vllm serve demo/model --plugin ttt " + " ".join(flags[1:])
+        bench = Bench(stack.enter_context(served(flags, args.config, args.base_url)), args.max_tokens)
         if args.against is not None:
             other = Bench(stack.enter_context(served(flags, args.against)), args.max_tokens)
-            report = {**about, "config": args.config, "against": args.against, **against(bench, other, args.requests)}
+            report |= {"config": args.config, "against": args.against, **against(bench, other, args.requests)}
         else:
             bench.run(args.requests)
-            report = {**about, **figures(bench.times)}
-    text = f"# Learning on the CPU\n\n{about['hardware']}; {about['versions']}; {about['date']}\n\n    {about['command']}\n"
-    text += f"    {about['server']}\n" if "server" in about else ""
-    text += f"\n{table(report) if args.against is None else paired_table(report)}\n"
-    print(text)
+            report |= figures(bench.times)
     kind = "-against" if args.against is not None else "-compiled" if args.compiled else ""
-    stem = Path(args.out) / f"{about['date']}-cpu{kind}"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(text)
-    for file in (stem.with_suffix(".json"), *([Path(args.json)] if args.json else [])):
-        file.write_text(json.dumps(report, indent=1) + "\n")
+    body = table(report) if args.against is None else paired_table(report)
+    file = save("Learning on the CPU", report, body, args.out, f"cpu{kind}")
+    if args.json:
+        Path(args.json).write_text(file.read_text())
 
 
 if __name__ == "__main__":

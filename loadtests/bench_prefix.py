@@ -10,22 +10,14 @@ are written to loadtests/results.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import json
-import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
-from bench_cpu import DEMO, SERVE, hardware, versions
-
-from vllm_ttt.eval import server
+from runs import DEMO, EAGER, HERE, about, save, served
 
 SYSTEM, QUESTION, TURN = 1000, 40, 100
 
@@ -103,46 +95,18 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def served(url: str | None) -> Iterator[str]:
-    if url:
-        yield url
-        return
-    port, log = server.free_port(), Path(tempfile.mkdtemp(prefix="bench-prefix-")) / "server.log"
-    flags = ["--port", str(port), "--enforce-eager", "--enable-prompt-tokens-details"]
-    with server.process_group(
-        [sys.executable, "-m", "vllm_ttt.cli", "serve", *SERVE, "--host", "127.0.0.1", *flags], log
-    ) as process:
-        print(f"the server starts, its log is {log}", flush=True)
-        server.wait_healthy(process, port, log)
-        yield f"http://127.0.0.1:{port}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=50)
     parser.add_argument("--base-url")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    with served(args.base_url) as url:
+    report = about("bench_prefix.py")
+    with served([*EAGER, "--enable-prompt-tokens-details"], url=args.base_url) as url:
         client = Client(url)
         client.send(client.tokens[:500], "warm-up")
-        report = {
-            "date": datetime.date.today().isoformat(),
-            "hardware": hardware(),
-            "versions": versions(),
-            "shared": shared(client, args.sessions),
-            "chat": chat(client),
-        }
-    text = (
-        f"# The prefix cache and sessions\n\n{report['hardware']}; {report['versions']}; {report['date']}\n\n"
-        f"    python loadtests/bench_prefix.py --sessions {args.sessions}\n\n{table(report)}\n"
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"{report['date']}-prefix"
-    stem.with_suffix(".json").write_text(json.dumps(report) + "\n")
-    stem.with_suffix(".md").write_text(text)
-    print(text)
+        report |= {"shared": shared(client, args.sessions), "chat": chat(client)}
+    save("The prefix cache and sessions", report, table(report), args.out, "prefix")
 
 
 if __name__ == "__main__":

@@ -12,23 +12,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import datetime
-import json
 import secrets
-import sys
-import tempfile
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-from bench_cpu import SERVE, hardware, versions
+from runs import HERE, about, save, served
 
-from vllm_ttt.eval import protocols, server, texts
+from vllm_ttt.eval import protocols, texts
 from vllm_ttt.eval.client import Client
 
-HERE = Path(__file__).resolve().parent
 #: Documents before the subject changes.
 BEFORE = 5
 #: (what, bound, whether it is a least): what the no-regret scale is to keep
@@ -123,27 +115,10 @@ def main() -> None:
     parser.add_argument("--name", default="no-regret", help="of the results: RESULTS/DATE-NAME.md and .json")
     parser.add_argument("--out", default=str(HERE / "results"), help="folder for the dated JSON and Markdown")
     args = parser.parse_args()
-    command = "python loadtests/no_regret.py " + " ".join(
-        "TEXTS" if x == args.texts else repr(x) if " " in x else x for x in sys.argv[1:]
-    )
-    about = {"date": datetime.date.today().isoformat(), "command": command, "hardware": hardware(), "versions": versions()}
-    with contextlib.ExitStack() as stack:
-        url = args.base_url
-        if url is None:
-            port, folder = server.free_port(), Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            (folder / "ttt.yaml").write_text(yaml.safe_dump(yaml.safe_load(args.config)))
-            flags = [*SERVE, "--enforce-eager", "--ttt-config", str(folder / "ttt.yaml")]
-            process = stack.enter_context(server.serve(flags, port, log := folder / "server.log", keep=False))
-            server.wait_healthy(process, port, log)
-            url = f"http://127.0.0.1:{port}"
-        report = {**about, **asyncio.run(measure(url, args.texts, args.interactions))}
-    text = f"# Sessions beside the frozen model\n\n{about['hardware']}; {about['versions']}; {about['date']}\n\n    {command}\n"
-    text += f"\n{table(report)}\n"
-    print(text)
-    stem = Path(args.out) / f"{about['date']}-{args.name}"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    report = about("no_regret.py", {args.texts: "TEXTS"})
+    with served(config=args.config, url=args.base_url) as url:
+        report |= asyncio.run(measure(url, args.texts, args.interactions))
+    save("Sessions beside the frozen model", report, table(report), args.out, args.name)
 
 
 if __name__ == "__main__":

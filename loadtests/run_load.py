@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import json
 import random
 import subprocess
@@ -27,12 +26,12 @@ from typing import Any
 
 import httpx
 import yaml
-from bench_cpu import DEMO, HERE, hardware, versions
 from load.hosts import check_host
 from load.logs import unexpected
 from load.memory import Memory
 from load.report import ARMS, table
 from load.shapes import SHAPES
+from runs import DEMO, HERE, about, save
 
 from vllm_ttt.eval import server
 
@@ -152,11 +151,7 @@ def main() -> None:
             check_host(args.base_url, args.allow_host)
         except ValueError as error:
             parser.error(str(error))
-    report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(["loadtests/run_load.py", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": versions(),
+    report = about("run_load.py") | {
         "server": "vllm serve demo/model --plugin ttt " + " ".join(FLAGS[1:]) if not args.base_url else args.base_url,
         "config": CONFIG if not args.base_url else None,
         "arms": {},
@@ -169,18 +164,9 @@ def main() -> None:
             report["yielding"] = target.yielding()
         report["tracebacks"] = target.tracebacks()
     failed = failures(report)
-    text = f"# Load: {args.shape}, {args.peak} users\n\n{report['hardware']}; {report['versions']}; {report['date']}\n\n"
-    text += f"    {report['command']}\n    {report['server']}\n\n"
-    text += (f"{report['config']}\n\n" if report["config"] else "") + table(report) + "\n"
-    text += "\n" + (
-        "\n".join(f"- FAILED: {line}" for line in failed[:50]) if failed else "Nothing happened that was not asked for."
-    )
-    text += "\n"
-    print(text)
-    stem = Path(args.out) / f"{report['date']}-{args.name}"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    body = (f"{report['config']}\n\n" if report["config"] else "") + table(report) + "\n\n"
+    body += "\n".join(f"- FAILED: {line}" for line in failed[:50]) or "Nothing happened that was not asked for."
+    save(f"Load: {args.shape}, {args.peak} users", report, body, args.out, args.name)
     sys.exit(1 if failed else 0)
 
 

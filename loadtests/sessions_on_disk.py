@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import hashlib
-import json
 import math
 import random
 import sys
@@ -35,8 +33,8 @@ from typing import Any
 
 import httpx
 import yaml
-from bench_cpu import DEMO, HERE, hardware, versions
 from prometheus_client.parser import text_string_to_metric_families
+from runs import DEMO, HERE, about, save
 
 from vllm_ttt.eval import server
 from vllm_ttt.eval.texts import read_texts
@@ -264,12 +262,7 @@ def main() -> None:
     parser.add_argument("--state-dir", help="an empty folder; default: one that is removed afterwards")
     parser.add_argument("--out", default=str(HERE / "results"), help="folder for the dated JSON and Markdown")
     args = parser.parse_args()
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(["loadtests/sessions_on_disk.py", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
+    report = about("sessions_on_disk.py")
     run = Run(args.sessions, args.check)
     with tempfile.TemporaryDirectory() as temporary:
         state, config = Path(args.state_dir or f"{temporary}/state"), Path(temporary) / "ttt.yaml"
@@ -293,14 +286,8 @@ def main() -> None:
                 run.figures.setdefault("stop_s", time.perf_counter() - began)
         run.figures["peak_mb"] = peak
         run.figures["state_bytes"] = sum(file.stat().st_size for file in (state / "sessions").rglob("*.safetensors"))
-    report = {**about, **run.figures}
-    text = f"# Sessions on disk\n\n{about['hardware']}; {about['versions']}; {about['date']}\n\n    {about['command']}\n\n"
-    text += f"{CONFIG['sessions']}\n\n{table(report)}\n"
-    print(text)
-    stem = Path(args.out) / f"{about['date']}-sessions"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    report |= run.figures
+    save("Sessions on disk", report, f"{CONFIG['sessions']}\n\n{table(report)}", args.out, "sessions")
     if run.figures["same"] != run.figures["checked"] or run.figures["wrong_version"]:
         sys.exit("not every session came back as it was")
 
