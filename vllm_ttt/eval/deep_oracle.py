@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval.no_regret import NoRegret
-from vllm_ttt.eval.oracle import entering, load_model, newton_schulz, projection, rms_norm, tail_weights
+from vllm_ttt.eval.oracle import chunks, entering, load_model, projection, rms_norm, tail_weights, update
 from vllm_ttt.geometry import adapted_layers
 
 #: Keys and values [T, G, E] of one layer.
@@ -188,27 +188,18 @@ class DeepOracle:
         h, a = self.activations(ids)
         with torch.no_grad():
             _, kv = self.served(ids)
-        targets, losses, learn = torch.tensor(ids[1:]), [], self.config.learn
-        if self.scale.on:
-            self._measure(ids, start, kv)
-        for first in range(start, len(targets), learn.chunk):
-            rows = slice(first, min(first + learn.chunk, len(targets)))
-            n = rows.stop - rows.start
-            if n < learn.min_chunk:
-                self.tokens["short"] += n
-                continue
-            losses.append(self.step(h[rows], a[rows], targets[rows], before(kv, first)))
-        return losses
+        targets = torch.tensor(ids[1:])
+        found, rest = chunks(self.config.learn, start, len(targets))
+        self.tokens["short"] += rest
+        if self.scale.on and found:
+            self._measure(ids, found[-1], kv)
+        return [self.step(h[rows], a[rows], targets[rows], before(kv, rows.start)) for rows in found]
 
-    def _measure(self, ids: list[int], start: int, kv: Sequence[KV]) -> None:
-        """As `Oracle._measure`; what comes before the chunk stays as it was served, whatever the scale."""
-        chunk, pairs = self.config.learn.chunk, len(ids) - 1
-        starts = [s for s in range(start, pairs, chunk) if min(chunk, pairs - s) >= self.config.learn.min_chunk]
-        if starts:
-            rows = slice(starts[-1], min(starts[-1] + chunk, pairs))
-            past = before(kv, rows.start)
-            losses = [self._nll(ids, rows, scale, past)[0][::2].mean().item() for scale in self.scale.measured]
-            self.scale.add(losses, rows.stop - rows.start)
+    def _measure(self, ids: list[int], rows: slice, kv: Sequence[KV]) -> None:
+        """The last chunk under every scale; what comes before it stays as it was served, whatever the scale."""
+        past = before(kv, rows.start)
+        losses = [self._nll(ids, rows, scale, past)[0][::2].mean().item() for scale in self.scale.measured]
+        self.scale.add(losses, rows.stop - rows.start)
 
     @torch.no_grad()
     def _nll(self, ids: list[int], rows: slice, scale: float, past: Sequence[KV]) -> tuple[Tensor, list[KV]]:
@@ -224,17 +215,9 @@ class DeepOracle:
         if not math.isfinite(loss.item()) or loss.item() > learn.max_loss * math.log(self.stack.head.shape[0]):
             self.tokens["loss" if math.isfinite(loss.item()) else "nonfinite"] += n
             return loss.item()
-        flat = [x for layer in B for x in layer.values()]
-        grads = iter(torch.autograd.grad(loss, flat))
-        share = n / learn.chunk
+        grads = iter(torch.autograd.grad(loss, [x for layer in B for x in layer.values()]))
         for layer, norms in zip(self.B, self.norms, strict=True):
-            for k, master in layer.items():
-                U = newton_schulz(next(grads).to(master.dtype))
-                length = learn.rate * share * norms[k] / (U.norm().item() + 1e-12)
-                master.mul_(1 - learn.decay * share).sub_(U, alpha=length)
-                excess = master.norm().item() / (learn.max_norm * norms[k])
-                if excess > 1:
-                    master.div_(excess)
+            update(learn, layer, {k: next(grads) for k in layer}, norms, n)
         self.version += 1
         self.tokens["learned"] += n
         return loss.item()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_ttt.config import TTTConfig
+from vllm_ttt.config import LearnConfig, TTTConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval.no_regret import NoRegret
 
@@ -92,6 +92,26 @@ def projection(width: int, rank: int, seed: int) -> Tensor:
     return torch.linalg.qr(gaussian)[0].T.contiguous()
 
 
+def chunks(learn: LearnConfig, start: int, pairs: int) -> tuple[list[slice], int]:
+    """The pairs from ``start`` on as chunks, and how many are left at the end, too few to be learned."""
+    found = [slice(first, min(first + learn.chunk, pairs)) for first in range(start, pairs, learn.chunk)]
+    if found and (rest := found[-1].stop - found[-1].start) < learn.min_chunk:
+        return found[:-1], rest
+    return found, 0
+
+
+def update(learn: LearnConfig, B: dict[str, Tensor], grads: dict[str, Tensor], norms: dict[str, float], rows: int) -> None:
+    """One step of the optimiser, in place, for the gradient of the mean loss of so many rows; ``norms`` are the weights'."""
+    share = rows / learn.chunk
+    for k, master in B.items():
+        U = newton_schulz(grads[k].to(master.dtype))
+        length = learn.rate * share * norms[k] / (U.norm().item() + 1e-12)
+        master.mul_(1 - learn.decay * share).sub_(U, alpha=length)
+        excess = master.norm().item() / (learn.max_norm * norms[k])
+        if excess > 1:
+            master.div_(excess)
+
+
 class Oracle:
     """One session.
 
@@ -162,24 +182,18 @@ class Oracle:
             self._measure(ids, start)
             self.scale.note(ids[start:])
         h, a = self.activations(ids)
-        targets, losses, learn = torch.tensor(ids[1:]), [], self.config.learn
-        for first in range(start, len(targets), learn.chunk):
-            rows = slice(first, min(first + learn.chunk, len(targets)))
-            n = rows.stop - rows.start
-            if n < learn.min_chunk:
-                self.tokens["short"] += n
-                continue
-            losses.append(self._step(h[rows], a[rows], targets[rows]))
-        return losses
+        targets = torch.tensor(ids[1:])
+        found, rest = chunks(self.config.learn, start, len(targets))
+        self.tokens["short"] += rest
+        return [self._step(h[rows], a[rows], targets[rows]) for rows in found]
 
     def _measure(self, ids: list[int], start: int) -> None:
-        chunk, pairs = self.config.learn.chunk, len(ids) - 1
-        starts = [s for s in range(start, pairs, chunk) if min(chunk, pairs - s) >= self.config.learn.min_chunk]
-        if starts:
-            end = min(starts[-1] + chunk, pairs)
-            rows = slice(starts[-1], end, 2)
+        found, _ = chunks(self.config.learn, start, len(ids) - 1)
+        if found:
+            last = found[-1]
+            rows = slice(last.start, last.stop, 2)
             losses = [self._nll(ids, rows, scale).mean().item() for scale in self.scale.measured]
-            self.scale.add(losses, end - starts[-1])
+            self.scale.add(losses, last.stop - last.start)
 
     @torch.no_grad()
     def _nll(self, ids: list[int], rows: slice, scale: float) -> Tensor:
@@ -198,14 +212,7 @@ class Oracle:
         if not all(g.isfinite().all() for g in grads.values()):
             self.tokens["nonfinite"] += n
             return loss.item()
-        share = n / learn.chunk
-        for k, master in self.B.items():
-            U = newton_schulz(grads[k].to(master.dtype))
-            length = learn.rate * share * self.norms[k] / (U.norm().item() + 1e-12)
-            master.mul_(1 - learn.decay * share).sub_(U, alpha=length)
-            excess = master.norm().item() / (learn.max_norm * self.norms[k])
-            if excess > 1:
-                master.div_(excess)
+        update(learn, self.B, grads, self.norms, n)
         self.version += 1
         self.tokens["learned"] += n
         return loss.item()
