@@ -61,12 +61,12 @@ def needs(
 
 
 def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int) -> int:
-    """What a step over several layers keeps from its forward for its backward, at most: `last` has graphs that hold theirs."""
+    """What a step over several layers keeps from its forward for its backward, or a measurement computes under its scales."""
     D, Q, F, tokens = geometry.hidden, geometry.attention, geometry.feed_forward, config.schedule.tokens_per_step
     row = 4 * (3 * D + 5 * F + 3 * Q + 3 * geometry.keys) + itemsize * (3 * geometry.rank + 3 * Q + 6 * geometry.keys)
     sessions = max(1, tokens // SMALLEST_SHARE)
     packed = sessions * max_model_len * 2 * (geometry.keys + Q) * itemsize  # SDPA shows each key to each of its queries' heads
-    return geometry.layers * (tokens * row + packed)
+    return max(geometry.layers, min(3, len(config.learn.scales))) * (tokens * row + packed)
 
 
 def _past_bytes(geometry: Geometry, itemsize: int) -> int:
