@@ -19,7 +19,8 @@ settings.load_profile("vllm-ttt")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> tuple[bool, int]:
         names = getattr(item, "fixturenames", ())
-        return item.get_closest_marker("unit") is None, 0 if "exact" in names else 1 if "deep" in names else 2
+        shared = [name in names for name in ("exact", "deep", "server")]  # each of them is started once, and then the others
+        return item.get_closest_marker("unit") is None, shared.index(True) if any(shared) else len(shared)
 
     items.sort(key=rank)  # stable: within a rank the order stays as it was
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.engine
 TOLERANCE = 0.001
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exported(stage: Stage, documents: Documents, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A session of the float32 server: its adapter's folder, the single file, and what it is served with."""
     served = stage.get("exact")
