@@ -142,7 +142,8 @@ def test_many_new_sessions(calm: Served, documents: Documents) -> None:
     unlearned = {name for name in names if listed[name]["tokens_skipped"]}
     assert len(unlearned) < STORM / 5, "their text was noise to the model"
     assert all(listed[name]["version"] == (name not in unlearned) for name in names)
-    assert sum(listed[name]["tier"] == "disk" for name in names) > STORM - 20
+    learned = [name for name in names if name not in unlearned]  # of the others there is nothing to put on disk
+    assert sum(listed[name]["tier"] == "disk" for name in learned) > len(learned) - 20
     print(f"{STORM} new sessions in {took:.1f} s, {len(beside.answers)} base answers beside")
 
 
