@@ -152,9 +152,7 @@ def against(one: Bench, other: Bench, turns: int) -> dict[str, Any]:
     for bench in (one, other):
         bench.warm_up()
     for turn in range(turns):
-        benches = (one, other) if turn % 2 == 0 else (other, one)
-        times = {id(bench): bench.block() for bench in benches}
-        pairs.append((times[id(one)], times[id(other)]))
+        pairs.append((one.block(), other.block()) if turn % 2 == 0 else (other.block(), one.block())[::-1])
         print(f"{turn + 1} of {turns}: {pairs[-1][0]:.2f} s, {pairs[-1][1]:.2f} s", file=sys.stderr)
     ratios = [a / b for a, b in pairs]
     return {"seconds": pairs, "ratio": median(ratios), "quartiles": quantiles(ratios, n=4)[::2]}

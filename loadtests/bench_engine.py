@@ -288,6 +288,8 @@ def main() -> None:
     parser.add_argument("--name", default="engine")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.cases and "stock" not in args.arms.split(",") and "idle" not in args.cases.split(","):
+        parser.error("--cases: without the arm stock, idle is what the others are compared with, and must be among them")
     random.seed(0)
     if args.arm:
         print("RESULT " + json.dumps(run_arm(args)), flush=True)

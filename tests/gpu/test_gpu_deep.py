@@ -73,19 +73,16 @@ class Worker:
 
     def step(self, which: dict[int, int], measure: bool) -> list[torch.Tensor]:
         """Of chunk ``which[key]`` of each session: losses and gradients, or losses under every scale."""
+        from test_deep_compute import whole
+
         from vllm_ttt.worker.past import Before
 
         chunks = [list(self.backlog.queues[key])[i] for key, i in which.items()]
-        S, C = len(chunks), max(chunk.rows for chunk in chunks)
-        flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.zeros(S, C)
-        for s, chunk in enumerate(chunks):
-            flat[s] = chunk.page * CHUNK
-            flat[s, : chunk.rows] += torch.arange(chunk.rows)
-            weight[s, : chunk.rows] = 1 / chunk.rows
+        flat, weight = whole(self.backlog, chunks)
         rows, before = torch.tensor([self.deltas.rows[key] for key in which]), Before(self.pool, chunks)
         if measure:
             return [self.compute.measure(flat, weight, rows, None, before).clone()]
-        self.compute.score(flat, weight, rows, torch.zeros(S, dtype=torch.bool), before)
+        self.compute.score(flat, weight, rows, torch.zeros(len(chunks), dtype=torch.bool), before)
         rows = rows.cuda()
         return [x[rows].clone() for x in (self.compute.loss_R, *self.deltas.grads.tensors())]
 

@@ -37,6 +37,15 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> DeepOracle:
     return DeepOracle(folder, CONFIG, dtype=torch.float32)
 
 
+def whole(backlog: Backlog, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and weights of a step that learns all of each chunk."""
+    flat = backlog.rows_of([(chunk, 0, chunk.rows) for chunk in chunks])
+    weight = torch.zeros(flat.shape)
+    for s, chunk in enumerate(chunks):
+        weight[s, : chunk.rows] = 1 / chunk.rows
+    return flat, weight
+
+
 class Engine:
     """What the worker has for two sessions, each with a request of 45 tokens that has been read."""
 
@@ -64,14 +73,9 @@ class Engine:
         return [list(self.backlog.queues[key])[i] for key, i in zip((7, 8), which, strict=False)]
 
     def score(self, chunks: list[Chunk]) -> list[torch.Tensor]:
-        S, C = len(chunks), max(chunk.rows for chunk in chunks)
-        flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.zeros(S, C)
-        for s, chunk in enumerate(chunks):
-            flat[s] = chunk.page * CHUNK
-            flat[s, : chunk.rows] += torch.arange(chunk.rows)
-            weight[s, : chunk.rows] = 1 / chunk.rows
+        flat, weight = whole(self.backlog, chunks)
         rows = torch.tensor([self.deltas.rows[chunk.session] for chunk in chunks])
-        self.compute.score(flat, weight, rows, torch.zeros(S, dtype=torch.bool), Before(self.pool, chunks))
+        self.compute.score(flat, weight, rows, torch.zeros(len(chunks), dtype=torch.bool), Before(self.pool, chunks))
         return [self.compute.loss_R[rows], *(x[rows] for x in self.deltas.grads.tensors())]
 
     def graph(self, function: Any, shape: tuple[int, int, int], copies: int = 1) -> Eager:

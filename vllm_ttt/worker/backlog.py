@@ -7,6 +7,7 @@ full, or whose prompt or answer has ended, joins its session's queue, in the ord
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -185,6 +186,19 @@ class Backlog:
 
     def forget(self, request: str) -> None:
         del self.closing[request]
+
+    def rows_of(self, parts: Sequence[tuple[Chunk, int, int]], stride: int = 1) -> Tensor:
+        """[S, C] int64: numbers of rows in the flattened pages.
+
+        Args:
+            parts: (chunk, first, count): so many rows of a chunk from that one on, every ``stride``th. One that has fewer than
+                the longest is filled up with its own first row: what is not finite in one session never meets another.
+        """
+        flat = torch.zeros(len(parts), max(count for _, _, count in parts), dtype=torch.int64)
+        for s, (chunk, first, count) in enumerate(parts):
+            flat[s] = chunk.page * self.chunk + first
+            flat[s, :count] += torch.arange(count) * stride
+        return flat
 
     @property
     def pending(self) -> int:

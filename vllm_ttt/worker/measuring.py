@@ -162,13 +162,10 @@ class Measuring:
         self.pinned.clear()
 
     def _step(self, batch: list[tuple[Measurement, int]]) -> None:
-        S, C = len(batch), max(count for _, count in batch)
-        flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.zeros(S, C)
         stride = STRIDE if self.pool is None else 1
+        flat = self.backlog.rows_of([(m.chunk, m.done * stride, count) for m, count in batch], stride)
+        weight = torch.zeros(flat.shape)
         for s, (m, count) in enumerate(batch):
-            start = m.chunk.page * self.backlog.chunk + m.done * stride
-            flat[s] = start
-            flat[s, :count] += torch.arange(count) * stride
             weight[s, : count : STRIDE // stride] = 1.0 / m.rows
         keys = [m.chunk.session for m, _ in batch]
         served = self.deltas.session(keys[0]).serving

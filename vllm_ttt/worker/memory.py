@@ -6,6 +6,7 @@ from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.worker.micro_step import LOSS_ROWS
+from vllm_ttt.worker.scale import measured
 
 #: A tile counts as at least so many tokens: reading a session's B and one step of its optimiser cost as much.
 SMALLEST_SHARE = 128
@@ -66,7 +67,7 @@ def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_l
     row = 4 * (3 * D + 5 * F + 3 * Q + 3 * geometry.keys) + itemsize * (3 * geometry.rank + 3 * Q + 6 * geometry.keys)
     sessions = max(1, tokens // SMALLEST_SHARE)
     packed = sessions * max_model_len * 2 * (geometry.keys + Q) * itemsize  # SDPA shows each key to each of its queries' heads
-    return max(geometry.layers, min(3, len(config.learn.scales))) * (tokens * row + packed)
+    return max(geometry.layers, len(measured(config.learn.scales))) * (tokens * row + packed)
 
 
 def _past_bytes(geometry: Geometry, itemsize: int) -> int:

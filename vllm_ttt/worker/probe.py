@@ -31,19 +31,19 @@ class Probe:
         #: rows that are a request's
         self.taken = 0
         #: requests that are being read: the pair of each that comes next, and their rows, which are consecutive
-        self.reading: dict[str, tuple[RequestPlan, int, range]] = {}
+        self.reading: dict[str, tuple[int, range]] = {}
         #: the rows that have been read, those that are tried together
         self.pieces: list[range] = []
 
     def start(self, request: str, plan: RequestPlan) -> None:
         count = min(plan.prompt - 1, len(self.t_P) - self.taken)
-        self.reading[request] = plan, 0, range(self.taken, self.taken + count)
+        self.reading[request] = 0, range(self.taken, self.taken + count)
         self.taken += count
 
     def take(self, view: list[Rows], h_ND: Tensor, a_NQ: Tensor) -> None:
         """Keep the rows of the probe's requests, each once."""
         for rows in view:
-            plan, expected, place = self.reading[rows.request]
+            expected, place = self.reading[rows.request]
             skip = expected - rows.position  # what a preempted request computes again
             count = min(len(rows.next_tokens) - skip, len(place) - expected)
             if count > 0 and skip >= 0:
@@ -51,13 +51,13 @@ class Probe:
                 source, target = slice(rows.first + skip, rows.first + skip + count), slice(first, first + count)
                 self.h_PD[target], self.a_PQ[target] = h_ND[source], a_NQ[source]
                 self.t_P[target] = rows.next_tokens[skip : skip + count]
-                self.reading[rows.request] = plan, expected + count, place
+                self.reading[rows.request] = expected + count, place
 
     def finish(self, request: str) -> None:
         """The request has ended. One that was not read to its end leaves its rows empty, and they are not tried."""
-        if (found := self.reading.pop(request, None)) is None or not found[1] == len(found[2]) > 0:
+        read, piece = self.reading.pop(request, (0, range(0)))
+        if not read == len(piece) > 0:
             return
-        piece = found[2]
         if self.pool is None and self.pieces and self.pieces[-1].stop == piece.start:
             piece = range(self.pieces.pop().start, piece.stop)
         self.pieces.append(piece)

@@ -265,7 +265,10 @@ class Trainer:
         return tiles
 
     def _step(self, tiles: list[Tile]) -> None:
-        flat, weight = self._rows(tiles)
+        flat = self.backlog.rows_of([(tile.chunk, tile.chunk.done, tile.rows) for tile in tiles])
+        weight = torch.zeros(flat.shape)
+        for s, tile in enumerate(tiles):  # at weight 0: what fills up a tile that is shorter than the longest
+            weight[s, : tile.rows] = 1.0 / tile.chunk.rows
         rows = torch.tensor([tile.row for tile in tiles])
         keep = torch.tensor([tile.chunk.done > 0 for tile in tiles])
         before = None if self.pool is None else Before(self.pool, [tile.chunk for tile in tiles])
@@ -275,18 +278,6 @@ class Trainer:
         complete = [tile for tile in tiles if tile.chunk.done == tile.chunk.rows]
         if complete:
             self._commit(complete)
-
-    def _rows(self, tiles: list[Tile]) -> tuple[Tensor, Tensor]:
-        """Row numbers in the pages and weights, [S, C]. A tile shorter than the longest is filled up with rows of its own, at
-        weight 0: what is not finite in one session never meets another."""
-        S, C = len(tiles), max(tile.rows for tile in tiles)
-        flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.zeros(S, C)
-        for s, tile in enumerate(tiles):
-            start = tile.chunk.page * self.backlog.chunk + tile.chunk.done
-            flat[s] = start
-            flat[s, : tile.rows] += torch.arange(tile.rows)
-            weight[s, : tile.rows] = 1.0 / tile.chunk.rows
-        return flat, weight
 
     def _commit(self, tiles: list[Tile]) -> None:
         reading = self.backlog.reading_sessions()
