@@ -30,7 +30,7 @@ from vllm_ttt.worker import delta_file
 
 pytestmark = pytest.mark.engine
 
-KILLS = int(os.environ.get("TTT_KILLS", "1"))
+KILLS = int(os.environ.get("TTT_KILLS", "2"))
 KEYS = {"a": "key-of-tenant-a-12345", "b": "key-of-tenant-b-12345", "admin": "key-of-the-admin-12345"}
 NAMES = [f"s{i}" for i in range(10)]
 #: Two slots and room for two more: ten sessions are always on the move.
