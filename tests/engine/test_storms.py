@@ -86,25 +86,27 @@ def calm(stormy: Served, documents: Documents) -> Iterator[Served]:
 
 
 class Beside:
-    """Base requests, one after the other, for as long as the context lasts; each must be answered."""
+    """Base requests, one after the other, from before the context until its end; each must be answered."""
 
     def __init__(self, served: Served, prompt: list[int]):
         self.served, self.prompt, self.answers, self.ended = served, prompt, [], threading.Event()
+        self.answered = threading.Event()
 
     def __enter__(self) -> Beside:
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
+        assert self.answered.wait(60), "no base answer before anything has happened"
         return self
 
     def _run(self) -> None:
         with httpx.Client(base_url=self.served.url, timeout=60, trust_env=False) as http:
             while not self.ended.is_set():
                 self.answers.append(http.post("/v1/completions", json=completion(self.prompt, max_tokens=4)).status_code)
+                self.answered.set()
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
-        assert self.answers
         assert set(self.answers) == {200}
 
 
