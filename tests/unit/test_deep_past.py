@@ -142,7 +142,7 @@ def test_pool_and_batch_are_counted_as_needed() -> None:
     assert memory.past_pages(geometry, config, 2, 4096) == 1000 // 256
     assert memory.past_pages(geometry, config, 2, 300) == 1000 // 256
     assert memory.past_pages(geometry, config, 2, 200) == 2, "no more than all resident sessions can fill"
-    needs = memory.needs(geometry, config, 40, 2, 96, 4096)
+    needs = memory.needs(geometry, config, 40, 2, 96, 4096, 2)
     assert [v for k, v in needs.items() if k.startswith("keys and values")] == [3 * 256 * token, 40 * token]
     masters = next(v for k, v in needs.items() if k.startswith("masters"))
     assert masters == 2 * 3 * 4 * 4 * 8 * (2 * 32 + 2 * 64)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,8 +21,9 @@ from vllm_ttt.eval.deep_oracle import DeepOracle
 from vllm_ttt.eval.tiny import tiny_model
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.worker import peft
+from vllm_ttt.worker import tail as tail_module
 from vllm_ttt.worker.micro_step import Delta, accumulate
-from vllm_ttt.worker.tail import TailModules, build_tail, check_attention, find_modules
+from vllm_ttt.worker.tail import TailModules, build_tail, check_attention, find_modules, step_dtype
 
 pytestmark = pytest.mark.unit
 
@@ -44,13 +45,13 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     destroy_distributed_environment()
 
 
-def loaded(folder: Path) -> nn.Module:
+def loaded(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> nn.Module:
     """As a CPU worker loads it, with its weights packed."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
-    args = EngineArgs(model=str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=1024)
+    args = EngineArgs(model=str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype=dtype, max_model_len=1024)
     config = args.create_engine_config()
     with set_current_vllm_config(config):
         return get_model(vllm_config=config)
@@ -82,6 +83,44 @@ def test_the_tail_of_vllms_model_has_the_models_gradient(distributed: None, tmp_
     if architecture == "mistral":
         with pytest.raises(ConfigError, match=r"layers\.2\.self_attn has a sliding window"):
             build_tail(model, as_with_lora(find_modules(model, 2)), RANK, 0, 1025)
+
+
+def test_a_step_in_float32_of_a_model_in_bfloat16(distributed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU has no 16-bit products: the weights are the model's own, and what was captured counts as it is."""
+    folder = tiny_model("qwen3", tmp_path, num_hidden_layers=3, max_position_embeddings=1024)
+    model, tails = loaded(folder, "bfloat16"), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(tail_module, "step_dtype", lambda *_, dtype=dtype: dtype)
+        tails[dtype] = build_tail(model, as_with_lora(find_modules(model, 2)), RANK, 0, 1024)
+    narrow, wide = tails.values()
+    for one, other in ((narrow, wide), (narrow.lower[0], wide.lower[0]), (narrow.attentions[0], wide.attentions[0])):
+        weights = {k: v for k, v in vars(one).items() if isinstance(v, torch.Tensor) and v.dtype == torch.bfloat16}
+        weights.pop("logits", None)  # a workspace
+        weights.pop("cos_sin_PI", None)  # read as float32 by either
+        assert weights
+        for name, weight in weights.items():
+            assert torch.equal(getattr(other, name), weight.float()), name
+            assert getattr(other, name).dtype == torch.float32, name
+
+    batch = batch_of(DeepOracle(folder, CONFIG, dtype=torch.float32, compute_dtype=torch.float32), torch.bfloat16)
+    h, a, t, w = batch.rows()
+    widened = replace(batch.past, keys=[x.float() for x in batch.past.keys], values=[x.float() for x in batch.past.values])
+    delta, results = random_deltas(wide, 0.05), []
+    for rows, past in (((h, a), batch.past), ((h.float(), a.float()), widened)):
+        grad = Delta.zeros(wide, len(ROWS))
+        results.append((accumulate(wide, delta, *rows, t, w, grad, past), *grad.tensors()))
+    for one, other in zip(*results, strict=True):
+        assert one.any()
+        assert torch.equal(one, other)
+
+
+def test_the_dtype_of_the_step() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert step_dtype(torch.float32, cpu) == torch.float32
+    assert step_dtype(torch.bfloat16, cuda) == torch.bfloat16
+    on_x86 = {"AVX2": torch.float32, "AVX512": torch.bfloat16}
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert step_dtype(torch.bfloat16, cpu) == on_x86.get(capability, step_dtype(torch.bfloat16, cpu))
 
 
 class Attention:

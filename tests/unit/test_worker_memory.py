@@ -34,7 +34,7 @@ def test_needs_are_the_bytes_of_the_buffers() -> None:
     probe = Probe(config.guard.probe_tokens, h, a)
     buffers += [probe.h_PD, probe.a_PQ, probe.t_P]
     buffers += [tail.ao_RQ, tail.ai_RD, tail.ad_RF, tail.logits]
-    needs = memory.needs(geometry, config, N, 2, V, 512)
+    needs = memory.needs(geometry, config, N, 2, V, 512, 2)
     assert sum(needs.values()) == sum(x.nbytes for x in buffers)
 
     memory.check(needs, sum(needs.values()))

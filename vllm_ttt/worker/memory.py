@@ -28,13 +28,20 @@ def past_pages(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_l
 
 
 def needs(
-    geometry: Geometry, config: TTTConfig, max_tokens: int, itemsize: int, vocab: int, max_model_len: int
+    geometry: Geometry,
+    config: TTTConfig,
+    max_tokens: int,
+    itemsize: int,
+    vocab: int,
+    max_model_len: int,
+    step_itemsize: int,
 ) -> dict[str, int]:
     """Bytes that live as long as the worker, by what they are for; the layers' LoRA slots are vLLM's own and not among them.
 
     Args:
         geometry: of a delta.
         max_tokens: rows of the capture buffers. itemsize: bytes of a number in the model's dtype.
+        step_itemsize: in that of the step's matrix products; where they differ, the step has weights of its own.
     """
     D, Q, F, rows = geometry.hidden, geometry.attention, geometry.feed_forward, config.sessions.resident
     tokens = pages(config) * config.learn.chunk
@@ -47,22 +54,28 @@ def needs(
         ),
         f"the guard's text, {tried:,} tokens (guard.probe_tokens)": tried * ((D + Q) * itemsize + 8),
         f"activations of a batch of {max_tokens:,} tokens (--max-num-batched-tokens)": max_tokens * (D + Q) * itemsize,
-        "fixed projections and the workspace of the loss": itemsize * (geometry.rank * (D + Q + F) + LOSS_ROWS * vocab),
+        "fixed projections and the workspace of the loss": step_itemsize * (geometry.rank * (D + Q + F) + LOSS_ROWS * vocab),
     }
+    if step_itemsize != itemsize:
+        weights = geometry.layers * D * (Q + 3 * F) + (geometry.layers - 1) * D * (Q + 2 * geometry.keys) + vocab * D
+        parts["float32 copies of the adapted layers and lm_head (this CPU has no 16-bit products)"] = step_itemsize * weights
     if geometry.layers > 1:
         pool = past_pages(geometry, config, itemsize, max_model_len) * config.learn.chunk
         parts |= {
             f"keys and values of {pool:,} tokens (adapt.kv_pool_gib)": pool * past,
             f"keys and values of a batch of {max_tokens:,} tokens (--max-num-batched-tokens)": max_tokens * past,
             "a step over several layers (adapt.layers, schedule.tokens_per_step, --max-model-len)": (
-                step_bytes(geometry, config, itemsize, max_model_len)
+                step_bytes(geometry, config, step_itemsize, max_model_len)
             ),
         }
     return parts
 
 
 def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int) -> int:
-    """What a step over several layers keeps from its forward for its backward, or a measurement computes under its scales."""
+    """What a step over several layers keeps from its forward for its backward, or a measurement computes under its scales.
+
+    ``itemsize``: bytes of a number in the step's matrix products.
+    """
     D, Q, F, tokens = geometry.hidden, geometry.attention, geometry.feed_forward, config.schedule.tokens_per_step
     row = 4 * (3 * D + 5 * F + 3 * Q + 3 * geometry.keys) + itemsize * (3 * geometry.rank + 3 * Q + 6 * geometry.keys)
     sessions = max(1, tokens // SMALLEST_SHARE)

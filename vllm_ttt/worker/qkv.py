@@ -106,7 +106,8 @@ def forward(w: QKV, kernel: Attention, past: Past, layer: int, r_TD: Tensor, gra
     (q, q_saved), (k, k_saved) = _normed(q, w.q_norm), _normed(k, w.k_norm)
     cos, sin = w.cos_sin_PI.index_select(0, past.positions_T).float().unsqueeze(1).chunk(2, -1)
     own = tuple(x.to(dt) for x in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
-    attended = kernel.forward(own, past.served(layer), past.layout, w.scale, grad)  # type: ignore[arg-type]
+    keys, values = past.served(layer)
+    attended = kernel.forward(own, (keys.to(dt), values.to(dt)), past.layout, w.scale, grad)  # type: ignore[arg-type]
     out = attended.out_THE.detach().flatten(1)
     return out, Rotated(r_TD, i_T1, cos, sin, attended, [q_saved, k_saved])
 

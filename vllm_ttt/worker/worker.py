@@ -29,7 +29,7 @@ from vllm_ttt.worker.probe import Probe
 from vllm_ttt.worker.signals import leave_with_the_engine
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.step_view import Rows
-from vllm_ttt.worker.tail import TailModules, build_tail, find_modules
+from vllm_ttt.worker.tail import TailModules, build_tail, find_modules, step_dtype
 from vllm_ttt.worker.trainer import Trainer
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
@@ -38,6 +38,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below it
 class TTTWorkerMixin:
     """Goes before a vLLM worker class. ``load_model`` builds everything; nothing is allocated for good afterwards."""
 
+    device: Any
     model_runner: Any
     vllm_config: Any
     trainer: Trainer
@@ -72,10 +73,11 @@ class TTTWorkerMixin:
         model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
         geometry = Geometry.of(model.hf_text_config, config.adapt)
         modules = find_modules(runner.get_model(), geometry.layers)
-        left, sizes = self.ttt_memory_left(), (model.dtype.itemsize, model.get_vocab_size(), model.max_model_len)
+        left, products = self.ttt_memory_left(), step_dtype(model.dtype, self.device)
+        sizes = (model.dtype.itemsize, model.get_vocab_size(), model.max_model_len, products.itemsize)
         memory.check(memory.needs(geometry, config, max_tokens, *sizes), left)
         tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed, model.max_model_len)
-        dtype, device = tail.head_VD.dtype, tail.head_VD.device
+        dtype, device = model.dtype, tail.head_VD.device
         self.idle = self.ttt_idle_flag(modules)
         self.capture = Capture(modules, max_tokens, dtype, device, self.idle)
         pages = memory.pages(config)
@@ -104,7 +106,7 @@ class TTTWorkerMixin:
         self.ttt_warm_up(config)
         if self.pool is not None and device.type == "cuda":
             torch.cuda.empty_cache()  # at start only
-            size = memory.step_bytes(geometry, config, model.dtype.itemsize, model.max_model_len)
+            size = memory.step_bytes(geometry, config, products.itemsize, model.max_model_len)
             self.reserve = torch.empty(size, dtype=torch.uint8, device=device)
         logger.info(
             "vllm-ttt: adapting %s; rank %d, %d resident sessions of %.1f MB, backlog of %d tokens, %.2f GiB in all; "
