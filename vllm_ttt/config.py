@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "last": {"adapt": {"layers": 1, "rank": 128}, "learn": {"rate": 0.032, "decay": 0.015}},
     "deep": {
         "adapt": {"layers": None, "rank": 128},
-        "learn": {"rate": 0.016, "decay": 0.015, "familiar": 0},
+        "learn": {"rate": 0.016, "decay": 0.015},
     },
 }
 
@@ -199,11 +199,6 @@ class TTTConfig(_Model):
     def _deep(self) -> TTTConfig:
         if self.adapt.preset != "deep":
             return self
-        if self.learn.familiar:
-            raise ValueError(
-                "learn.familiar must be 0 with the preset deep: a scale that changes from prompt to prompt would leave the "
-                "prefix cache nothing to be read"
-            )
         if self.schedule.tokens_per_step < self.learn.chunk:
             raise ValueError(
                 f"schedule.tokens_per_step {self.schedule.tokens_per_step} is less than learn.chunk {self.learn.chunk}, "

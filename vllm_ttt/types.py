@@ -181,8 +181,8 @@ class ChunkReport:
     scale: float | None = None
     #: learned: the largest norm of the delta, by module, relative to its weight's
     norm: float | None = None
-    #: the scale of the delta that is served next
-    wanted: float = 1.0
+    #: the scale of the delta that the session's losses speak for from now on
+    chosen: float = 1.0
 
 
 @dataclass(slots=True)

@@ -56,7 +56,6 @@ def test_nothing_given_is_all_defaults() -> None:
         ({"adapt": {"layers": 2}}, "adapt.layers"),
         ({"adapt": {"modules": ["o_proj"]}}, "adapt.modules: modules must be o_proj, gate_up_proj and down_proj"),
         ({"adapt": {"preset": "first"}}, "preset 'first' is not available; allowed: last"),
-        ({"adapt": {"preset": "deep"}, "learn": {"familiar": 0.5}}, "familiar must be 0 with the preset deep"),
         ({"schedule": {"max_slowdown": 0.9}}, "schedule.max_slowdown"),
         ({"sessions": {"resident": 0}}, "sessions.resident"),
         ({"learn": []}, "learn"),

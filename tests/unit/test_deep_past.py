@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,9 +180,9 @@ def request_of(session: Session) -> Any:
     return request
 
 
-def entered(keys: BlockKeys, session: Session, exact: bool = True) -> str:
+def entered(keys: BlockKeys, session: Session, exact: bool = True, ceiling: float | None = math.inf) -> str:
     request = request_of(session)
-    keys.enter(request, session, exact)
+    keys.enter(request, session, exact, ceiling)
     path = request.lora_request.lora_path
     assert request.block_hashes == (["stale"] if path == "/ttt/70" else [path]), "hashed anew where the key changed"
     return path
@@ -233,14 +234,14 @@ def test_a_short_chunk_moves_less(session: Session) -> None:
 def test_another_scale_moves_what_is_served(session: Session) -> None:
     """By its difference times the norm of the delta, as far as that is known."""
     keys = deep(0.05, scales=[0, 1])
-    learn(keys, session, wanted=0.5, norm=0.02)
+    learn(keys, session, chosen=0.5, norm=0.02)
     first = entered(keys, session)
-    learn(keys, session, skipped="loss", wanted=0.55)
+    learn(keys, session, skipped="loss", chosen=0.55)
     assert entered(keys, session) == first, "0.05 of the largest norm there is, and half a step before"
-    learn(keys, session, skipped="loss", wanted=0.45)
+    learn(keys, session, skipped="loss", chosen=0.45)
     second = entered(keys, session)
     assert second != first
-    learn(keys, session, tokens=16, wanted=0.5, norm=0.3)
+    learn(keys, session, tokens=16, chosen=0.5, norm=0.3)
     assert entered(keys, session) == second
     session.back_to(session.version)
     assert entered(keys, session) != second, "the same version, under a scale that is not known here"
@@ -266,7 +267,7 @@ def test_while_the_delta_moves_keys_are_nobodys(session: Session) -> None:
     learn(keys, session)
     assert len({entered(keys, session, exact=False) for _ in range(3)} | {entered(keys, session)}) == 4
     request = request_of(session)
-    keys.enter(request, session, True)
+    keys.enter(request, session, True, math.inf)
     hashes = list(request.block_hashes)
     keys.leave(request, session)
     path = request.lora_request.lora_path
@@ -276,11 +277,24 @@ def test_while_the_delta_moves_keys_are_nobodys(session: Session) -> None:
     assert request.lora_request.lora_path == path
 
 
+def test_a_prompt_that_allows_less_than_its_session_chose_shares_nothing(session: Session) -> None:
+    keys = deep(10.0, scales=[0, 1, 2])
+    assert entered(keys, session, ceiling=0.0) == "/ttt/70", "zero under every scale"
+    learn(keys, session, chosen=0.5, norm=0.02)
+    own = entered(keys, session, ceiling=0.5)
+    assert entered(keys, session, ceiling=2.0) == own
+    others = {entered(keys, session, ceiling=ceiling) for ceiling in (0.49, 0.49, 0.0, None)}
+    assert len(others) == 4
+    assert own not in others
+    session.back_to(session.version)
+    assert entered(keys, session, ceiling=1.9) not in {own, entered(keys, session, ceiling=2.0)}, "the scale is not known"
+
+
 def test_last_needs_none_of_it(session: Session) -> None:
     keys = BlockKeys(parse_config(None, "last"))
     learn(keys, session)
     request = request_of(session)
-    keys.enter(request, session, False)
+    keys.enter(request, session, False, math.inf)
     keys.leave(request, session)
     assert request.lora_request.lora_path == "/ttt/70"
     assert (request.hashed, session.epoch.number) == (0, 0)

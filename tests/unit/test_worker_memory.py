@@ -40,3 +40,15 @@ def test_needs_are_the_bytes_of_the_buffers() -> None:
     memory.check(needs, sum(needs.values()))
     with pytest.raises(ConfigError, match=r"needs 0\.00 GiB of device memory"):
         memory.check(needs, sum(needs.values()) - 1)
+
+
+def test_weights_that_the_step_has_for_itself_are_counted() -> None:
+    """On a CPU without 16-bit products: float32 beside the model's bfloat16."""
+    config = parse_config({"adapt": {"rank": R}, "sessions": {"resident": 3}})
+    geometry = Geometry(layer=0, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)
+    own, shared = (memory.needs(geometry, config, N, 2, V, 512, itemsize) for itemsize in (4, 2))
+    copies = next(size for what, size in own.items() if what.startswith("float32 copies"))
+    assert copies == 4 * (D * Q + 3 * D * F + V * D)
+    workspace = "fixed projections and the workspace of the loss"
+    assert own[workspace] == 2 * shared[workspace]
+    assert sum(own.values()) == sum(shared.values()) + copies + shared[workspace]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Epoch:
-    """Of one session. ``moved`` bounds how far what is served, ``scale`` times the delta, is from where it was when the epoch
-    began, relative to its weights."""
+    """Of one session. ``moved`` bounds how far ``scale`` times the delta is from where it was when the epoch began, relative to
+    its weights. ``scale`` is the one that the session has chosen: a request whose prompt allows less shares no blocks."""
 
     number: int = 0
     #: the version that has been counted in
@@ -52,23 +52,29 @@ class BlockKeys:
         if chunk.version != session.version:
             # A step has the length rate, the decay shortens the delta, and so does the trust region: no path is longer.
             step = (learn.rate + learn.decay * learn.max_norm) * min(1.0, chunk.tokens / learn.chunk)
-            epoch.moved += chunk.wanted * step
+            epoch.moved += chunk.chosen * step
             epoch.version = chunk.version
         served = learn.scales[:: len(learn.scales) - 1 or 1] if epoch.scale is None else (epoch.scale,)
-        rescaled = max(abs(chunk.wanted - scale) for scale in served)
+        rescaled = max(abs(chunk.chosen - scale) for scale in served)
         epoch.moved += rescaled * (learn.max_norm if chunk.norm is None else chunk.norm)
         if epoch.moved > self.config.schedule.kv_epoch:
             epoch.begin(chunk.version)
-        epoch.scale = chunk.wanted
+        epoch.scale = chunk.chosen
 
-    def enter(self, request: Any, session: Session, exact: bool) -> None:
+    def scale(self, session: Session, ceiling: float | None) -> float | None:
+        """With what a request of the session is served whose prompt allows ``ceiling``; None: not known."""
+        return None if ceiling is None else min(ceiling, self._chosen(session))
+
+    def enter(self, request: Any, session: Session, exact: bool, ceiling: float | None) -> None:
         """The request is about to be given blocks: give it the keys that are right for what serves it.
 
         Args:
             exact: whether the version that will serve its prompt is known to be the session's, to the end of the prompt.
+            ceiling: the most that its prompt allows for the scale; None: not known.
         """
         if not self.on:
             return
+        exact = exact and (self._is_base(session) or self.scale(session, ceiling) == self._chosen(session))
         path = self._path(session) if exact else self._nobodys(session)
         if request.lora_request.lora_path != path:
             self._set(request, path)
@@ -77,14 +83,28 @@ class BlockKeys:
 
     def leave(self, request: Any, session: Session) -> None:
         """From the next block on, the version that serves the request is not known any more."""
-        if self.on and not request.lora_request.lora_path.endswith("p"):
+        if self.on and self.shared(request):
             self._set(request, self._nobodys(session))
+
+    @staticmethod
+    def shared(request: Any) -> bool:
+        """Whether other requests may read the blocks that it writes."""
+        return not request.lora_request.lora_path.endswith("p")
+
+    def _chosen(self, session: Session) -> float:
+        """The session's scale, or the largest that it may be."""
+        self._catch_up(session)
+        return self.config.learn.scales[-1] if session.epoch.scale is None else session.epoch.scale
 
     def _path(self, session: Session) -> str:
         self._catch_up(session)
         base = f"{ADAPTER_PATH}{session.adapter}"
-        # Version 0 is the base model, bit for bit, and shares its blocks.
-        return base if session.version == 0 and session.saved is None else f"{base}/{session.epoch.number}"
+        return base if self._is_base(session) else f"{base}/{session.epoch.number}"
+
+    @staticmethod
+    def _is_base(session: Session) -> bool:
+        """Version 0 is the base model, bit for bit and under every scale, and shares its blocks."""
+        return session.version == 0 and session.saved is None
 
     def _nobodys(self, session: Session) -> str:
         return f"{ADAPTER_PATH}{session.adapter}/{next(self.private)}p"

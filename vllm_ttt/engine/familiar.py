@@ -20,12 +20,13 @@ CHANCE = 0.05
 
 
 class Past:
-    """Pairs of neighbouring tokens of one session, the last PAST of them, as 32-bit hashes."""
+    """Pairs of neighbouring tokens of one session, the last PAST of them, as 32-bit hashes. ``changes`` counts the notes."""
 
-    __slots__ = ("pairs",)
+    __slots__ = ("changes", "pairs")
 
     def __init__(self) -> None:
         self.pairs = np.zeros(0, np.uint32)
+        self.changes = 0
 
     def to_text(self) -> str:
         """For the metadata of a file; `from_text` takes it back."""
@@ -40,6 +41,7 @@ class Past:
     def note(self, ids: Sequence[int]) -> None:
         """The session has sent these tokens for learning."""
         self.pairs = np.concatenate((self.pairs, _pairs(ids[-PAST - 1 :])))[-PAST:]
+        self.changes += 1
 
     def ceiling(self, ids: Sequence[int], start: int, familiar: float, largest: float) -> float:
         """The largest scale of the delta that the prompt ``ids`` should be served with.

@@ -133,7 +133,44 @@ class TTTScheduler(AsyncScheduler):
         pending = self.ttt_report.pending
         if attached.knobs.learn and pending and pending + attached.prompt > self.ttt_config.schedule.backlog_tokens:
             return False
-        return self._has_slot(session.adapter)
+        if not self._has_slot(session.adapter):
+            return False
+        if attached.started:
+            return True
+        self._judge(attached)
+        return not self.ttt_blocks.on or self._rescales_nobody(attached)
+
+    def _judge(self, attached: Attached) -> None:
+        """Before a request starts: what of its prompt is history, and how much of the delta the rest allows.
+
+        Asked in each step in which there is no room for the request.
+        """
+        session, tokens = attached.session, attached.request.prompt_token_ids or ()
+        learns, skips = attached.request.request_id in session.open, self.ttt_config.learn.history == "skip"
+        if learns and skips and attached.asked != session.history.changes:
+            attached.start, attached.asked = session.history.known(tokens), session.history.changes
+        if (sibling := first_of(attached.request.request_id)) is not None:
+            first = self.ttt_requests.get(sibling)
+            attached.ceiling = None if first is None else first.ceiling
+        elif attached.judged != (by := (session.past.changes, attached.start)):
+            attached.ceiling, attached.judged = self.ttt_trust.ceiling(session, tokens, attached.start), by
+
+    def _rescales_nobody(self, attached: Attached) -> bool:
+        """Whether the request may start as far as blocks are concerned: no other of its session writes some that say they were
+        computed under another scale than its own. From the next step on, none does."""
+        keys, session = self.ttt_blocks, attached.session
+        scale = keys.scale(session, attached.ceiling)
+        others = [
+            other.request
+            for request_id in session.requests
+            if (other := self.ttt_requests[request_id]) is not attached
+            and other.entered
+            and keys.shared(other.request)
+            and keys.scale(session, other.ceiling) != scale
+        ]
+        for request in others:
+            keys.leave(request, session)
+        return not others
 
     def _has_slot(self, adapter: int) -> bool:
         # vLLM counts the adapters of requests that this step schedules; one that runs but is not scheduled now keeps its slot.
@@ -155,13 +192,11 @@ class TTTScheduler(AsyncScheduler):
         learns = request.request_id in attached.session.open
         if self.ttt_blocks.on:
             alone = not attached.session.open or (learns and len(attached.session.open) == 1)
-            self.ttt_blocks.enter(request, attached.session, alone and not attached.started and not attached.knobs.interleave)
+            exact = alone and not attached.started and not attached.knobs.interleave
+            self.ttt_blocks.enter(request, attached.session, exact, attached.ceiling)
+            attached.entered = True
         if not learns:
             return super()._get_local_prefix_cache_hit(request)
-        history = attached.session.history
-        # Asked again in each step in which there is no room for the request.
-        if not attached.started and attached.asked != history.changes and self.ttt_config.learn.history == "skip":
-            attached.start, attached.asked = history.known(request.prompt_token_ids or ()), history.changes
         cache = self.kv_cache_manager
         # With `deep` the chunks attend to the keys and values of all that comes before: it is computed, to be captured.
         if self.ttt_blocks.on or not cache.prefix_cache_lookup_enabled(request):
@@ -224,11 +259,11 @@ class TTTScheduler(AsyncScheduler):
         opened = session.open.get(request.request_id)
         if opened is not None and not self.ttt_trust.allows(session, attached.prompt - 1 - start):
             opened = self._learn_not(attached, "limit")
-        ceiling = None if sibling else self.ttt_trust.ceiling(session, tokens, start, learns=opened is not None)
         if sibling and (first := self.ttt_requests.get(sibling)) is not None:
             attached.prompt_learned = first.prompt_learned
         if opened is not None:
             opened.learned = opened.done = start
+            self.ttt_trust.note(session, tokens, start)
             attached.repetitive = self.ttt_trust.repetitive(tokens, start)
             opened.prefixes = session.history.add(
                 tokens, [attached.prompt], start + accept(attached.prompt - 1 - start, self.ttt_config.learn)
@@ -239,7 +274,7 @@ class TTTScheduler(AsyncScheduler):
         knobs = attached.knobs
         return RequestPlan(
             session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave,
-            ceiling, repetitive=attached.repetitive,
+            attached.ceiling, repetitive=attached.repetitive,
         )  # fmt: skip
 
     def _learn_not(self, attached: Attached, reason: str) -> None:

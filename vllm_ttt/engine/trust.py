@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from vllm_ttt.config import TTTConfig
@@ -18,18 +19,15 @@ class Trust:
         """Whether so many more may be learned in this hour; they are taken off then."""
         return session.allowance.take(pairs, self.config.guard.hourly_tokens)
 
-    def ceiling(self, session: Session, ids: Sequence[int], start: int, learns: bool) -> float | None:
-        """The largest scale for a prompt, by what its pairs from ``start`` on are like; where it learns, they join the past.
-
-        None: the scale is switched off.
-        """
+    def ceiling(self, session: Session, ids: Sequence[int], start: int) -> float:
+        """The largest scale for a prompt, by what its pairs from ``start`` on are like; infinite where scaling is off."""
         learn = self.config.learn
-        if len(learn.scales) == 1:
-            return None
-        ceiling = session.past.ceiling(ids, start, learn.familiar, learn.scales[-1])
-        if learns:
+        return session.past.ceiling(ids, start, learn.familiar, learn.scales[-1]) if len(learn.scales) > 1 else math.inf
+
+    def note(self, session: Session, ids: Sequence[int], start: int) -> None:
+        """A prompt is to be learned: its pairs from ``start`` on join what others are compared with."""
+        if len(self.config.learn.scales) > 1:
             session.past.note(ids[start:])
-        return ceiling
 
     def repetitive(self, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
         """Ranges (first, end) of a prompt's pairs, from ``start`` on, that repeat themselves."""

@@ -168,9 +168,10 @@ class DeepOracle:
             self._seen = list(ids), (h.to(self.compute_dtype), a.to(self.compute_dtype))
         return self._seen[1]
 
-    def served(self, ids: list[int]) -> tuple[Tensor, list[KV]]:
-        """NLL [T - 1] of a request under the delta as it is now, as a slot holds it, and its keys and values."""
-        return self._nll(ids, slice(0, len(ids) - 1), self.scale.served(ids), self.nothing())
+    def served(self, ids: list[int], start: int = 0) -> tuple[Tensor, list[KV]]:
+        """NLL [T - 1] of a request under the delta as it is now, as a slot holds it, and its keys and values; the pairs before
+        ``start`` are history."""
+        return self._nll(ids, slice(0, len(ids) - 1), self.scale.served(ids, start), self.nothing())
 
     def nothing(self) -> list[KV]:
         """No past."""
@@ -187,12 +188,14 @@ class DeepOracle:
         """As `Oracle.learn`: what the delta is when this is called served the request; its past stays as it was then."""
         h, a = self.activations(ids)
         with torch.no_grad():
-            _, kv = self.served(ids)
+            _, kv = self.served(ids, start)
         targets = torch.tensor(ids[1:])
         found, rest = chunks(self.config.learn, start, len(targets))
         self.tokens["short"] += rest
-        if self.scale.on and found:
-            self._measure(ids, found[-1], kv)
+        if self.scale.on:
+            if found:
+                self._measure(ids, found[-1], kv)
+            self.scale.note(ids[start:])
         return [self.step(h[rows], a[rows], targets[rows], before(kv, rows.start)) for rows in found]
 
     def _measure(self, ids: list[int], rows: slice, kv: Sequence[KV]) -> None:

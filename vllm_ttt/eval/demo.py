@@ -43,7 +43,11 @@ def demo(model: Path | None, out: Path, port: int | None, keep: bool, quick: boo
     if quick:
         found = {domain: found[domain] for domain in ("kjv", "man_fr")}
     port, log, began = port or server.free_port(), out / "server.log", time.monotonic()
-    with server.serve([str(model), *SERVER, "--served-model-name", name], port, log, keep) as process:
+    flags = [*SERVER, "--served-model-name", name]
+    if _slow_in_16_bits():
+        console.print("this CPU has no fast products in 16 bits: the model is served in float32")
+        flags += ["--dtype", "float32"]
+    with server.serve([str(model), *flags], port, log, keep) as process:
         with console.status(f"starting vLLM (half a minute or more; log: {log})"):
             server.wait_healthy(process, port, log)
         console.print(f"serving {name} on http://127.0.0.1:{port} after {time.monotonic() - began:.0f} s")
@@ -58,6 +62,14 @@ def demo(model: Path | None, out: Path, port: int | None, keep: bool, quick: boo
         if keep:
             console.print(f"the server keeps running (stop it with: kill {process.pid})")
             console.print(f"the page says how to make a session learn: http://127.0.0.1:{port}/ttt", soft_wrap=True)
+
+
+def _slow_in_16_bits() -> bool:
+    import torch
+
+    from vllm_ttt.worker.tail import step_dtype
+
+    return not torch.cuda.is_available() and step_dtype(torch.bfloat16, torch.device("cpu")) == torch.float32
 
 
 async def _compare(

@@ -325,6 +325,6 @@ class Trainer:
                 served,
                 chunk.scale,
                 norm,
-                session.wanted,
+                session.chosen,
             )
         )

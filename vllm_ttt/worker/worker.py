@@ -74,6 +74,12 @@ class TTTWorkerMixin:
         geometry = Geometry.of(model.hf_text_config, config.adapt)
         modules = find_modules(runner.get_model(), geometry.layers)
         left, products = self.ttt_memory_left(), step_dtype(model.dtype, self.device)
+        if products != model.dtype:
+            logger.warning(
+                "vllm-ttt: this CPU has no fast products in %s. The step works in float32; --dtype float32 would make the "
+                "serving faster too",
+                model.dtype,
+            )
         sizes = (model.dtype.itemsize, model.get_vocab_size(), model.max_model_len, products.itemsize)
         memory.check(memory.needs(geometry, config, max_tokens, *sizes), left)
         tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed, model.max_model_len)
