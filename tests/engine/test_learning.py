@@ -132,10 +132,9 @@ OVER = pytest.mark.xfail(
     reason="logits are rounded to bfloat16 in the step: the delta is 2.0 % (o) and 2.2 % (d) off",
 )
 
-
-#: How much more than transformers vLLM's own forward may round. Where the CPU has no bfloat16 products it falls back on other
-#: kernels: 1.25 to 1.39 times on Zen 3.
-ROUNDING = 1.25 if HALF_PRODUCTS else 1.5
+#: The forward of the demo model rounds to bfloat16 about ten times in each of its six layers, by 2^-8 at most. Adding up at
+#: random that is 3 %. Which kernels vLLM takes, and so where below this it ends, depends on the CPU: 0.5 to 1.0 % were seen.
+ROUNDINGS = (6 * 10) ** 0.5 * 2**-8
 
 
 @pytest.mark.parametrize("domain", ["kjv", "man_fr", "legal_a", pytest.param("py_dns", marks=OVER)])
@@ -151,9 +150,9 @@ def test_bfloat16(server: Served, models: dict[torch.dtype, nn.Module], document
     server.rpc("test_watch", 0)
 
     reference, plain = Oracle(models[torch.bfloat16], TTTConfig()), Oracle(models[torch.float32], TTTConfig())
-    for mine, theirs, true in zip(served, reference.activations(prompt), plain.activations(prompt), strict=True):
-        rounding = relative_error(theirs[:-1], true[:-1])
-        assert relative_error(mine, true[:-1]) < ROUNDING * rounding, "vLLM's rounding is not much worse than transformers'"
+    for mine, true in zip(served, plain.activations(prompt), strict=True):
+        assert relative_error(mine, true[:-1]) < ROUNDINGS
+        assert relative_error(mine[1:], true[:-2]) > 10 * ROUNDINGS, "one row too early is told from rounding"
 
     targets = torch.tensor(prompt[1:])
     losses = [reference._step(*(x[i : i + 256] for x in (*served, targets))) for i in range(0, 1024, 256)]

@@ -102,6 +102,18 @@ def test_a_server_that_dies_is_told_at_once(tmp_path: Path):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("said", [None, "9"])
+def test_idle_connections_outlive_every_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None):
+    """httpx gives up its own after 5 s, as vLLM does by default: which then loses the request that is sent at that moment."""
+    if said:
+        monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", said)
+    with process_group(
+        [sys.executable, "-c", "import vllm.envs as e; print(e.VLLM_HTTP_TIMEOUT_KEEP_ALIVE)"], tmp_path / "log"
+    ) as p:
+        assert p.wait(60) == 0
+    assert (tmp_path / "log").read_text().split()[-1] == (said or "75")
+
+
 def test_serve_passes_everything_on():
     """Up to vLLM's own entry point, which is replaced; no option is ours, --help, -- and abbreviations included."""
     code = """

@@ -42,7 +42,8 @@ class Client:
         #: tokens that a request may hold, known after ``connect``
         self.max_model_len = 0
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=PARALLEL)
+        # vLLM closes an idle connection after 5 s: this side must be the first to think of it as over
+        limits = httpx.Limits(max_connections=PARALLEL, keepalive_expiry=2)
         self._http = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, transport=transport)
         self._turn = asyncio.Semaphore(PARALLEL)
 

@@ -20,6 +20,11 @@ from vllm_ttt.errors import TTTError
 #: Seconds that the group may take to end after SIGTERM, before SIGKILL.
 PATIENCE = 15.0
 
+#: What a server of ours is told, unless the environment says otherwise. Its model is found in its own folder only: nothing is
+#: fetched, nothing reported. Idle connections outlive those of every client: vLLM closes them after 5 s, just when httpx thinks
+#: of its own as usable for the last time, and a request that meets the end of its connection is lost.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75"}
+
 
 class StartError(TTTError):
     """The server ended before it was healthy, or did not become so in time."""
@@ -43,8 +48,6 @@ def process_group(command: list[str], log: Path, keep: bool = False) -> Iterator
 
     SIGTERM and SIGHUP to this process unwind the context as Ctrl-C does. With ``keep`` a normal exit leaves it running.
     """
-    # found in its own folder only: nothing is fetched, nothing reported
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     log.parent.mkdir(parents=True, exist_ok=True)
     with _signals_unwind(), log.open("wb") as output:
         process = subprocess.Popen(
@@ -52,7 +55,7 @@ def process_group(command: list[str], log: Path, keep: bool = False) -> Iterator
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env={**ENVIRONMENT, **os.environ},
             start_new_session=True,
         )
         kept = False
