@@ -99,7 +99,8 @@ def test_our_routes(alive: Served, documents: Documents) -> None:
     print(dict(statuses))
     assert statuses["200"] > EXAMPLES
     assert statuses["404"] > EXAMPLES
-    assert statuses["400"] > EXAMPLES
+    assert statuses["400"] + statuses["422"] > EXAMPLES
+    assert statuses["422"]
 
 
 def send(alive: Served, operation: Any, strategy: Any, statuses: Counter[str]) -> None:

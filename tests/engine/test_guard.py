@@ -104,13 +104,13 @@ def test_roll_back(server: Served, documents: Documents) -> None:
     ("body", "status", "said"),
     [
         ({"version": 5}, 409, "kept are: 0"),
-        ({"version": -1}, 400, "greater than or equal to 0"),
-        ({"version": "1"}, 400, "integer"),
-        ({"version": True}, 400, "integer"),
-        ({"version": 2**60}, 400, "less than 2147483648"),
-        ({}, 400, "required"),
-        ({"version": 0, "more": 1}, 400, "not permitted"),
-        ([], 400, "dict"),
+        ({"version": -1}, 422, "greater than or equal to 0"),
+        ({"version": "1"}, 422, "integer"),
+        ({"version": True}, 422, "integer"),
+        ({"version": 2**60}, 422, "less than 2147483648"),
+        ({}, 422, "required"),
+        ({"version": 0, "more": 1}, 422, "not permitted"),
+        ([], 422, "dict"),
     ],
 )
 def test_roll_back_to_what_is_not_there(server: Served, documents: Documents, body: Any, status: int, said: str) -> None:

@@ -290,8 +290,31 @@ def test_admin_errors(client: TestClient, serving: FakeServing, method: str, suf
     assert len(serving.asked) == asked
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "says"),
+    [
+        ("POST", "sessions/s/fork", {"json": {"to": 5}}, "body.to: Input should be a valid string"),
+        ("POST", "sessions/s/fork", {"json": {}}, "body.to: Field required"),
+        ("POST", "sessions/s/rollback", {"json": {"version": -1, "x" * 500: 1}}, "greater than or equal to 0"),
+        ("POST", "sessions/s/rollback", {"json": {"version": 0, **dict.fromkeys("abcdef")}}, "; and 3 more"),
+        ("POST", "sessions/s/rollback", {"content": "{", "headers": {"Content-Type": "application/json"}}, "JSON"),
+        ("GET", "sessions/s/adapter", {"params": {"format": "pickle"}}, "query.format: Input should be 'safetensors' or 'tar'"),
+        ("GET", "sessions", {"params": {"all": "some"}}, "query.all: Input should be a valid boolean"),
+    ],
+)
+def test_what_the_schema_forbids(
+    client: TestClient, serving: FakeServing, method: str, path: str, sent: dict[str, Any], says: str
+) -> None:
+    asked = len(serving.asked)
+    answer = client.request(method, f"/v1/ttt/{path}", **sent)
+    refused(answer, says, status=422)
+    assert len(answer.content) < 1000
+    assert len(serving.asked) == asked
+
+
 def test_the_routes_are_documented(client: TestClient) -> None:
-    paths = client.get("/openapi.json").json()["paths"]
+    schema = client.get("/openapi.json").json()
+    paths = schema["paths"]
     assert {path: sorted(methods) for path, methods in paths.items() if "ttt" in path} == {
         "/v1/ttt/config": ["get"],
         "/v1/ttt/sessions": ["get"],
@@ -304,6 +327,15 @@ def test_the_routes_are_documented(client: TestClient) -> None:
         "/v1/ttt/sessions/{session_id}/save": ["post"],
         "/v1/ttt/sessions/{session_id}/unfreeze": ["post"],
     }
+    told = {
+        answer["content"]["application/json"]["schema"]["$ref"]
+        for path, methods in paths.items()
+        if path.startswith("/v1/ttt/")
+        for method in methods.values()
+        for status, answer in method["responses"].items()
+        if status >= "400"
+    }
+    assert {ref.split("__")[-1].split("/")[-1] for ref in told} == {"ErrorResponse"}, "every refusal has OpenAI's shape"
 
 
 def test_without_the_patches_nothing_is_attached(monkeypatch: pytest.MonkeyPatch) -> None:

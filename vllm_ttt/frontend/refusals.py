@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -25,3 +26,9 @@ def to_openai(error: RequestError) -> dict[str, Any]:
     """The JSON body of an answer that vLLM's handlers do not make."""
     kind = _TYPES.get(error.status) or HTTPStatus(error.status).phrase
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.status}}
+
+
+def of_schema(errors: Sequence[Any]) -> str:
+    """One line for pydantic's ``errors``: where, and what is allowed there; of many, the first three."""
+    told = [f"{'.'.join(str(part)[:100] for part in error['loc'])}: {error['msg'][:200]}" for error in errors[:3]]
+    return "; ".join(told) + (f"; and {len(errors) - 3} more" if len(errors) > 3 else "")

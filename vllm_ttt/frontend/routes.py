@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -22,6 +23,7 @@ _CONFLICT: dict[int | str, dict[str, Any]] = {
     409: {"model": models.ErrorResponse, "description": "The session has open requests"}
 }
 
+_INVALID: dict[int | str, dict[str, Any]] = {422: {"model": models.ErrorResponse, "description": "Not what the schema allows"}}
 _FULL: dict[int | str, dict[str, Any]] = {
     507: {"model": models.ErrorResponse, "description": "It could not be written; the session goes on from memory"}
 }
@@ -38,7 +40,11 @@ SessionId = Annotated[
 
 
 class _Route(APIRoute):
-    """Of a body that cannot be read at all, Starlette's exception says so; vLLM puts FastAPI's alone into OpenAI's shape."""
+    """Errors in OpenAI's shape, as vLLM's handlers make them.
+
+    They make a 400 of what the schema forbids, where FastAPI and its documents say 422. Of a body that cannot be read at all
+    Starlette's exception tells, and they take FastAPI's alone.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -46,13 +52,15 @@ class _Route(APIRoute):
         async def answer(request: Request) -> Response:
             try:
                 return await handle(request)
+            except RequestValidationError as error:
+                raise refusals.to_vllm(RequestError(refusals.of_schema(error.errors()), status=422)) from None
             except StarletteHTTPException as error:
                 raise HTTPException(error.status_code, error.detail, error.headers) from None
 
         return answer
 
 
-router = APIRouter(prefix="/v1/ttt", tags=["test-time training"], route_class=_Route)
+router = APIRouter(prefix="/v1/ttt", tags=["test-time training"], route_class=_Route, responses=_INVALID)
 
 
 @router.get("/sessions", response_model=models.Sessions)
