@@ -10,13 +10,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from served import SCORED, Documents, Served, logprobs
+from served import SCORED, Documents, Served, answers_beside, logprobs
 from torch import nn
 
 from vllm_ttt.config import TTTConfig, parse_config
@@ -119,7 +120,7 @@ def at_rest(served: Served) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def base_prompts(documents: Documents) -> list[list[int]]:
-    """Prompts of 200 tokens, which stock vLLM serves batch-invariantly."""
+    """Prompts of 200 tokens, which stock vLLM reads batch-invariantly (``steady``)."""
     return [ids[start : start + 200] for domain in documents.values() for ids in domain[:1] for start in (0, 300)]
 
 
@@ -128,13 +129,45 @@ def long_prompts(documents: Documents) -> list[list[int]]:
     return [documents["kjv"][0][:1025], documents["py_dns"][0][:700], documents["man_fr"][0][:260]]
 
 
+@dataclass(frozen=True)
+class Stock:
+    """What stock vLLM answers. ``alone``: log-probabilities by prompt. The first ``steady`` of a 200-token prompt are the same
+    whatever else is in the batch.
+    """
+
+    alone: dict[tuple[int, ...], list[float]]
+    steady: int
+
+
 @pytest.fixture(scope="session")
-def reference(base_prompts: list[list[int]], long_prompts: list[list[int]], stage: Stage) -> dict[tuple[int, ...], list[float]]:
-    """Log-probabilities of stock vLLM, each prompt alone."""
+def stock(base_prompts: list[list[int]], long_prompts: list[list[int]], documents: Documents, stage: Stage) -> Stock:
     stage.stop()
-    with running(stage.folder / "stock.log", "vllm.entrypoints.cli.main", [], {"VLLM_PLUGINS": ""}) as stock:
-        assert stock.http.get("/v1/ttt/config").status_code == 404
-        return {tuple(p): logprobs(stock.complete(p, **SCORED)) for p in [*base_prompts, *long_prompts]}
+    with running(stage.folder / "stock.log", "vllm.entrypoints.cli.main", [], {"VLLM_PLUGINS": ""}) as served:
+        assert served.http.get("/v1/ttt/config").status_code == 404
+        alone = {tuple(p): logprobs(served.complete(p, **SCORED)) for p in [*base_prompts, *long_prompts]}
+        talkers = {f"talker{i}": (None, texts[2]) for i, texts in enumerate(list(documents.values())[:5])}
+        steady = len(alone[tuple(base_prompts[0])])
+        for answer, prompt in zip(answers_beside(served, 2 * base_prompts, talkers), 2 * base_prompts, strict=True):
+            same = [mine == theirs for mine, theirs in zip(logprobs(answer), alone[tuple(prompt)], strict=True)]
+            steady = min(steady, [*same, False].index(False))
+    return Stock(alone, steady)
+
+
+@pytest.fixture(scope="session")
+def reference(stock: Stock) -> dict[tuple[int, ...], list[float]]:
+    """Log-probabilities of stock vLLM, each prompt alone."""
+    return stock.alone
+
+
+@pytest.fixture(scope="session")
+def steady(stock: Stock) -> int:
+    """How many log-probabilities of a 200-token prompt and its answer are stock vLLM's own in every batch.
+
+    The prompt's and that of the first token everywhere; the others, computed a few rows at a time, not on CPUs with AMX, where
+    vLLM's products of small matrices have one kernel for up to four rows and another for more.
+    """
+    assert stock.steady >= 200, "stock vLLM does not serve the prompts batch-invariantly"
+    return stock.steady
 
 
 @pytest.fixture(scope="session")

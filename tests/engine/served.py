@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,49 @@ class Served:
 
     def logged(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+#: tokens of one piece that a talker sends, and from one to the next; tokens of the answer
+PIECE, STRIDE, ANSWER = 40, 30, 96
+
+
+def answers_beside(served: Served, prompts: list[list[int]], talkers: Mapping[str, tuple[str | None, list[int]]]) -> list[Any]:
+    """Answers to ``prompts``, each SCORED and without a session, one after the other, while others talk all the time.
+
+    Requests are called ``base-I.`` by the number of their prompt, and ``LABEL-I`` by their talker.
+
+    Args:
+        talkers: by label: a session, or None, and the text of which it sends piece after piece.
+    """
+    talking: set[str] = set()
+
+    async def talk(http: httpx.AsyncClient, label: str, session: str | None, text: list[int], done: asyncio.Event) -> None:
+        for i in itertools.count():
+            if done.is_set():
+                return
+            start = STRIDE * i % (len(text) - PIECE)
+            body = completion(text[start : start + PIECE], session, max_tokens=ANSWER, ignore_eos=True)
+            answer = await http.post("/v1/completions", json=body, headers={"X-Request-Id": f"{label}-{i}"})
+            assert answer.status_code == 200, answer.text
+            talking.add(label)
+
+    async def run() -> list[Any]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=served.url, timeout=120, trust_env=False, limits=limits) as http:
+            done = asyncio.Event()
+            async with asyncio.TaskGroup() as group:
+                for label, (session, text) in talkers.items():
+                    group.create_task(talk(http, label, session, text, done))
+                while len(talking) < len(talkers):
+                    await asyncio.sleep(0.01)
+                answers = []
+                for i, prompt in enumerate(prompts):
+                    body, headers = completion(prompt, **SCORED), {"X-Request-Id": f"base-{i}."}
+                    answers.append((await http.post("/v1/completions", json=body, headers=headers)).json())
+                done.set()
+        return answers
+
+    return asyncio.run(run())
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

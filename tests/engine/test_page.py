@@ -17,7 +17,7 @@ import httpx
 import pytest
 from browser import chromium
 from conftest import FLAGS, Stage, running
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 from served import Documents, Served, completion
 
 pytestmark = pytest.mark.engine
@@ -161,6 +161,27 @@ def test_versions_and_charts_follow_as_it_happens(page: Page, watched: Served, d
         assert measured
         expect(card(page, "alice").locator("circle.frozen")).to_have_count(len(measured))
     assert page.locator("article").count() == 1, "another key's session is not shown"
+
+
+def test_a_pointer_that_leaves_before_the_chart_is_there(page: Page, watched: Served, documents: Documents) -> None:
+    """It has no points to be read yet; that it is no error is what the fixture of the page says."""
+    learn(watched, "slow", documents["man2"][0][:300])
+    held: list[Route] = []
+    holding = True
+    page.route("**/v1/ttt/sessions/slow", lambda route: held.append(route) if holding else route.continue_())
+    enter(page)
+    chart = card(page, "slow").locator("svg")
+    expect(chart).to_be_visible()
+    for event in ("pointermove", "pointerleave", "blur"):
+        chart.dispatch_event(event)
+    page.wait_for_timeout(100)
+    assert held, "the chart has not been asked for"
+    holding = False
+    for route in held:
+        route.continue_()
+    chart.dispatch_event("pointerleave")
+    expect(card(page, "slow").locator(".readout")).to_contain_text("version")
+    watched.http.delete("/v1/ttt/sessions/slow")
 
 
 def test_freeze_and_unfreeze_with_the_keyboard(page: Page, watched: Served, documents: Documents) -> None:

@@ -158,7 +158,7 @@ function build(name) {
   const title = element.querySelector(".name");
   title.textContent = title.title = name;
   element.setAttribute("aria-label", `Session ${name}`);
-  const card = { element, session: null, mark: "", at: -1 };
+  const card = { element, session: null, mark: "", points: [], at: -1 };
   for (const button of element.querySelectorAll("button")) {
     button.addEventListener("click", () => confirm(card, button.dataset.action));
   }
@@ -167,7 +167,7 @@ function build(name) {
   for (const end of ["pointerleave", "blur"]) svg.addEventListener(end, () => read(card, -1));
   svg.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!step || !card.points?.length) return;
+    if (!step || !card.points.length) return;
     event.preventDefault();
     const last = card.points.length - 1;
     $("said").textContent = read(card, card.at < 0 ? last : Math.min(last, Math.max(0, card.at + step)));
@@ -280,7 +280,7 @@ function plot(card) {
 
 function point(card, at) {
   const distance = (p) => Math.abs(p.x - at);
-  if (card.points?.length) read(card, card.points.reduce((best, p, i) => (distance(p) < distance(card.points[best]) ? i : best), 0));
+  if (card.points.length) read(card, card.points.reduce((best, p, i) => (distance(p) < distance(card.points[best]) ? i : best), 0));
 }
 
 /** Say what the chunk was, marked in the chart; -1: the latest, unmarked. */
