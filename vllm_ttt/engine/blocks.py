@@ -9,6 +9,7 @@ way that the engine core does not know of yet, gets a key that nobody asks for.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from vllm_ttt.types import ADAPTER_PATH, ChunkReport
 
 if TYPE_CHECKING:
     from vllm_ttt.engine.ledger import Session
+    from vllm_ttt.engine.requests import Attached
 
 
 @dataclass(slots=True)
@@ -64,6 +66,32 @@ class BlockKeys:
     def scale(self, session: Session, ceiling: float | None) -> float | None:
         """With what a request of the session is served whose prompt allows ``ceiling``; None: not known."""
         return None if ceiling is None else min(ceiling, self._chosen(session))
+
+    def may_start(self, attached: Attached, others: Iterable[Attached]) -> bool:
+        """Whether none of the ``others`` of its session writes blocks that say they were computed under another scale than the
+        request's. From the next step on, none does."""
+        if not self.on:
+            return True
+        session = attached.session
+        scale = self.scale(session, attached.ceiling)
+        rescaled = [
+            other.request
+            for other in others
+            if other.entered and self.shared(other.request) and self.scale(session, other.ceiling) != scale
+        ]
+        for request in rescaled:
+            self.leave(request, session)
+        return not rescaled
+
+    def moves(self, attached: Attached, others: Iterable[Attached]) -> None:
+        """A request that learns runs: the delta moves under the ``others`` of its session, and under itself once it is read."""
+        if not self.on:
+            return
+        for other in others:
+            if other.started:
+                self.leave(other.request, attached.session)
+        if attached.request.num_computed_tokens >= attached.prompt:
+            self.leave(attached.request, attached.session)
 
     def enter(self, request: Any, session: Session, exact: bool, ceiling: float | None) -> None:
         """The request is about to be given blocks: give it the keys that are right for what serves it.

@@ -55,6 +55,14 @@ class Attached:
             tokens = accept(self.prompt - 1 - self.start, learn) - sum(end - first for first, end in self.repetitive)
         return tokens + (accept(self.outputs, learn) if self.knobs.learn_output else 0)
 
+    def readable(self, chunk: int) -> int | None:
+        """Tokens of its interleaved prompt that may be read: to the end of the first chunk that is not learned. None: all."""
+        opened = self.session.open.get(self.request.request_id)
+        if opened is None:
+            return None
+        end = self.start + (max(opened.done - self.start, 0) // chunk + 1) * chunk
+        return end if end < self.prompt - 1 else None
+
     def remember_answer(self) -> None:
         """What was generated is learned, and history when the client sends it back within the next prompt."""
         opened = self.session.open.get(self.request.request_id)

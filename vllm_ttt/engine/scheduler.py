@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm.logger import init_logger
@@ -138,7 +138,7 @@ class TTTScheduler(AsyncScheduler):
         if attached.started:
             return True
         self._judge(attached)
-        return not self.ttt_blocks.on or self._rescales_nobody(attached)
+        return self.ttt_blocks.may_start(attached, self._beside(attached))
 
     def _judge(self, attached: Attached) -> None:
         """Before a request starts: what of its prompt is history, and how much of the delta the rest allows.
@@ -155,22 +155,10 @@ class TTTScheduler(AsyncScheduler):
         elif attached.judged != (by := (session.past.changes, attached.start)):
             attached.ceiling, attached.judged = self.ttt_trust.ceiling(session, tokens, attached.start), by
 
-    def _rescales_nobody(self, attached: Attached) -> bool:
-        """Whether the request may start as far as blocks are concerned: no other of its session writes some that say they were
-        computed under another scale than its own. From the next step on, none does."""
-        keys, session = self.ttt_blocks, attached.session
-        scale = keys.scale(session, attached.ceiling)
-        others = [
-            other.request
-            for request_id in session.requests
-            if (other := self.ttt_requests[request_id]) is not attached
-            and other.entered
-            and keys.shared(other.request)
-            and keys.scale(session, other.ceiling) != scale
-        ]
-        for request in others:
-            keys.leave(request, session)
-        return not others
+    def _beside(self, attached: Attached) -> Iterator[Attached]:
+        """The other requests of its session."""
+        requests = attached.session.requests
+        return (self.ttt_requests[request_id] for request_id in requests if request_id != attached.request.request_id)
 
     def _has_slot(self, adapter: int) -> bool:
         # vLLM counts the adapters of requests that this step schedules; one that runs but is not scheduled now keeps its slot.
@@ -208,18 +196,9 @@ class TTTScheduler(AsyncScheduler):
         """Called for every request that could be scheduled: where vLLM, too, makes a part of a prompt shorter."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if self.ttt_interleaved and (attached := self.ttt_interleaved.get(request.request_id)) is not None:
-            readable = self._readable(attached)
+            readable = attached.readable(self.ttt_config.learn.chunk)
             return tokens if readable is None else max(0, min(tokens, readable - num_computed_tokens))
         return tokens
-
-    def _readable(self, attached: Attached) -> int | None:
-        """Tokens of an interleaved prompt that may be read: to the end of the first chunk that is not learned. None: all."""
-        opened = attached.session.open.get(attached.request.request_id)
-        if opened is None:
-            return None
-        chunk = self.ttt_config.learn.chunk
-        end = attached.start + (max(opened.done - attached.start, 0) // chunk + 1) * chunk
-        return end if end < attached.prompt - 1 else None
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.ttt_slot_awaited = False
@@ -239,19 +218,10 @@ class TTTScheduler(AsyncScheduler):
                     if attached.held is not None:
                         self.ttt_meters.observe("held_seconds", time.monotonic() - attached.held)
                     plan.started[request_id] = self._plan(attached)
-                if self.ttt_blocks.on and attached.knobs.learn:
-                    self._moves(attached)
+                if attached.knobs.learn:
+                    self.ttt_blocks.moves(attached, self._beside(attached))
         output.ttt = plan  # type: ignore[attr-defined]  # a plain dataclass: extra attributes travel with it
         return output
-
-    def _moves(self, attached: Attached) -> None:
-        """A request that learns runs: the delta moves under the session's others, and under itself once it has been read."""
-        session = attached.session
-        for request_id in session.requests:
-            if request_id != attached.request.request_id and self.ttt_requests[request_id].started:
-                self.ttt_blocks.leave(self.ttt_requests[request_id].request, session)
-        if attached.request.num_computed_tokens >= attached.prompt:
-            self.ttt_blocks.leave(attached.request, session)
 
     def _plan(self, attached: Attached) -> RequestPlan:
         session, request, start = attached.session, attached.request, attached.start
