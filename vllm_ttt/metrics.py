@@ -13,7 +13,7 @@ from typing import Any, Literal
 PREFIX = "vllm:ttt_"
 
 #: Why tokens were not learned. A reason that is not here is counted as the last one.
-REASONS = ("loss", "nonfinite", "short", "repetition", "history", "rollback", "frozen", "limit", "error", "other")
+REASONS = ("loss", "nonfinite", "short", "repetition", "history", "rollback", "frozen", "full", "limit", "error", "other")
 
 _LOSS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0)
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)

@@ -170,7 +170,7 @@ class ChunkReport:
     loss: float
     #: on a part of a prompt's last chunk: mean loss under the frozen model
     frozen_loss: float | None
-    #: None: learned. Otherwise why not: "loss", "nonfinite", "short", "repetition", "rollback", "pool" or "error"
+    #: None: learned. Otherwise why not: "loss", "nonfinite", "short", "repetition", "rollback", "full" or "error"
     skipped: str | None
     #: the pair of the request that comes after its last one
     end: int

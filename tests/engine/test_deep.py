@@ -215,7 +215,7 @@ def test_a_full_pool_costs_the_rest_of_the_request(deep: Served, documents: Docu
     finally:
         assert deep.rpc("test_pool", -1) == {"free": 2}, "what was taken came back"
     session = deep.session(name)
-    assert session["tokens_skipped"] == {"pool": 1024}
+    assert session["tokens_skipped"] == {"full": 1024}
     assert state["errors"] == 0
     assert all(torch.equal(x, before[k]) for k, x in deep.delta(name).items())
     deep.complete(documents["kjv"][4][:1025], name)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import settings
@@ -16,6 +21,20 @@ pytestmark = pytest.mark.unit
 
 CHUNK, MIN_CHUNK, PAGES, WIDTH, BATCH = 8, 3, 12, 2, 24
 SESSIONS = 3
+
+
+@contextlib.contextmanager
+def targets(backlog: Backlog) -> Iterator[list[int]]:
+    """The places that a gather writes to, in order."""
+    found: list[int] = []
+    copy_rows = backlog._copy_rows
+
+    def spy(*args: Any) -> None:
+        copy_rows(*args)
+        found.extend(args[-1].target[-1].tolist())
+
+    with mock.patch.object(backlog, "_copy_rows", spy):
+        yield found
 
 
 class Request:
@@ -53,11 +72,14 @@ class Backlogs(RuleBasedStateMachine):
         outputs=st.integers(1, 12),
         learn=st.booleans(),
         learn_output=st.booleans(),
+        repeats=st.sampled_from([(0, 0), (0, 8), (4, 20), (0, 30)]),
     )
-    def start(self, session: int, prompt: int, outputs: int, learn: bool, learn_output: bool) -> None:
+    def start(self, session: int, prompt: int, outputs: int, learn: bool, learn_output: bool, repeats: tuple[int, int]) -> None:
         if any(r.plan.session == session for r in self.running.values()):
             return  # read-your-writes: a session's learning requests follow each other
-        request = Request(len(self.all), RequestPlan(session, prompt, learn, learn and learn_output), outputs)
+        request = Request(
+            len(self.all), RequestPlan(session, prompt, learn, learn and learn_output, repetitive=[repeats]), outputs
+        )
         self.all.append(request)
         self.running[request.name] = request
         self.backlog.start(request.name, request.plan)
@@ -80,10 +102,15 @@ class Backlogs(RuleBasedStateMachine):
             first += count
             request.computed += count
             request.known += reaches_end
-        needed = self.backlog.pages_needed(sum(len(rows.next_tokens) for rows in view))
-        while len(self.backlog.free) < needed and self.backlog.queues:
+        needed = self.backlog.pages_needed(view)
+        while self.backlog.room < needed and self.backlog.queues:
             self.learn_one(next(iter(self.backlog.queues)))
-        self.backlog.take(view, self.h, self.a)
+        assert not self.backlog.lacking(view), "sessions of which nothing waits fit"
+        room = self.backlog.room
+        with targets(self.backlog) as written:
+            self.backlog.take(view, self.h, self.a)
+        assert len(written) == len(set(written)), "two rows for one place: on CUDA either may win"
+        assert room - len(self.backlog.free) == needed
         for request in [r for r in self.running.values() if r.done]:
             self.leave(request)
 
@@ -124,6 +151,10 @@ class Backlogs(RuleBasedStateMachine):
         for chunk in self.backlog.short:
             assert 0 < chunk.rows < MIN_CHUNK
         self.backlog.short.clear()
+        for chunk in self.backlog.repetitive:
+            first, end = self.all[int(chunk.request[1:])].plan.repetitive[0]
+            assert 2 * (min(end, chunk.end) - max(first, chunk.first)) > chunk.rows
+        self.backlog.repetitive.clear()
         for name, session in self.backlog.settled():
             assert name not in self.settled, "settled twice"
             assert not any(c.request == name for q in self.backlog.queues.values() for c in q)
@@ -166,7 +197,7 @@ class Backlogs(RuleBasedStateMachine):
             return
         used = [c.page for q in self.backlog.queues.values() for c in q]
         used += [r.open.page for r in self.backlog.readings.values() if r.open]
-        assert sorted(used + self.backlog.free) == list(range(PAGES))
+        assert sorted(used + self.backlog.free + self.backlog.returned) == list(range(PAGES))
         assert self.backlog.pending >= 0
 
     def teardown(self) -> None:
@@ -178,7 +209,7 @@ class Backlogs(RuleBasedStateMachine):
         while self.backlog.queues:
             self.learn_one(next(iter(self.backlog.queues)))
         self.report()
-        assert len(self.backlog.free) == PAGES
+        assert self.backlog.room == PAGES
         assert not self.backlog.readings
         assert not self.backlog.closing
         assert self.settled == {r.name for r in self.all if r.plan.learn}
@@ -234,7 +265,7 @@ def test_a_prompt_that_was_not_read_to_its_end_loses_its_open_chunk() -> None:
     take(backlog, "r", 0, 13)
     backlog.finish("r")
     assert queued(backlog) == [8]
-    assert len(backlog.free) == PAGES - 1
+    assert backlog.room == PAGES - 1
 
 
 def test_what_is_dropped_is_told() -> None:
@@ -247,3 +278,44 @@ def test_what_is_dropped_is_told() -> None:
     assert not backlog.queues
     assert backlog.settled() == [("r", 7)]
     assert backlog.drop_session(7) == []
+
+
+@pytest.mark.parametrize("spoiled", [257, 7], ids=["repetitive", "short"])
+def test_a_page_is_nobody_elses_within_a_gather(spoiled: int) -> None:
+    """A chunk that is not learned gives its page back while its rows are still to be copied there: the next chunk, here of
+    another session, must not get it before the next gather. On CUDA either row could win."""
+    h = torch.zeros(600, WIDTH)
+    backlog = Backlog(4, 256, 8, h, h)
+    backlog.start("spoiled", RequestPlan(1, spoiled, True, False, repetitive=[(0, 256)]))
+    backlog.start("victim", RequestPlan(2, 257, True, False))
+    view = [
+        Rows("spoiled", 0, 0, torch.arange(spoiled)),
+        Rows("victim", spoiled, 0, torch.arange(257) + 10000),
+    ]
+    with targets(backlog) as written:
+        backlog.take(view, h, h)
+    assert len(written) == len(set(written))
+    (chunk,) = backlog.queues[2]
+    assert torch.equal(backlog.t_PC[chunk.page], torch.arange(256) + 10000)
+    assert backlog.room == 3
+
+
+def test_a_prompt_and_its_answer_need_pages_of_their_own() -> None:
+    h = torch.zeros(64, WIDTH)
+    backlog = Backlog(3, CHUNK, MIN_CHUNK, h, h)
+    backlog.start("r", RequestPlan(7, 12, True, True))
+    view = [Rows("r", 0, 0, torch.arange(12))]
+    assert backlog.pages_needed(view) == 3
+    backlog.take(view, h, h)
+    assert not backlog.free
+
+
+def test_who_finds_no_room_is_named() -> None:
+    """Open chunks of many requests of one session may be more than the pages: the last to come find none."""
+    h = torch.zeros(64, WIDTH)
+    backlog = Backlog(3, CHUNK, MIN_CHUNK, h, h)
+    view = []
+    for i in range(5):
+        backlog.start(f"q{i}", RequestPlan(1, 20, True, True))
+        view.append(Rows(f"q{i}", i, 0, torch.arange(1)))
+    assert backlog.lacking(view) == ["q3", "q4"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_worker_compute import V, make
+from test_worker_compute import D, Q, V, make
 
-from vllm_ttt.config import GuardConfig
+from vllm_ttt.config import GuardConfig, parse_config
 from vllm_ttt.engine.limits import Allowance, repetitive
 from vllm_ttt.engine.probe import read_text
 from vllm_ttt.errors import ConfigError
@@ -22,6 +25,7 @@ from vllm_ttt.worker.guard import Guard
 from vllm_ttt.worker.micro_step import Delta, accumulate
 from vllm_ttt.worker.probe import Probe
 from vllm_ttt.worker.step_view import Rows
+from vllm_ttt.worker.trainer import Trainer
 from vllm_ttt.worker.versions import Kept, Versions, restore, snapshot
 
 pytestmark = pytest.mark.unit
@@ -234,6 +238,36 @@ def test_off_it_costs_nothing() -> None:
 # What may be learned
 
 
+def test_room_is_made_although_a_session_waits_for_its_trial() -> None:
+    """A session that is overdue is not learned before the base model's loss is known, which only `collect` takes in: whoever
+    learns until there is room must collect, and end where nothing moves."""
+    tail = make().tail
+    config = parse_config(
+        {"learn": {"chunk": 16, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 2, "max_regression": 100}}
+    )
+    h, a, tokens = torch.randn(64, D), torch.randn(64, Q), torch.randint(0, V, (64,))
+    backlog, deltas = Backlog(16, 16, 1, h, a), Deltas(tail, 3, config.learn.scales)
+    slots: Any = SimpleNamespace(write=lambda *_: None, drop=lambda _: None, holds=lambda _: False)
+    probe = Probe(40, h, a)
+    trainer = Trainer(tail, config, backlog, deltas, slots, probe)
+    probe.start("p", RequestPlan(99, 41, False, False, probe=True))
+    probe.take([Rows("p", 0, 0, tokens[:41])], h, a)
+    probe.finish("p")
+    backlog.start("r", RequestPlan(7, 33, True, False))
+    backlog.take([Rows("r", 0, 0, tokens[:33])], h, a)
+    trainer.guard.commits[7] = 4
+    assert trainer.guard.overdue() == {7}
+    trainer.make_room(lambda: False, 512)
+    assert not backlog.queues
+    assert trainer.deltas.session(7).version == 2
+
+    backlog.start("s", RequestPlan(7, 33, True, False))
+    backlog.take([Rows("s", 0, 0, tokens[:33])], h, a)
+    with mock.patch.object(trainer, "learn", return_value=0):
+        trainer.make_room(lambda: False, 512)  # ends
+    assert backlog.queues
+
+
 def test_what_repeats_itself_is_found() -> None:
     draw = torch.randint(0, 8192, (1025,), generator=torch.Generator().manual_seed(0)).tolist()
     line = draw[:20]
@@ -253,7 +287,7 @@ def test_a_chunk_that_repeats_itself_is_not_queued() -> None:
     backlog.take([Rows("r", 0, 0, torch.arange(1, 25))], h, a)
     assert [chunk.first for chunk in backlog.queues[1]] == [0, 16]
     assert [(chunk.first, chunk.rows) for chunk in backlog.repetitive] == [(8, 8)]
-    assert len(backlog.free) == 2
+    assert backlog.room == 2
 
 
 @given(st.lists(st.tuples(st.integers(0, 500), st.floats(0, 7200)), min_size=1, max_size=30))

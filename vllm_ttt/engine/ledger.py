@@ -36,7 +36,7 @@ class Open:
 
     def note(self, chunk: ChunkReport) -> None:
         self.done = max(self.done, chunk.end)
-        if chunk.skipped not in ("short", "pool", "error"):  # those are left to the next turn; other chunks had their turn
+        if chunk.skipped not in ("short", "full", "error"):  # those are left to the next turn; other chunks had their turn
             self.learned = max(self.learned, chunk.end)
 
 

@@ -74,6 +74,8 @@ class Backlog:
         self.t_PC = torch.zeros(pages, chunk, dtype=torch.int64, device=h_ND.device)
         self.chunk, self.min_chunk = chunk, min_chunk
         self.free = list(range(pages - 1, -1, -1))
+        #: pages given back since the last gather: the copies of that gather may still be queued to them
+        self.returned: list[int] = []
         self.readings: dict[str, Reading] = {}
         self.queues: OrderedDict[int, deque[Chunk]] = OrderedDict()
         #: the last chunk of each prompt, when it has joined its queue; `Measuring` takes them out
@@ -109,7 +111,12 @@ class Backlog:
             self._end(request, reading)
 
     def take(self, view: list[Rows], h_ND: Tensor, a_NQ: Tensor) -> None:
-        """Copy the rows that are to be learned into their pages, and close the chunks that are complete."""
+        """Copy the rows that are to be learned into their pages, and close the chunks that are complete.
+
+        A page is a target of one chunk alone in each call: one that is given back here is handed out from the next call on.
+        """
+        self.free += self.returned
+        self.returned.clear()
         copy = Copy()
         for rows in view:
             reading = self.readings.get(rows.request)
@@ -123,10 +130,25 @@ class Backlog:
         self.a_PCQ.flatten(0, 1).index_copy_(0, target, a_NQ.index_select(0, source))
         self.t_PC.flatten().index_copy_(0, target, torch.cat(copy.tokens))
 
-    def pages_needed(self, tokens: int) -> int:
-        """Pages that a batch of ``tokens`` rows can need at most, given the requests that run."""
-        learning = sum(1 for r in self.readings.values() if r.plan.learn and not r.closed)
-        return min(learning, tokens) + tokens // self.chunk
+    @property
+    def room(self) -> int:
+        """Pages that the next gather can hand out."""
+        return len(self.free) + len(self.returned)
+
+    def pages_needed(self, view: list[Rows]) -> int:
+        """Pages that `take` will hand out for these rows."""
+        return sum(self._pages(rows) for rows in view)
+
+    def lacking(self, view: list[Rows]) -> list[str]:
+        """Requests of the batch that there is no room for, given those before them."""
+        lacking, room = [], self.room
+        for rows in view:
+            needed = self._pages(rows)
+            if needed > room:
+                lacking.append(rows.request)
+            else:
+                room -= needed
+        return lacking
 
     def heads(self) -> list[Chunk]:
         """The next chunk of each session that has one, longest-waiting session first."""
@@ -236,6 +258,23 @@ class Backlog:
             if not (plan.learn and plan.learn_output):
                 self._end(rows.request, reading)
 
+    def _pages(self, rows: Rows) -> int:
+        """New pages for a request's rows: its prompt and its answer fill pages of their own."""
+        reading = self.readings.get(rows.request)
+        if reading is None or reading.closed or not reading.plan.learn:
+            return 0
+        first, end = max(rows.position, reading.next), rows.position + len(rows.next_tokens)
+        last_of_prompt, pages = reading.plan.prompt - 1, 0
+        filled = reading.open.rows if reading.open is not None else 0
+        for start, stop in ((first, min(end, last_of_prompt)), (max(first, last_of_prompt), end)):
+            if stop <= start or (start >= last_of_prompt and not reading.plan.learn_output):
+                continue
+            if start == last_of_prompt:
+                filled = 0
+            pages += -(-(filled + stop - start) // self.chunk) - (filled > 0)
+            filled = (filled + stop - start) % self.chunk
+        return pages
+
     def _copy_rows(self, rows: Rows, position: int, end: int, chunk: Chunk, copy: Copy) -> None:
         offset, n = position - rows.position, end - position
         start = chunk.page * self.chunk + chunk.rows
@@ -269,7 +308,7 @@ class Backlog:
             self.closing.setdefault(request, reading)
 
     def _release(self, chunk: Chunk) -> None:
-        self.free.append(chunk.page)
+        self.returned.append(chunk.page)
 
 
 def _repeats(chunk: Chunk, plan: RequestPlan) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,15 @@ class Trainer:
                 self.pool.sweep(self.backlog)
         left -= self._try(left)
         return tokens - max(left, 0)
+
+    def make_room(self, enough: Callable[[], bool], tokens: int) -> None:
+        """Learn in steps of ``tokens``, without yielding to serving, until ``enough()``, or until nothing moves any more."""
+        while not enough() and self.backlog.queues:
+            in_flight = bool(self.outcomes or self.guard.outcomes)
+            learned = self.learn(tokens)
+            self.collect(wait=True)  # what is learned next may wait for the outcome of a trial
+            if not (learned or in_flight):
+                return
 
     def collect(self, wait: bool = False) -> None:
         """Take in the outcomes that have arrived; with ``wait``, all of them."""

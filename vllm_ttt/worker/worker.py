@@ -290,10 +290,10 @@ class TTTWorkerMixin:
         if self.probe.reading:
             self.probe.take([r for r in view if r.request in self.probe.reading], self.capture.h_ND, self.capture.a_NQ)
             view = [rows for rows in view if rows.request not in self.probe.reading]
-        needed = self.backlog.pages_needed(sum(len(rows.next_tokens) for rows in view))
-        while len(self.backlog.free) < needed and self.backlog.queues:
-            self.trainer.learn(self.budget.tokens_per_step)  # the backlog is full: learning cannot yield any longer
-            self.trainer.collect(wait=True)  # what is learned next may wait for the outcome of a trial
+        needed = self.backlog.pages_needed(view)
+        self.trainer.make_room(lambda: self.backlog.room >= needed, self.budget.tokens_per_step)
+        while lacking := self.backlog.lacking(view):
+            self.trainer.lose(self.backlog.readings[lacking[0]].plan.session, "full")
         if self.pool is not None:
             self._take_past(self.pool, view)
         self.backlog.take(view, self.capture.h_ND, self.capture.a_NQ)
@@ -301,10 +301,9 @@ class TTTWorkerMixin:
     def _take_past(self, pool: PastPool, view: list[Rows]) -> None:
         """Keep the keys and values of what is being learned; what finds no room even when nothing waits is given up."""
         pool.sweep(self.backlog)
-        while pool.lacking(view, self.backlog) and self.backlog.queues:
-            self.trainer.learn(self.budget.tokens_per_step)
-        for request in pool.lacking(view, self.backlog):
-            self.trainer.lose(self.backlog.readings[request].plan.session, "pool")
+        self.trainer.make_room(lambda: not pool.lacking(view, self.backlog), self.budget.tokens_per_step)
+        while lacking := pool.lacking(view, self.backlog):
+            self.trainer.lose(self.backlog.readings[lacking[0]].plan.session, "full")
             pool.sweep(self.backlog)
         pool.take(view, self.backlog, self.capture)
 
