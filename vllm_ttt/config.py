@@ -16,14 +16,18 @@ from vllm_ttt.errors import ConfigError
 #: The ranks that vLLM's LoRA configuration can hold (vllm/config/lora.py, MaxLoRARanks).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-#: What a preset means where the config says nothing else (the table in docs/algorithm.md).
+#: What a preset means where the config says nothing else (docs/algorithm.md).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "last": {"adapt": {"layers": 1, "rank": 128}, "learn": {"rate": 0.032, "decay": 0.015}},
-    "deep": {
-        "adapt": {"layers": None, "rank": 128},
-        "learn": {"rate": 0.016, "decay": 0.015},
+    "deep": {"adapt": {"layers": "all", "modules": ["o_proj", "down_proj"], "rank": 64}, "learn": {"rate": 0.012}},
+    "last": {
+        "adapt": {"layers": 1, "modules": ["o_proj", "gate_up_proj", "down_proj"], "rank": 128},
+        "learn": {"rate": 0.016},
     },
 }
+
+Module = Literal["o_proj", "gate_up_proj", "down_proj"]
+#: Modules as the step names them; gate and up, one tensor of vLLM's, are two there. In the order in which a layer applies them.
+LETTERS: dict[str, str] = {"o_proj": "o", "gate_up_proj": "gu", "down_proj": "d"}
 
 
 class _Model(BaseModel):
@@ -33,13 +37,13 @@ class _Model(BaseModel):
 class AdaptConfig(_Model):
     """Which layers carry a delta, and how large it is."""
 
-    preset: Literal["last", "deep"] = "last"
-    """`last`: the last layer; no key or value depends on the delta. `deep`: several, with attention in the step."""
-    layers: Annotated[int | None, Field(ge=1, le=1024)] = 1
-    """How many layers, counted from the end. `last` has one; null, the default of `deep`: half of them."""
-    modules: tuple[Literal["o_proj", "gate_up_proj", "down_proj"], ...] = ("o_proj", "gate_up_proj", "down_proj")
-    """The linear layers that get a delta. The step needs all three."""
-    rank: int = 128
+    preset: Literal["deep", "last"] = "deep"
+    """`deep`: every layer, or several, with attention in the step. `last`: the last; no key or value depends on its delta."""
+    layers: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = "all"
+    """How many layers, counted from the end, or `all`. `last` has one."""
+    modules: tuple[Module, ...] = ("o_proj", "down_proj")
+    """The linear layers that get a delta: some of o_proj, gate_up_proj and down_proj."""
+    rank: int = 64
     """Rank of a delta; one of the ranks that vLLM's LoRA slots can have."""
     kv_pool_gib: Annotated[float, Field(gt=0, le=65536)] = 1.0
     """`deep`: GiB for keys and values of requests that are being learned; where it is full, the rest of a request is not."""
@@ -55,17 +59,22 @@ class AdaptConfig(_Model):
 
     @field_validator("layers")
     @classmethod
-    def _layers(cls, layers: int | None, info: ValidationInfo) -> int | None:
+    def _layers(cls, layers: int | str, info: ValidationInfo) -> int | str:
         if info.data.get("preset") == "last" and layers != 1:
             raise ValueError("layers must be 1 with the preset last; the preset deep takes more")
         return layers
 
     @field_validator("modules")
     @classmethod
-    def _modules(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
-        if sorted(modules) != ["down_proj", "gate_up_proj", "o_proj"]:
-            raise ValueError("modules must be o_proj, gate_up_proj and down_proj: the step learns the three together")
-        return modules
+    def _modules(cls, modules: tuple[Module, ...]) -> tuple[str, ...]:
+        if not modules or len(set(modules)) != len(modules):
+            raise ValueError("modules must be one or more of o_proj, gate_up_proj and down_proj, each once")
+        return tuple(m for m in LETTERS if m in modules)
+
+    @property
+    def letters(self) -> str:
+        """The modules as the step names them: a part of "ogud"."""
+        return "".join(LETTERS[m] for m in self.modules)
 
 
 class LearnConfig(_Model):
@@ -73,10 +82,12 @@ class LearnConfig(_Model):
 
     tokens: Literal["prompt", "all"] = "prompt"
     """What is learned where a request does not say: its prompt, or (`all`) the answer too (`ttt_learn_output`)."""
-    chunk: Annotated[int, Field(ge=16, le=1024)] = 256
+    chunk: Annotated[int, Field(ge=16, le=4096)] = 512
     """Tokens per step of the optimiser."""
-    rate: Annotated[float, Field(gt=0, le=1)] = 0.032
-    """Length of a step relative to the norm of the weight that it adapts."""
+    rate: Annotated[float, Field(ge=1e-5, le=0.1)] = 0.012
+    """Length of a session's first step, relative to the norm of the weight; from then on the rate sets itself."""
+    adapt_rate: Annotated[float, Field(ge=0, le=1000)] = 20.0
+    """How decidedly the rate follows the agreement of one chunk's gradient with the update before it; 0: it stays as it is."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.015
     """Share of the delta that is forgotten at each step."""
     max_norm: Annotated[float, Field(gt=0, le=10)] = 0.35
@@ -89,28 +100,6 @@ class LearnConfig(_Model):
     """Where a prompt goes on from an earlier one of its session: whether what they share is skipped, or learned again."""
     interleave: bool = False
     """Whether a prompt is read chunk by chunk, each learned before the next is scored, where a request does not say."""
-    scales: tuple[Annotated[float, Field(ge=0, le=2)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-    """A session is served with s times its delta, s within these, by its past losses; `[1]`: always with the delta as it is."""
-    scale_rate: Annotated[float, Field(gt=0, le=10**6)] = 200.0
-    """How decidedly s follows the losses: the weight of a scale is exp(- this times its loss in nats)."""
-    scale_memory: Annotated[float, Field(ge=0, le=1)] = 0.75
-    """The share of those losses that each request leaves; less follows a change of subject sooner."""
-    familiar: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """A prompt of which a smaller share is like the session's past is served with a smaller s; 0: none is."""
-
-    @field_validator("scales")
-    @classmethod
-    def _scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
-        if scales != (1.0,) and not (2 <= len(scales) <= 16 and scales[0] == 0 and list(scales) == sorted(set(scales))):
-            raise ValueError("scales must be 2 to 16 numbers, ascending from 0, or [1] alone, which switches scaling off")
-        return scales
-
-    @field_validator("familiar")
-    @classmethod
-    def _familiar(cls, familiar: float) -> float:
-        if 0 < familiar <= 0.05:
-            raise ValueError("familiar must be 0, or more than 0.05, which any two texts have in common")
-        return familiar
 
 
 class ScheduleConfig(_Model):
@@ -196,13 +185,11 @@ class TTTConfig(_Model):
     observe: ObserveConfig = ObserveConfig()
 
     @model_validator(mode="after")
-    def _deep(self) -> TTTConfig:
-        if self.adapt.preset != "deep":
-            return self
+    def _chunks(self) -> TTTConfig:
         if self.schedule.tokens_per_step < self.learn.chunk:
             raise ValueError(
-                f"schedule.tokens_per_step {self.schedule.tokens_per_step} is less than learn.chunk {self.learn.chunk}, "
-                "and the preset deep learns a chunk in one step"
+                f"schedule.tokens_per_step {self.schedule.tokens_per_step} is less than learn.chunk {self.learn.chunk}, and a "
+                "chunk is learned in one step"
             )
         return self
 
@@ -221,7 +208,7 @@ def parse_config(data: dict[str, Any] | None, preset: str | None = None, source:
         raise ConfigError(f"{source} must be a mapping of sections, not {type(data).__name__}")
     merged = dict(data or {})
     adapt = merged.get("adapt") or {}
-    name = preset or (adapt.get("preset") if isinstance(adapt, dict) else None) or "last"
+    name = preset or (adapt.get("preset") if isinstance(adapt, dict) else None) or "deep"
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is not available; allowed: {', '.join(PRESETS)}")
     for section, defaults in {**PRESETS[name], "adapt": {**PRESETS[name]["adapt"], "preset": name}}.items():

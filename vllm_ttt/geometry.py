@@ -16,7 +16,7 @@ PATHS = {"o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
 
 def adapted_layers(num_layers: int, adapt: AdaptConfig) -> int:
     """How many of a model's layers are adapted, the last ones. Raises ConfigError where it has not so many."""
-    layers = max(1, num_layers // 2) if adapt.layers is None else adapt.layers
+    layers = num_layers if adapt.layers == "all" else adapt.layers
     if layers > num_layers:
         raise ConfigError(f"adapt.layers is {layers}, and the model has {num_layers} layers; allowed: 1 to {num_layers}")
     return layers
@@ -36,6 +36,8 @@ class Geometry:
     layers: int = 1
     #: width of a token's keys in one layer, and of its values
     keys: int = 0
+    #: the adapted modules
+    modules: tuple[str, ...] = tuple(PATHS)
 
     @classmethod
     def of(cls, hf: Any, adapt: AdaptConfig) -> Geometry:
@@ -44,12 +46,13 @@ class Geometry:
         attention, keys = (head * n for n in (hf.num_attention_heads, hf.num_key_value_heads))
         layers = adapted_layers(hf.num_hidden_layers, adapt)
         first = hf.num_hidden_layers - layers
-        return cls(first, adapt.rank, adapt.seed, hf.hidden_size, attention, hf.intermediate_size, layers, keys)
+        return cls(first, adapt.rank, adapt.seed, hf.hidden_size, attention, hf.intermediate_size, layers, keys, adapt.modules)
 
     @property
     def outputs(self) -> dict[str, int]:
         """Rows of each module's B, in one layer."""
-        return {"o_proj": self.hidden, "gate_up_proj": 2 * self.feed_forward, "down_proj": self.hidden}
+        rows = {"o_proj": self.hidden, "gate_up_proj": 2 * self.feed_forward, "down_proj": self.hidden}
+        return {module: rows[module] for module in PATHS if module in self.modules}
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -62,8 +65,12 @@ class Geometry:
 
     @property
     def bytes(self) -> int:
-        """Of a delta in float32."""
-        return 4 * self.rank * self.layers * sum(self.outputs.values())
+        """Of a session: B in float32, its last update in bfloat16, and its rate."""
+        return 6 * self.rank * self.layers * sum(self.outputs.values()) + 4
 
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "modules": list(self.modules)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Geometry:
+        return cls(**{**data, "modules": tuple(data["modules"])})

@@ -45,7 +45,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("commits_total", "counter", "Updates committed to a session; its version counts them."),
     Metric("chunk_loss_nats", "histogram", "Loss of a chunk before it was learned, nats per token.", buckets=_LOSS),
     Metric(
-        "measured_loss_nats", "histogram", "Loss of the same tokens under the frozen model and as served, once a request.",
+        "measured_loss_nats", "histogram", "Loss of every fourth chunk under the frozen model, and before it was learned.",
         "model", ("frozen", "session"), _LOSS,
     ),
     Metric(
@@ -53,8 +53,8 @@ METRICS: tuple[Metric, ...] = (
         "result", ("better", "even", "worse"),
     ),
     Metric(
-        "served_scale", "histogram", "Scale of the delta with which a measured request was served (learn.scales).",
-        buckets=(0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 2.0),
+        "rate", "histogram", "Rate of a session after a commit: length of a step relative to the weight's norm.",
+        buckets=(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.012, 0.016, 0.025, 0.05, 0.1),
     ),
     Metric("guard_trials_total", "counter", "Deltas that were tried on the guard's text.", "result", ("good", "bad")),
     Metric(

@@ -97,8 +97,6 @@ class RequestPlan:
     start: int = 0
     #: the slot follows the master while the prompt is being read
     interleave: bool = False
-    #: the largest scale of the delta that its prompt is served with; None: as the session's last one
-    ceiling: float | None = None
     #: it reads the guard's text: its activations are kept, and nothing is learned
     probe: bool = False
     #: ranges (first, end) of pairs whose tokens repeat themselves: a chunk most of which is in one is not learned
@@ -168,7 +166,7 @@ class ChunkReport:
     tokens: int
     #: mean loss in nats per token under the delta before the update
     loss: float
-    #: on a part of a prompt's last chunk: mean loss under the frozen model
+    #: the same under the base model, where it was measured; what came before the chunk is as it was served
     frozen_loss: float | None
     #: None: learned. Otherwise why not: "loss", "nonfinite", "short", "repetition", "rollback", "full" or "error"
     skipped: str | None
@@ -176,13 +174,10 @@ class ChunkReport:
     end: int
     #: the session's version after the chunk
     version: int
-    #: on the same part: mean loss under what the request was served with, and the scale of the delta in that
-    served_loss: float | None = None
-    scale: float | None = None
+    #: the session's rate after the chunk
+    rate: float = 0.0
     #: learned: the largest norm of the delta, by module, relative to its weight's
     norm: float | None = None
-    #: the scale of the delta that the session's losses speak for from now on
-    chosen: float = 1.0
 
 
 @dataclass(slots=True)

@@ -126,7 +126,6 @@ class Admin:
                 raise RequestError(f"session {key.name!r} has been sent something meanwhile; try again", 409)
             self.rpc("ttt_copy", args=(source.adapter, target.adapter))
             target.from_state(source.to_state())
-            target.past.pairs = source.past.pairs
             self.tiers.changes(target)
             return self._detail(target)
 

@@ -23,18 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Epoch:
-    """Of one session. ``moved`` bounds how far ``scale`` times the delta is from where it was when the epoch began, relative to
-    its weights. ``scale`` is the one that the session has chosen: a request whose prompt allows less shares no blocks."""
+    """Of one session. ``moved`` bounds how far the delta is from where it was when the epoch began, relative to its weights."""
 
     number: int = 0
     #: the version that has been counted in
     version: int = 0
     moved: float = 0.0
-    #: None: not known
-    scale: float | None = None
 
     def begin(self, version: int) -> None:
-        self.number, self.version, self.moved, self.scale = self.number + 1, version, 0.0, None
+        self.number, self.version, self.moved = self.number + 1, version, 0.0
 
 
 class BlockKeys:
@@ -46,42 +43,17 @@ class BlockKeys:
         self.private = itertools.count()
 
     def learned(self, session: Session, chunk: ChunkReport) -> None:
-        """Before the session takes over what the chunk did to its version and its scale."""
+        """Before the session takes over what the chunk did to its version."""
         if not self.on:
             return
         epoch, learn = session.epoch, self.config.learn
         self._catch_up(session)
         if chunk.version != session.version:
             # A step has the length rate, the decay shortens the delta, and so does the trust region: no path is longer.
-            step = (learn.rate + learn.decay * learn.max_norm) * min(1.0, chunk.tokens / learn.chunk)
-            epoch.moved += chunk.chosen * step
+            epoch.moved += (chunk.rate + learn.decay * learn.max_norm) * min(1.0, chunk.tokens / learn.chunk)
             epoch.version = chunk.version
-        served = learn.scales[:: len(learn.scales) - 1 or 1] if epoch.scale is None else (epoch.scale,)
-        rescaled = max(abs(chunk.chosen - scale) for scale in served)
-        epoch.moved += rescaled * (learn.max_norm if chunk.norm is None else chunk.norm)
         if epoch.moved > self.config.schedule.kv_epoch:
             epoch.begin(chunk.version)
-        epoch.scale = chunk.chosen
-
-    def scale(self, session: Session, ceiling: float | None) -> float | None:
-        """With what a request of the session is served whose prompt allows ``ceiling``; None: not known."""
-        return None if ceiling is None else min(ceiling, self._chosen(session))
-
-    def may_start(self, attached: Attached, others: Iterable[Attached]) -> bool:
-        """Whether none of the ``others`` of its session writes blocks that say they were computed under another scale than the
-        request's. From the next step on, none does."""
-        if not self.on:
-            return True
-        session = attached.session
-        scale = self.scale(session, attached.ceiling)
-        rescaled = [
-            other.request
-            for other in others
-            if other.entered and self.shared(other.request) and self.scale(session, other.ceiling) != scale
-        ]
-        for request in rescaled:
-            self.leave(request, session)
-        return not rescaled
 
     def moves(self, attached: Attached, others: Iterable[Attached]) -> None:
         """A request that learns runs: the delta moves under the ``others`` of its session, and under itself once it is read."""
@@ -93,16 +65,14 @@ class BlockKeys:
         if attached.request.num_computed_tokens >= attached.prompt:
             self.leave(attached.request, attached.session)
 
-    def enter(self, request: Any, session: Session, exact: bool, ceiling: float | None) -> None:
+    def enter(self, request: Any, session: Session, exact: bool) -> None:
         """The request is about to be given blocks: give it the keys that are right for what serves it.
 
         Args:
             exact: whether the version that will serve its prompt is known to be the session's, to the end of the prompt.
-            ceiling: the most that its prompt allows for the scale; None: not known.
         """
         if not self.on:
             return
-        exact = exact and (self._is_base(session) or self.scale(session, ceiling) == self._chosen(session))
         path = self._path(session) if exact else self._nobodys(session)
         if request.lora_request.lora_path != path:
             self._set(request, path)
@@ -119,11 +89,6 @@ class BlockKeys:
         """Whether other requests may read the blocks that it writes."""
         return not request.lora_request.lora_path.endswith("p")
 
-    def _chosen(self, session: Session) -> float:
-        """The session's scale, or the largest that it may be."""
-        self._catch_up(session)
-        return self.config.learn.scales[-1] if session.epoch.scale is None else session.epoch.scale
-
     def _path(self, session: Session) -> str:
         self._catch_up(session)
         base = f"{ADAPTER_PATH}{session.adapter}"
@@ -131,7 +96,7 @@ class BlockKeys:
 
     @staticmethod
     def _is_base(session: Session) -> bool:
-        """Version 0 is the base model, bit for bit and under every scale, and shares its blocks."""
+        """Version 0 is the base model, bit for bit, and shares its blocks."""
         return session.version == 0 and session.saved is None
 
     def _nobodys(self, session: Session) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_ttt.engine.blocks import Epoch
-from vllm_ttt.engine.familiar import Past
 from vllm_ttt.engine.history import History
 from vllm_ttt.engine.limits import Allowance
 from vllm_ttt.engine.records import Row, Version
@@ -65,8 +64,6 @@ class Session:
     probe_regression: float | None = None
     #: what it may still have learned
     allowance: Allowance = field(default_factory=Allowance)
-    #: what its prompts are compared with; kept with its delta
-    past: Past = field(default_factory=Past)
     #: what the state dir calls it
     uid: str = field(default_factory=lambda: secrets.token_hex(16))
     #: where the delta is; "new": there is none yet, and no room was given to it
@@ -148,8 +145,7 @@ class Session:
                 "tokens": chunk.tokens,
                 "loss": round(chunk.loss, 5) if math.isfinite(chunk.loss) else None,
                 "frozen_loss": None if chunk.frozen_loss is None else round(chunk.frozen_loss, 5),
-                "served_loss": None if chunk.served_loss is None else round(chunk.served_loss, 5),
-                "scale": None if chunk.scale is None else round(chunk.scale, 4),
+                "rate": round(chunk.rate, 7),
                 "skipped": chunk.skipped,
             }
         )

@@ -20,7 +20,7 @@ class Meters(Values):
     def __init__(self) -> None:
         super().__init__(
             "session_requests_total", "learned_tokens_total", "skipped_tokens_total", "chunks_total", "commits_total",
-            "chunk_loss_nats", "measured_loss_nats", "measured_total", "served_scale", "delta_norm_ratio", "held_seconds",
+            "chunk_loss_nats", "measured_loss_nats", "measured_total", "rate", "delta_norm_ratio", "held_seconds",
             "guard_trials_total", "rollbacks_total",
             "refused_requests_total", "evictions_total", "loads_total", "saves_total", "save_seconds", "errors_total",
         )  # fmt: skip
@@ -31,16 +31,15 @@ class Meters(Values):
         if chunk.skipped is None:
             self.add("learned_tokens_total", chunk.tokens)
             self.add("commits_total", 1)
+            self.observe("rate", chunk.rate)
             if chunk.norm is not None:
                 self.observe("delta_norm_ratio", chunk.norm)
         else:
             self.skipped(chunk.tokens, chunk.skipped)
         if math.isfinite(chunk.loss):
             self.observe("chunk_loss_nats", chunk.loss)
-        if chunk.frozen_loss is not None and chunk.served_loss is not None:
-            self._measured(chunk.frozen_loss, chunk.served_loss)
-            if chunk.scale is not None:
-                self.observe("served_scale", chunk.scale)
+        if chunk.frozen_loss is not None:
+            self._measured(chunk.frozen_loss, chunk.loss)
 
     def tried(self, trial: Trial) -> None:
         """The guard has tried a delta; where it was bad, its session went back."""

@@ -33,12 +33,6 @@ class Attached:
     start: int = 0
     #: `History.changes` when it was asked for that
     asked: int = -1
-    #: the most of the session's delta that its prompt allows; None: as the session's last one
-    ceiling: float | None = None
-    #: `Past.changes` and ``start`` by which it was judged
-    judged: tuple[int, int] | None = None
-    #: whether its blocks have been given keys
-    entered: bool = False
     #: ranges of its pairs that repeat themselves
     repetitive: list[tuple[int, int]] = field(default_factory=list)
     #: tokens that have been generated

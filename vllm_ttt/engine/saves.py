@@ -156,7 +156,7 @@ class Saves:
             self._failed(session, error.strerror or str(error))
             return
         key = session.key
-        metadata = {"uid": session.uid, "tenant": key.tenant, "session_id": key.name, "past": session.past.to_text()}
+        metadata = {"uid": session.uid, "tenant": key.tenant, "session_id": key.name}
         path = str(self.store.folder.path(file))
         self.under_way[path] = Save(session, file)
         self.order(FileOrder("save", session.adapter, path, metadata=metadata))

@@ -137,23 +137,15 @@ class TTTScheduler(AsyncScheduler):
             return False
         if attached.started:
             return True
-        self._judge(attached)
-        return self.ttt_blocks.may_start(attached, self._beside(attached))
+        self._look_back(attached)
+        return True
 
-    def _judge(self, attached: Attached) -> None:
-        """Before a request starts: what of its prompt is history, and how much of the delta the rest allows.
-
-        Asked in each step in which there is no room for the request.
-        """
+    def _look_back(self, attached: Attached) -> None:
+        """Before a request starts: what of its prompt is history. Asked in each step in which there is no room for it."""
         session, tokens = attached.session, attached.request.prompt_token_ids or ()
         learns, skips = attached.request.request_id in session.open, self.ttt_config.learn.history == "skip"
         if learns and skips and attached.asked != session.history.changes:
             attached.start, attached.asked = session.history.known(tokens), session.history.changes
-        if (sibling := first_of(attached.request.request_id)) is not None:
-            first = self.ttt_requests.get(sibling)
-            attached.ceiling = None if first is None else first.ceiling
-        elif attached.judged != (by := (session.past.changes, attached.start)):
-            attached.ceiling, attached.judged = self.ttt_trust.ceiling(session, tokens, attached.start), by
 
     def _beside(self, attached: Attached) -> Iterator[Attached]:
         """The other requests of its session."""
@@ -181,8 +173,7 @@ class TTTScheduler(AsyncScheduler):
         if self.ttt_blocks.on:
             alone = not attached.session.open or (learns and len(attached.session.open) == 1)
             exact = alone and not attached.started and not attached.knobs.interleave
-            self.ttt_blocks.enter(request, attached.session, exact, attached.ceiling)
-            attached.entered = True
+            self.ttt_blocks.enter(request, attached.session, exact)
         if not learns:
             return super()._get_local_prefix_cache_hit(request)
         cache = self.kv_cache_manager
@@ -233,7 +224,6 @@ class TTTScheduler(AsyncScheduler):
             attached.prompt_learned = first.prompt_learned
         if opened is not None:
             opened.learned = opened.done = start
-            self.ttt_trust.note(session, tokens, start)
             attached.repetitive = self.ttt_trust.repetitive(tokens, start)
             opened.prefixes = session.history.add(
                 tokens, [attached.prompt], start + accept(attached.prompt - 1 - start, self.ttt_config.learn)
@@ -244,7 +234,7 @@ class TTTScheduler(AsyncScheduler):
         knobs = attached.knobs
         return RequestPlan(
             session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave,
-            attached.ceiling, repetitive=attached.repetitive,
+            repetitive=attached.repetitive,
         )  # fmt: skip
 
     def _learn_not(self, attached: Attached, reason: str) -> None:

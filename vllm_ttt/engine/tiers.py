@@ -15,7 +15,6 @@ from vllm.logger import init_logger
 
 from vllm_ttt.config import SessionsConfig
 from vllm_ttt.engine import records
-from vllm_ttt.engine.familiar import Past
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.records import Version
@@ -231,7 +230,6 @@ class Tiers:
             self.orders.append(FileOrder("drop", report.session))  # it was removed meanwhile
         elif report.outcome == "done":
             session.place = "memory"
-            session.past = Past.from_text(report.metadata.get("past", ""))
             self._woken(session)
         elif report.outcome == "damaged":
             self._fall_back(session, report.error)

@@ -1,8 +1,7 @@
-"""How far a session is trusted: what of a prompt may be learned, and with how much of its delta it is served."""
+"""How far a session is trusted: what of a prompt may be learned, and what becomes of a delta that does harm."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from vllm_ttt.config import TTTConfig
@@ -18,16 +17,6 @@ class Trust:
     def allows(self, session: Session, pairs: int) -> bool:
         """Whether so many more may be learned in this hour; they are taken off then."""
         return session.allowance.take(pairs, self.config.guard.hourly_tokens)
-
-    def ceiling(self, session: Session, ids: Sequence[int], start: int) -> float:
-        """The largest scale for a prompt, by what its pairs from ``start`` on are like; infinite where scaling is off."""
-        learn = self.config.learn
-        return session.past.ceiling(ids, start, learn.familiar, learn.scales[-1]) if len(learn.scales) > 1 else math.inf
-
-    def note(self, session: Session, ids: Sequence[int], start: int) -> None:
-        """A prompt is to be learned: its pairs from ``start`` on join what others are compared with."""
-        if len(self.config.learn.scales) > 1:
-            session.past.note(ids[start:])
 
     def repetitive(self, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
         """Ranges (first, end) of a prompt's pairs, from ``start`` on, that repeat themselves."""

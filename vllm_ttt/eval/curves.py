@@ -18,7 +18,6 @@ from rich.console import Console
 
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.eval import report, runner, texts
-from vllm_ttt.eval.deep_oracle import DeepOracle
 from vllm_ttt.eval.oracle import Oracle, load_model
 
 
@@ -28,7 +27,7 @@ class OracleScorer:
     def __init__(self, folder: str | Path, config: TTTConfig | None = None, dtype: torch.dtype | None = None):
         self.folder, self.model, self.config = folder, load_model(folder, dtype), config or TTTConfig()
         self.max_model_len: int = self.model.config.max_position_embeddings  # pyright: ignore
-        self.frozen, self.sessions = self._session(), dict[str, Oracle | DeepOracle]()
+        self.frozen, self.sessions = self._session(), dict[str, Oracle]()
 
     async def tokenize(self, text: str) -> list[int]:
         return self._tokenizer(text, verbose=False)["input_ids"]
@@ -49,8 +48,8 @@ class OracleScorer:
         oracle.learn(ids)
         return losses
 
-    def _session(self) -> Oracle | DeepOracle:
-        return (DeepOracle if self.config.adapt.preset == "deep" else Oracle)(self.model, self.config)
+    def _session(self) -> Oracle:
+        return Oracle(self.model, self.config)
 
     async def forget(self, session: str) -> None:
         self.sessions.pop(session, None)
@@ -69,13 +68,12 @@ async def main() -> None:
     parser.add_argument("--preset", default="last")
     parser.add_argument("--layers", type=int, help="adapted layers; default: what the preset says")
     parser.add_argument("--float32", action="store_true", help="load the model in float32 instead of its own dtype")
-    parser.add_argument("--unscaled", action="store_true", help="serve with the delta as it is (learn.scales: [1])")
     parser.add_argument("--json")
     parser.add_argument("--reference", help="recorded curves to compare with")
     args = parser.parse_args()
     torch.set_num_threads(1)
     adapt = {} if args.layers is None else {"layers": args.layers}
-    config = parse_config({"adapt": adapt, "learn": {"scales": [1]} if args.unscaled else {}}, args.preset)
+    config = parse_config({"adapt": adapt}, args.preset)
     scorer = OracleScorer(args.model, config, torch.float32 if args.float32 else None)
     found = texts.read_texts(args.texts)
     if args.domains:

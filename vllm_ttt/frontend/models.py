@@ -36,13 +36,11 @@ class ChunkLoss(_Model):
     loss: Loss
     """Mean loss before it was learned, nats per token; null where it was not finite."""
     frozen_loss: Loss = None
-    """Under the base model, mean of every second token; measured on the last chunk of a prompt, null on others."""
-    served_loss: Loss = None
-    """Of the same tokens, under the delta that the request was served with."""
-    scale: Loss = None
-    """The scale of the delta in that."""
+    """The same under the base model, after what was served before it; every fourth chunk has it, others null."""
+    rate: Loss = None
+    """The session's rate after the chunk."""
     skipped: str | None = None
-    """Why the chunk was not learned: `loss`, `nonfinite`, `short`, `repetition`, `rollback` or `error`; null: it was."""
+    """Why the chunk was not learned: `loss`, `nonfinite`, `short`, `repetition`, `rollback`, `full` or `error`; null: it was."""
 
 
 class SessionSummary(_Model):
@@ -70,10 +68,8 @@ class SessionSummary(_Model):
     """Frobenius norm of the delta relative to that of the weight, by module."""
     tier: Literal["slot", "memory", "disk", "new"]
     """Where the delta is: in one of vLLM's LoRA slots, only in memory, or only on disk; new: there is none yet."""
-    scale: Loss = None
-    """The session is served with its delta times this, as its past losses have it (`learn.scales`); null: not in memory."""
-    scale_served: Loss = None
-    """The same for its latest prompt, less where that was not like what the session had sent before."""
+    rate: Loss = None
+    """The rate of its next step: its length, relative to the norm of the weight that it adapts; null: not in memory."""
     bytes: int
     """Memory that the session takes; on disk, its newest file."""
     frozen: bool = False
@@ -92,20 +88,9 @@ class SessionSummary(_Model):
     """Whose it is, as the state dir names the API key; only where the admin key lists all."""
 
 
-class ScaleLoss(_Model):
-    """What the session's requests say of one scale of its delta."""
-
-    scale: float
-    """The scale, one of `learn.scales`; 0: the base model."""
-    loss: Loss
-    """Nats per token over past requests, the recent most; only differences mean anything."""
-
-
 class Session(SessionSummary):
     """A session."""
 
-    scale_losses: list[ScaleLoss] = []
-    """The losses by which `scale` was chosen."""
     losses: list[ChunkLoss]
     """The most recent chunks, oldest first."""
     versions: list[int] = []

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vllm_ttt.config import LETTERS
 from vllm_ttt.engine import records
 from vllm_ttt.engine.records import Row, Version
 from vllm_ttt.errors import TTTError
@@ -25,7 +26,7 @@ from vllm_ttt.geometry import Geometry
 from vllm_ttt.state_dir import StateDir
 from vllm_ttt.types import SessionKey, check_session_id
 from vllm_ttt.worker import delta_file, peft
-from vllm_ttt.worker.delta_file import MAX_HEADER, FileError
+from vllm_ttt.worker.delta_file import MAX_HEADER, UPDATE, FileError
 from vllm_ttt.worker.deltas import Session as WorkerSession
 
 
@@ -43,7 +44,7 @@ class Offline:
             raise SessionsError(f"{folder} is not a state dir: it has no sessions.db")
         self.db = records.connect(self.folder.database)
         self.identity = records.read_identity(self.db)
-        self.geometry = Geometry(**self.identity["geometry"])
+        self.geometry = Geometry.from_json(self.identity["geometry"])
 
     def list(self, all_keys: bool = False) -> list[dict[str, Any]]:
         return [self._describe(row) for row in records.listing(self.db, None if all_keys else self.tenant)]
@@ -74,13 +75,12 @@ class Offline:
             raise SessionsError(f"session {name!r} has learned nothing that was saved")
         path = self.folder.path(row.newest.file)
         try:
-            tensors, saved = delta_file.load(path, row.newest.checksum, self.geometry)
+            tensors, _ = delta_file.load(path, row.newest.checksum, self.geometry)
         except (FileError, OSError) as error:
             raise SessionsError(f"{path} cannot be used: {error}; vllm-ttt sessions fsck says more") from None
         dtype = getattr(torch, self.identity["dtype"])
-        scale = float(json.loads(saved["state"])["chosen"])  # as the session is served
-        tensors = {module: scale * b for module, b in tensors.items()}
-        metadata = {"session_id": name, "version": str(row.newest.version), "scale": f"{scale:g}"}
+        tensors = {module: tensors[module] for module in self.geometry.shapes}
+        metadata = {"session_id": name, "version": str(row.newest.version)}
         base = self.identity["model"]["name"]
         data = peft.adapter(tensors, peft.projections(self.geometry, dtype), self.geometry, base, metadata)
         out.mkdir(parents=True, exist_ok=True)
@@ -100,8 +100,10 @@ class Offline:
             if records.find(self.db, SessionKey(tenant, name)) is not None:
                 raise SessionsError(f"there is a session {name!r} already; vllm-ttt sessions rm removes it")
             tensors, version = self._read_adapter(source)
-            # Served as it was exported. Relative norms are known again after the next step.
-            state = WorkerSession(version=version, chosen=1.0).to_state()
+            # Its rate begins anew, as the server that opens it has it. Relative norms are known after the next step.
+            letters = "".join(LETTERS[module] for module in self.geometry.modules)
+            state = {**WorkerSession(version=version, norms=[0.0] * len(letters)).to_state(), "rate": None}
+            tensors |= {name + UPDATE: torch.zeros_like(b, dtype=torch.bfloat16) for name, b in tensors.items()}
             uid, now = secrets.token_hex(16), time.time()
             file = self.folder.new_file(uid)
             metadata = {"uid": uid, "tenant": tenant, "session_id": name, "state": json.dumps(state)}
@@ -183,8 +185,8 @@ class Offline:
         return None
 
     def _read_adapter(self, source: Path) -> tuple[dict[str, torch.Tensor], int]:
-        limit = 4 * self.geometry.rank * 4 * (self.geometry.hidden + self.geometry.feed_forward + self.geometry.attention)
-        limit += self.geometry.bytes + MAX_HEADER
+        inputs = 2 * self.geometry.hidden + self.geometry.feed_forward + self.geometry.attention
+        limit = 4 * self.geometry.rank * self.geometry.layers * inputs + self.geometry.bytes + MAX_HEADER
         try:
             file = source / "adapter_model.safetensors" if source.is_dir() else source
             data = delta_file.read(file, limit)

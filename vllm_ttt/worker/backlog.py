@@ -28,11 +28,6 @@ class Chunk:
     #: its first pair
     first: int
     rows: int = 0
-    #: rows whose gradient has been accumulated
-    done: int = 0
-    #: where it was measured: the scale that its request was served with, and mean losses (frozen, served) of a part of it
-    scale: float | None = None
-    measured: tuple[float, float] | None = None
 
     @property
     def end(self) -> int:
@@ -78,8 +73,6 @@ class Backlog:
         self.returned: list[int] = []
         self.readings: dict[str, Reading] = {}
         self.queues: OrderedDict[int, deque[Chunk]] = OrderedDict()
-        #: the last chunk of each prompt, when it has joined its queue; `Measuring` takes them out
-        self.last: deque[Chunk] = deque()
         #: chunks too short to be learned, to be reported
         self.short: list[Chunk] = []
         #: chunks that repeat themselves, likewise
@@ -209,28 +202,27 @@ class Backlog:
     def forget(self, request: str) -> None:
         del self.closing[request]
 
-    def rows_of(self, parts: Sequence[tuple[Chunk, int, int]], stride: int = 1) -> Tensor:
-        """[S, C] int64: numbers of rows in the flattened pages.
+    def rows_of(self, chunks: Sequence[Chunk]) -> Tensor:
+        """[S, C] int64: numbers of the chunks' rows in the flattened pages.
 
-        Args:
-            parts: (chunk, first, count): so many rows of a chunk from that one on, every ``stride``th. One that has fewer than
-                the longest is filled up with its own first row: what is not finite in one session never meets another.
+        One that has fewer than the longest is filled up with its own first row: what is not finite in one session never meets
+        another.
         """
-        flat = torch.zeros(len(parts), max(count for _, _, count in parts), dtype=torch.int64)
-        for s, (chunk, first, count) in enumerate(parts):
-            flat[s] = chunk.page * self.chunk + first
-            flat[s, :count] += torch.arange(count) * stride
+        flat = torch.zeros(len(chunks), max(chunk.rows for chunk in chunks), dtype=torch.int64)
+        for s, chunk in enumerate(chunks):
+            flat[s] = chunk.page * self.chunk
+            flat[s, : chunk.rows] += torch.arange(chunk.rows)
         return flat
 
     @property
     def pending(self) -> int:
         """Captured tokens that wait for their step."""
-        queued = sum(c.rows - c.done for q in self.queues.values() for c in q)
+        queued = sum(c.rows for q in self.queues.values() for c in q)
         return queued + sum(r.open.rows for r in self.readings.values() if r.open)
 
     def pending_of(self, session: int) -> int:
         """Captured tokens of one session that wait for their step."""
-        queued = sum(c.rows - c.done for c in self.queues.get(session, ()))
+        queued = sum(c.rows for c in self.queues.get(session, ()))
         return queued + sum(r.open.rows for r in self.readings.values() if r.open and r.plan.session == session)
 
     def _assign(self, rows: Rows, reading: Reading, copy: Copy) -> None:
@@ -249,8 +241,7 @@ class Backlog:
                 part_end = min(part_end, position + self.chunk - chunk.rows)
                 self._copy_rows(rows, position, part_end, chunk, copy)
                 if chunk.rows == self.chunk or part_end == last_of_prompt:
-                    # Where what is left of the prompt is too short to be learned, this is its last chunk.
-                    self._close(reading, last=in_prompt and last_of_prompt - part_end < self.min_chunk)
+                    self._close(reading)
             position = part_end
         reading.next = max(reading.next, end)
         if not reading.prompt_read and reading.next >= last_of_prompt:
@@ -283,7 +274,7 @@ class Backlog:
         copy.tokens.append(rows.next_tokens[offset : offset + n])
         chunk.rows += n
 
-    def _close(self, reading: Reading, last: bool = False) -> None:
+    def _close(self, reading: Reading) -> None:
         chunk, reading.open = reading.open, None
         assert chunk is not None
         if chunk.rows < self.min_chunk:
@@ -296,8 +287,6 @@ class Backlog:
             self._release(chunk)
             return
         self.queues.setdefault(chunk.session, deque()).append(chunk)
-        if last:
-            self.last.append(chunk)
         reading.unlearned += 1
         self.closing.setdefault(chunk.request, reading)
 

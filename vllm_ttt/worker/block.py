@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vllm_ttt.worker.delta import LayerDelta
+
 if TYPE_CHECKING:
-    from vllm_ttt.worker.micro_step import Delta, Tail
+    from vllm_ttt.worker.micro_step import Tail
 
 
 @dataclass
@@ -31,19 +33,20 @@ class Block:
 
 @dataclass
 class Passed:
-    """What the backward of a layer needs of its forward."""
+    """What the backward of a layer needs of its forward. ``ao``, ``ax`` and ``az``: inputs of modules, times A; None: that
+    module is not adapted."""
 
-    ao_TR: Tensor
+    ao_TR: Tensor | None
     r1_TD: Tensor
     i1_T1: Tensor
-    ax_TR: Tensor
+    ax_TR: Tensor | None
     u_TF: Tensor
     s_TF: Tensor
     silu_TF: Tensor
-    az_TR: Tensor
+    az_TR: Tensor | None
 
 
-def forward(block: Block | Tail, tail: Tail, delta: Delta, h_TD: Tensor, a_TQ: Tensor, S: int) -> tuple[Tensor, Passed]:
+def forward(block: Block | Tail, tail: Tail, delta: LayerDelta, h_TD: Tensor, a_TQ: Tensor, S: int) -> tuple[Tensor, Passed]:
     """The residual stream that leaves the layer, [T, D] float32.
 
     Args:
@@ -52,29 +55,22 @@ def forward(block: Block | Tail, tail: Tail, delta: Delta, h_TD: Tensor, a_TQ: T
         h_TD: residual stream that enters the layer. a_TQ: its attention output, in the tail's dtype.
     """
     dt = block.wo_DQ.dtype
-    lora = lambda x_TR, b_SOR: torch.bmm(x_TR.view(S, -1, x_TR.shape[1]), b_SOR.transpose(1, 2)).flatten(0, 1)  # noqa: E731
-    ao_TR = a_TQ @ tail.ao_RQ.T
-    r1_TD = h_TD.float() + (a_TQ @ block.wo_DQ.T).float() + lora(ao_TR, delta.o).float()
-    if block.bo_D is not None:
-        r1_TD += block.bo_D
+    o_TD, ao_TR = _linear(a_TQ, block.wo_DQ, tail.ao_RQ, delta.o, block.bo_D, S)
+    r1_TD = h_TD.float() + o_TD
     i1_T1 = torch.rsqrt(r1_TD.square().mean(-1, keepdim=True) + block.eps)
     x_TD = (r1_TD * i1_T1 * block.ln_D).to(dt)
-    ax_TR = x_TD @ tail.ai_RD.T
-    gu_T2F = (x_TD @ block.wgu_2FD.T).float() + lora(ax_TR, delta.gu).float()
-    if block.bgu_2F is not None:
-        gu_T2F += block.bgu_2F
+    gu_T2F, ax_TR = _linear(x_TD, block.wgu_2FD, tail.ai_RD, delta.gu, block.bgu_2F, S)
     g_TF, u_TF = gu_T2F.chunk(2, -1)
     s_TF = torch.sigmoid(g_TF)
     silu_TF = g_TF * s_TF
     z_TF = (silu_TF * u_TF).to(dt)
-    az_TR = z_TF @ tail.ad_RF.T
-    r2_TD = r1_TD + (z_TF @ block.wd_DF.T).float() + lora(az_TR, delta.d).float()
-    if block.bd_D is not None:
-        r2_TD += block.bd_D
-    return r2_TD, Passed(ao_TR, r1_TD, i1_T1, ax_TR, u_TF, s_TF, silu_TF, az_TR)
+    d_TD, az_TR = _linear(z_TF, block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S)
+    return r1_TD + d_TD, Passed(ao_TR, r1_TD, i1_T1, ax_TR, u_TF, s_TF, silu_TF, az_TR)
 
 
-def backward(block: Block | Tail, tail: Tail, delta: Delta, grad: Delta, saved: Passed, d2_TD: Tensor, S: int) -> Tensor:
+def backward(
+    block: Block | Tail, tail: Tail, delta: LayerDelta, grad: LayerDelta, saved: Passed, d2_TD: Tensor, S: int
+) -> Tensor:
     """Add the gradient of the layer's deltas to ``grad``.
 
     Args:
@@ -84,24 +80,21 @@ def backward(block: Block | Tail, tail: Tail, delta: Delta, grad: Delta, saved: 
         `attention_gradient`), [T, D] float32.
     """
     dt = block.wo_DQ.dtype
-    d2 = d2_TD.to(dt)
     add_outer(grad.d, d2_TD, saved.az_TR, S)
-    dz_TF = (d2 @ block.wd_DF).float() + _through(d2, delta.d, tail.ad_RF, S)
+    dz_TF = _through(d2_TD.to(dt), block.wd_DF, tail.ad_RF, delta.d, S)
     # d silu(g) / dg = s (1 + g (1 - s)) = s + silu(g) (1 - s)
     slope_TF = saved.s_TF + saved.silu_TF * (1 - saved.s_TF)
     dgu_T2F = torch.cat((dz_TF * saved.u_TF * slope_TF, dz_TF * saved.silu_TF), -1)
-    dgu = dgu_T2F.to(dt)
     add_outer(grad.gu, dgu_T2F, saved.ax_TR, S)
-    dx_TD = (dgu @ block.wgu_2FD).float() + _through(dgu, delta.gu, tail.ai_RD, S)
+    dx_TD = _through(dgu_T2F.to(dt), block.wgu_2FD, tail.ai_RD, delta.gu, S)
     d1_TD = d2_TD + rms_backward(dx_TD * block.ln_D, saved.r1_TD, saved.i1_T1)
     add_outer(grad.o, d1_TD, saved.ao_TR, S)
     return d1_TD
 
 
-def attention_gradient(block: Block | Tail, tail: Tail, delta: Delta, d1_TD: Tensor, S: int) -> Tensor:
+def attention_gradient(block: Block | Tail, tail: Tail, delta: LayerDelta, d1_TD: Tensor, S: int) -> Tensor:
     """From what `backward` returned: the gradient with respect to the attention output, [T, Q] float32."""
-    d1 = d1_TD.to(block.wo_DQ.dtype)
-    return (d1 @ block.wo_DQ).float() + _through(d1, delta.o, tail.ao_RQ, S)
+    return _through(d1_TD.to(block.wo_DQ.dtype), block.wo_DQ, tail.ao_RQ, delta.o, S)
 
 
 def rms_backward(g_TD: Tensor, x_TD: Tensor, inv_T1: Tensor) -> Tensor:
@@ -109,12 +102,30 @@ def rms_backward(g_TD: Tensor, x_TD: Tensor, inv_T1: Tensor) -> Tensor:
     return inv_T1 * g_TD - x_TD * (inv_T1.pow(3) * (g_TD * x_TD).mean(-1, keepdim=True))
 
 
-def add_outer(g_SOR: Tensor, d_TO: Tensor, x_TR: Tensor, S: int) -> None:
-    """g += d^T x, per session."""
+def add_outer(g_SOR: Tensor | None, d_TO: Tensor, x_TR: Tensor | None, S: int) -> None:
+    """g += d^T x, per session; nothing where the module is not adapted."""
+    if g_SOR is None or x_TR is None:
+        return
     d_SCO, x_SCR = d_TO.view(S, -1, d_TO.shape[-1]), x_TR.view(S, -1, x_TR.shape[-1])
     g_SOR.baddbmm_(d_SCO.transpose(1, 2), x_SCR.to(d_SCO.dtype))
 
 
-def _through(d_TO: Tensor, b_SOR: Tensor, a_RI: Tensor, S: int) -> Tensor:
-    """The gradient that flows back through B A: [T, I] float32."""
-    return (torch.bmm(d_TO.view(S, -1, d_TO.shape[-1]), b_SOR).view(d_TO.shape[0], -1) @ a_RI).float()
+def _linear(
+    x_TI: Tensor, w_OI: Tensor, a_RI: Tensor, b_SOR: Tensor | None, bias_O: Tensor | None, S: int
+) -> tuple[Tensor, Tensor | None]:
+    """x (W + B A)^T + bias, [T, O] float32, with x A^T [T, R] where there is a B."""
+    y_TO, xa_TR = (x_TI @ w_OI.T).float(), None
+    if b_SOR is not None:
+        xa_TR = x_TI @ a_RI.T
+        y_TO += torch.bmm(xa_TR.view(S, -1, xa_TR.shape[1]), b_SOR.transpose(1, 2)).flatten(0, 1)
+    if bias_O is not None:
+        y_TO += bias_O
+    return y_TO, xa_TR
+
+
+def _through(d_TO: Tensor, w_OI: Tensor, a_RI: Tensor, b_SOR: Tensor | None, S: int) -> Tensor:
+    """The gradient that flows back through W + B A: [T, I] float32."""
+    dx_TI = (d_TO @ w_OI).float()
+    if b_SOR is not None:
+        dx_TI += torch.bmm(d_TO.view(S, -1, d_TO.shape[-1]), b_SOR).view(d_TO.shape[0], -1) @ a_RI
+    return dx_TI

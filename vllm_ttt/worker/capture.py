@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_ttt.worker.tail import TailModules
@@ -57,6 +58,17 @@ class CapturingOutputProjection(RowParallelLinearWithLoRA):
         return super().apply(x, bias)
 
 
+class CapturingPlainProjection(RowParallelLinear):
+    """The same where o_proj is not adapted."""
+
+    ttt_buffer: Tensor
+    ttt_idle: Tensor
+
+    def forward(self, input_: Tensor) -> Any:
+        torch.ops.vllm.ttt_capture(input_, self.ttt_buffer, self.ttt_idle)
+        return super().forward(input_)
+
+
 class CapturingAttention(Attention):
     """The attention of a layer above the first adapted one: its keys and values, as they go into the KV cache."""
 
@@ -81,7 +93,7 @@ class Capture:
         self.a_NQ = torch.zeros(max_tokens, lowest.o_proj.input_size, dtype=dtype, device=device)
         for module, cls, buffer in (
             (lowest.norm, CapturingNorm, self.h_ND),
-            (lowest.o_proj, CapturingOutputProjection, self.a_NQ),
+            (lowest.o_proj, CapturingOutputProjection if "o" in modules.adapted else CapturingPlainProjection, self.a_NQ),
         ):
             module.__class__ = cls
             module.ttt_buffer, module.ttt_idle = buffer, idle

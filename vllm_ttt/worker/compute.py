@@ -18,11 +18,10 @@ from vllm_ttt.config import LearnConfig
 from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.micro_step import Delta, Tail, accumulate, update
+from vllm_ttt.worker.micro_step import Tail, accumulate
 from vllm_ttt.worker.past import Before
 from vllm_ttt.worker.qkv import Past
-from vllm_ttt.worker.scale import measured
-from vllm_ttt.worker.scaled import scaled_losses, stacked_losses
+from vllm_ttt.worker.update import update
 
 
 @dataclass
@@ -50,63 +49,40 @@ ROOMS = (1024, 4096)
 
 class Compute:
     """Arguments are host tensors. ``flat`` [S, C] are row numbers in the flattened pages, ``weight`` [S, C] the weights of
-    their losses, ``rows`` [S] rows of the masters, ``keep`` [S] bool: whether what the row holds belongs to this chunk,
-    ``before`` what comes before those rows; None where the step needs none.
+    their losses, ``rows`` [S] rows of the masters, ``before`` what comes before those rows; None where the step needs none.
     """
 
     def __init__(self, tail: Tail, learn: LearnConfig, backlog: Backlog, deltas: Deltas):
         self.tail, self.learn, self.backlog, self.deltas = tail, learn, backlog, deltas
         self.device = tail.head_VD.device
         self.max_loss = learn.max_loss * math.log(tail.head_VD.shape[0])
-        rows = deltas.masters.o.shape[0]
-        # Sums over the tiles of the chunk that is being learned, by row of the masters.
-        self.loss_R = torch.zeros(rows, device=self.device)
-        #: the scales of `measure`
-        self.scales_K = torch.tensor(measured(learn.scales), device=self.device)
-        self.score_graphs: dict[Shape, Graph] = {}
-        self.measure_graphs: dict[Shape, Graph] = {}
-        self.apply_graphs: dict[int, Graph] = {}
+        self.step_graphs: dict[Shape, Graph] = {}
+        self.frozen_graphs: dict[Shape, Graph] = {}
 
-    def score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, before: Before | None = None) -> None:
-        """Add the gradient and the loss of some rows to what their chunks have accumulated."""
-        shape = _fitting(self.score_graphs, flat, before)
+    def step(self, flat: Tensor, weight: Tensor, rows: Tensor, share: Tensor, before: Before | None = None) -> Tensor:
+        """Learn a chunk of each session. ``share`` [S]: rows of the chunk / rows of a full one.
+
+        Returns:
+            [3 + modules, S]: whether it was applied, the chunk's loss, the rate from now on, norms of B relative to W by adapted
+            module; on the device, overwritten by the next call.
+        """
+        S, shape = len(rows), _fitting(self.step_graphs, flat, before)
         if shape is None:
             past = None if before is None else before.past(*flat.shape).to(self.device)
-            self._score(past, *(to_device(x, self.device) for x in (flat, weight, rows, keep)))
-        else:
-            padded = _pad(shape, flat, weight, rows, keep, self.deltas.spare)
-            self.score_graphs[shape](*padded, *_static(before, shape))
+            return self._step(past, *(to_device(x, self.device) for x in (flat, weight, rows, share)))
+        more = shape[0] - S
+        rows = torch.cat((rows, rows.new_full((more,), self.deltas.spare)))
+        share = torch.cat((share, share.new_zeros(more)))
+        return self.step_graphs[shape](*_pad(shape, flat, weight), rows, share, *_static(before, shape))[:, :S]
 
-    def measure(
-        self, flat: Tensor, weight: Tensor, rows: Tensor, served: Delta | None = None, before: Before | None = None
-    ) -> Tensor:
-        """Losses of some rows under each of ``scales_K`` times the masters, or times ``served``, one session's B.
-
-        Returns:
-            [S, K] float32, on the device, overwritten by the next call.
-        """
-        (S, C), K = flat.shape, len(self.scales_K)
-        shape = None if served is not None else _fitting(self.measure_graphs, flat, before)
+    def frozen(self, flat: Tensor, weight: Tensor, before: Before | None = None) -> Tensor:
+        """Losses [S] of some rows under the base model, after what comes before them as it was served; on the device, overwritten
+        by the next call."""
+        S, shape = len(flat), _fitting(self.frozen_graphs, flat, before)
         if shape is None:
-            past = None if before is None else before.times(K).past(S * K, C).to(self.device)
-            return self._measure(past, *(to_device(x, self.device) for x in (flat, weight, rows)), served=served)
-        flat, weight, rows, _ = _pad(shape, flat, weight, rows, torch.zeros(S, dtype=torch.bool), self.deltas.spare)
-        return self.measure_graphs[shape](flat, weight, rows, *_static(before, shape, K))[:S]
-
-    def apply(self, rows: Tensor, share: Tensor) -> Tensor:
-        """One step of the optimiser on each master. ``share`` [S]: rows of the chunk / rows of a full one.
-
-        Returns:
-            [2 + modules, S]: whether it was applied, the chunk's loss, norms of B relative to W; on the device, overwritten by
-            the next call.
-        """
-        S = len(rows)
-        size = next((s for s in sorted(self.apply_graphs) if s >= S), None)
-        if size is None:
-            return self._apply(None, to_device(rows, self.device), to_device(share, self.device))
-        pad = size - S
-        rows = torch.cat((rows, rows.new_full((pad,), self.deltas.spare)))
-        return self.apply_graphs[size](rows, torch.cat((share, share.new_zeros(pad))))[:, :S]
+            past = None if before is None else before.past(*flat.shape).to(self.device)
+            return self._frozen(past, *(to_device(x, self.device) for x in (flat, weight)))
+        return self.frozen_graphs[shape](*_pad(shape, flat, weight), *_static(before, shape))[:S]
 
     def warm_up(
         self,
@@ -114,7 +90,7 @@ class Compute:
         timed: Callable[[Callable[[], None]], float],
         before: Before | None = None,
     ) -> list[float]:
-        """Run each shape [S, C] on the spare row, on CUDA capture it; returns seconds per shape, commits included.
+        """Run each shape [S, C] on the spare row, on CUDA capture it; returns seconds per shape.
 
         Args:
             before: of no chunk; None where the step needs none.
@@ -123,66 +99,44 @@ class Compute:
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         for S, C in shapes:
             flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.full((S, C), 1.0 / C)
-            rows, keep = torch.full((S,), self.deltas.spare), torch.zeros(S, dtype=torch.bool)
-            share = torch.ones(S)
-            if pool is not None and S not in self.apply_graphs:
-                self.apply_graphs[S] = self._capture(self._apply, (rows, share), pool)
+            rows, share = torch.full((S,), self.deltas.spare), torch.ones(S)
             if pool is not None and before is None:
-                self._capture_shape((S, C, 0), (flat, weight, rows, keep), None, pool)
+                self._capture_shape((S, C, 0), (flat, weight, rows, share), None, pool)
             elif pool is not None and self.tail.kernel.static:
                 for room in ROOMS:
-                    self._capture_shape((S, C, S * room), (flat, weight, rows, keep), before, pool)
+                    self._capture_shape((S, C, S * room), (flat, weight, rows, share), before, pool)
 
-            def once(args: Any = (flat, weight, rows, keep, before), rows: Tensor = rows, share: Tensor = share) -> None:
-                self.score(*args)
-                self.apply(rows, share)
+            def once(args: Any = (flat, weight, rows, share, before)) -> None:
+                self.step(*args)
 
             times.append(timed(once))
-        for x in (*self.deltas.masters.tensors(), *self.deltas.grads.tensors()):
+        for x in self.deltas.masters.tensors():
             x[self.deltas.spare].zero_()
         return times
 
     def _capture_shape(self, shape: Shape, values: tuple[Tensor, ...], before: Before | None, pool: Any) -> None:
-        (S, C, room), K = shape, len(self.scales_K)
-        past = None if before is None else before.past(S, C, room)
-        self.score_graphs[shape] = self._capture(self._score, values, pool, past)
-        if K > 1:
-            past = None if before is None else before.past(S * K, C, room * K)
-            self.measure_graphs[shape] = self._capture(self._measure, values[:3], pool, past)
+        S, C, room = shape
+        for graphs, function, count in ((self.step_graphs, self._step, 4), (self.frozen_graphs, self._frozen, 2)):
+            past = None if before is None else before.past(S, C, room)
+            graphs[shape] = self._capture(function, values[:count], pool, past)
 
-    def _score(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
-        served = self.deltas.masters.select(rows).to(self.tail.head_VD.dtype)
-        grad = Delta(*(torch.where(keep[:, None, None], x.index_select(0, rows), 0.0) for x in self.deltas.grads.tensors()))
+    def _step(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, share: Tensor) -> Tensor:
+        state, grad = self.deltas.masters.select(rows), self.tail.zeros(len(rows))
+        served = state.delta.to(self.tail.head_VD.dtype)
         loss_S = accumulate(self.tail, served, *self._gather(flat), weight, grad, past)
-        for x, part in zip(self.deltas.grads.tensors(), grad.tensors(), strict=True):
+        new, ok_S, norm_MS = update(self.tail.norms, state, grad, loss_S, share, self.learn, self.max_loss)
+        for x, part in zip(self.deltas.masters.tensors(), new.tensors(), strict=True):
             x.index_copy_(0, rows, part)
-        self._add(self.loss_R, rows, keep, loss_S)
-        return loss_S
+        return torch.cat((torch.stack((ok_S.float(), loss_S, new.rate_S)), norm_MS))
 
-    def _measure(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, served: Delta | None = None) -> Tensor:
-        delta = (self.deltas.masters.select(rows) if served is None else served).to(self.tail.head_VD.dtype)
-        given = self.tail, delta, self.scales_K, *self._gather(flat), weight
-        return scaled_losses(*given) if past is None else stacked_losses(*given, past)
-
-    def _apply(self, _: Past | None, rows: Tensor, share: Tensor) -> Tensor:
-        masters, learn = self.deltas.masters, self.learn
-        loss_S = self.loss_R.index_select(0, rows)
-        new, ok_S, norm_MS = update(
-            self.tail, masters.select(rows), self.deltas.grads.select(rows), loss_S, share,
-            learn.rate, learn.decay, learn.max_norm, self.max_loss,
-        )  # fmt: skip
-        for x, part in zip(masters.tensors(), new.tensors(), strict=True):
-            x.index_copy_(0, rows, part)
-        return torch.cat((torch.stack((ok_S.float(), loss_S)), norm_MS))
+    def _frozen(self, past: Past | None, flat: Tensor, weight: Tensor) -> Tensor:
+        nothing = self.tail.zeros(len(flat), self.tail.head_VD.dtype)
+        return accumulate(self.tail, nothing, *self._gather(flat), weight, None, past)
 
     def _gather(self, flat_SC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pages, flat = self.backlog, flat_SC.flatten()
         pick = lambda x: x.flatten(0, 1).index_select(0, flat).view(*flat_SC.shape, *x.shape[2:])  # noqa: E731
         return pick(pages.h_PCD), pick(pages.a_PCQ), pick(pages.t_PC)
-
-    @staticmethod
-    def _add(sum_R: Tensor, rows: Tensor, keep: Tensor, loss_S: Tensor) -> None:
-        sum_R.index_copy_(0, rows, torch.where(keep, sum_R.index_select(0, rows), 0.0) + loss_S)
 
     def _capture(
         self, function: Callable[..., Tensor], values: tuple[Tensor, ...], pool: Any, past: Past | None = None
@@ -210,21 +164,14 @@ def _fitting(graphs: Iterable[Shape], flat: Tensor, before: Before | None) -> Sh
     return min((s for s in graphs if s[0] >= S and s[1] >= C and s[2] >= rows), default=None)
 
 
-def _static(before: Before | None, shape: Shape, copies: int = 1) -> tuple[Tensor, ...]:
+def _static(before: Before | None, shape: Shape) -> tuple[Tensor, ...]:
     """The inputs of a graph that say what comes before."""
-    S, C, room = shape
-    return () if before is None else before.times(copies).past(S * copies, C, room * copies).tensors()
+    return () if before is None else before.past(*shape).tensors()
 
 
-def _pad(shape: Shape, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, spare: int) -> tuple[Tensor, ...]:
-    """Widen to ``shape``: more rows of weight 0, each a copy of its own session's first one; more sessions, the spare row's."""
+def _pad(shape: Shape, flat: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Widen to ``shape``: rows of weight 0, each a copy of its own session's first one, and sessions that copy the first."""
     (S, C, _), (s, c) = shape, flat.shape
     wide = flat[:, :1].expand(s, C).contiguous()
     wide[:, :c] = flat
-    more = S - s
-    return (
-        torch.cat((wide, wide[:1].expand(more, C))),
-        torch.nn.functional.pad(weight, (0, C - c, 0, more)),
-        torch.cat((rows, rows.new_full((more,), spare))),
-        torch.cat((keep, keep.new_zeros(more))),
-    )
+    return torch.cat((wide, wide[:1].expand(S - s, C))), torch.nn.functional.pad(weight, (0, C - c, 0, S - s))

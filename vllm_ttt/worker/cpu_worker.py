@@ -17,7 +17,7 @@ from vllm_ttt.worker.worker import TTTWorkerMixin
 
 class TTTCPUWorker(TTTWorkerMixin, CPUWorker):
     def ttt_idle_flag(self, modules: TailModules) -> Tensor:
-        GroupedPunicaCPU.adopt(modules.layers[0].o_proj.punica_wrapper)
+        GroupedPunicaCPU.adopt(modules.punica)
         return torch.ones((), dtype=torch.bool)
 
     def ttt_memory_left(self) -> int:

@@ -16,7 +16,7 @@ from vllm_ttt.worker.worker import TTTWorkerMixin
 
 class TTTCUDAWorker(TTTWorkerMixin, Worker):
     def ttt_idle_flag(self, modules: TailModules) -> Tensor:
-        wrapper = modules.layers[0].o_proj.punica_wrapper
+        wrapper = modules.punica
         SessionPunicaGPU.adopt(wrapper)
         # The flag that makes vLLM's own LoRA kernels return at once; graphs are captured for either value of it.
         return wrapper.token_mapping_meta.no_lora_flag_cpu

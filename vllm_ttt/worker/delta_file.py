@@ -1,4 +1,5 @@
-"""The file of one version of a session: safetensors, B of each adapted module in float32, and what it is in the metadata.
+"""The file of one version of a session: safetensors, B of each adapted module in float32, its last update in bfloat16 under the
+same name with UPDATE behind it, and what it is in the metadata.
 
 Whatever is read is checked first: its size, its header, and every name, shape and type. Nothing pickled is ever read.
 """
@@ -22,7 +23,9 @@ from torch import Tensor
 from vllm_ttt.errors import TTTError
 from vllm_ttt.geometry import Geometry
 
-#: A header holds three tensors and the metadata, of which the ledger's history is the largest part.
+#: Behind the name of a tensor: the last update of that module.
+UPDATE = ".update"
+#: A header holds the tensors' names and the metadata, of which the ledger's history is the largest part.
 MAX_HEADER = 2**22
 
 
@@ -112,7 +115,9 @@ def load(path: Path, checksum: str, geometry: Geometry) -> tuple[dict[str, Tenso
     data = read(path, geometry.bytes + MAX_HEADER)
     if hashlib.sha256(data).hexdigest() != checksum:
         raise FileError("its checksum is not the one that was recorded")
-    return decode(data, geometry.shapes, (torch.float32,)), read_header(data).get("__metadata__", {})
+    shapes = {name + end: shape for end in ("", UPDATE) for name, shape in geometry.shapes.items()}
+    tensors = decode(data, shapes, (torch.float32, torch.bfloat16))
+    return tensors, read_header(data).get("__metadata__", {})
 
 
 def _few(names: set[str]) -> str:

@@ -15,9 +15,9 @@ from vllm.logger import init_logger
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.types import FileOrder, FileReport
 from vllm_ttt.worker import delta_file, peft
-from vllm_ttt.worker.clock import Clock, copy_to_host
+from vllm_ttt.worker.delta import Delta, State
+from vllm_ttt.worker.delta_file import UPDATE
 from vllm_ttt.worker.deltas import Session
-from vllm_ttt.worker.micro_step import Delta
 from vllm_ttt.worker.trainer import Trainer
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
@@ -25,9 +25,9 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below it
 
 @dataclass(slots=True)
 class Snapshot:
-    """A session as it is written. ``delta`` is on the host once ``mark`` is done; None: all zero."""
+    """A session as it is written. ``tensors`` are on the host once ``mark`` is done; None: fresh."""
 
-    delta: Delta | None
+    tensors: State | None
     mark: Any
     state: dict[str, Any]
 
@@ -37,7 +37,7 @@ class Files:
 
     def __init__(self, trainer: Trainer, geometry: Geometry, base_model: str):
         self.trainer, self.deltas, self.geometry, self.base_model = trainer, trainer.deltas, geometry, base_model
-        self.clock = Clock(trainer.deltas.masters.o.device)
+        self.clock = trainer.deltas.clock
         #: orders that wait until the outcome of a step of their session is known
         self.waiting: list[FileOrder] = []
         self.running: list[tuple[FileOrder, Future]] = []
@@ -94,11 +94,9 @@ class Files:
 
     def _snapshot(self, key: int, session: Session) -> Snapshot:
         state = {**session.to_state(), "untried": self.trainer.guard.untried(key)}
-        if key not in self.deltas.rows:
-            return Snapshot(session.host, session.copied, state)  # what lies on the host is never written to
         # Copied in the stream of the steps: before any later step, and without waiting for it.
-        delta = Delta(*(copy_to_host(x) for x in self.deltas.read(key).tensors()))
-        return Snapshot(delta, self.clock.mark(), state)
+        tensors = self.deltas.to_host(key)
+        return Snapshot(tensors, self.clock.mark() if key in self.deltas.rows else session.copied, state)
 
     def _end(self, order: FileOrder, future: Future) -> None:
         error = future.exception()
@@ -120,7 +118,8 @@ class Files:
 
     def _save(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
         metadata = {**order.metadata, "state": json.dumps(snapshot.state)}
-        data = delta_file.encode(self._tensors(snapshot), metadata)
+        found = self._read(snapshot)
+        data = delta_file.encode(self._named(found.delta) | self._named(found.last, UPDATE), metadata)
         checksum = delta_file.write(Path(order.path), data)
         version = snapshot.state["version"]
         return FileReport("save", order.session, order.path, "done", version, bytes=len(data), checksum=checksum), None
@@ -130,23 +129,32 @@ class Files:
         state = json.loads(metadata["state"])
         session = self.deltas.revive(state)
         pinned = torch.Tensor.pin_memory if self.clock.cuda else lambda x: x
-        session.host = Delta(*(pinned(tensors[name][None]) for name in self.geometry.shapes))
+        delta, last = (
+            Delta.of(self.deltas.masters.delta, [tensors[name + end] for name in self.geometry.shapes]) for end in ("", UPDATE)
+        )
+        session.host = State(delta, last, torch.tensor([session.rate]))
+        session.host = session.host.by(*map(pinned, session.host.tensors()))
         report = FileReport("load", order.session, order.path, "done", session.version, metadata=metadata)
         return report, (session, int(state.get("untried", 0)))
 
     def _export(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
-        scale = snapshot.state["chosen"]
-        metadata = {**order.metadata, "version": str(snapshot.state["version"]), "scale": f"{scale:g}"}
+        metadata = {**order.metadata, "version": str(snapshot.state["version"])}
         tail = self.deltas.tail
         served = {a.shape[1]: a.cpu() for a in (tail.ao_RQ, tail.ai_RD, tail.ad_RF)}
-        tensors = {name: scale * b for name, b in self._tensors(snapshot).items()}
+        tensors = self._named(self._read(snapshot).delta)
         data = peft.adapter(tensors, served, self.geometry, self.base_model, metadata)
         delta_file.write(Path(order.path), data)
         return FileReport("export", order.session, order.path, "done", snapshot.state["version"], bytes=len(data)), None
 
-    def _tensors(self, snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    def _read(self, snapshot: Snapshot) -> State:
         if snapshot.mark is not None:
             self.clock.wait(snapshot.mark)
-        if snapshot.delta is None:
-            return {name: torch.zeros(shape) for name, shape in self.geometry.shapes.items()}
-        return {name: x[0] for name, x in zip(self.geometry.shapes, snapshot.delta.tensors(), strict=True)}
+        if snapshot.tensors is None:
+            fresh = self.deltas.fresh_state(1)
+            return fresh.by(*(x.cpu() for x in fresh.tensors()))
+        return snapshot.tensors
+
+    def _named(self, delta: Delta, end: str = "") -> dict[str, torch.Tensor]:
+        """One session's matrices by the names of `Geometry.shapes`, with ``end`` behind each."""
+        named = zip(self.geometry.shapes, delta.matrices(), strict=True)
+        return {name + end: matrix.contiguous() for name, matrix in named}

@@ -18,13 +18,16 @@ from vllm.logger import init_logger
 from vllm_ttt.config import GuardConfig
 from vllm_ttt.types import Trial
 from vllm_ttt.worker.clock import Clock, to_host
+from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.deltas import Deltas, Session
-from vllm_ttt.worker.measuring import ROWS_PER_TOKEN
-from vllm_ttt.worker.micro_step import Delta, Tail
+from vllm_ttt.worker.micro_step import Tail
 from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.versions import Kept, Versions, snapshot
+from vllm_ttt.worker.versions import Kept, Versions, keep
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+
+#: Rows of a forward that take as long as learning a row: a forward and a backward.
+ROWS_PER_TOKEN = 3
 
 
 @dataclass(slots=True, eq=False)
@@ -154,12 +157,12 @@ class Guard:
         if self.frozen is None:
             if any(task.key is None for task, *_ in self.outcomes):
                 return False  # its outcome is on its way
-            self.task = Task(None, None, 0, Delta.zeros(self.tail, 1, self.tail.wo_DQ.dtype), None, zero)
+            self.task = Task(None, None, 0, self.tail.zeros(1, self.tail.wo_DQ.dtype), None, zero)
             return True
         del self.commits[key]
         session = deltas.session(key)
         dtype, device = self.tail.wo_DQ.dtype, self.tail.wo_DQ.device
-        delta = Delta(*(x.to(device, dtype, copy=True) for x in deltas.read(key).times(session.chosen).tensors()))
-        kept = Kept(snapshot(deltas, key), list(session.norms), list(session.losses))
-        self.task = Task(key, session, session.version, delta, kept, zero)
+        master = deltas.read(key).delta
+        delta = master.by(*(x.to(device, dtype, copy=True) for x in master.tensors()))
+        self.task = Task(key, session, session.version, delta, keep(deltas, key), zero)
         return True

@@ -6,7 +6,6 @@ from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.worker.micro_step import LOSS_ROWS
-from vllm_ttt.worker.scale import measured
 
 #: A tile counts as at least so many tokens: reading a session's B and one step of its optimiser cost as much.
 SMALLEST_SHARE = 128
@@ -48,7 +47,7 @@ def needs(
     tried = config.guard.probe_tokens if config.guard.every else 1
     past = _past_bytes(geometry, itemsize)
     parts = {
-        f"masters and gradients of {rows} resident sessions (sessions.resident, adapt.rank)": (2 * (rows + 1) * geometry.bytes),
+        f"masters of {rows} resident sessions (sessions.resident, adapt.rank)": (rows + 1) * geometry.bytes,
         f"activations of {tokens:,} tokens that may wait to be learned (schedule.backlog_tokens)": (
             tokens * ((D + Q) * itemsize + 8)
         ),
@@ -72,7 +71,7 @@ def needs(
 
 
 def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int) -> int:
-    """What a step over several layers keeps from its forward for its backward, or a measurement computes under its scales.
+    """What a step over several layers keeps from its forward for its backward, and gradients and new states of its sessions.
 
     ``itemsize``: bytes of a number in the step's matrix products.
     """
@@ -80,7 +79,7 @@ def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_l
     row = 4 * (3 * D + 5 * F + 3 * Q + 3 * geometry.keys) + itemsize * (3 * geometry.rank + 3 * Q + 6 * geometry.keys)
     sessions = max(1, tokens // SMALLEST_SHARE)
     packed = sessions * max_model_len * 2 * (geometry.keys + Q) * itemsize  # SDPA shows each key to each of its queries' heads
-    return max(geometry.layers, len(measured(config.learn.scales))) * (tokens * row + packed)
+    return geometry.layers * (tokens * row + packed) + 4 * sessions * geometry.bytes
 
 
 def _past_bytes(geometry: Geometry, itemsize: int) -> int:

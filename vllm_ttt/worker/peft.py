@@ -102,13 +102,13 @@ def _modules(geometry: Geometry) -> dict[str, tuple[int, int]]:
     """PEFT's module -> (inputs, outputs)."""
     D, F = geometry.hidden, geometry.feed_forward
     widths = {
-        "self_attn.o_proj": (geometry.attention, D),
-        "mlp.gate_proj": (D, F),
-        "mlp.up_proj": (D, F),
-        "mlp.down_proj": (F, D),
+        "o_proj": {"self_attn.o_proj": (geometry.attention, D)},
+        "gate_up_proj": {"mlp.gate_proj": (D, F), "mlp.up_proj": (D, F)},
+        "down_proj": {"mlp.down_proj": (F, D)},
     }
+    adapted = {name: sizes for module in geometry.outputs for name, sizes in widths[module].items()}
     layers = range(geometry.layer, geometry.layer + geometry.layers)
-    return {f"model.layers.{i}.{module}": sizes for i in layers for module, sizes in widths.items()}
+    return {f"model.layers.{i}.{module}": sizes for i in layers for module, sizes in adapted.items()}
 
 
 def _split(deltas: dict[str, Tensor], geometry: Geometry) -> dict[str, tuple[int, Tensor]]:

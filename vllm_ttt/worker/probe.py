@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.micro_step import Delta, Tail, accumulate
+from vllm_ttt.worker.delta import Delta
+from vllm_ttt.worker.micro_step import Tail, accumulate
 from vllm_ttt.worker.past import Before, PastPool
 from vllm_ttt.worker.step_view import Rows
 

@@ -11,9 +11,9 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from vllm_ttt.types import ADAPTER_PATH
+from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.deltas import Deltas, Session
-from vllm_ttt.worker.micro_step import Delta
-from vllm_ttt.worker.tail import TailModules
+from vllm_ttt.worker.tail import LayerModules, TailModules
 
 
 class SessionLoRAManager(LRUCacheWorkerLoRAManager):
@@ -59,33 +59,37 @@ class Slots:
         self.stacks = [
             module.lora_b_stacked[i]
             for layer in modules.layers
-            for module, i in ((layer.o_proj, 0), (layer.gate_up_proj, 0), (layer.gate_up_proj, 1), (layer.down_proj, 0))
+            for letter, module, i in (
+                ("o", layer.o_proj, 0),
+                ("g", layer.gate_up_proj, 0),
+                ("u", layer.gate_up_proj, 1),
+                ("d", layer.down_proj, 0),
+            )
+            if letter in modules.adapted
         ]
 
     def adapter(self, key: int) -> LoRAModel:
         """The session's adapter with the delta that is to be served: vLLM copies it into the slot that it chooses."""
         session = self.deltas.session(key)
-        served = (session.serving or self.deltas.read(key)).times(session.scale).to(self.dtype)
-        tail, layers = self.deltas.tail, {}
-        for layer, delta in zip(self.modules.layers, served.layers(), strict=True):
-            parts, parent = dict(delta.parts()), layer.names["gu"].rpartition(".")[0]
-            layers[layer.names["o"]] = tail.ao_RQ, parts["o"]
-            layers[f"{parent}.gate_proj"] = tail.ai_RD, parts["g"]
-            layers[f"{parent}.up_proj"] = tail.ai_RD, parts["u"]
-            layers[layer.names["d"]] = tail.ad_RF, parts["d"]
-        rank = tail.rank
-        return LoRAModel(key, rank, {n: LoRALayerWeights(n, rank, rank, a, b[0]) for n, (a, b) in layers.items()})
+        served = (session.serving or self.deltas.read(key).delta).to(self.dtype)
+        tail, rank = self.deltas.tail, self.deltas.tail.rank
+        names = (self._names(layer) for layer in self.modules.layers)
+        inputs = {"o": tail.ao_RQ, "g": tail.ai_RD, "u": tail.ai_RD, "d": tail.ad_RF}
+        places = [(name, inputs[letter]) for layer in names for letter, name in layer.items()]
+        weights = (
+            LoRALayerWeights(name, rank, rank, a, b[0]) for (name, a), (_, b) in zip(places, served.parts(), strict=True)
+        )
+        return LoRAModel(key, rank, {w.module_name: w for w in weights})
 
     def write(self, key: int, session: Session) -> None:
-        """Bring what is served of the session, and its slot where it has one, to the master's version and the wanted scale.
+        """Bring what is served of the session, and its slot where it has one, to the master's version.
 
         A slot that cannot be written is given back, so that vLLM fills another from the master when the session is served next.
         """
-        session.serving, session.scale = None, session.wanted
+        session.serving = None
         if self.holds(key):
             try:
-                delta = self.deltas.read(key).times(session.scale)
-                self._copy(self.manager._adapter_manager.lora_index_to_id.index(key), delta)
+                self._copy(self.manager._adapter_manager.lora_index_to_id.index(key), self.deltas.read(key).delta)
             except Exception:
                 self.drop(key)
                 raise
@@ -100,6 +104,14 @@ class Slots:
         """The adapters that have a slot now."""
         return [key for key in self.manager._adapter_manager.lora_index_to_id if key is not None]
 
+    def _names(self, layer: LayerModules) -> dict[str, str]:
+        """vLLM's names of a layer's adapted modules by letter, gate and up apart."""
+        parent = layer.names["gu"].rpartition(".")[0]
+        names = {"o": layer.names["o"], "g": f"{parent}.gate_proj", "u": f"{parent}.up_proj", "d": layer.names["d"]}
+        return {letter: name for letter, name in names.items() if letter in self.modules.adapted}
+
     def _copy(self, slot: int, delta: Delta) -> None:
-        for (_, b), stack in zip(delta.parts(), self.stacks, strict=True):
-            stack[slot, 0].copy_(b[0])
+        served = delta.to(self.dtype)
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            [stack[slot, 0] for stack in self.stacks], [b[0] for _, b in served.parts()]
+        )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_ttt.config import AdaptConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.worker import attention
 from vllm_ttt.worker.block import Block
@@ -47,10 +48,9 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class LayerModules:
-    """The live modules of one adapted layer; o_proj, gate_up_proj and down_proj are vLLM's LoRA wrappers.
-
-    ``names`` are their full names, by "o", "gu" and "d". ``attention`` has qkv_proj, rotary_emb, attn and, with Qwen3, q_norm
-    and k_norm.
+    """The live modules of one adapted layer; those of o_proj, gate_up_proj and down_proj that are adapted are vLLM's LoRA
+    wrappers. ``names`` are their full names, by "o", "gu" and "d". ``attention`` has qkv_proj, rotary_emb, attn and, with
+    Qwen3, q_norm and k_norm.
     """
 
     attention_norm: Any
@@ -64,19 +64,27 @@ class LayerModules:
 
 @dataclass(frozen=True)
 class TailModules:
-    """``layers``: the adapted ones, lowest first."""
+    """``layers``: the adapted ones, lowest first. ``adapted``: the adapted modules, a part of "ogud"."""
 
     layers: tuple[LayerModules, ...]
     final_norm: Any
     lm_head: Any
+    adapted: str = "ogud"
 
     @property
     def names(self) -> list[str]:
         """Full names of all adapted modules."""
-        return [name for layer in self.layers for name in layer.names.values()]
+        return [name for layer in self.layers for letters, name in layer.names.items() if letters in self.adapted]
+
+    @property
+    def punica(self) -> Any:
+        """vLLM's LoRA kernels, which all adapted modules share."""
+        lowest = self.layers[0]
+        by_letter = {"o": lowest.o_proj, "g": lowest.gate_up_proj, "d": lowest.down_proj}
+        return next(m for letter, m in by_letter.items() if letter in self.adapted).punica_wrapper
 
 
-def find_modules(model: nn.Module, layers: int = 1) -> TailModules:
+def find_modules(model: nn.Module, layers: int = 1, adapted: str = "ogud") -> TailModules:
     """Those of the last ``layers`` layers. Raises ConfigError where the architecture has no spec."""
     spec = ARCHITECTURES.get(type(model).__name__)
     if spec is None:
@@ -90,11 +98,11 @@ def find_modules(model: nn.Module, layers: int = 1) -> TailModules:
         found = (model.get_submodule(f"{prefix}.{path}") for path in paths)
         return LayerModules(*found, names={k: f"{prefix}.{name}" for k, name in names.items()})
 
-    adapted = tuple(layer(i) for i in range(count - layers, count))
-    return TailModules(adapted, model.get_submodule(spec.final_norm), model.get_submodule("lm_head"))
+    chosen = tuple(layer(i) for i in range(count - layers, count))
+    return TailModules(chosen, model.get_submodule(spec.final_norm), model.get_submodule("lm_head"), adapted)
 
 
-def build_tail(model: Any, modules: TailModules, rank: int, seed: int, max_model_len: int) -> Tail:
+def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_len: int) -> Tail:
     """Collect the frozen weights and draw the projections A.
 
     The weights are the model's, in the `step_dtype`. A is rounded to the model's dtype, as it stands in vLLM's LoRA slots.
@@ -103,11 +111,12 @@ def build_tail(model: Any, modules: TailModules, rank: int, seed: int, max_model
     vocab = model.config.vocab_size
     head = modules.lm_head.weight.data[:vocab]
     dtype = step_dtype(head.dtype, head.device)
-    projection = lambda width: make_projection(width, rank, seed).to(head).to(dtype)  # noqa: E731
+    projection = lambda width: make_projection(width, adapt.rank, adapt.seed).to(head).to(dtype)  # noqa: E731
     dense = lambda layer: dense_weight(layer, head.dtype).to(dtype)  # noqa: E731
     *lower, last = (_block(layer, dense) for layer in modules.layers)
     return Tail(
         **vars(last),
+        modules=adapt.letters,
         head_VD=head.to(dtype),
         lnf_D=modules.final_norm.weight.data.float(),
         eps_f=modules.final_norm.variance_epsilon,
@@ -135,10 +144,11 @@ def step_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _block(layer: LayerModules, dense: Callable[[Any], Tensor]) -> Block:
-    wo, wgu, wd = (dense(m.base_layer) for m in (layer.o_proj, layer.gate_up_proj, layer.down_proj))
+    plain = [getattr(m, "base_layer", m) for m in (layer.o_proj, layer.gate_up_proj, layer.down_proj)]
+    wo, wgu, wd = map(dense, plain)
     F = wd.shape[1]
     norm = lambda w: torch.linalg.vector_norm(w.float()).item()  # noqa: E731
-    bias = lambda m: None if m.base_layer.bias is None else m.base_layer.bias.data.float()  # noqa: E731
+    bo, bgu, bd = (None if m.bias is None else m.bias.data.float() for m in plain)
     return Block(
         wo_DQ=wo,
         wgu_2FD=wgu,
@@ -146,9 +156,9 @@ def _block(layer: LayerModules, dense: Callable[[Any], Tensor]) -> Block:
         ln_D=layer.norm.weight.data.float(),
         eps=layer.norm.variance_epsilon,
         norm={"o": norm(wo), "g": norm(wgu[:F]), "u": norm(wgu[F:]), "d": norm(wd)},
-        bo_D=bias(layer.o_proj),
-        bgu_2F=bias(layer.gate_up_proj),
-        bd_D=bias(layer.down_proj),
+        bo_D=bo,
+        bgu_2F=bgu,
+        bd_D=bd,
     )
 
 

@@ -1,4 +1,4 @@
-"""Takes chunks from the backlog, learns them into the masters in batches over sessions, and brings the slots up to date."""
+"""Takes pending chunks step by step through the micro-step, in batches over sessions, and brings the slots up to date."""
 
 from __future__ import annotations
 
@@ -15,45 +15,47 @@ from vllm.logger import init_logger
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.types import ChunkReport, StepReport
 from vllm_ttt.worker.backlog import Backlog, Chunk
-from vllm_ttt.worker.clock import Clock, to_host
+from vllm_ttt.worker.clock import Clock, to_device, to_host
 from vllm_ttt.worker.compute import Compute
 from vllm_ttt.worker.deltas import Deltas, Session
 from vllm_ttt.worker.guard import Guard
-from vllm_ttt.worker.measuring import Measuring
 from vllm_ttt.worker.memory import SMALLEST_SHARE
-from vllm_ttt.worker.micro_step import Delta, Tail
+from vllm_ttt.worker.micro_step import Tail
 from vllm_ttt.worker.past import Before, PastPool
 from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.scale import choose
 from vllm_ttt.worker.slots import Slots
-from vllm_ttt.worker.versions import Kept, Versions, restore, snapshot
+from vllm_ttt.worker.versions import Kept, Versions, keep, restore
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+
+#: Every so manyth chunk of a session is scored under the base model too, for people to look at: a third of a step.
+FROZEN_EVERY = 4
 
 
 @dataclass(slots=True)
 class Tile:
-    """Rows of one chunk, and the row of its session's master."""
+    """A chunk that is to be learned, and the row of its session's master."""
 
     chunk: Chunk
     row: int
-    rows: int
 
     @property
     def cost(self) -> int:
         """In tokens."""
-        return max(self.rows, SMALLEST_SHARE)
+        return max(self.chunk.rows, SMALLEST_SHARE)
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a commit did, on its way to the host."""
+    """What a step did, on its way to the host."""
 
     chunks: list[Chunk]
-    #: copies of the masters that are to be kept, where one is due
-    snapshots: list[Delta | None]
-    #: what `Compute.apply` returns
+    #: the sessions as they are after it, where that is to be kept
+    kept: list[Kept | None]
+    #: what `Compute.step` returns
     values: Tensor
+    #: [chunks], losses under the base model; NaN where they were not measured
+    frozen: Tensor
     mark: Any
 
 
@@ -75,7 +77,6 @@ class Trainer:
         self.config, self.backlog, self.deltas, self.slots = config, backlog, deltas, slots
         self.compute = Compute(tail, config.learn, backlog, deltas)
         self.clock = Clock(tail.head_VD.device)
-        self.measuring = Measuring(config.learn, self.compute, backlog, deltas, self.clock, pool)
         sessions = config.sessions
         self.versions = Versions(sessions.keep_versions, sessions.version_every, int(sessions.versions_gib * 2**30))
         self.guard = Guard(config.guard, tail, probe, self.versions, self.clock)
@@ -86,13 +87,9 @@ class Trainer:
         self.errors = self.nonfinite = self.tokens_learned = 0
 
     def learn(self, tokens: int) -> int:
-        """Measure and learn up to ``tokens`` tokens of what waits; returns how many, each tile counted as its cost in tokens,
-        and at most ``tokens``. Never raises: what fails is given up and counted."""
+        """Learn up to ``tokens`` tokens of what waits; returns how many, each chunk counted as its cost in tokens, and at most
+        ``tokens``. Never raises: what fails is given up and counted."""
         left = tokens
-        try:
-            left -= self.measuring.run(tokens)
-        except Exception:
-            self.failed("a chunk could not be measured; its session is served with the scale that it had")
         if overdue := self.guard.overdue():
             left -= self._try(left, overdue)
         while left > 0 and (tiles := self._pick(left)):
@@ -119,54 +116,22 @@ class Trainer:
 
     def collect(self, wait: bool = False) -> None:
         """Take in the outcomes that have arrived; with ``wait``, all of them."""
-        self.dirty.update(self.measuring.collect(wait))
         while self.outcomes and (wait or self.clock.done(self.outcomes[0].mark)):
             outcome = self.outcomes.popleft()
             self.clock.wait(outcome.mark)
-            values = outcome.values.T.tolist()
-            for chunk, copy, (ok, loss, *norms) in zip(outcome.chunks, outcome.snapshots, values, strict=True):
-                self.backlog.settle(chunk)
-                if (session := self.deltas.sessions.get(chunk.session)) is None:
-                    continue  # dropped meanwhile
-                if ok:
-                    session.version += 1
-                    session.norms = norms
-                    self.tokens_learned += chunk.rows
-                    self.guard.committed(chunk.session)
-                if copy is not None:
-                    self.versions.add(chunk.session, session.version, Kept(copy, session.norms, session.losses))
-                reason = None if ok else ("loss" if self.compute.max_loss < loss < math.inf else "nonfinite")
-                if reason == "nonfinite":
-                    self.nonfinite += 1
-                    if self.nonfinite <= 10 or self.nonfinite % 1000 == 0:
-                        logger.warning(
-                            "vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", self.nonfinite
-                        )
-                self._report_chunk(chunk, loss, reason)
+            values, frozen = outcome.values.T.tolist(), outcome.frozen.tolist()
+            for chunk, kept, value, base in zip(outcome.chunks, outcome.kept, values, frozen, strict=True):
+                self._learned(chunk, kept, value, None if math.isnan(base) else base)
 
         for trial in self.guard.collect(self.deltas.sessions, wait):
             self.report.trials.append(trial)
             if trial.back_to is not None:
                 self.roll_back(trial.session, trial.back_to)
 
-    def begin(self, key: int, ceiling: float | None) -> None:
-        """A request of the session is about to be served for the first time.
-
-        Args:
-            ceiling: the most that its prompt allows for the scale; None: what was allowed before.
-        """
-        session = self.deltas.session(key)
-        if ceiling is None:
-            return
-        session.ceiling = ceiling
-        if session.wanted != session.scale and key not in self.backlog.reading_sessions() | self.measuring.sessions():
-            self._write(key, session)
-
     def sync(self) -> None:
-        """Write the slots of sessions whose master or scale has moved, except where a prompt has been read in part, or waits to
-        be measured under what has served it."""
+        """Write the slots of sessions whose master has moved, except where a prompt has been read in part."""
         self.collect()
-        for key in self.dirty - self.backlog.reading_sessions() - self.measuring.sessions():
+        for key in self.dirty - self.backlog.reading_sessions():
             self.dirty.discard(key)
             if (session := self.deltas.sessions.get(key)) is None:
                 continue
@@ -190,7 +155,7 @@ class Trainer:
 
     def drop(self, key: int) -> None:
         """Make the session the base model again, and forget what waits."""
-        self.measuring.drop(self.backlog.drop_session(key))
+        self.backlog.drop_session(key)
         self.deltas.drop(key)
         self.versions.drop(key)
         self.guard.drop(key)
@@ -202,7 +167,7 @@ class Trainer:
         self.deltas.sessions[key] = session
         self.guard.resume(key, untried)
         if self.guard.config.every and not untried:
-            self.versions.add_good(key, session.version, Kept(session.host, session.norms, session.losses))
+            self.versions.add_good(key, session.version, Kept(session.host, session.rate, session.norms))
 
     def in_flight(self, key: int) -> bool:
         """Whether the master of a session is ahead of its version: the outcome of a step is not known yet."""
@@ -215,8 +180,7 @@ class Trainer:
         if kept is None or version > self.deltas.session(key).version:
             return False
         self.lose(key, "rollback")
-        session = restore(self.deltas, key, version, kept)
-        session.chosen = choose(session.losses, self.config.learn.scales, self.config.learn.scale_rate)
+        restore(self.deltas, key, version, kept)
         self.versions.cut(key, version)
         self.guard.drop(key)
         self.dirty.add(key)
@@ -252,89 +216,100 @@ class Trainer:
 
     def lose(self, key: int, reason: str) -> None:
         """Give up what waits of the session, and the rest of what it is sending now; its master stays."""
-        lost = self.backlog.drop_session(key)
-        self.measuring.drop(lost)
-        for chunk in lost:
+        for chunk in self.backlog.drop_session(key):
             self._report_chunk(chunk, math.nan, reason)
-        self.deltas.end_chunk(key)
 
     def _pick(self, tokens: int) -> list[Tile]:
-        """The next rows of as many sessions as fit, one chunk each; this bounds the workspace of a step, too."""
+        """The next chunk of as many sessions as fit, but of one at least; this bounds the workspace of a step, too."""
         tiles: list[Tile] = []
-        unready = self.measuring.sessions() | self.guard.overdue()
+        overdue = self.guard.overdue()
         for chunk in self.backlog.heads():
-            row = self.deltas.row(chunk.session) if tokens > 0 and chunk.session not in unready else None
-            if row is None or any(tile.row == row for tile in tiles):
+            if tiles and max(chunk.rows, SMALLEST_SHARE) > tokens:
                 continue
-            left = chunk.rows - chunk.done
-            if self.pool is not None and tiles and left > tokens:
-                continue  # its rows attend to one another: they are learned together
-            tiles.append(Tile(chunk, row, min(left, tokens) if self.pool is None else left))
+            chosen = {tile.chunk.session for tile in tiles}
+            row = None if chunk.session in overdue else self.deltas.row(chunk.session, keep=chosen)
+            if row is None:
+                continue
+            tiles.append(Tile(chunk, row))
             tokens -= tiles[-1].cost
-            self.deltas.begin_chunk(chunk.session)
+            if tokens <= 0:
+                break
         return tiles
 
     def _step(self, tiles: list[Tile]) -> None:
-        flat = self.backlog.rows_of([(tile.chunk, tile.chunk.done, tile.rows) for tile in tiles])
-        weight = torch.zeros(flat.shape)
-        for s, tile in enumerate(tiles):  # at weight 0: what fills up a tile that is shorter than the longest
-            weight[s, : tile.rows] = 1.0 / tile.chunk.rows
+        chunks, sessions = [tile.chunk for tile in tiles], [self.deltas.session(tile.chunk.session) for tile in tiles]
+        self._keep_serving(chunks)
+        frozen = torch.full((len(tiles),), math.nan)
+        due = [s for s, session in enumerate(sessions) if session.steps % FROZEN_EVERY == 0]
+        if due:
+            losses = self.compute.frozen(*self._rows([chunks[s] for s in due]))
+            frozen = losses.new_full((len(tiles),), math.nan)
+            frozen.index_copy_(0, to_device(torch.tensor(due), losses.device), losses)
+        flat, weight, before = self._rows(chunks)
         rows = torch.tensor([tile.row for tile in tiles])
-        keep = torch.tensor([tile.chunk.done > 0 for tile in tiles])
-        before = None if self.pool is None else Before(self.pool, [tile.chunk for tile in tiles])
-        self.compute.score(flat, weight, rows, keep, before)
-        for tile in tiles:
-            tile.chunk.done += tile.rows
-        complete = [tile for tile in tiles if tile.chunk.done == tile.chunk.rows]
-        if complete:
-            self._commit(complete)
+        share = torch.tensor([chunk.rows / self.config.learn.chunk for chunk in chunks])
+        values = self.compute.step(flat, weight, rows, share, before)
+        kept = [keep(self.deltas, c.session) if self.versions.due(c.session) else None for c in chunks]
+        self.outcomes.append(Outcome(chunks, kept, to_host(values), to_host(frozen), self.clock.mark()))
+        for chunk, session in zip(chunks, sessions, strict=True):
+            session.steps += 1
+            self.dirty.add(chunk.session)
+            self.backlog.advance(chunk)
 
-    def _commit(self, tiles: list[Tile]) -> None:
+    def _rows(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor, Before | None]:
+        """Where the rows of some chunks are, what each weighs in their mean loss, and what comes before them."""
+        flat = self.backlog.rows_of(chunks)
+        weight = torch.zeros(flat.shape)
+        for s, chunk in enumerate(chunks):  # at weight 0: what fills up a chunk that is shorter than the longest
+            weight[s, : chunk.rows] = 1.0 / chunk.rows
+        return flat, weight, None if self.pool is None else Before(self.pool, chunks)
+
+    def _keep_serving(self, chunks: list[Chunk]) -> None:
+        """While a prompt is being read, what is served stays as it was when the prompt began: a copy, since the master moves."""
         reading = self.backlog.reading_sessions()
-        for tile in tiles:
-            session = self.deltas.session(tile.chunk.session)
-            if tile.chunk.session in reading and session.serving is None:
-                current = self.deltas.read(tile.chunk.session)
-                session.serving = Delta(*(x.clone() for x in current.tensors()))
+        for key in {chunk.session for chunk in chunks} & reading:
+            session = self.deltas.session(key)
+            if session.serving is None:
+                delta = self.deltas.read(key).delta
+                session.serving = delta.by(*(x.clone() for x in delta.tensors()))
                 session.serving_version = session.version
-        rows = torch.tensor([tile.row for tile in tiles])
-        share = torch.tensor([tile.chunk.rows / self.config.learn.chunk for tile in tiles])
-        values = to_host(self.compute.apply(rows, share))
-        keys = [tile.chunk.session for tile in tiles]
-        snapshots = [snapshot(self.deltas, key) if self.versions.due(key) else None for key in keys]
-        self.outcomes.append(Outcome([tile.chunk for tile in tiles], snapshots, values, self.clock.mark()))
-        for tile in tiles:
-            key = tile.chunk.session
-            self.dirty.add(key)
-            self.deltas.end_chunk(key)
-            self.backlog.advance(tile.chunk)
+
+    def _learned(self, chunk: Chunk, kept: Kept | None, values: list[float], frozen: float | None) -> None:
+        """The outcome of a chunk's step is known."""
+        ok, loss, rate, *norms = values
+        self.backlog.settle(chunk)
+        if (session := self.deltas.sessions.get(chunk.session)) is None:
+            return  # dropped meanwhile
+        session.rate = rate
+        if ok:
+            session.version += 1
+            session.norms = norms
+            self.tokens_learned += chunk.rows
+            self.guard.committed(chunk.session)
+        if kept is not None:
+            self.versions.add(chunk.session, session.version, kept._replace(rate=rate, norms=session.norms))
+        reason = None if ok else ("loss" if self.compute.max_loss < loss < math.inf else "nonfinite")
+        if reason == "nonfinite":
+            self.nonfinite += 1
+            if self.nonfinite <= 10 or self.nonfinite % 1000 == 0:
+                logger.warning(
+                    "vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", self.nonfinite
+                )
+        self._report_chunk(chunk, loss, reason, frozen)
 
     def _give_up(self, chunk: Chunk, reason: str) -> None:
-        self.deltas.end_chunk(chunk.session)
         queue = self.backlog.queues.get(chunk.session)
         if queue and queue[0] is chunk:
             self._report_chunk(chunk, math.nan, reason)
-            self.measuring.drop([chunk])
             self.backlog.advance(chunk)
             self.backlog.settle(chunk)
 
-    def _report_chunk(self, chunk: Chunk, loss: float, skipped: str | None) -> None:
+    def _report_chunk(self, chunk: Chunk, loss: float, skipped: str | None, frozen: float | None = None) -> None:
         session = self.deltas.session(chunk.session)
-        frozen, served = chunk.measured or (None, None)
         norm = max(session.norms) if skipped is None else None
         self.report.chunks.append(
             ChunkReport(
-                chunk.session,
-                chunk.request,
-                chunk.rows,
-                loss,
-                frozen,
-                skipped,
-                chunk.end,
-                session.version,
-                served,
-                chunk.scale,
+                chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, chunk.end, session.version, session.rate,
                 norm,
-                session.chosen,
             )
-        )
+        )  # fmt: skip

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
-from vllm_ttt.worker.clock import copy_to_host
+from vllm_ttt.worker.delta import State
 from vllm_ttt.worker.deltas import Deltas, Session
-from vllm_ttt.worker.micro_step import Delta
 
 
 class Kept(NamedTuple):
     """A session as it was at a version."""
 
-    #: B, [1, out, R] float32 on the host; None: all zero
-    delta: Delta | None
-    #: norms of B relative to W, by MODULES, and the losses that chose the scale
-    norms: list[float]
-    losses: list[float]
+    #: on the host; None: fresh
+    state: State | None
+    #: as in `Session`; None: fresh
+    rate: float | None = None
+    norms: list[float] | None = None
 
 
 class Versions:
@@ -60,7 +59,7 @@ class Versions:
 
     def find(self, key: int, version: int) -> Kept | None:
         if version == 0:
-            return Kept(None, [], [])
+            return Kept(None)
         if key in self.good and self.good[key][0] == version:
             return self.good[key][1]
         return self.kept.get(key, {}).get(version)
@@ -85,26 +84,24 @@ class Versions:
         self.bytes -= _bytes(kept)
 
 
-def snapshot(deltas: Deltas, key: int) -> Delta | None:
-    """A copy of the session's master on the host, which may be read once a later mark is done."""
-    if key not in deltas.rows:
-        return deltas.session(key).host  # never written to
-    return Delta(*(copy_to_host(x) for x in deltas.read(key).tensors()))
+def keep(deltas: Deltas, key: int) -> Kept:
+    """The session as it is, its state a copy on the host, which may be read once a later mark is done."""
+    session = deltas.session(key)
+    return Kept(deltas.to_host(key), session.rate, session.norms)
 
 
 def restore(deltas: Deltas, key: int, version: int, kept: Kept) -> Session:
     """Make the session what it was; what has been kept stays as it is."""
-    session, delta = deltas.session(key), kept.delta
+    session, fresh = deltas.session(key), deltas.fresh()
     if key in deltas.rows:
-        for i, x in enumerate(deltas.read(key).tensors()):
-            x.zero_() if delta is None else x.copy_(delta.tensors()[i])
+        deltas.put(key, kept.state)
     else:
-        session.host, session.copied = delta, None
-    fresh = deltas.fresh()
+        session.host, session.copied = kept.state, None
     session.version = version
-    session.norms, session.losses = list(kept.norms or fresh.norms), list(kept.losses or fresh.losses)
+    session.rate = fresh.rate if kept.rate is None else kept.rate
+    session.norms = list(fresh.norms if kept.norms is None else kept.norms)
     return session
 
 
 def _bytes(kept: Kept) -> int:
-    return 0 if kept.delta is None else sum(x.numel() * x.element_size() for x in kept.delta.tensors())
+    return 0 if kept.state is None else kept.state.bytes

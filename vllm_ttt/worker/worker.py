@@ -23,7 +23,6 @@ from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.meter import Meter
-from vllm_ttt.worker.micro_step import MODULES
 from vllm_ttt.worker.past import Before, PastPool
 from vllm_ttt.worker.probe import Probe
 from vllm_ttt.worker.signals import leave_with_the_engine
@@ -72,7 +71,7 @@ class TTTWorkerMixin:
         runner = self.model_runner
         model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
         geometry = Geometry.of(model.hf_text_config, config.adapt)
-        modules = find_modules(runner.get_model(), geometry.layers)
+        modules = find_modules(runner.get_model(), geometry.layers, config.adapt.letters)
         left, products = self.ttt_memory_left(), step_dtype(model.dtype, self.device)
         if products != model.dtype:
             logger.warning(
@@ -82,13 +81,13 @@ class TTTWorkerMixin:
             )
         sizes = (model.dtype.itemsize, model.get_vocab_size(), model.max_model_len, products.itemsize)
         memory.check(memory.needs(geometry, config, max_tokens, *sizes), left)
-        tail = build_tail(runner.get_model(), modules, config.adapt.rank, config.adapt.seed, model.max_model_len)
+        tail = build_tail(runner.get_model(), modules, config.adapt, model.max_model_len)
         dtype, device = model.dtype, tail.head_VD.device
         self.idle = self.ttt_idle_flag(modules)
         self.capture = Capture(modules, max_tokens, dtype, device, self.idle)
         pages = memory.pages(config)
         self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, self.capture.h_ND, self.capture.a_NQ)
-        deltas = Deltas(tail, config.sessions.resident, config.learn.scales)
+        deltas = Deltas(tail, config.sessions.resident, config.learn.rate)
         assert deltas.bytes_per_session() == geometry.bytes, "the model's configuration and its weights disagree"
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
         self.pool: PastPool | None = None
@@ -117,7 +116,7 @@ class TTTWorkerMixin:
         logger.info(
             "vllm-ttt: adapting %s; rank %d, %d resident sessions of %.1f MB, backlog of %d tokens, %.2f GiB in all; "
             "%d tokens are learned in %.1f ms",
-            ", ".join(modules.names), config.adapt.rank, config.sessions.resident,
+            f"{', '.join(config.adapt.modules)} of {geometry.layers} layers", config.adapt.rank, config.sessions.resident,
             deltas.bytes_per_session() / 1e6, pages * config.learn.chunk, (left - self.ttt_memory_left()) / 2**30,
             config.schedule.tokens_per_step, 1e3 * self.budget.costs[config.schedule.tokens_per_step],
         )  # fmt: skip
@@ -160,15 +159,15 @@ class TTTWorkerMixin:
 
     def ttt_session(self, key: int) -> dict[str, Any]:
         """What the worker knows of a session."""
-        session = self.trainer.deltas.sessions.get(key)
-        norms = session.norms if session else [0.0] * len(MODULES)
+        deltas = self.trainer.deltas
+        session = deltas.sessions.get(key) or deltas.fresh()
         return {
             "tier": "slot" if self.trainer.slots.holds(key) else "memory",
-            "bytes": self.trainer.deltas.bytes_per_session(),
+            "bytes": deltas.bytes_per_session(),
             "tokens_pending": self.backlog.pending_of(key),
             "versions": self.trainer.versions.of(key),
-            "norm": dict(zip(MODULES, norms, strict=True)),
-            **self.trainer.measuring.state(key),
+            "norm": dict(zip(deltas.tail.modules, session.norms, strict=True)),
+            "rate": session.rate,
         }
 
     def ttt_sessions(self, keys: list[int]) -> list[dict[str, Any]]:
@@ -214,11 +213,8 @@ class TTTWorkerMixin:
     @torch.inference_mode()
     def ttt_warm_up(self, config: TTTConfig) -> None:
         """Run steps of each size: measures what they cost, loads the kernels that they use, and captures their graphs."""
-        sizes = tile_sizes(config.schedule.tokens_per_step)
-        before = None
-        if self.pool is not None:  # chunks are learned whole
-            sizes = tile_sizes(config.schedule.tokens_per_step, config.learn.chunk)
-            before = Before(self.pool, ())
+        sizes = tile_sizes(config.schedule.tokens_per_step, config.learn.chunk)
+        before = None if self.pool is None else Before(self.pool, ())
         sessions = [min(-(-tokens // config.learn.chunk), config.sessions.resident) for tokens in sizes]
         shapes = [(S, min(-(-tokens // S), config.learn.chunk)) for S, tokens in zip(sessions, sizes, strict=True)]
         many = min(config.schedule.tokens_per_step // SMALLEST_SHARE, config.sessions.resident)
@@ -248,7 +244,6 @@ class TTTWorkerMixin:
                 self.probe.start(request, request_plan)
                 continue
             self.backlog.start(request, request_plan)
-            self.trainer.begin(request_plan.session, request_plan.ceiling)
             self.began[request] = self.trainer.deltas.session(request_plan.session).served
 
     def _between(self, serving: bool) -> int:
