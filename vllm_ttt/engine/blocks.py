@@ -50,7 +50,8 @@ class BlockKeys:
         self._catch_up(session)
         if chunk.version != session.version:
             # A step has the length rate, the decay shortens the delta, and so does the trust region: no path is longer.
-            epoch.moved += (chunk.rate + learn.decay * learn.max_norm) * min(1.0, chunk.tokens / learn.chunk)
+            norm = learn.max_norm if chunk.norm is None else chunk.norm
+            epoch.moved += (chunk.rate + learn.decay * norm) * min(1.0, chunk.tokens / learn.chunk)
             epoch.version = chunk.version
         if epoch.moved > self.config.schedule.kv_epoch:
             epoch.begin(chunk.version)
