@@ -39,12 +39,11 @@ def check_header(raw_request: Any | None) -> None:
         check_session_id(header, HEADER)
 
 
-def check_prompt(prompt: Any, lora_request: Any | None) -> None:
+def check_prompt(prompt: Any) -> None:
     """Raise RequestError (400) where a session's prompt cannot be learned.
 
     Args:
         prompt: as vLLM's renderer made it (vllm/inputs/engine.py): a dict with ``type``; or what Python callers pass.
-        lora_request: vLLM's LoRARequest where the request names an adapter as its model.
     """
     kind = prompt.get("type") if isinstance(prompt, dict) else None
     embeds = prompt.get("prompt_embeds") if isinstance(prompt, dict) else getattr(prompt, "prompt_embeds", None)
@@ -52,8 +51,6 @@ def check_prompt(prompt: Any, lora_request: Any | None) -> None:
         raise RequestError("a session learns tokens and prompt_embeds have none; send text or token ids", param="prompt_embeds")
     if hasattr(prompt, "__anext__"):
         raise RequestError("a session cannot learn from a streamed prompt; send the prompt in one piece", param="prompt")
-    if lora_request is not None:
-        raise RequestError("a session adapts the base model and cannot be combined with a LoRA adapter as model", param="model")
 
 
 def scoped(name: str, raw_request: Any | None) -> str:

@@ -1,0 +1,29 @@
+"""What the engine refuses of a request, whichever way it came in; the front end has looked at names and values before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+
+from vllm_ttt.config import LearnConfig
+from vllm_ttt.errors import RequestError
+from vllm_ttt.types import NO_ADAPTERS, Knobs
+
+
+def check_adapter(request: Request) -> None:
+    """Raise RequestError (400) where the request brings an adapter: the engine alone gives adapters, to sessions."""
+    if request.lora_request is not None:
+        raise RequestError(NO_ADAPTERS, param="model")
+
+
+def knobs_of(params: SamplingParams, learn: LearnConfig, vllm_config: VllmConfig) -> Knobs:
+    """The knobs of a session's request. Raises RequestError (400) where this server cannot do what they ask."""
+    extra: dict[str, Any] = params.extra_args or {}
+    knobs = Knobs.parse(extra, learn_output=learn.tokens == "all", interleave=learn.interleave)
+    if knobs.interleave and not vllm_config.scheduler_config.enable_chunked_prefill:
+        message = "ttt_interleave reads a prompt in chunks, and this server runs with --no-enable-chunked-prefill"
+        raise RequestError(message, param="ttt_interleave")
+    return knobs
