@@ -17,6 +17,7 @@ from vllm_ttt.worker.slots import SessionLoRAManager
 
 pytestmark = pytest.mark.unit
 
+CHUNK = 256
 FOREIGN = LoRARequest("mine", 6, "/somewhere/mine")
 DISGUISED = LoRARequest("mine", 6, f"{ADAPTER_PATH}6")
 
@@ -51,3 +52,28 @@ def test_an_adapter_that_is_given_to_the_worker() -> None:
             TTTCPUWorker.add_lora(object.__new__(TTTCPUWorker), adapter)
     with pytest.raises(RequestError, match="no LoRA adapter is served beside --plugin ttt"):
         SessionLoRAManager._load_adapter(object.__new__(SessionLoRAManager), FOREIGN)
+
+
+SEEDED = {"temperature": 1.0, "seed": 1}
+LONG = [*range(1000, 1000 + 450)]
+
+
+def test_a_seed_and_an_interleaved_prompt() -> None:
+    """vLLM's CPU runner ends of a seeded prompt that is read in parts."""
+    engine = Engine("last")
+    refused = submit(engine, {**SEEDED, "extra_args": {"session_id": "a", "ttt_interleave": 1}}, LONG)
+    assert refused is not None
+    assert refused.status == 400
+    assert "cannot sample with a seed on a CPU" in refused.message
+    assert not engine.scheduled
+
+
+@pytest.mark.parametrize(
+    ("params", "first"),
+    [(SEEDED, len(LONG)), ({"temperature": 0.0, "seed": 1}, CHUNK), ({"temperature": 1.0}, CHUNK)],
+    ids=["seeded", "greedy", "no seed"],
+)
+def test_where_prompts_are_interleaved_anyway_a_seeded_one_is_read_whole(params: dict[str, Any], first: int) -> None:
+    engine = Engine("last", learn={"scales": [1], "interleave": True})
+    assert submit(engine, {**params, "extra_args": {"session_id": "a"}}, LONG) is None
+    assert engine.scheduled == {"r": first}

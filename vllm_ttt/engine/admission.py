@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.request import Request
 
 from vllm_ttt.config import LearnConfig
@@ -22,8 +22,17 @@ def check_adapter(request: Request) -> None:
 def knobs_of(params: SamplingParams, learn: LearnConfig, vllm_config: VllmConfig) -> Knobs:
     """The knobs of a session's request. Raises RequestError (400) where this server cannot do what they ask."""
     extra: dict[str, Any] = params.extra_args or {}
-    knobs = Knobs.parse(extra, learn_output=learn.tokens == "all", interleave=learn.interleave)
+    # The CPU runner moves the generator of a seeded request back when a part of a prompt has been read (vLLM's
+    # GPUModelRunner._bookkeeping_sync), and torch's CPU generator cannot be moved: the engine core would end.
+    seeded = params.sampling_type == SamplingType.RANDOM_SEED and vllm_config.device_config.device_type == "cpu"
+    knobs = Knobs.parse(extra, learn_output=learn.tokens == "all", interleave=learn.interleave and not seeded)
     if knobs.interleave and not vllm_config.scheduler_config.enable_chunked_prefill:
         message = "ttt_interleave reads a prompt in chunks, and this server runs with --no-enable-chunked-prefill"
+        raise RequestError(message, param="ttt_interleave")
+    if knobs.interleave and seeded:
+        message = (
+            "ttt_interleave reads a prompt in chunks, and vLLM cannot sample with a seed on a CPU after a prompt that was read "
+            "in parts; leave out seed, ttt_interleave or the temperature"
+        )
         raise RequestError(message, param="ttt_interleave")
     return knobs
