@@ -11,6 +11,7 @@ from typing import Any
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry, adapted_layers
+from vllm_ttt.types import NO_ADAPTERS
 
 #: Architectures with a tail that worker/tail.py knows, by the name in the model's config.json.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -37,16 +38,17 @@ def vllm_release() -> tuple[str, bool, str]:
 
 def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     """Set what ttt needs on vLLM's EngineArgs. Raises ConfigError where the user asked for something else."""
+    from vllm import envs
     from vllm.platforms import current_platform
 
     what, supported, why = vllm_release()
     if not supported:
         raise ConfigError(f"{what}: {why}")
     if engine_args.enable_lora or getattr(engine_args, "lora_modules", None):
-        raise ConfigError(
-            "--enable-lora and --lora-modules cannot be combined with --plugin ttt: ttt uses vLLM's multi-LoRA slots for its "
-            "sessions. Merge the adapter into the model, or serve it without ttt"
-        )
+        raise ConfigError(f"--enable-lora and --lora-modules cannot be combined with --plugin ttt: {NO_ADAPTERS}")
+    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        # It opens /v1/load_lora_adapter, and lets resolver plugins load an adapter for any model name.
+        raise ConfigError(f"VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be combined with --plugin ttt; unset it: {NO_ADAPTERS}")
     if engine_args.fully_sharded_loras:
         raise ConfigError("--fully-sharded-loras is not supported with --plugin ttt; leave it out")
     if engine_args.scheduler_cls is not None:

@@ -18,6 +18,11 @@ from vllm_ttt.errors import RequestError
 SESSION_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:\-]{1,128}\Z")
 #: Where the in-memory adapters of sessions pretend to lie: ADAPTER_PATH + adapter id. Nothing is ever read there.
 ADAPTER_PATH = "/ttt/"
+#: Why an adapter that is not a session's is refused, wherever it comes in.
+NO_ADAPTERS = (
+    "no LoRA adapter is served beside --plugin ttt: ttt uses vLLM's multi-LoRA slots for its sessions, and an adapter would "
+    "share their ids. Merge the adapter into the model, or serve it without ttt"
+)
 SESSION_ID_RULE = "1 to 128 characters of A-Z a-z 0-9 . _ : -, and neither . nor .. alone"
 
 

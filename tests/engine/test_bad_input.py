@@ -98,3 +98,22 @@ def test_longer_than_the_context(server: Served) -> None:
 
 def test_token_ids_outside_the_vocabulary(server: Served) -> None:
     refused(server.http.post("/v1/completions", json=completion([5, 6, 100_000], "ids")), "out of vocabulary")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_seed_and_an_interleaved_prompt(server: Served, documents: Documents, stream: bool) -> None:
+    """vLLM's CPU runner would end of it."""
+    options = {"temperature": 1, "seed": 1, "vllm_xargs": {"ttt_interleave": 1}, "stream": stream}
+    answer = server.post(documents["kjv"][0][:700], "seeded", **options)
+    assert "cannot sample with a seed on a CPU" in answer.text
+    if not stream:
+        assert answer.status_code == 400
+
+
+def test_an_adapter_that_is_given_to_the_worker(server: Served) -> None:
+    adapter = ["mine", 8, "/somewhere/mine"]
+    body = {"method": "add_lora", "args": [adapter]}
+    # After an error that no route expects, the web server closes the connection.
+    answer = server.http.post("/collective_rpc", json=body, headers={"Connection": "close"})
+    assert answer.status_code == 500, "an operator's route, which vLLM's development mode opens"
+    assert "no LoRA adapter is served beside --plugin ttt" in server.logged()

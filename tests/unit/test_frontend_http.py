@@ -162,11 +162,12 @@ def test_a_name_is_served_or_refused(client: TestClient, serving: FakeServing, n
         ({"session_id": "a.B-1:_"}, {}),
         ({}, {"x-session-id": "a.B-1:_"}),
         ({"vllm_xargs": {"session_id": "a.B-1:_"}}, {}),
-        ({"session_id": "a.B-1:_"}, {"x-session-id": "not this"}),
-        ({"vllm_xargs": {"session_id": "not this"}}, {"x-session-id": "a.B-1:_"}),
+        ({"session_id": "a.B-1:_"}, {"x-session-id": "a.B-1:_"}),
+        ({"vllm_xargs": {"session_id": "a.B-1:_"}}, {"x-session-id": "a.B-1:_"}),
+        ({"vllm_xargs": {"session_id": "a.B-1:_"}, "session_id": "a.B-1:_"}, [("x-session-id", "a.B-1:_")] * 2),
     ],
 )
-def test_a_session_is_named_in_vllms_order(
+def test_a_session_is_named_once_or_the_same_way_twice(
     client: TestClient, serving: FakeServing, path: str, body: Any, headers: Any
 ) -> None:
     answer = client.post(path, json={**BODIES[path], **body}, headers=headers)
@@ -174,6 +175,24 @@ def test_a_session_is_named_in_vllms_order(
     assert serving.sessions[-1] == "-/a.B-1:_"
     if path == "/v1/completions":
         assert answer.json()["ttt"] == {"session_id": "a.B-1:_", "version": 4, "tokens_learned": 2}
+
+
+@pytest.mark.parametrize("path", sorted(BODIES))
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        ({"session_id": "a"}, [("x-session-id", "b")]),
+        ({"vllm_xargs": {"session_id": "a"}}, [("x-session-id", "b")]),
+        ({"session_id": "a", "vllm_xargs": {"session_id": "b"}}, []),
+        ({}, [("x-session-id", "a"), ("X-Session-ID", "b")]),
+    ],
+)
+def test_two_names_are_refused(client: TestClient, serving: FakeServing, path: str, body: Any, headers: Any) -> None:
+    """A gateway that sets the header says whose session it is: no body gets another one."""
+    before = len(serving.sessions)
+    answer = client.post(path, json={**BODIES[path], **body}, headers=headers)
+    refused(answer, "'a'", "'b'", "name two sessions; send one of them")
+    assert len(serving.sessions) == before
 
 
 def test_without_a_session_nothing_is_added(client: TestClient, serving: FakeServing) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 from test_admin import Engine
 from vllm.entrypoints.serve.instrumentator.metrics import attach_router
@@ -221,8 +222,11 @@ def everything() -> dict[str, dict[str, Any]]:
     return values.snapshot()
 
 
-#: vLLM's other route for metrics compresses: those bytes are left alone.
-GZIP = {"Accept-Encoding": "gzip"}
+#: what a Prometheus server sends
+SCRAPER = {
+    "Accept": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
+    "Accept-Encoding": "gzip",
+}
 
 
 class Core:
@@ -239,7 +243,9 @@ class Core:
 
 
 def test_the_text_is_what_was_counted() -> None:
-    found = samples(asyncio.run(Figures(Core().ask, "m").text()).decode())
+    figures = Figures(Core().ask, "m")
+    asyncio.run(figures.refresh())
+    found = samples(figures.text().decode())
     assert found["learned_tokens_total", ()] == 1234
     assert found["held_seconds_count", ()] == 2
     assert found["held_seconds_bucket", ("0.025",)] == 1
@@ -284,9 +290,27 @@ def test_vllms_own_metrics_come_first_and_unchanged(several: bool, tmp_path: Pat
     assert answer.headers["content-type"] == stock.headers["content-type"]
     assert int(answer.headers["content-length"]) == len(answer.content)
     others = [get(with_ours, method="POST"), get(with_ours, method="HEAD"), get(with_ours, "/metricsx")]
-    for other in [*others, get(with_ours, "/metrics/", headers=GZIP)]:
+    for other in others:
         assert not samples(asyncio.run(other).text)
     assert core.asked == 1, "nobody but GET /metrics asks the engine"
+
+
+@pytest.mark.parametrize("headers", [{}, {"Accept-Encoding": "gzip"}, SCRAPER], ids=["plain", "gzip", "a scraper"])
+def test_the_route_with_a_slash_says_the_same(headers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with_ours, without = serve(Core(), monkeypatch), serve(None, monkeypatch)
+    answer, stock = (asyncio.run(get(app, "/metrics/", headers=headers)) for app in (with_ours, without))
+    found, plain = samples(answer.text), samples(asyncio.run(get(with_ours)).text)
+    age = ("snapshot_age_seconds", ())
+    changing = lambda key: key == age or key[0].endswith("_created")  # noqa: E731
+    assert {k: v for k, v in found.items() if not changing(k)} == {k: v for k, v in plain.items() if not changing(k)}
+    assert found["learned_tokens_total", ()] == 1234
+    assert answer.headers["content-type"] == stock.headers["content-type"]
+    families = text_string_to_metric_families
+    if "openmetrics" in answer.headers["content-type"]:
+        assert answer.text.endswith("\n# EOF\n")
+        families = openmetrics_families
+    names = {family.name for family in families(answer.text)}
+    assert names == {family.name for family in families(stock.text)} | {PREFIX + m.name.removesuffix("_total") for m in METRICS}
 
 
 def test_the_engine_is_asked_once_however_many_ask(monkeypatch: pytest.MonkeyPatch) -> None:

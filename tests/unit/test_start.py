@@ -141,6 +141,15 @@ def test_options_that_are_refused(options: dict[str, Any], says: str) -> None:
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("start", [offline, lambda: from_flags("--plugin", "ttt", "--enforce-eager")], ids=["offline", "serve"])
+def test_adapters_at_run_time_are_refused(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable opens vLLM's route and its resolver plugins, whose adapters would have the ids of sessions."""
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    with pytest.raises(ConfigError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be combined with --plugin ttt; unset it"):
+        start().create_engine_config()
+    offline(additional_config={}).create_engine_config()  # who does not ask for ttt is not stopped
+
+
 def changed_model(folder: Path, **change: Any) -> str:
     config = json.loads((MODEL / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))

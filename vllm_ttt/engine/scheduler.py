@@ -16,6 +16,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt import plugin, support
+from vllm_ttt.engine.admission import check_adapter, knobs_of
 from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.ledger import Ledger, Open, Session
@@ -75,6 +76,7 @@ class TTTScheduler(AsyncScheduler):
         super().add_request(request)
 
     def _attach(self, request: Request) -> None:
+        check_adapter(request)
         params = request.sampling_params
         extra = (params.extra_args if params is not None else None) or {}
         wire = request.session_id
@@ -82,11 +84,7 @@ class TTTScheduler(AsyncScheduler):
             wire = f"-/{name}"
         if wire is None or params is None:
             return
-        learn = self.ttt_config.learn
-        knobs = Knobs.parse(extra, learn_output=learn.tokens == "all", interleave=learn.interleave)
-        if knobs.interleave and not self.scheduler_config.enable_chunked_prefill:
-            message = "ttt_interleave reads a prompt in chunks, and this server runs with --no-enable-chunked-prefill"
-            raise RequestError(message, param="ttt_interleave")
+        knobs = knobs_of(params, self.ttt_config.learn, self.vllm_config)
         session = self.ttt_ledger.open(SessionKey.from_wire(wire))
         if not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck:
             raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)

@@ -12,8 +12,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from vllm_ttt.metrics import BY_NAME, METRICS, PREFIX, Snapshot
@@ -24,6 +25,7 @@ Message = MutableMapping[str, Any]
 #: Asks the engine; returns the answer of the admin operation `metrics`.
 Ask = Callable[[], Awaitable[dict[str, Any]]]
 
+_OPEN_METRICS = "application/openmetrics-text"
 #: Seconds for which figures are fresh enough: however often somebody asks, the engine is not asked more often.
 FRESH = 1.0
 #: Seconds to wait for an engine that is in a long step, before the figures of last time are shown.
@@ -42,13 +44,17 @@ class Figures:
         self.registry = CollectorRegistry()
         self.registry.register(_Families(self))
 
-    async def text(self) -> bytes:
-        """The metrics in Prometheus' text format; nothing while the engine has never answered."""
+    async def refresh(self) -> None:
+        """Ask the engine, unless it was asked lately."""
         if time.monotonic() - self.taken > FRESH:
             if self.asking is None:
                 self.asking = asyncio.create_task(self._refresh())
             await asyncio.wait({self.asking}, timeout=PATIENCE)
-        return generate_latest(self.registry) if self.snapshot else b""
+
+    def text(self, kind: str = "text/plain") -> bytes:
+        """The metrics in the format of the content type ``kind``; none while the engine has never answered."""
+        encode, _ = choose_encoder(kind)
+        return encode(self.registry)
 
     async def _refresh(self) -> None:
         try:
@@ -61,7 +67,8 @@ class Figures:
             self.asking = None
 
     def families(self) -> Iterator[Metric]:
-        self.snapshot["snapshot_age_seconds"] = {"": time.monotonic() - self.taken}
+        if self.snapshot:
+            self.snapshot["snapshot_age_seconds"] = {"": time.monotonic() - self.taken}
         for metric in METRICS:
             if metric.name in self.snapshot:
                 yield self._family(metric.name)
@@ -92,7 +99,7 @@ class _Families(Collector):
 
 
 class MetricsMiddleware:
-    """Adds ours to the answer of ``GET /metrics``. Every other request passes untouched."""
+    """Adds ours to the answer of ``GET /metrics``, with a slash or without. Every other request passes untouched."""
 
     def __init__(self, app: Callable[[Any, Any, Any], Awaitable[None]]):
         self.app = app
@@ -103,23 +110,37 @@ class MetricsMiddleware:
         figures: Figures | None = getattr(scope["app"].state, "ttt_figures", None)
         if figures is None or scope["method"] != "GET":
             return await self.app(scope, receive, send)
-        ours = await figures.text()
-        appending = False
+        await figures.refresh()
+        # The mounted app behind /metrics/ would compress, and nothing can be added to compressed bytes.
+        headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"accept-encoding"]
+        start: Message = {}
+        body = b""
 
         async def append(message: Message) -> None:
-            nonlocal appending
+            nonlocal start, body
             if message["type"] == "http.response.start":
-                headers = dict(message["headers"])
-                plain = headers.get(b"content-type", b"").startswith(b"text/plain") and b"content-encoding" not in headers
-                appending = message["status"] == 200 and plain
-                if appending:
-                    longer = lambda n, v: str(int(v) + len(ours)).encode() if n.lower() == b"content-length" else v  # noqa: E731
-                    message = {**message, "headers": [(name, longer(name, value)) for name, value in message["headers"]]}
-            elif appending and not message.get("more_body", False):
-                message = {**message, "body": message.get("body", b"") + ours}
-            await send(message)
+                start = message
+            elif message["type"] == "http.response.body":
+                body += message.get("body", b"")
+                if not message.get("more_body", False):
+                    await _send_both(start, body, figures, send)
+            else:
+                await send(message)
 
-        return await self.app(scope, receive, append)
+        return await self.app({**scope, "headers": headers}, receive, append)
+
+
+async def _send_both(start: Message, body: bytes, figures: Figures, send: Callable[[Message], Awaitable[None]]) -> None:
+    """vLLM's answer with ours at its end, in the format that it has."""
+    found = {name.lower(): value for name, value in start["headers"]}
+    kind = found.get(b"content-type", b"").decode("latin-1")
+    if start["status"] == 200 and kind.startswith(("text/plain", _OPEN_METRICS)) and b"content-encoding" not in found:
+        if kind.startswith(_OPEN_METRICS):
+            body = body.removesuffix(b"# EOF\n")  # ours ends with it
+        body += figures.text(kind)
+    headers = [(name, str(len(body)).encode() if name.lower() == b"content-length" else v) for name, v in start["headers"]]
+    await send({**start, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _cumulative(bounds: tuple[float, ...], counts: list[int]) -> list[tuple[str, float]]:

@@ -13,7 +13,7 @@ from typing import Any
 from vllm_ttt.errors import RequestError
 from vllm_ttt.frontend import naming, receipt, refusals
 from vllm_ttt.patches import _contract
-from vllm_ttt.types import Knobs, SessionKey, check_session_id
+from vllm_ttt.types import NO_ADAPTERS, Knobs, SessionKey, check_session_id
 
 _GENERATE = (
     "self prompt sampling_params request_id prompt_text lora_request tokenization_kwargs trace_headers priority "
@@ -63,6 +63,8 @@ def _check(prompt: Any, sampling_params: Any, lora_request: Any | None, session_
     """The session as the engine knows it, or None. Raises RequestError."""
     extra = getattr(sampling_params, "extra_args", None) or {}
     Knobs.parse(extra)
+    if lora_request is not None:
+        raise RequestError(NO_ADAPTERS, param="model")
     if session_id is None:
         # Python callers may name a session in extra_args, and the engine takes it; over HTTP that would be a name that
         # nobody checked or scoped.
@@ -72,7 +74,7 @@ def _check(prompt: Any, sampling_params: Any, lora_request: Any | None, session_
                 param="session_id",
             )
         return None
-    naming.check_prompt(prompt, lora_request)
+    naming.check_prompt(prompt)
     if "/" not in session_id:
         # From Python, where there is no API key.
         return SessionKey("-", check_session_id(session_id)).wire()

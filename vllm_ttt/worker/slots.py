@@ -10,7 +10,8 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from vllm_ttt.types import ADAPTER_PATH
+from vllm_ttt.errors import RequestError
+from vllm_ttt.types import ADAPTER_PATH, NO_ADAPTERS
 from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.deltas import Deltas, Session
 from vllm_ttt.worker.tail import LayerModules, TailModules
@@ -32,9 +33,9 @@ class SessionLoRAManager(LRUCacheWorkerLoRAManager):
         self.applied = wanted
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
-        if lora_request.lora_path.startswith(ADAPTER_PATH):
-            return self.slots.adapter(lora_request.lora_int_id)
-        return super()._load_adapter(lora_request)
+        if not lora_request.lora_path.startswith(ADAPTER_PATH):
+            raise RequestError(NO_ADAPTERS, param="model")
+        return self.slots.adapter(lora_request.lora_int_id)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """As vLLM's, but a session's adapter that has lost its slot is made anew: what vLLM keeps of it is out of date."""

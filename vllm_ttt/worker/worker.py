@@ -11,10 +11,11 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_ttt.config import TTTConfig
+from vllm_ttt.errors import RequestError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.metrics import Snapshot
 from vllm_ttt.plugin import config_of
-from vllm_ttt.types import StepPlan
+from vllm_ttt.types import NO_ADAPTERS, StepPlan
 from vllm_ttt.worker import memory
 from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.budget import Budget, tile_sizes
@@ -156,6 +157,10 @@ class TTTWorkerMixin:
         return output
 
     # Called through collective_rpc.
+
+    def add_lora(self, lora_request: Any) -> bool:
+        """vLLM's, for adapters from outside. What a session is served with does not come this way."""
+        raise RequestError(NO_ADAPTERS, param="model")
 
     def ttt_session(self, key: int) -> dict[str, Any]:
         """What the worker knows of a session."""
