@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import sys
@@ -62,7 +61,8 @@ def build_model(packages: Path, out: Path, say: Callable[[str], None] = print) -
     with _at_once(out) as folder:
         say(f"writing {out}")
         tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-        weights = {name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items() if name not in tied}
+        state = {name: value for name, value in model.state_dict().items() if name not in tied}
+        weights = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         config = model.config.to_dict() | {"dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]}
         for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):  # of the file that it was read from
@@ -99,7 +99,7 @@ def _at_once(out: Path) -> Iterator[Path]:
         yield folder
         for path in (folder, *folder.rglob("*")):  # mkdtemp and safetensors let nobody else read
             path.chmod(0o755 if path.is_dir() else 0o644)
-        os.replace(folder, out)
+        folder.replace(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
