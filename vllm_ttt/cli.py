@@ -98,48 +98,64 @@ def demo(
 def evaluate(
     texts: Annotated[Path, typer.Option(help="Folder of <domain>/*.txt.")],
     base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    protocol: Annotated[str, typer.Option(help="p2 (different documents), p3 (one document again), or all.")] = "all",
+    protocol: Annotated[
+        str, typer.Option(help="p2 (different documents), p3 (one document again), long (many), or all (p2 and p3).")
+    ] = "all",
     model: Annotated[str | None, typer.Option(help="Served model name; default: the server's first.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's API key.")] = None,
     sessions_per_domain: Annotated[int, typer.Option(min=1)] = 2,
     interactions: Annotated[int, typer.Option(min=2, help="Requests of a session in p2.")] = 10,
     passes: Annotated[int, typer.Option(min=2, help="Requests of a session in p3.")] = 4,
-    retrieval: Annotated[bool, typer.Option(help="Compare with BM25 retrieval too (p2).")] = True,
+    documents: Annotated[int, typer.Option(min=11, help="Requests of a session in long.")] = 40,
+    baselines: Annotated[
+        str, typer.Option(help="Some of bm25, context, ngrams, with commas; or none.")
+    ] = "bm25,context,ngrams",
+    context_documents: Annotated[int, typer.Option(min=1, help="Documents that context puts before a request, at most.")] = 7,
     frozen_only: Annotated[bool, typer.Option("--frozen-only", help="No sessions: works on any vLLM.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the curves here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves here (.png, .svg, .pdf).")] = None,
     reference: Annotated[Path | None, typer.Option(help="Curves of an earlier --json to compare with.")] = None,
 ) -> None:
-    """Measure what sessions gain on your texts, on a server that runs."""
+    """Measure what sessions gain on your texts, on a server that runs. docs/eval.md says what is measured, and beside what."""
     import asyncio
 
     from rich.console import Console
 
-    from vllm_ttt.eval import report, runner
+    from vllm_ttt.eval import plots, report, runner
     from vllm_ttt.eval import texts as reader
     from vllm_ttt.eval.client import Client
 
-    if protocol not in ("p2", "p3", "all"):
-        raise typer.BadParameter(f"{protocol!r}; allowed: p2, p3, all", param_hint="--protocol")
-    counts = {name: n for name, n in {"p2": interactions, "p3": passes}.items() if protocol in (name, "all")}
-    arms = ("frozen", *["retrieval"] * retrieval, *["ttt"] * (not frozen_only))
+    if protocol not in ("p2", "p3", "long", "all"):
+        raise typer.BadParameter(f"{protocol!r}; allowed: p2, p3, long, all", param_hint="--protocol")
+    asked = {name for name in baselines.split(",") if name not in ("", "none")}
+    if unknown := asked - {"bm25", "context", "ngrams"}:
+        allowed = "bm25, context, ngrams, or none"
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; allowed: {allowed}", param_hint="--baselines")
+    wanted = {"p2", "p3"} if protocol == "all" else {protocol}
+    counts = {name: n for name, n in {"p2": interactions, "p3": passes, "long": documents}.items() if name in wanted}
+    arms = ("frozen", *sorted({"retrieval" if name == "bm25" else name for name in asked}))
+    if not frozen_only:
+        arms += ("ttt", *["ttt_ngrams"] * ("ngrams" in asked))
     console = Console()
 
     async def measure() -> tuple[dict[str, Any], str, str]:
         async with Client(base_url, model, api_key) as client:
-            docs = await reader.encode(reader.read_texts(texts), client.tokenize)
-            results = await runner.run(client, docs, counts, sessions_per_domain, console, arms)
+            with console.status("reading the texts"):
+                docs = await reader.encode(reader.read_texts(texts), client.tokenize)
+            results = await runner.run(client, docs, counts, sessions_per_domain, console, arms, context_documents)
             return results, client.model, await client.preset()
 
     results, served, preset = asyncio.run(measure())
     console.print(report.table(results))
+    for name, result in results.items():
+        console.print(report.measures(name, result))
     if reference:
         for curve, difference in report.compare(report.curves(results, preset), json.loads(reference.read_text())).items():
             console.print(f"{reference.name}, {curve}: worst difference {difference:.4f} nats per token", soft_wrap=True)
     if json_file:
         runner.write_json(json_file, results, {"command": f"vllm-ttt {' '.join(sys.argv[1:])}", "model": served}, preset)
     if plot:
-        report.plot(results, plot, f"{served}: {len(next(iter(results.values())).domains)} sessions, mean")
+        plots.plot(results, plot, f"{served}: {len(next(iter(results.values())).domains)} sessions, mean")
 
 
 @app.command()

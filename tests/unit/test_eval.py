@@ -20,15 +20,19 @@ from starlette.routing import Route
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.eval import report, runner
+from vllm_ttt.eval import plots, report, runner
 from vllm_ttt.eval.client import Client, ServerError
 from vllm_ttt.eval.curves import OracleScorer
-from vllm_ttt.eval.protocols import Result, plan, requests, run
-from vllm_ttt.eval.retrieval import retrieve
+from vllm_ttt.eval.protocols import ARMS, Result, plan, requests, run
+from vllm_ttt.eval.retrieval import recent, retrieve
 from vllm_ttt.eval.texts import interactions, read_texts, repeats
 from vllm_ttt.eval.tiny import tiny_model
 
 pytestmark = pytest.mark.unit
+
+
+#: Loss of a token up to which it is the first choice.
+SURE = 2.0
 
 
 class OracleServer:
@@ -63,9 +67,17 @@ class OracleServer:
         ids, session = body["prompt"], body.get("session_id") if self.plugin else None
         assert len(ids) + body["max_tokens"] <= self.context
         losses = await self.scorer.score(ids, session)
-        shown = [None, *({str(t): {"logprob": -x}} for t, x in zip(ids[1:], losses, strict=True))]
+        shown = [None, *(self.position(t, x) for t, x in zip(ids[1:], losses, strict=True))]
         answer: dict[str, Any] = {"choices": [{"prompt_logprobs": shown}]}
         return JSONResponse(answer | ({"ttt": {"session_id": session}} if session else {}))
+
+    @staticmethod
+    def position(token: int, loss: float) -> dict[str, dict[str, Any]]:
+        """As vLLM shows it, of a model whose first choice is right where it is sure, and else the next letter."""
+        first = loss < SURE
+        shown = {str(token): {"logprob": -loss, "rank": 1 if first else 3, "decoded_token": chr(token)}}
+        other = {} if first else {str(token + 1): {"logprob": -SURE, "rank": 1, "decoded_token": chr(token + 1)}}
+        return shown | other
 
     async def delete(self, request: Request) -> JSONResponse:
         self.deleted.append(request.path_params["name"])
@@ -97,7 +109,7 @@ def test_protocols_over_http(scorer: OracleScorer, tmp_path: Path):
         async with server.client(api_key="k") as client:
             assert client.model == "tiny"
             docs = {domain: [await client.tokenize(text) for text in found] for domain, found in texts.items()}
-            return await runner.run(client, docs, {"p2": 3, "p3": 2}, 1, Console(quiet=True))
+            return await runner.run(client, docs, {"p2": 3, "p3": 2, "long": 3}, 1, Console(quiet=True), ARMS)
 
     results = asyncio.run(measure())
     p2, p3 = results["p2"], results["p3"]
@@ -108,8 +120,25 @@ def test_protocols_over_http(scorer: OracleScorer, tmp_path: Path):
     assert p2.retrieval[1] != p2.frozen[1]
     assert p3.frozen[0] == p3.frozen[1]
     assert all(t < f - 0.1 for t, f in zip(p3.ttt[1], p3.frozen[1], strict=True))
-    assert len(server.deleted) == 4
+    assert len(server.deleted) == 6
     assert not scorer.sessions
+
+    assert set(p3.arms) == {"frozen", "ngrams", "ttt", "ttt_ngrams"}, "a search would find the document itself"
+    assert all(n < f - 0.1 for n, f in zip(p2.nats("ngrams")[1], p2.frozen[1], strict=True)), "the texts repeat themselves"
+    assert all(n < t for n, t in zip(p2.nats("ttt_ngrams")[2], p2.ttt[2], strict=True))
+    assert p2.nats("context")[0] == p2.frozen[0]
+    assert results["long"].frozen == p2.frozen
+
+    docs = {"birds": [list(t.encode()) for t in texts["birds"]]}
+    windows = interactions(docs, 1, 3).windows[0]
+    before = scorer.frozen.score(recent(windows[:2], 7, 2047 - 1025) + windows[2])[-768:].mean().item()
+    assert p2.nats("context")[2][0] == pytest.approx(before, abs=1e-5)
+    losses = scorer.frozen.score(windows[1])
+    measured, text = p2.arms["frozen"][1][0], "".join(map(chr, windows[1][-768:]))
+    assert measured.tokens == 768
+    assert measured.right == int((losses[-768:] < SURE).sum())
+    assert measured.characters == measured.right, "a token is a letter"
+    assert measured.lines == max(0, text.count("\n") - 1)
 
     window = interactions({"birds": [list(t.encode()) for t in texts["birds"]]}, 1, 3).windows[0][0]
     assert p2.frozen[0][0] == pytest.approx(scorer.frozen.score(window)[-768:].mean().item(), abs=1e-5)
@@ -120,10 +149,15 @@ def test_protocols_over_http(scorer: OracleScorer, tmp_path: Path):
     gain = sum(f - t for f, t in zip(p2.frozen[2], p2.ttt[2], strict=True)) / 2
     assert read["last"]["p2"][2] == pytest.approx(gain, abs=1e-4)
     assert set(report.compare(report.curves(results), read).values()) == {0.0}
-    console = Console(record=True, width=120, file=io.StringIO())
+    console = Console(record=True, width=160, file=io.StringIO())
     console.print(report.table(results))
-    assert f"{math.exp(sum(p3.ttt[1]) / 2):.2f}" in console.export_text()
-    report.plot(results, tmp_path / "r.png", "birds and fish")
+    assert f"{math.exp(sum(p3.ttt[1]) / 2):.2f}" in console.export_text(clear=False)
+    for name, result in results.items():
+        console.print(report.measures(name, result))
+    found = console.export_text()
+    assert f"{read['measures']['p2']['ttt']['gain']['mean']:+.3f} ±" in found
+    assert f"{read['measures']['long']['ngrams']['accuracy']['mean']:.1%} ±".replace("%", " %") in found
+    plots.plot(results, tmp_path / "r.png", "birds and fish")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -132,8 +166,8 @@ def test_number_of_requests_is_what_progress_expects(scorer: OracleScorer, tmp_p
     docs = {domain: [list(text.encode()) for text in found] for domain, found in texts.items()}
     for protocol, count in (("p2", 3), ("p3", 2)):
         work, ticks = plan(protocol, docs, 1, count), []
-        asyncio.run(run(protocol, scorer, work, tick=lambda ticks=ticks: ticks.append(1)))
-        assert len(ticks) == requests(protocol, work, ("frozen", "retrieval", "ttt"))
+        asyncio.run(run(protocol, scorer, work, ARMS, lambda ticks=ticks: ticks.append(1)))
+        assert len(ticks) == requests(protocol, work, ARMS)
 
 
 @pytest.mark.parametrize(

@@ -178,3 +178,6 @@ def test_cli_is_light_and_explains_itself(tmp_path: Path):
     assert nothing.returncode == 1
     assert "127.0.0.1:9" in nothing.stderr
     assert run("eval", "--texts", str(tmp_path), "--protocol", "p4").returncode == 2
+    unknown = run("eval", "--texts", str(tmp_path), "--baselines", "bm25,bm26")
+    assert unknown.returncode == 2
+    assert "bm26; allowed: bm25" in " ".join(unknown.stderr.replace("│", " ").split())

@@ -9,6 +9,7 @@ from typing import Any, Self
 import httpx
 
 from vllm_ttt.errors import TTTError
+from vllm_ttt.eval.measures import Reading
 
 #: Requests in flight; the published figures have 16 sessions side by side.
 PARALLEL = 16
@@ -78,7 +79,11 @@ class Client:
         return (await self._call("POST", "/tokenize", {"model": self.model, "prompt": text}))["tokens"]
 
     async def score(self, ids: list[int], session: str | None = None) -> list[float]:
-        """Negative log-likelihood in nats of every token but the first; with ``session``, it is learned afterwards.
+        """Negative log-likelihood in nats of every token but the first; with ``session``, it is learned afterwards."""
+        return list((await self.read(ids, session)).losses)
+
+    async def read(self, ids: list[int], session: str | None = None) -> Reading:
+        """What the model makes of every token but the first; with ``session``, they are learned afterwards.
 
         Raises ServerError: the request was refused, or a session was named and the answer has no ``ttt`` object.
         """
@@ -87,7 +92,7 @@ class Client:
             "prompt": ids,
             "max_tokens": 1,
             "temperature": 0,
-            "prompt_logprobs": 0,
+            "prompt_logprobs": 1,  # the token that is there, and the most likely one
         }
         if session is not None:
             body |= {"session_id": session, "vllm_xargs": {"ttt_learn": 1}}
@@ -95,9 +100,17 @@ class Client:
             answer = await self._call("POST", "/v1/completions", body)
         if session is not None and "ttt" not in answer:
             raise ServerError(f"{self.url} answers but does not learn: start it with `vllm serve MODEL --plugin ttt`")
-        # position i: {id of the token there: {"logprob": ...}}; nothing precedes the first
-        positions = answer["choices"][0]["prompt_logprobs"]
-        return [-position[str(token)]["logprob"] for token, position in zip(ids[1:], positions[1:], strict=True)]
+        # position i: {id: {"logprob", "rank", "decoded_token"}}, the token there and the likeliest; nothing precedes the first
+        positions = answer["choices"][0]["prompt_logprobs"][1:]
+        there = [position[str(token)] for token, position in zip(ids[1:], positions, strict=True)]
+        tops = [min(position.items(), key=lambda entry: entry[1]["rank"]) for position in positions]
+        texts = [entry["decoded_token"] for entry in there]
+        return Reading(
+            [-entry["logprob"] for entry in there],
+            [int(token) for token, _ in tops],
+            [-entry["logprob"] for _, entry in tops],
+            texts if None not in texts else None,
+        )
 
     async def forget(self, session: str) -> None:
         """Delete a session. One that does not exist is no error."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.eval import protocols, report, runner, server, texts
+from vllm_ttt.eval import plots, protocols, report, runner, server, texts
 from vllm_ttt.eval.client import Client
 
 #: The demo's model and texts: in the repository, not in the wheel.
@@ -56,7 +56,7 @@ def demo(model: Path | None, out: Path, port: int | None, keep: bool, quick: boo
         console.print(report.table(results))
         runner.write_json(out / "demo.json", results, {"command": "vllm-ttt demo" + " --quick" * quick, "model": name})
         title = f"{name}: one TTT session in each of {len(found)} domains, mean"
-        report.plot(results, out / "demo.png", title)
+        plots.plot(results, out / "demo.png", title)
         console.print(f"plot: {out / 'demo.png'}\nfigures: {out / 'demo.json'}", soft_wrap=True)
         console.print(f"{time.monotonic() - began:.0f} s in all")
         if keep:

@@ -1,8 +1,9 @@
-"""The two comparisons of docs/algorithm.md, over anything that can score a request.
+"""The comparisons of docs/eval.md, over anything that can score a request.
 
-P2: every session sends different documents of one domain, each in a fresh context; the last tokens of each are scored.
-P3: every session sends one document again and again; all its tokens are scored.
-Each is run without a session (frozen), with retrieval in the prompt (P2 only), and in sessions (ttt).
+p2: every session sends different documents of one domain, each in a fresh context; the last tokens of each are scored.
+p3: every session sends one document again and again; all its tokens are scored.
+long: p2 with many documents.
+Each is run in several arms, one after another, the sessions of an arm side by side: see ARMS.
 """
 
 from __future__ import annotations
@@ -12,25 +13,32 @@ import contextlib
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from statistics import fmean
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vllm_ttt.errors import ConfigError, TTTError
-from vllm_ttt.eval.retrieval import retrieve
-from vllm_ttt.eval.texts import LENGTH, Documents, Sessions, interactions, repeats
+from vllm_ttt.eval.measures import Measures, Reading, measure
+from vllm_ttt.eval.ngrams import mix
+from vllm_ttt.eval.retrieval import recent, retrieve
+from vllm_ttt.eval.texts import LENGTH, Documents, Sessions, interactions, long, repeats
 
-#: P2 scores this many tokens at the end of a window: those before give the frozen model its chance at the context.
+#: p2 and long score this many tokens at the end of a window: those before give the frozen model its chance at the context.
 SCORED = 768
 
-#: In this order; the first requests of "retrieval" are those of "frozen", which is therefore never left out.
-ARMS = ("frozen", "retrieval", "ttt")
+#: In this order. "frozen": no session; "retrieval" and "context": what BM25 finds, or the last documents, before the request;
+#: "ngrams": the frozen model and the session's n-grams; "ttt": a session; "ttt_ngrams": a session and its n-grams.
+ARMS = ("frozen", "retrieval", "context", "ngrams", "ttt", "ttt_ngrams")
+#: p3 leaves them out: they would find the document itself.
+NOT_AGAIN = ("retrieval", "context")
+
+#: Documents that "context" puts before a request, where the server's context has room.
+CONTEXT_DOCUMENTS = 7
 
 #: called with each request that was answered
 Progress = Callable[[], None]
 
 
 class Scorer(Protocol):
-    """``Client`` is one; the oracle is another (curves.py)."""
+    """The oracle is one (curves.py): it gives the loss of every token but the first."""
 
     max_model_len: int
 
@@ -39,33 +47,63 @@ class Scorer(Protocol):
     def forget(self, session: str) -> Awaitable[None]: ...
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """A scorer that knows the model's first choices, too; ``Client`` is one."""
+
+    def read(self, ids: list[int], session: str | None = None) -> Awaitable[Reading]: ...
+
+
 @dataclass
 class Result:
-    """Mean NLL in nats per token, ``[interaction][session]``; ``retrieval`` and ``ttt`` are empty where not run."""
+    """``arms[arm][interaction][session]``, for the arms that were run."""
 
     domains: list[str]
-    frozen: list[list[float]] = field(default_factory=list)
-    retrieval: list[list[float]] = field(default_factory=list)
-    ttt: list[list[float]] = field(default_factory=list)
+    arms: dict[str, list[list[Measures]]] = field(default_factory=dict)
+
+    def nats(self, arm: str) -> list[list[float]]:
+        """Mean loss per token, ``[interaction][session]``; empty where the arm was not run."""
+        return [[m.nats for m in row] for row in self.arms.get(arm, [])]
+
+    @property
+    def frozen(self) -> list[list[float]]:
+        return self.nats("frozen")
+
+    @property
+    def retrieval(self) -> list[list[float]]:
+        return self.nats("retrieval")
+
+    @property
+    def ttt(self) -> list[list[float]]:
+        return self.nats("ttt")
 
 
 def plan(protocol: str, docs: Documents, sessions: int, count: int) -> Sessions:
-    """What the sessions of "p2" or "p3" send; ``count`` is the number of interactions or passes."""
-    return {"p2": interactions, "p3": repeats}[protocol](docs, sessions, count)
+    """What the sessions of a protocol send; ``count`` is the number of interactions, passes or documents."""
+    return {"p2": interactions, "p3": repeats, "long": long}[protocol](docs, sessions, count)
+
+
+def arms_of(protocol: str, arms: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``arms`` that a protocol has, in the order in which they are run."""
+    return tuple(arm for arm in ARMS if arm in arms and not (protocol == "p3" and arm in NOT_AGAIN))
 
 
 def requests(protocol: str, work: Sessions, arms: tuple[str, ...]) -> int:
-    """How many requests ``run`` will send."""
+    """How many times ``run`` will say that it has come further."""
     total = 0
     for windows in work.windows:
-        total += len({tuple(w) for w in windows}) if "frozen" in arms else 0
-        total += len(windows) - 1 if "retrieval" in arms and protocol == "p2" else 0
-        total += len(windows) if "ttt" in arms else 0
+        counts = {"frozen": len({tuple(w) for w in windows}), "retrieval": len(windows) - 1, "context": len(windows) - 1}
+        total += sum(counts.get(arm, len(windows)) for arm in arms_of(protocol, arms))
     return total
 
 
 async def run(
-    protocol: str, scorer: Scorer, work: Sessions, arms: tuple[str, ...] = ARMS, tick: Progress = lambda: None
+    protocol: str,
+    scorer: Scorer,
+    work: Sessions,
+    arms: tuple[str, ...] = ("frozen", "retrieval", "ttt"),
+    tick: Progress = lambda: None,
+    context_documents: int = CONTEXT_DOCUMENTS,
 ) -> Result:
     """Run ``arms`` (some of ARMS, "frozen" among them) of a protocol one after another, an arm's sessions side by side.
 
@@ -75,54 +113,77 @@ async def run(
     """
     if scorer.max_model_len < LENGTH + 2:
         raise ConfigError(f"the server's --max-model-len is {scorer.max_model_len}; a window needs at least {LENGTH + 2}")
-    last = SCORED if protocol == "p2" else LENGTH
-    result = Result(work.domains)
-    for arm in arms:
-        each = {"frozen": _frozen, "retrieval": _retrieval, "ttt": _ttt}[arm]
-        if arm == "retrieval" and protocol == "p3":
-            continue
-        sessions = zip(work.domains, work.windows, strict=True)
+    last, result = LENGTH if protocol == "p3" else SCORED, Result(work.domains)
+    readings: dict[str, list[list[Reading]]] = {}
+    for arm in arms_of(protocol, arms):
+        one = _Arm(arm, scorer, tick, context_documents)
+        given = readings.get(MADE_OF.get(arm, ""), [[]] * len(work.windows))
+        sessions = zip(work.domains, work.windows, given, strict=True)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(each(scorer, domain, windows, last, tick)) for domain, windows in sessions]
+                tasks = [group.create_task(one.run(*session)) for session in sessions]
         except ExceptionGroup as errors:  # all sessions meet the same trouble: one of them tells it
             raise errors.exceptions[0] from None
-        setattr(result, arm, [list(row) for row in zip(*(task.result() for task in tasks), strict=True)])
-        if arm == "retrieval":
-            result.retrieval.insert(0, list(result.frozen[0]))
+        readings[arm] = [task.result() for task in tasks]
+        measured = [
+            [measure(ids, reading, last) for ids, reading in zip(windows, read, strict=True)]
+            for windows, read in zip(work.windows, readings[arm], strict=True)
+        ]
+        result.arms[arm] = [list(row) for row in zip(*measured, strict=True)]
     return result
 
 
-async def _frozen(scorer: Scorer, _: str, windows: list[list[int]], last: int, tick: Progress) -> list[float]:
-    known: dict[tuple[int, ...], float] = {}
-    for window in windows:
-        if tuple(window) not in known:
-            known[tuple(window)] = await _mean(scorer, window, last)
-            tick()
-    return [known[tuple(window)] for window in windows]
+#: arm: the arm whose readings it needs, of its first requests or of all
+MADE_OF = {"retrieval": "frozen", "context": "frozen", "ngrams": "frozen", "ttt_ngrams": "ttt"}
 
 
-async def _retrieval(scorer: Scorer, _: str, windows: list[list[int]], last: int, tick: Progress) -> list[float]:
-    losses = []
-    for i, window in enumerate(windows[1:], 1):
-        room = scorer.max_model_len - 1 - len(window)
-        losses.append(await _mean(scorer, retrieve(windows[:i], window, room) + window, last))
-        tick()
-    return losses
+@dataclass
+class _Arm:
+    """One arm of a protocol; ``run`` gives the readings of one session's windows."""
 
+    name: str
+    scorer: Scorer
+    tick: Progress
+    context_documents: int
 
-async def _ttt(scorer: Scorer, domain: str, windows: list[list[int]], last: int, tick: Progress) -> list[float]:
-    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in domain)[:64]
-    session, losses = f"eval-{label}-{secrets.token_hex(6)}", []
-    try:
+    async def run(self, domain: str, windows: list[list[int]], given: list[Reading]) -> list[Reading]:
+        if self.name == "frozen":
+            return await self._frozen(windows)
+        if self.name == "ttt":
+            return await self._ttt(domain, windows)
+        if self.name in NOT_AGAIN:
+            return given[:1] + [await self._after(windows[:i], windows[i]) for i in range(1, len(windows))]
+        mixed = await asyncio.to_thread(mix, windows, given)
+        for _ in windows:
+            self.tick()
+        return mixed
+
+    async def _frozen(self, windows: list[list[int]]) -> list[Reading]:
+        known: dict[tuple[int, ...], Reading] = {}
         for window in windows:
-            losses.append(await _mean(scorer, window, last, session))
-            tick()
-    finally:
-        with contextlib.suppress(TTTError):  # what happened before is what matters
-            await scorer.forget(session)
-    return losses
+            if tuple(window) not in known:
+                known[tuple(window)] = await self._read(window)
+        return [known[tuple(window)] for window in windows]
 
+    async def _after(self, earlier: list[list[int]], window: list[int]) -> Reading:
+        room = self.scorer.max_model_len - 1 - len(window)
+        found = self.name == "retrieval"
+        before = retrieve(earlier, window, room) if found else recent(earlier, self.context_documents, room)
+        return (await self._read(before + window)).last(LENGTH)
 
-async def _mean(scorer: Scorer, ids: list[int], last: int, session: str | None = None) -> float:
-    return fmean((await scorer.score(ids, session))[-last:])
+    async def _ttt(self, domain: str, windows: list[list[int]]) -> list[Reading]:
+        label = "".join(c if c.isascii() and c.isalnum() else "-" for c in domain)[:64]
+        session = f"eval-{label}-{secrets.token_hex(6)}"
+        try:
+            return [await self._read(window, session) for window in windows]
+        finally:
+            with contextlib.suppress(TTTError):  # what happened before is what matters
+                await self.scorer.forget(session)
+
+    async def _read(self, ids: list[int], session: str | None = None) -> Reading:
+        if isinstance(self.scorer, Reader):
+            reading = await self.scorer.read(ids, session)
+        else:
+            reading = Reading(await self.scorer.score(ids, session))
+        self.tick()
+        return reading

@@ -1,19 +1,29 @@
-"""What a run found: curves as JSON, a table, a plot, and the comparison with curves recorded before."""
+"""What a run found: curves as JSON, tables, and the comparison with curves recorded before. (plots.py draws it.)"""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
+from vllm_ttt.eval.measures import Estimate, gain, summary
 from vllm_ttt.eval.protocols import Result
 
-#: of the reference categorical palette that colour-blind readers can tell apart (Okabe & Ito 2008)
-COLOURS = {"frozen": "#7f7f7f", "retrieval": "#E69F00", "ttt": "#0072B2"}
-LABELS = {"frozen": "frozen model", "retrieval": "BM25 retrieval", "ttt": "TTT session"}
+LABELS = {
+    "frozen": "frozen model",
+    "retrieval": "BM25 retrieval",
+    "context": "last documents",
+    "ngrams": "n-grams",
+    "ttt": "TTT session",
+    "ttt_ngrams": "TTT + n-grams",
+}
+#: what a request of a protocol is called
+STEPS = {"p2": "interaction", "p3": "one document, pass", "long": "document"}
+#: Requests at either end of a long session that are looked at by themselves.
+ENDS = 10
 
 Curves = dict[str, dict[str, Any]]
 
@@ -21,22 +31,40 @@ Curves = dict[str, dict[str, Any]]
 def curves(results: dict[str, Result], preset: str = "last") -> Curves:
     """Results as curves of nats per token, in the layout of the recorded ones.
 
-    ``frozen`` holds losses: ``p2``, ``p3``, ``p2_rag`` (retrieval) and ``p2_by_domain``; ``preset`` holds gains over
-    the frozen model: ``p2``, ``p3`` and ``p2_by_domain``. One entry per interaction, the mean of all sessions.
+    ``frozen`` holds losses without learning: ``p2``, ``p2_rag`` (retrieval), ``p2_context``, ``p2_ngrams``, ``p2_by_domain``;
+    ``preset`` holds gains over the frozen model: ``p2``, ``p2_ngrams``, ``p2_by_domain``, ``p2_ngrams_by_domain``. The same for
+    other protocols. One entry per interaction, the mean of all sessions.
     """
     frozen, gains = {}, {}
     for name, result in results.items():
-        frozen[name] = [round(fmean(row), 4) for row in result.frozen]
-        if result.retrieval:
-            frozen[f"{name}_rag"] = [round(fmean(row), 4) for row in result.retrieval]
-        gain = [[f - t for f, t in zip(*rows, strict=True)] for rows in zip(result.frozen, result.ttt, strict=False)]
-        if gain:
-            gains[name] = [round(fmean(row), 4) for row in gain]
-        if name == "p2":
-            frozen["p2_by_domain"] = _by_domain(result.domains, result.frozen)
-            if gain:
-                gains["p2_by_domain"] = _by_domain(result.domains, gain)
+        for arm, suffix in (("frozen", ""), ("retrieval", "_rag"), ("context", "_context"), ("ngrams", "_ngrams")):
+            if rows := result.nats(arm):
+                frozen[name + suffix] = [round(fmean(row), 4) for row in rows]
+        frozen[f"{name}_by_domain"] = _by_domain(result.domains, result.frozen)
+        for arm, suffix in (("ttt", ""), ("ttt_ngrams", "_ngrams")):
+            if rows := result.nats(arm):
+                gained = [[f - t for f, t in zip(*pair, strict=True)] for pair in zip(result.frozen, rows, strict=True)]
+                gains[name + suffix] = [round(fmean(row), 4) for row in gained]
+                gains[f"{name}{suffix}_by_domain"] = _by_domain(result.domains, gained)
     return {"frozen": frozen, preset: gains}
+
+
+def ends(count: int) -> dict[str, tuple[int, int]]:
+    """(first, end) of the requests of a long session that are looked at together, counted from 0, by what they are called."""
+    first, last = min(count, 1 + ENDS), max(1, count - ENDS)
+    return {f"requests 2 to {count}": (1, count), f"2 to {first}": (1, first), f"{last + 1} to {count}": (last, count)}
+
+
+def summaries(results: dict[str, Result]) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
+    """``[protocol][arm][measure]`` = {mean, low, high}; of `long` also the gain of its first and last requests."""
+    found = {}
+    for name, result in results.items():
+        base = result.arms["frozen"]
+        found[name] = {arm: summary(rows, base) for arm, rows in result.arms.items()}
+        if name == "long":
+            for arm, rows in result.arms.items():
+                found[name][arm] |= {f"gain, {what}": gain(rows, base, *span) for what, span in ends(len(rows)).items()}
+    return {n: {arm: {what: asdict(e) for what, e in s.items()} for arm, s in arms.items()} for n, arms in found.items()}
 
 
 def compare(measured: Curves, reference: Curves) -> dict[str, float]:
@@ -45,7 +73,8 @@ def compare(measured: Curves, reference: Curves) -> dict[str, float]:
     Where the domains differ, only those that both have are compared, and no mean over domains is.
     """
     worst = {}
-    domains = [set(side["frozen"].get("p2_by_domain", ())) for side in (measured, reference)]
+    known = next((n for n in measured["frozen"] if n.endswith("_by_domain") and n in reference["frozen"]), "")
+    domains = [set(side["frozen"].get(known, ())) for side in (measured, reference)]
     for kind, name in [(k, n) for k, names in measured.items() for n in names if n in reference.get(k, {})]:
         ours, theirs = measured[kind][name], reference[kind][name]
         if not isinstance(ours, dict) and domains[0] and domains[0] != domains[1]:
@@ -61,51 +90,46 @@ def table(results: dict[str, Result]) -> Table:
     """One table of perplexities for people, a section per protocol."""
     shown = Table(title="Perplexity per token (lower is better)", title_justify="left")
     shown.add_column("", no_wrap=True)
-    arms = [arm for arm in COLOURS if any(getattr(result, arm) for result in results.values())]
+    arms = [arm for arm in LABELS if any(arm in result.arms for result in results.values())]
     for arm in arms:
         shown.add_column(LABELS[arm], justify="right")
     shown.add_column("TTT/frozen", justify="right")
     for name, result in results.items():
         for i, row in enumerate(result.frozen):
-            what = f"interaction {i + 1}" if name == "p2" else f"one document, pass {i + 1}"
-            cells = [f"{math.exp(fmean(getattr(result, arm)[i])):.2f}" if getattr(result, arm) else "" for arm in arms]
+            cells = [f"{math.exp(fmean(result.nats(arm)[i])):.2f}" if arm in result.arms else "" for arm in arms]
             change = f"{math.expm1(fmean(result.ttt[i]) - fmean(row)):+.1%}" if result.ttt else ""
-            shown.add_row(what, *cells, change, end_section=i + 1 == len(result.frozen))
+            shown.add_row(f"{STEPS[name]} {i + 1}", *cells, change, end_section=i + 1 == len(result.frozen))
     return shown
 
 
-def plot(results: dict[str, Result], file: str | Path, title: str) -> None:
-    """Draw perplexity against interaction, one panel per protocol; the format follows the file's name."""
-    import matplotlib
+def measures(name: str, result: Result) -> Table:
+    """What one protocol says of each arm, for people."""
+    count, sessions = len(result.frozen), len(result.domains)
+    title = f"{name}: requests 2 to {count} of {sessions} session{'s' * (sessions > 1)}"
+    if sessions > 1:
+        title += "; ±: 95 % interval over sessions"
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("", no_wrap=True)
+    spans = ends(count) if name == "long" else {"gain, nats": (1, count)}
+    for what in ("nats/token", *spans, "top-1", "whole lines", "characters", "harmed"):
+        shown.add_column(what, justify="right")
+    base = result.arms["frozen"]
+    for arm, rows in result.arms.items():
+        found = summary(rows, base)
+        gains = ["" if arm == "frozen" else _shown(gain(rows, base, *span), "+.3f") for span in spans.values()]
+        shares = [_shown(found[what], form) if what in found else "" for what, form in COLUMNS.items()]
+        harmed = "" if arm == "frozen" else f"{found['harmed'].mean:.0%}"
+        shown.add_row(LABELS[arm], _shown(found["nats"], ".3f"), *gains, *shares, harmed)
+    return shown
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(results), figsize=(6 * len(results), 4.2), squeeze=False, layout="constrained")
-    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for arm, colour in COLOURS.items():
-            rows = getattr(result, arm)
-            if not rows:
-                continue
-            if name == "p2":  # documents differ in difficulty: show each against the frozen model
-                ys = [100 * math.exp(fmean(row) - fmean(base)) for row, base in zip(rows, result.frozen, strict=True)]
-            else:
-                ys = [math.exp(fmean(row)) for row in rows]
-            axis.plot(range(1, len(ys) + 1), ys, color=colour, label=LABELS[arm], marker="o" if arm == "ttt" else None)
-        axis.set_xticks(range(1, len(result.frozen) + 1))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.3)
-        if name == "p2":
-            axis.set(title="Different documents of one domain", xlabel="interaction of the session")
-            axis.set_ylabel("perplexity, frozen model = 100")
-        else:
-            axis.set(title="The same document again", xlabel="pass", ylabel="perplexity per token")
-            axis.set_ylim(bottom=0)
-    axes[0][0].legend(frameon=False)
-    figure.suptitle(title)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
+#: measure: how it is written
+COLUMNS = {"accuracy": ".1%", "exact_lines": ".1%", "characters": ".1f"}
+
+
+def _shown(value: Estimate, form: str) -> str:
+    margin = "" if value.margin is None else f" ±{value.margin:{form.removeprefix('+')}}"
+    return f"{value.mean:{form}}{margin}".replace("%", " %") if "%" in form else f"{value.mean:{form}}{margin}"
 
 
 def _by_domain(domains: list[str], rows: list[list[float]]) -> dict[str, list[float]]:

@@ -1,4 +1,7 @@
-"""The baseline that remembers without learning: BM25 (Robertson & Zaragoza 2009) over what the session sent before."""
+"""The baselines that remember without learning: what the session sent before is put before its request.
+
+The chunks that BM25 (Robertson & Zaragoza 2009) finds, or simply the last documents.
+"""
 
 from __future__ import annotations
 
@@ -30,3 +33,14 @@ def retrieve(earlier: list[list[int]], request: list[int], room: int) -> list[in
     best, _ = index.retrieve(query, k=min(CHUNKS, len(chunks)), show_progress=False)
     found = [token for i in sorted(int(i) for i in best[0]) for token in chunks[i]]
     return found[-room:]
+
+
+def recent(earlier: list[list[int]], documents: int, room: int) -> list[int]:
+    """Token ids to put before a request: the last ``documents`` of ``earlier``, in the order in which they were sent.
+
+    Args:
+        room: tokens that fit before the request; the oldest document is cut at its beginning to fit.
+    """
+    if documents <= 0 or room <= 0:
+        return []
+    return [token for ids in earlier[-documents:] for token in ids][-room:]

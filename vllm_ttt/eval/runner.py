@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_ttt.eval import protocols, report
 from vllm_ttt.eval.texts import Documents
 
-TITLES = {"p2": "different documents of a domain", "p3": "the same document again"}
+TITLES = {"p2": "different documents of a domain", "p3": "the same document again", "long": "many documents of a domain"}
 
 
 async def run(
@@ -21,22 +21,25 @@ async def run(
     counts: dict[str, int],
     sessions: int,
     console: Console,
-    arms: tuple[str, ...] = protocols.ARMS,
+    arms: tuple[str, ...] = ("frozen", "retrieval", "ttt"),
+    context_documents: int = protocols.CONTEXT_DOCUMENTS,
 ) -> dict[str, protocols.Result]:
-    """Run each protocol of ``counts`` (protocol: interactions or passes), ``sessions`` of every domain side by side."""
+    """Run each protocol of ``counts`` (protocol: how many requests), ``sessions`` of every domain side by side."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     work = {name: protocols.plan(name, docs, sessions, count) for name, count in counts.items()}
     results = {}
     with Progress(*columns, console=console) as progress:
         for name, plan in work.items():
             task = progress.add_task(TITLES[name], total=protocols.requests(name, plan, arms))
-            results[name] = await protocols.run(name, scorer, plan, arms, lambda task=task: progress.advance(task))
+            tick = lambda task=task: progress.advance(task)  # noqa: E731
+            results[name] = await protocols.run(name, scorer, plan, arms, tick, context_documents)
     return results
 
 
 def write_json(file: str | Path, results: dict[str, protocols.Result], about: dict[str, Any], preset: str = "last") -> None:
-    """Write the curves of ``preset`` (the layout of recorded ones), with ``about`` and every session's losses beside them."""
-    sessions = {name: vars(result) for name, result in results.items()}
+    """Write the curves of ``preset`` (the layout of recorded ones), the measures, ``about`` and every session's losses."""
+    measures = report.summaries(results)
+    sessions = {name: {"domains": r.domains} | {arm: r.nats(arm) for arm in r.arms} for name, r in results.items()}
+    found = {**report.curves(results, preset), "about": about, "measures": measures, "sessions": sessions}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**report.curves(results, preset), "about": about, "sessions": sessions}, indent=1)
-    Path(file).write_text(text + "\n", encoding="utf-8")
+    Path(file).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

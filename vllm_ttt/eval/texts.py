@@ -80,3 +80,16 @@ def repeats(docs: Documents, sessions: int = 2, passes: int = 4) -> Sessions:
     """P3: each session sends one window ``passes`` times."""
     once = interactions(docs, sessions, 1)
     return Sessions(once.domains, [mine * passes for mine in once.windows])
+
+
+def long(docs: Documents, sessions: int = 1, count: int = 40) -> Sessions:
+    """P2 for long sessions. Raises ConfigError where a domain has too few documents, instead of sending one again."""
+    work = interactions(docs, sessions, count)
+    for domain, windows in zip(work.domains, work.windows, strict=True):
+        different = len({tuple(window) for window in windows})
+        if different < count:
+            raise ConfigError(
+                f"domain {domain!r} has {different} different windows of {LENGTH + 1} tokens for a session, and `long` needs "
+                f"{count}: add documents, or ask for fewer (--documents {different})"
+            )
+    return work
