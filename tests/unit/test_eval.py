@@ -96,7 +96,7 @@ def write_texts(root: Path, documents: int = 3, domains: tuple[str, ...] = ("bir
     for domain in domains:
         (root / domain).mkdir(parents=True)
         for i in range(documents):
-            text = " ".join(f"{domain} {n * (i + 3) % 97}" for n in range(200))
+            text = "\n".join(f"{domain} {n * (i + 3) % 97}" for n in range(200))
             (root / domain / f"{i}.txt").write_text(text)
     return root
 
@@ -138,7 +138,7 @@ def test_protocols_over_http(scorer: OracleScorer, tmp_path: Path):
     assert measured.tokens == 768
     assert measured.right == int((losses[-768:] < SURE).sum())
     assert measured.characters == measured.right, "a token is a letter"
-    assert measured.lines == max(0, text.count("\n") - 1)
+    assert measured.lines == text.count("\n") - 1 > 10
 
     window = interactions({"birds": [list(t.encode()) for t in texts["birds"]]}, 1, 3).windows[0][0]
     assert p2.frozen[0][0] == pytest.approx(scorer.frozen.score(window)[-768:].mean().item(), abs=1e-5)

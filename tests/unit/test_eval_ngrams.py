@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import given
@@ -41,7 +41,7 @@ def slow_mix(sent: list[list[int]], readings: list[Reading], prior: tuple[float,
     experience = [(PRIOR_TOKENS * (1 - share), PRIOR_TOKENS * share) for share in prior]
     found = []
     for i, (ids, reading) in enumerate(zip(sent, readings, strict=True)):
-        losses, spoke = [], Counter[tuple[int, str]]()
+        losses, spoke = [], defaultdict[tuple[int, str], float](float)
         for t in range(1, len(ids)):
             p, n = slow_probability(sent[:i], ids[:t], ids[t])
             model, ngrams = experience[n]

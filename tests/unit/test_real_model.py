@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval import real
+from vllm_ttt.eval.demo import demo
 from vllm_ttt.eval.texts import interactions, read_texts
 
 
@@ -41,6 +43,13 @@ def test_an_interrupted_folder_does_not_exist(tmp_path: Path):
     with pytest.raises(ConfigError, match="run `make real`"):
         real.build_model(tmp_path, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["vllm"]
+
+
+@pytest.mark.unit
+def test_a_demo_without_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(real, "MODEL", tmp_path / "absent")
+    with pytest.raises(ConfigError, match="`make demo REAL=1`"):
+        demo(None, tmp_path, None, keep=False, quick=True, console=Console(quiet=True), on_real=True)
 
 
 @pytest.mark.real

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.eval import plots, protocols, report, runner, server, texts
+from vllm_ttt.eval import plots, protocols, real, report, runner, server, texts
 from vllm_ttt.eval.client import Client
 
 #: The demo's model and texts: in the repository, not in the wheel.
@@ -21,9 +21,12 @@ SERVER = ["--plugin", "ttt", "--max-model-len", "2048", "--kv-cache-memory-bytes
 #: interactions of P2 and passes of P3
 COUNTS = {"p2": 6, "p3": 4}
 QUICK = {"p2": 3, "p3": 2}
+ARMS = ("frozen", "retrieval", "ttt")
 
 
-def demo(model: Path | None, out: Path, port: int | None, keep: bool, quick: bool, console: Console) -> None:
+def demo(
+    model: Path | None, out: Path, port: int | None, keep: bool, quick: bool, console: Console, on_real: bool = False
+) -> None:
     """Run the demo; nothing that it started outlives it, unless ``keep``.
 
     Args:
@@ -32,15 +35,18 @@ def demo(model: Path | None, out: Path, port: int | None, keep: bool, quick: boo
         port: of the server, on 127.0.0.1; None: a free one.
         keep: leave the server running.
         quick: fewer interactions, two domains.
+        on_real: with the real model and its texts, and with n-grams beside.
     Raises:
         ConfigError: the model or the texts are missing.
         StartError: the server did not start.
         ServerError: it does not answer as it should.
     """
-    name = model.resolve().name if model else "ttt-demo-15m"
-    model = _existing(model or FOLDER / "model")
-    found = texts.read_texts(FOLDER / "texts")
-    if quick:
+    if on_real and not (real.MODEL.is_dir() and real.TEXTS.is_dir()):
+        raise ConfigError(f"there is no {real.MODEL}, or no {real.TEXTS}: `make demo REAL=1` in a checkout fetches them first")
+    name = model.resolve().name if model else real.MODEL.name if on_real else "ttt-demo-15m"
+    model = _existing(model or (real.MODEL if on_real else FOLDER / "model"))
+    found = texts.read_texts(real.TEXTS if on_real else FOLDER / "texts")
+    if quick and not on_real:
         found = {domain: found[domain] for domain in ("kjv", "man_fr")}
     port, log, began = port or server.free_port(), out / "server.log", time.monotonic()
     flags = [*SERVER, "--served-model-name", name]
@@ -52,9 +58,11 @@ def demo(model: Path | None, out: Path, port: int | None, keep: bool, quick: boo
             server.wait_healthy(process, port, log)
         console.print(f"serving {name} on http://127.0.0.1:{port} after {time.monotonic() - began:.0f} s")
         console.print(f"watch it learn: http://127.0.0.1:{port}/ttt", soft_wrap=True)
-        results = asyncio.run(_compare(f"http://127.0.0.1:{port}", found, QUICK if quick else COUNTS, console))
+        arms = (*ARMS, "ngrams", "ttt_ngrams") if on_real else ARMS
+        results = asyncio.run(_compare(f"http://127.0.0.1:{port}", found, QUICK if quick else COUNTS, arms, console))
         console.print(report.table(results))
-        runner.write_json(out / "demo.json", results, {"command": "vllm-ttt demo" + " --quick" * quick, "model": name})
+        command = "vllm-ttt demo" + " --real" * on_real + " --quick" * quick
+        runner.write_json(out / "demo.json", results, {"command": command, "model": name})
         title = f"{name}: one TTT session in each of {len(found)} domains, mean"
         plots.plot(results, out / "demo.png", title)
         console.print(f"plot: {out / 'demo.png'}\nfigures: {out / 'demo.json'}", soft_wrap=True)
@@ -73,11 +81,11 @@ def _slow_in_16_bits() -> bool:
 
 
 async def _compare(
-    url: str, found: dict[str, list[str]], counts: dict[str, int], console: Console
+    url: str, found: dict[str, list[str]], counts: dict[str, int], arms: tuple[str, ...], console: Console
 ) -> dict[str, protocols.Result]:
     async with Client(url) as client:
         docs = await texts.encode(found, client.tokenize)
-        return await runner.run(client, docs, counts, sessions=1, console=console)
+        return await runner.run(client, docs, counts, 1, console, arms)
 
 
 def _existing(model: Path) -> Path:
