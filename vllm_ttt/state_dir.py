@@ -1,5 +1,6 @@
-"""A state dir: what lies where, its lock and its secret. Imports nothing heavy; every process may use it.
+"""A state dir: what lies where, whether it is ours, its lock and its secret. Imports nothing heavy; every process may use it.
 
+vllm-ttt-state-dir        the marker: without it, nothing in a folder is ours, and nothing is removed there
 sessions.db               SQLite: what exists. A file that it does not name does not exist
 sessions/ab/abcd...-1f.safetensors   one version of one session; the name is drawn, never a client's
 damaged/                  files that were not what had been saved
@@ -12,11 +13,32 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
+import re
 import secrets
+import sqlite3
+import stat
 from pathlib import Path
 
 from vllm_ttt.errors import ConfigError
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+
+#: Of the database and of the deltas: 3 since the second version of the learning step.
+FORMAT = 3
+MARKER = "vllm-ttt-state-dir"
+_MARKER_TEXT = (
+    f"format {FORMAT}\n"
+    "This folder is a state dir of vllm-ttt, which keeps sessions here and removes files of its own here.\n"
+    "Do not copy this file into another folder.\n"
+)
+#: What a fresh file system has.
+_NOTHING = {"lost+found"}
+#: What is ours below sessions/ and in exports/: a finished file, or the draft of one that was cut off.
+_SESSION_FILE = re.compile(r"sessions/([0-9a-f]{2})/\1[0-9a-f]{30}-[0-9a-f]{8}\.safetensors")
+_DRAFT = re.compile(r"sessions/([0-9a-f]{2})/\.\1[0-9a-f]{30}-[0-9a-f]{8}\.safetensors\.[0-9a-f]{8}")
+_EXPORT = re.compile(r"vllm-ttt-[0-9a-f]{32}\.safetensors|\.vllm-ttt-[0-9a-f]{32}\.safetensors\.[0-9a-f]{8}")
 
 
 class StateDir:
@@ -29,32 +51,68 @@ class StateDir:
         self._lock: int | None = None
 
     def create(self) -> None:
-        """Make what is missing, for this user alone. Raises ConfigError where that cannot be."""
+        """Make a state dir of a folder that is missing or empty, or make what is missing in one of ours; for this user alone.
+
+        Raises:
+            ConfigError: it cannot be made, it holds something else, or it is of another release. Nothing was changed then.
+        """
         try:
-            for folder in (self.root, self.sessions, self.damaged, self.exports):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self.owned():
+                self._claim()
+            self.check_format()
+            for folder in (self.sessions, self.damaged, self.exports):
+                folder.mkdir(mode=0o700, exist_ok=True)
+            self._close_to_others()
         except OSError as error:
             raise ConfigError(f"the state dir {self.root} cannot be used: {error.strerror or error}") from None
 
+    def owned(self) -> bool:
+        """Whether the folder has our marker."""
+        with contextlib.suppress(FileNotFoundError):
+            return stat.S_ISREG(os.lstat(self.root / MARKER).st_mode)
+        return False
+
     def exists(self) -> bool:
-        return self.database.is_file()
+        """Whether there is a database; one that is empty has yet to be made."""
+        return self.database.is_file() and self.database.stat().st_size > 0
+
+    def check_format(self) -> None:
+        """Raise ConfigError where the dir is of another release."""
+        found = self._format() if self.owned() else _format_of(self.database)
+        if found is None or found == str(FORMAT):
+            return
+        if found.isdigit() and int(found) > FORMAT:
+            todo = "serve it with that release"
+        else:
+            todo = (
+                "its deltas mean nothing to this release, which leaves them untouched. Serve them with the release that made "
+                f"them, or start a new state dir: vllm serve MODEL --plugin ttt --ttt-state-dir {self.root}-{FORMAT}"
+            )
+        raise ConfigError(
+            f"the state dir {self.root} was made by another release of vllm-ttt: it has format {found}, and this release "
+            f"reads format {FORMAT}; {todo}"
+        )
 
     def lock(self) -> None:
         """Keep every other server out until this process ends. Raises ConfigError where another one is in."""
+        handle = None
         try:
             handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(f"the state dir {self.root} cannot be used: {error.strerror or error}") from None
-        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         except BlockingIOError:
+            assert handle is not None
             holder = os.read(handle, 32).decode(errors="replace").strip()
             os.close(handle)
             raise ConfigError(
                 f"the state dir {self.root} is in use by process {holder or '?'}; stop that server, or name another state dir"
             ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:  # also a file system that has no locks
+            if handle is not None:
+                os.close(handle)
+            raise ConfigError(f"the state dir {self.root} cannot be locked: {error.strerror or error}") from None
         self._lock = handle
 
     def unlock(self) -> None:
@@ -64,7 +122,10 @@ class StateDir:
 
     def new_file(self, uid: str) -> str:
         """A name for the next file of a session, relative to the state dir, that no file ever had; its folder exists."""
-        (self.sessions / uid[:2]).mkdir(mode=0o700, exist_ok=True)
+        folder = self.sessions / uid[:2]
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            _sync(self.sessions)
         return f"sessions/{uid[:2]}/{uid}-{secrets.token_hex(4)}.safetensors"
 
     def path(self, file: str) -> Path:
@@ -75,19 +136,29 @@ class StateDir:
         return path
 
     def files(self) -> dict[str, int]:
-        """Every file below sessions/, relative to the state dir -> bytes; also those that do not exist for the database."""
+        """Our files below sessions/, relative to the state dir -> bytes; also those that do not exist for the database."""
         found: dict[str, int] = {}
         for folder in os.scandir(self.sessions):
-            if folder.is_dir(follow_symlinks=False):
-                for entry in os.scandir(folder.path):
+            if not folder.is_dir(follow_symlinks=False):
+                continue
+            for entry in os.scandir(folder.path):
+                name = f"sessions/{folder.name}/{entry.name}"
+                if _SESSION_FILE.fullmatch(name) or _DRAFT.fullmatch(name):
                     with contextlib.suppress(FileNotFoundError):  # it went meanwhile
-                        found[f"sessions/{folder.name}/{entry.name}"] = entry.stat(follow_symlinks=False).st_size
-            else:
-                found[f"sessions/{folder.name}"] = folder.stat(follow_symlinks=False).st_size
+                        found[name] = entry.stat(follow_symlinks=False).st_size
         return found
 
+    def remove_exports(self) -> None:
+        """Remove adapters that no client came for. Other files stay."""
+        for entry in os.scandir(self.exports):
+            if _EXPORT.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(entry.path)  # noqa: PTH108
+
     def set_aside(self, file: str) -> None:
-        """Keep a damaged file where nothing looks for it, for a person to look at."""
+        """Keep a damaged file of ours where nothing looks for it, for a person to look at."""
+        if not is_session_file(file):
+            return
         path = self.path(file)
         with contextlib.suppress(FileNotFoundError):
             path.rename(self.damaged / path.name)
@@ -107,6 +178,80 @@ class StateDir:
         if len(found) != 64:
             raise ConfigError(f"{file} does not hold 64 hexadecimal digits; restore it from a backup: tenants depend on it")
         return found
+
+    def _format(self) -> str | None:
+        """What the marker says; None where somebody made it by hand, and the database must tell."""
+        found = re.match(r"format (\d+)\n", (self.root / MARKER).read_text(encoding="ascii", errors="replace"))
+        return found.group(1) if found else None
+
+    def _claim(self) -> None:
+        """Make the folder ours, if nothing is in it."""
+        present = sorted({path.name for path in self.root.iterdir()} - _NOTHING)
+        if not present:
+            with contextlib.suppress(FileExistsError):  # another server begins at the same time: the lock will tell
+                handle = os.open(self.root / MARKER, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                with open(handle, "w", encoding="ascii") as stream:  # noqa: PTH123
+                    stream.write(_MARKER_TEXT)
+                    stream.flush()
+                    os.fsync(handle)
+                _sync(self.root)
+            return
+        if self.owned():
+            return  # the other server was faster
+        self.check_format()
+        if _format_of(self.database) is not None:
+            raise ConfigError(
+                f"{self.root} has the database of a state dir, but not its marker, the file {MARKER}; nothing in it was "
+                f"touched. If it is a state dir, with nothing else in it, put the marker back: touch {self.root / MARKER}"
+            )
+        few = ", ".join(present[:4]) + (f" and {len(present) - 4} more" if len(present) > 4 else "")
+        raise ConfigError(
+            f"{self.root} is no state dir of vllm-ttt, and it is not empty: it holds {few}. Nothing in it was touched. Name a "
+            "folder that is empty or missing, or one that became a state dir before (--ttt-state-dir, sessions.state_dir)"
+        )
+
+    def _close_to_others(self) -> None:
+        """Names, tenants and losses are in here: nobody but the server's user may read them."""
+        for folder in (self.root, self.sessions, self.damaged, self.exports):
+            mode = stat.S_IMODE(folder.stat().st_mode)
+            if mode & 0o077:
+                logger.warning("vllm-ttt: %s could be read by others (mode %04o); its mode is 0700 now", folder, mode)
+                folder.chmod(0o700)
+        # Never opened where it exists: to close it would drop the locks that SQLite has on it in this process.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.database, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))  # SQLite's: 0644
+        if self.database.stat().st_mode & 0o077:
+            self.database.chmod(0o600)
+
+
+def is_session_file(file: str) -> bool:
+    """Whether that is a name that `StateDir.new_file` gives."""
+    return _SESSION_FILE.fullmatch(file) is not None
+
+
+def _format_of(database: Path) -> str | None:
+    """The format that a database of ours has; None where there is none, or it is something else. Leaves no trace.
+
+    Not of a database that is open in this process: closing an immutable one drops the locks of the others.
+    """
+    if not database.is_file():
+        return None
+    # With a log beside it, that must be read too. Without, `immutable` keeps SQLite from making one.
+    how = "mode=ro" if Path(f"{database}-wal").exists() else "mode=ro&immutable=1"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?{how}", uri=True, timeout=10)) as db:
+            (found,) = db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
+            return str(found)
+    except (sqlite3.Error, TypeError):
+        return None
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write_once(file: Path, text: str) -> None:

@@ -144,6 +144,8 @@ class FileReport:
     #: sha256 of the file, hexadecimal
     checksum: str = ""
     error: str = ""
+    #: failed: the number of the system's error, where it was one
+    errno: int = 0
     #: load: the metadata of the file
     metadata: dict[str, str] = field(default_factory=dict)
 

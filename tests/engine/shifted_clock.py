@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from vllm_ttt.engine import tiers
+from vllm_ttt.engine import expiry
 
 _REAL = time.time
 _FILE = Path(os.environ["TTT_TEST_CLOCK"])
@@ -25,7 +25,7 @@ def _shifted() -> float:
 
 # At import: processes that are spawned import this module too, those that are forked inherit it.
 time.time = _shifted
-tiers._SWEEP = 1.0
+expiry.SWEEP = 1.0
 
 if __name__ == "__main__":
     from vllm_ttt.cli import main

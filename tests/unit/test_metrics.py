@@ -146,7 +146,8 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def figures_of(world: World) -> dict[str, dict[str, Any]]:
     scheduler = SimpleNamespace(
-        ttt_config=TTTConfig(), ttt_tiers=world.tiers, ttt_ledger=world.ledger, ttt_meters=world.tiers.meters, ttt_errors=3,
+        ttt_config=TTTConfig(), ttt_tiers=world.tiers, ttt_ledger=world.ledger, ttt_meters=world.tiers.meters,
+        ttt_guard=SimpleNamespace(errors=3),
         ttt_requests={"a": SimpleNamespace(held=1.0, started=False), "b": SimpleNamespace(held=1.0, started=True)},
     )  # fmt: skip
     worker = {
@@ -202,7 +203,8 @@ def test_a_save_that_fails_is_counted(world: World, monkeypatch: pytest.MonkeyPa
 def test_the_admin_operation_asks_the_worker_once(tmp_path: Path) -> None:
     world = World(tmp_path / "state")
     engine = Engine(world)
-    engine.scheduler.ttt_meters, engine.scheduler.ttt_errors, engine.scheduler.ttt_requests = world.tiers.meters, 0, {}
+    engine.scheduler.ttt_meters, engine.scheduler.ttt_requests = world.tiers.meters, {}
+    engine.scheduler.ttt_guard = SimpleNamespace(errors=0)
     found = engine.ask("metrics")
     assert engine.calls == ["ttt_metrics"]
     assert set(found) == set(BY_NAME) - {"snapshot_age_seconds"}, "the whole list of metrics, and nothing else"

@@ -216,7 +216,7 @@ def test_a_file_with_any_byte_changed_is_read_or_refused(data: st.DataObject) ->
 def test_fsck_repairs(state: Path) -> None:
     file = next(iter(sorted((state / "sessions").rglob("*.safetensors"))))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    (file.parent / ".draft").write_bytes(b"x")
+    (file.parent / f".{file.name}.0123abcd").write_bytes(b"x")
     found = CliRunner().invoke(app, ["sessions", "fsck", str(state), "--json"])
     assert found.exit_code == 1
     assert len(json.loads(found.stdout)["problems"]) == 1

@@ -117,15 +117,14 @@ def test_random_lives(make: Make) -> None:
         elif act < 0.78 and name in truth:
             session = world.ledger.find(SessionKey("-", name))
             assert session is not None
-            world.tiers.remove(session)
-            world.run()
+            world.wait(world.tiers.remove(session))
             del truth[name]
             acknowledged.pop(name, None)
         elif act < 0.86 and acknowledged.get(name):
             session = world.ledger.find(SessionKey("-", name))
             assert session is not None
             assert session.saved is not None
-            back = world.wait(world.tiers.go_back(session, session.saved))
+            back = world.wait(world.tiers.go_back(session, session.saved.version))
             acknowledged[name] = back.version
             truth[name] = truth[name][: back.version + 1]
         elif act < 0.9:
@@ -364,7 +363,7 @@ def test_sessions_that_nobody_uses_expire(make: Make) -> None:
         world.wait(world.saves.save(session))
         world.tiers.left(session)
     world.run()
-    world.tiers.next_sweep = 0.0
+    world.tiers.expiry.next_look = 0.0
     world.step()
     world.run()
     assert sorted(s["session_id"] for s in Offline(world.store.folder.root).list()) == ["s1", "s2"]
@@ -381,7 +380,7 @@ def test_a_clock_that_is_set_ends_no_session(make: Make, monkeypatch: pytest.Mon
         world.run()
 
     def sweep() -> list[str]:
-        world.tiers.next_sweep = 0.0
+        world.tiers.expiry.next_look = 0.0
         world.step()
         world.run()
         return sorted(s["session_id"] for s in Offline(world.store.folder.root).list())
@@ -434,17 +433,19 @@ def test_autosave(make: Make) -> None:
 
 def test_leftovers_are_removed_and_unknown_files_do_not_exist(make: Make) -> None:
     world = make()
-    world.use("a", 1.0)
+    session = world.use("a", 1.0)
     world.save("a")
     world.crash()
-    folders = (world.store.folder.sessions / name for name in ("ab", "cd"))
-    folder = next(folder for folder in folders if not folder.exists())  # the session's own may be called that
-    folder.mkdir()
-    for name in ("abc-1.safetensors", ".abc-2.safetensors.12"):
+    folder = world.store.folder.sessions / session.uid[:2]
+    drawn = f"{session.uid}-0123abcd.safetensors"
+    for name in (drawn, f".{drawn}.89abcdef", "notes.txt"):
         (folder / name).write_bytes(files(world)[0].read_bytes())
+    for name in ("vllm-ttt-" + 32 * "a" + ".safetensors", "thesis.docx"):
+        (world.store.folder.exports / name).write_bytes(b"x")
     offline = Offline(world.store.folder.root).fsck()
     assert offline["problems"] == []
-    assert len(offline["leftovers"]) == 2
+    assert offline["leftovers"] == sorted(f"sessions/{session.uid[:2]}/{name}" for name in (f".{drawn}.89abcdef", drawn))
     again = make()
-    assert not list(folder.iterdir())
+    assert sorted(path.name for path in folder.iterdir())[1:] == ["notes.txt"], "what is not called as ours are is not ours"
+    assert [path.name for path in again.store.folder.exports.iterdir()] == ["thesis.docx"]
     assert again.value("a") == 1.0

@@ -91,7 +91,7 @@ class World:
         self.config = SessionsConfig(state_dir=str(folder), **settings)
         self.store = Store(StateDir(folder), IDENTITY, self.config.keep_versions, disk)
         self.ledger = Ledger(100, limit, self.config.per_key, 8, self.store)
-        self.tiers = Tiers(self.ledger, self.config, self.store, self.give_up)
+        self.tiers = Tiers(self.ledger, self.config, self.store, self.give_up, guard=lambda hook, *args: hook(*args))
         assert self.tiers.saves is not None
         self.saves = self.tiers.saves
         self.trainer = FakeTrainer(rows)

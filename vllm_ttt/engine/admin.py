@@ -70,21 +70,15 @@ class Admin:
     def get(self, key: SessionKey, _: Any) -> dict[str, Any]:
         return self._detail(self._find(key, self.ledger.peek))
 
-    def reset(self, key: SessionKey, _: Any) -> dict[str, Any]:
+    def reset(self, key: SessionKey, _: Any) -> Future:
         session = self._idle(key)
-        self.tiers.remove(session)
-        fresh = self.ledger.open(key)
-        fresh.created, fresh.allowance = session.created, session.allowance
+        state: dict[str, Any] = {"allowance": session.allowance.to_state()}
         if session.frozen == ASKED_FOR:  # what the guard found is gone with the delta
-            fresh.frozen = ASKED_FOR
-        self.tiers.changes(fresh)
-        detail = self._detail(fresh)
-        self.tiers.left(fresh)
-        return detail
+            state["frozen"] = ASKED_FOR
+        return _then(self.tiers.reset(session, state), self._detail)
 
-    def delete(self, key: SessionKey, _: Any) -> dict[str, Any]:
-        self.tiers.remove(self._idle(key))
-        return {"session_id": key.name, "deleted": True}
+    def delete(self, key: SessionKey, _: Any) -> Future:
+        return _then(self.tiers.remove(self._idle(key)), lambda _: {"session_id": key.name, "deleted": True})
 
     def freeze(self, key: SessionKey, _: Any) -> dict[str, Any]:
         return self._set_frozen(key, ASKED_FOR)
@@ -108,10 +102,8 @@ class Admin:
         session = self._idle(key)
         if session.open:
             raise RequestError(f"session {key.name!r} is still learning what it was sent; try again in a moment", 409)
-        if self.store is not None:
-            on_disk = {v.version: v for v in records.versions(self.store.reader, session.uid)}
-            if version in on_disk:
-                return _then(self.tiers.go_back(session, on_disk[version]), self._returned)
+        if self.store is not None and version in self.store.versions(session.uid):
+            return _then(self.tiers.go_back(session, version), self._returned)
         return self._awake(session, lambda: self._roll_back(session, version))
 
     def fork(self, key: SessionKey, to: Any) -> Future:
@@ -119,10 +111,11 @@ class Admin:
         if self.ledger.peek(target_key) is not None:
             raise RequestError(f"there is a session {to!r} already; delete it first", 409, "to")
         target = self.ledger.open(target_key)
-        both = _then(self.tiers.wake(source), lambda _: self.tiers.wake(target))
+        target.changing = True  # a request of that name waits until it is what the source is
+        both = _then(self.tiers.wake(source), lambda _: self.tiers.wake(target, changing=True))
 
         def copy(_: Any) -> dict[str, Any]:
-            if source.open or source.requests:
+            if source.open or source.requests or target.version:
                 raise RequestError(f"session {key.name!r} has been sent something meanwhile; try again", 409)
             self.rpc("ttt_copy", args=(source.adapter, target.adapter))
             target.from_state(source.to_state())
@@ -130,7 +123,8 @@ class Admin:
             return self._detail(target)
 
         def release(_: Any) -> None:
-            if done.exception() is not None and self.ledger.sessions.get(target.key) is target:
+            target.changing = False
+            if done.exception() is not None and not target.requests:
                 self.tiers.remove(target)
             for session in (source, target):
                 if session.pins:
@@ -205,7 +199,7 @@ class Admin:
         return self._detail(session)
 
     def _set_frozen(self, key: SessionKey, frozen: str | None) -> dict[str, Any]:
-        session = self._find(key)
+        session = self._steady(key)
         session.frozen = frozen
         self.tiers.changes(session)
         detail = self._detail(session)
@@ -218,8 +212,14 @@ class Admin:
             raise RequestError(f"there is no session {key.name!r}; a request that names it makes it", 404)
         return session
 
-    def _idle(self, key: SessionKey) -> Session:
+    def _steady(self, key: SessionKey) -> Session:
         session = self._find(key)
+        if session.changing:
+            raise RequestError(f"session {key.name!r} is being changed by another call; try again in a moment", 409)
+        return session
+
+    def _idle(self, key: SessionKey) -> Session:
+        session = self._steady(key)
         if session.requests or session.pins:
             count = len(session.requests) + session.pins
             message = f"session {key.name!r} has {count} requests in the engine; wait for them, or abort them"
@@ -240,8 +240,8 @@ class Admin:
 
     def _versions(self, session: Session, in_memory: Iterable[int]) -> Any:
         """Those that the session can return to."""
-        on_disk = records.versions(self.store.reader, session.uid) if self.store is not None else []
-        return sorted({*in_memory, *(v.version for v in on_disk)})
+        on_disk = self.store.versions(session.uid) if self.store is not None else []
+        return sorted({*in_memory, *on_disk})
 
     def _summary(self, session: Session) -> dict[str, Any]:
         saved = session.saved

@@ -68,11 +68,14 @@ class Session:
     uid: str = field(default_factory=lambda: secrets.token_hex(16))
     #: where the delta is; "new": there is none yet, and no room was given to it
     place: Literal["new", "disk", "loading", "memory"] = "new"
-    #: the newest version on disk
+    #: the newest version on disk, and `mark` when that was taken
     saved: Version | None = None
-    #: how often it went back to an earlier version in memory, and how often it had when ``saved`` was taken
+    saved_mark: tuple[int, int] = (0, 0)
+    #: how often it went back to an earlier version
     returns: int = 0
-    saved_returns: int = 0
+    #: its owner has asked for something (delete, reset, roll back, fork) that is not on disk yet: requests of it wait, and no
+    #: save of it is begun. What becomes of it, `Tiers` says
+    changing: bool = False
     #: whether what the state dir records of it, the delta apart, is out of date
     touched: bool = True
     #: operations that need it in memory
@@ -85,14 +88,19 @@ class Session:
     unsavable: bool = False
 
     @property
+    def mark(self) -> tuple[int, int]:
+        """Where its delta is in its life: never goes down, whereas its version does when it goes back."""
+        return self.returns, self.version
+
+    @property
     def unsaved(self) -> bool:
         """Whether its delta is not, or not like this, on disk."""
-        return self.version != (self.saved.version if self.saved else 0) or self.returns != self.saved_returns
+        return self.mark != self.saved_mark
 
     @property
     def idle(self) -> bool:
         """Whether nobody needs it in memory."""
-        return not (self.requests or self.open or self.pins)
+        return not (self.requests or self.open or self.pins or self.changing)
 
     def to_state(self) -> dict[str, Any]:
         """What is kept of the session with each version, for JSON; `from_state` takes it back."""
@@ -164,6 +172,15 @@ class Session:
         self.epoch.begin(version)
         self.returns += 1
 
+    def become(self, state: dict[str, Any], saved: Version | None) -> None:
+        """The state dir has it like this now, and its delta is nowhere else. Requests that wait for it stay with it."""
+        self.from_state(state)
+        self.open = {name: opened for name, opened in self.open.items() if name in self.requests}
+        self.returns += 1
+        self.saved, self.saved_mark = saved, self.mark
+        self.past, self.error, self.unsavable = Past(), None, False
+        self.epoch.begin(self.version)
+
     def summary(self) -> dict[str, Any]:
         return {
             "session_id": self.key.name,
@@ -227,6 +244,12 @@ class Ledger:
         self.forget(session)
         self.tenants[session.key.tenant] -= 1
 
+    def renew(self, session: Session) -> None:
+        """What the worker knows as its adapter is not the session any more: it gets another one."""
+        del self.by_adapter[session.adapter]
+        session.adapter = self.reserve()
+        self.by_adapter[session.adapter] = session
+
     def forget(self, session: Session) -> None:
         """It is not in memory any more."""
         del self.sessions[session.key]
@@ -243,8 +266,10 @@ class Ledger:
         newest = row.newest.state if row.newest else {}
         same = row.state.get("version", 0) == newest.get("version", 0)
         session.from_state({**(row.state if same else newest), **_standing(row.state)})
-        session.saved, session.touched = row.newest, False
+        session.saved, session.saved_mark, session.touched = row.newest, session.mark, False
         session.place = "disk" if row.newest else "new"
+        if row.problem:
+            session.error = f"what was recorded of it is damaged ({row.problem}); this is what can be read"
         return session
 
     def _enter(self, session: Session) -> Session:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vllm_ttt.engine import records
 from vllm_ttt.engine.ledger import ASKED_FOR
 from vllm_ttt.metrics import Snapshot, Values
 from vllm_ttt.types import ChunkReport, Trial
@@ -76,11 +75,12 @@ def snapshot(scheduler: Any, worker: Snapshot) -> Snapshot:
     slots = sum(adapter in ledger.by_adapter for adapter in found.pop("slots")[""])  # the guard's is no session's
     new, on_disk = sum(s.place == "new" for s in sessions), 0
     if store is not None:
+        saved, others = store.totals()
         known = {s.uid for s in sessions}
-        new += sum(uid not in known for uid in records.unsaved(store.reader))
-        on_disk = records.count_saved(store.reader) - sum(s.saved is not None for s in here)
+        new += sum(uid not in known for uid in others)
+        on_disk = saved - sum(s.saved is not None for s in here)
     found["sessions"] = {"slot": slots, "memory": max(0, len(here) - slots), "disk": max(0, on_disk), "new": new}
-    found["errors_total"]["engine"] = scheduler.ttt_errors
+    found["errors_total"]["engine"] = scheduler.ttt_guard.errors
     asked_for = sum(s.frozen == ASKED_FOR for s in sessions)
     found["frozen_sessions"] = {"guard": sum(s.frozen is not None for s in sessions) - asked_for, "request": asked_for}
     gauges = {

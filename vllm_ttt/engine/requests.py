@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
 
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.engine.ledger import Session
-from vllm_ttt.types import Knobs
+from vllm_ttt.types import ADAPTER_PATH, Knobs
 
 #: Child of a request with n > 1: index and parent (vllm/v1/engine/parallel_sampling.py).
 _CHILD = re.compile(r"(\d+)_(.+)", re.DOTALL)
@@ -41,6 +42,12 @@ class Attached:
     version: int = 0
     #: since when it has been held, time.monotonic(); None: it never was
     held: float | None = None
+
+    def take_adapter(self) -> None:
+        """Give the request its session's adapter: another one, where the session was changed while the request waited."""
+        lora, adapter = self.request.lora_request, self.session.adapter
+        if lora is None or lora.lora_int_id != adapter:
+            self.request.lora_request = LoRARequest(f"ttt:{adapter}", adapter, f"{ADAPTER_PATH}{adapter}")
 
     def accepted(self, learn: LearnConfig) -> int:
         """Tokens of the request that have been accepted for learning so far; their steps may be pending."""

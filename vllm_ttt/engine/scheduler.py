@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -19,6 +18,7 @@ from vllm_ttt import plugin, support
 from vllm_ttt.engine.admission import check_adapter, knobs_of
 from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.blocks import BlockKeys
+from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.probe import ProbeReading, pieces
@@ -28,7 +28,7 @@ from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.engine.trust import Trust
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
-from vllm_ttt.types import ADAPTER_PATH, ChunkReport, Knobs, RequestPlan, SessionKey, StepPlan, StepReport, Trial
+from vllm_ttt.types import ChunkReport, Knobs, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -49,12 +49,14 @@ class TTTScheduler(AsyncScheduler):
         first = self.lora_config.max_loras + 1
         self.ttt_ledger = Ledger(first, limit, config.sessions.per_key, config.observe.recent_chunks, self.ttt_store)
         self.ttt_meters = Meters()
-        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up, self.ttt_meters)
+        #: calls what must not end serving
+        self.ttt_guard = Guarded()
+        tools = self._give_up, self.ttt_meters, self.ttt_guard
+        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, *tools)
         self.ttt_blocks = BlockKeys(config)
         self.ttt_trust = Trust(config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
         self.ttt_alarm: Alarm | None = None
-        self.ttt_errors = 0
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = Arrivals()
@@ -68,8 +70,10 @@ class TTTScheduler(AsyncScheduler):
         if request.request_id not in self.requests:
             try:
                 self._attach(request)
-            except RequestError as error:
+            except Exception as failure:
                 # The front end checks names and knobs; this is for what only the engine can know, and for offline use.
+                error = self.ttt_guard.refusal(failure)
+                self._detach(request.request_id)
                 self.ttt_meters.add("refused_requests_total", 1, str(error.status))
                 self.ttt_refused.append((request, error))
                 return
@@ -87,6 +91,7 @@ class TTTScheduler(AsyncScheduler):
         knobs = knobs_of(params, self.ttt_config.learn, self.vllm_config)
         session = self.ttt_ledger.open(SessionKey.from_wire(wire))
         if not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck:
+            self.ttt_tiers.left(session)
             raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)
         self.ttt_tiers.changes(session)
         if session.frozen and knobs.learn:
@@ -96,8 +101,8 @@ class TTTScheduler(AsyncScheduler):
             knobs = Knobs(learn=False)
         prompt_learned = knobs.learn
         arrival, knobs = self.ttt_arrivals.arrive(request.request_id, knobs)
-        request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")
         attached = Attached(request, session, knobs, prompt_learned, arrival, request.num_prompt_tokens)
+        attached.take_adapter()
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
         self.ttt_meters.add("session_requests_total", 1, "yes" if knobs.learn else "no")
@@ -135,6 +140,7 @@ class TTTScheduler(AsyncScheduler):
             return False
         if attached.started:
             return True
+        attached.take_adapter()
         self._look_back(attached)
         return True
 
@@ -192,7 +198,7 @@ class TTTScheduler(AsyncScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.ttt_slot_awaited = False
         output = super().schedule(throttle_prefills)
-        plan = StepPlan(ended=self.ttt_ended, files=self._guard(self.ttt_tiers.take_orders) or [])
+        plan = StepPlan(ended=self.ttt_ended, files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
         if self.ttt_requests or self.ttt_probe.open:
             for request_id in output.num_scheduled_tokens:
@@ -267,7 +273,7 @@ class TTTScheduler(AsyncScheduler):
             if file.outcome == "taken":  # what was learned later is not in the snapshot
                 self._count(report.chunks[counted : file.chunks])
                 counted = file.chunks
-            self._guard(self.ttt_tiers.read, file)
+            self.ttt_guard(self.ttt_tiers.read, file)
         self._count(report.chunks[counted:])
         by_adapter = self.ttt_ledger.by_adapter
         for trial in report.trials:
@@ -301,7 +307,7 @@ class TTTScheduler(AsyncScheduler):
             if not (attached := self.ttt_requests[request_id]).started:
                 self._learn_not(attached, "frozen")
         if self.ttt_tiers.saves is not None:
-            self._guard(self.ttt_tiers.saves.save, session)
+            self.ttt_guard(self.ttt_tiers.saves.save, session)
 
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""
@@ -338,7 +344,7 @@ class TTTScheduler(AsyncScheduler):
             if attached.knobs.learn_output and attached.outputs:
                 attached.session.allowance.spend(attached.outputs)
                 attached.remember_answer()
-        self.ttt_tiers.left(attached.session)
+        self.ttt_guard(self.ttt_tiers.left, attached.session)
         self.ttt_arrivals.leave(request_id)
 
     def _refuse(self, outputs: dict[int, EngineCoreOutputs]) -> None:
@@ -355,16 +361,6 @@ class TTTScheduler(AsyncScheduler):
     def has_requests(self) -> bool:
         return super().has_requests() or self.ttt_report.busy or bool(self.ttt_refused) or self.ttt_tiers.busy
 
-    def _guard(self, hook: Callable[..., Any], *args: Any) -> Any:
-        """Serving goes on whatever befalls the state dir."""
-        try:
-            return hook(*args)
-        except Exception:
-            self.ttt_errors += 1
-            if self.ttt_errors <= 10 or self.ttt_errors % 1000 == 0:
-                logger.exception("vllm-ttt: %s failed (error %d)", hook.__qualname__, self.ttt_errors)
-            return None
-
     def _give_up(self, session: Session, error: RequestError) -> None:
         """Refuse the requests of a session that cannot be brought back; none of them has started."""
         waiting = [self.requests[request_id] for request_id in session.requests if request_id in self.requests]
@@ -377,11 +373,11 @@ class TTTScheduler(AsyncScheduler):
         if self.ttt_store is None:
             return
         if not engine.is_running():
-            self.ttt_tiers.close()
+            self.ttt_guard(self.ttt_tiers.close)
         elif self.ttt_alarm is None:
             self.ttt_alarm = Alarm(engine, self.ttt_config.sessions.autosave, self.ttt_tiers)
 
     def shutdown(self) -> None:
         if self.ttt_store is not None:
-            self.ttt_store.close()
+            self.ttt_guard(self.ttt_store.close)
         super().shutdown()

@@ -1,19 +1,20 @@
 """The state dir as the engine core uses it: reads at once, writes in order on a thread that it never waits for.
 
-What is queued to be written is already what `find` answers. Callbacks run on the engine's thread, in `poll`.
+What a session that leaves memory is being recorded as is already what `find` answers. Callbacks run on the engine's thread, in
+`poll`. Every method raises StoreError and nothing else: what befalls the state dir is an answer to somebody, never the end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import queue
-import shutil
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -22,7 +23,7 @@ from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine import records
 from vllm_ttt.engine.identity import compare, identity
 from vllm_ttt.engine.records import Row
-from vllm_ttt.errors import TTTError
+from vllm_ttt.errors import ConfigError, RequestError
 from vllm_ttt.state_dir import StateDir
 from vllm_ttt.types import SessionKey
 
@@ -41,11 +42,17 @@ class Change:
 #: What is done in one transaction.
 Write = Callable[[sqlite3.Connection], Change]
 #: Gets the result of a write, or the error.
-Then = Callable[[Any, Exception | None], None]
+Then = Callable[[Any, RequestError | None], None]
+
+#: Errors of the state dir as a whole: who tries something else there will meet them too.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
+_NO_ROOM_SQLITE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 
 
-class StoreError(TTTError):
-    """Something could not be written."""
+class StoreError(RequestError):
+    """Something could not be read (503) or written (507). ``everywhere``: nor could anything else be."""
+
+    everywhere = False
 
 
 def open_store(vllm_config: Any, config: TTTConfig) -> Store | None:
@@ -79,78 +86,122 @@ class Store:
         folder.create()
         folder.lock()
         try:
+            if not folder.exists() and (orphans := len(folder.files())):
+                raise ConfigError(
+                    f"the state dir {folder.root} has {orphans} files of sessions and no sessions.db, which says whose they "
+                    "are; restore it from a backup, or remove the folder sessions"
+                )
             self.reader = records.connect(folder.database)
             compare(records.create(self.reader, identity), identity, folder.root)
             self._recover()
+            self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
+        except (sqlite3.Error, OSError) as error:
+            folder.unlock()
+            message = f"the state dir {folder.root} cannot be read: {error}; vllm-ttt sessions fsck checks it"
+            raise ConfigError(message) from None
         except BaseException:
             folder.unlock()
             raise
-        self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
         self.bytes = sum(self.sizes.values())
-        #: why the last save found no room; "" once one did, or something was removed
+        #: why the last write found no room; "" once one did, or something was removed
         self.full = ""
-        #: rows that `find` answers with while they are being written; None: removed
-        self._pending: dict[SessionKey, tuple[int, Row | None]] = {}
+        self._totals: tuple[int, list[str]] = (0, [])
+        #: the last error that was logged, until something could be written
+        self._said = ""
+        #: rows that `find` answers with while they are being written
+        self._pending: dict[SessionKey, tuple[int, Row]] = {}
         self._number = 0
+        #: sessions whose damaged rows are being mended
+        self._mending: set[str] = set()
         self._queue: queue.SimpleQueue[tuple[Write, Future] | None] = queue.SimpleQueue()
         self._done: deque[tuple[Future, Then]] = deque()
         self._thread = threading.Thread(target=self._run, name="ttt-store", daemon=True)
         self._thread.start()
 
+    # Reads, on the engine's thread: of one session, or counts.
+
     def find(self, key: SessionKey) -> Row | None:
-        """The session as it is, or is about to be, recorded."""
+        """The session as it is, or is about to be, recorded. What of it is damaged is logged and mended."""
         if key in self._pending:
             return self._pending[key][1]
-        return records.find(self.reader, key)
+        with self._reading():
+            row = records.find(self.reader, key)
+        if row is not None and row.problem:
+            self._mend(row)
+        return row
+
+    def versions(self, uid: str) -> list[int]:
+        """The recorded versions of a session, oldest first."""
+        with self._reading():
+            return [v.version for v in records.versions(self.reader, uid) if not v.problem]
 
     def count(self, tenant: str) -> int:
-        return records.count(self.reader, tenant)
+        with self._reading():
+            return records.count(self.reader, tenant)
 
-    def put(self, row: Row, then: Then | None = None) -> None:
-        """Record a session; with ``row.newest``, also that version. `find` answers with a new version once it is recorded."""
-        if row.newest is None:
-            known = self.find(row.key)
-            newest = known.newest if known else None
-            self._overlay(row.key, Row(row.uid, row.key, row.created, row.last_used, row.state, newest))
+    def totals(self) -> tuple[int, list[str]]:
+        """Sessions that have a version; the uids of the others. Where that cannot be read: as it was when it last could."""
+        with contextlib.suppress(StoreError), self._reading():
+            self._totals = records.count_saved(self.reader), records.unsaved(self.reader)
+        return self._totals
+
+    # Writes.
+
+    def put(self, row: Row, then: Then) -> None:
+        """Record a session, and its version ``row.newest``."""
+        version = row.newest
+        assert version is not None
 
         def write(db: sqlite3.Connection) -> Change:
             gone = records.put(db, row, self.keep)
-            if row.newest is None:
-                return Change()
-            gone += self._make_room(db, row.newest.file, row.newest.bytes, gone)
-            return Change(None, {row.newest.file: row.newest.bytes}, gone)
+            gone += self._make_room(db, version.file, version.bytes, gone)
+            return Change(None, {version.file: version.bytes}, gone)
 
-        self.write(write, then, row.key)
+        self.write(write, then)
 
-    def back_to(self, row: Row, then: Then) -> None:
-        """Make the recorded version ``row.newest`` the newest again."""
-        assert row.newest is not None
-        version = row.newest.version
-        self._overlay(row.key, row)
+    def note(self, row: Row) -> None:
+        """Record what is known of a session that leaves memory, whose newest version, ``row.newest``, is recorded already."""
+        self._number += 1
+        number = self._number
+        self._pending[row.key] = (number, row)
+
+        def done(_: Any, error: RequestError | None) -> None:
+            if self._pending.get(row.key, (None,))[0] == number:
+                del self._pending[row.key]
+
+        self.write(lambda db: Change(gone=records.put(db, replace(row, newest=None), self.keep)), done)
+
+    def replace(self, uid: str, row: Row | None, then: Then) -> None:
+        """Forget the session ``uid``; with a row, record another one in its place."""
 
         def write(db: sqlite3.Connection) -> Change:
-            gone = records.back_to(db, row.uid, version)
-            records.put(db, Row(row.uid, row.key, row.created, row.last_used, row.state), self.keep)
+            gone = records.remove(db, uid)
+            if row is not None:
+                records.put(db, row, self.keep)
             return Change(gone=gone)
 
-        self.write(write, then, row.key)
+        self.write(write, then)
 
-    def remove(self, key: SessionKey, uid: str, then: Then | None = None) -> None:
-        self._overlay(key, None)
-        self.write(lambda db: Change(gone=records.remove(db, uid)), then, key)
+    def back_to(self, row: Row, version: int, standing: dict[str, Any], then: Then) -> None:
+        """Make a recorded version of a session the newest again; ``then`` gets it. ``standing`` holds whatever the version."""
 
-    def write(self, write: Write, then: Then | None = None, key: SessionKey | None = None) -> None:
+        def write(db: sqlite3.Connection) -> Change:
+            found, gone = records.back_to(db, row.uid, version)
+            if found is None:
+                kept = ", ".join(str(v.version) for v in records.versions(db, row.uid) if not v.problem) or "none"
+                raise StoreError(
+                    f"session {row.key.name!r} has no version {version} in the state dir any more; kept there are: {kept}",
+                    409, "version",
+                )  # fmt: skip
+            records.put(db, replace(row, state={**found.state, **standing}, newest=None), self.keep)
+            return Change(found, gone=gone)
+
+        self.write(write, then)
+
+    def write(self, write: Write, then: Then | None = None) -> None:
         """Run ``write`` after everything that was asked for before; then, in `poll`, ``then(result, error)``."""
         future: Future = Future()
-        number = self._pending[key][0] if key is not None and key in self._pending else None
-
-        def finish(result: Any, error: Exception | None) -> None:
-            if key is not None and number is not None and self._pending.get(key, (None,))[0] == number:
-                del self._pending[key]
-            if then is not None:
-                then(result, error)
-
-        self._done.append((future, finish))
+        self._done.append((future, then or (lambda _, error: None)))
         self._queue.put((write, future))
 
     @property
@@ -160,16 +211,26 @@ class Store:
     def poll(self) -> None:
         """Take in what has been written."""
         while self._done and self._done[0][0].done():
-            future, finish = self._done.popleft()
+            future, then = self._done.popleft()
             error = future.exception()
-            assert error is None or isinstance(error, Exception)
-            if error is not None and not isinstance(error, StoreError):
-                logger.error("vllm-ttt: the state dir could not be written: %s", error)
-            finish(None if error else future.result(), error)
+            assert error is None or isinstance(error, StoreError)
+            if error is None:
+                self._said = ""
+            elif error.status != 409:
+                self.failed(error)
+            then(None if error else future.result(), error)
+
+    def failed(self, error: StoreError) -> None:
+        """Something could not be written: say so, once for each reason in a row."""
+        if error.message != self._said:
+            logger.error("vllm-ttt: the state dir could not be written, sessions stay in memory as they are: %s", error)
+            self._said = error.message
+        if error.everywhere:
+            self.full = error.message
 
     def discard(self, file: str) -> None:
-        """Remove a file that was never recorded."""
-        with contextlib.suppress(OSError):
+        """Remove a file that is not recorded, or not any more. One that is left is removed at the next start."""
+        with contextlib.suppress(OSError, ValueError):
             self.folder.path(file).unlink()
 
     def close(self) -> None:
@@ -180,9 +241,29 @@ class Store:
         self.reader.close()
         self.folder.unlock()
 
-    def _overlay(self, key: SessionKey, row: Row | None) -> None:
-        self._number += 1
-        self._pending[key] = (self._number, row)
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(f"the state dir cannot be read: {error}; try again, or look at its disk", 503) from None
+
+    def _mend(self, row: Row) -> None:
+        if row.uid in self._mending:
+            return
+        self._mending.add(row.uid)
+        logger.error(
+            "vllm-ttt: what is recorded of session %s is damaged (%s); it goes on from %s", row.key.wire(), row.problem,
+            f"version {row.newest.version}" if row.newest else "nothing",
+        )  # fmt: skip
+
+        def write(db: sqlite3.Connection) -> Change:
+            gone = records.mend(db, row)
+            for file in gone:
+                self.folder.set_aside(file)
+            return Change(gone=gone)
+
+        self.write(write, lambda _, error: self._mending.discard(row.uid))
 
     def _make_room(self, db: sqlite3.Connection, file: str, size: int, gone: list[str]) -> list[str]:
         """Older versions that have to go for a file of ``size`` bytes. Raises StoreError where that is not enough."""
@@ -192,32 +273,39 @@ class Store:
             return []
         old = [f for f in records.shrink(db, excess) if f != file]
         if excess > sum(self.sizes.get(f, 0) for f in old):
-            raise StoreError(
-                f"the state dir has {self.bytes} of {self.limit} bytes (sessions.disk_gib); delete sessions, or allow more"
+            error = StoreError(
+                f"the state dir has {self.bytes} of {self.limit} bytes (sessions.disk_gib); delete sessions, or allow more", 507
             )
+            error.everywhere = True
+            raise error
         return old
 
     def _run(self) -> None:
-        db = records.connect(self.folder.database)
+        db: sqlite3.Connection | None = None
         while (first := self._queue.get()) is not None:
-            self._execute(db, *first)
-        db.close()
+            write, future = first
+            try:
+                db = db or records.connect(self.folder.database)
+                future.set_result(self._execute(db, write))
+            except Exception as error:
+                future.set_exception(store_error(error))
+        if db is not None:
+            db.close()
 
-    def _execute(self, db: sqlite3.Connection, write: Write, future: Future) -> None:
+    def _execute(self, db: sqlite3.Connection, write: Write) -> Any:
         try:
             db.execute("BEGIN IMMEDIATE")
             change = write(db)
             db.execute("COMMIT")
-        except Exception as error:
+        except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            future.set_exception(error if isinstance(error, StoreError) else StoreError(str(error)))
-            return
+            raise
         self.sizes |= change.added
         self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
         for file in change.gone:
             self.discard(file)
-        future.set_result(change.result)
+        return change.result
 
     def _recover(self) -> None:
         """After a stop of any kind: remove what was never recorded, and fall back where a file is gone or cut short."""
@@ -225,13 +313,12 @@ class Store:
         leftovers = [file for file in present if file not in recorded]
         for file in leftovers:
             (self.folder.root / file).unlink(missing_ok=True)
-        for left in self.folder.exports.iterdir():
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        self.folder.remove_exports()
         lost = [file for file, (_, _, size) in recorded.items() if present.get(file) != size]
         for file in lost:
             with self.reader:
                 self.reader.execute("BEGIN IMMEDIATE")
-                records.without(self.reader, recorded[file][0], file, {})
+                records.without(self.reader, recorded[file][0], file)
             self.folder.set_aside(file)
             logger.error("vllm-ttt: %s is gone or was cut short; its session falls back to the version before", file)
         sessions = self.reader.execute("SELECT count(*) FROM sessions").fetchone()[0]
@@ -239,3 +326,17 @@ class Store:
             "vllm-ttt: state dir %s: %d sessions, %d files; %d leftovers of cut-off saves removed, %d damaged set aside",
             self.folder.root, sessions, len(recorded) - len(lost), len(leftovers), len(lost),
         )  # fmt: skip
+
+
+def store_error(error: Exception) -> StoreError:
+    """What went wrong in a write, as an answer."""
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, OSError):
+        found = StoreError(error.strerror or str(error), 507)
+        found.everywhere = error.errno in _NO_ROOM
+        return found
+    found = StoreError(str(error), 507)
+    if isinstance(error, sqlite3.Error):
+        found.everywhere = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _NO_ROOM_SQLITE
+    return found

@@ -23,7 +23,7 @@ from vllm_ttt.engine.records import Row, Version
 from vllm_ttt.errors import TTTError
 from vllm_ttt.frontend import tenants
 from vllm_ttt.geometry import Geometry
-from vllm_ttt.state_dir import StateDir
+from vllm_ttt.state_dir import MARKER, StateDir
 from vllm_ttt.types import SessionKey, check_session_id
 from vllm_ttt.worker import delta_file, peft
 from vllm_ttt.worker.delta_file import MAX_HEADER, UPDATE, FileError
@@ -42,6 +42,9 @@ class Offline:
         self.folder, self.tenant = StateDir(folder), tenant
         if not self.folder.exists():
             raise SessionsError(f"{folder} is not a state dir: it has no sessions.db")
+        self.folder.check_format()
+        if not self.folder.owned():
+            raise SessionsError(f"{folder} is not a state dir: it has a sessions.db, and not the marker {MARKER}")
         self.db = records.connect(self.folder.database)
         self.identity = records.read_identity(self.db)
         self.geometry = Geometry.from_json(self.identity["geometry"])
@@ -54,13 +57,14 @@ class Offline:
         versions = [
             {"version": v.version, "saved": v.saved, "bytes": v.bytes, "file": v.file, "checksum": v.checksum}
             for v in records.versions(self.db, row.uid)
+            if not v.problem
         ]
         return {**self._describe(row), "losses": row.state.get("losses", []), "versions": versions}
 
     def find(self, name: str) -> Row:
         """The session of that name. Raises SessionsError where there is none, or where several tenants have one."""
         check_session_id(name)
-        found = [row for row in records.listing(self.db, self.tenant) if row.key.name == name]
+        found = [row for row in records.named(self.db, name) if self.tenant in (None, row.key.tenant)]
         if not found:
             raise SessionsError(f"there is no session {name!r} in {self.folder.root}")
         if len(found) > 1:
@@ -145,6 +149,13 @@ class Offline:
         recorded, present = records.files(self.db), self.folder.files()
         rows = {row.uid: row for row in records.listing(self.db, None)}
         for uid, row in rows.items():
+            if (found := records.find(self.db, row.key)) is not None and found.problem:
+                problems.append({"file": "sessions.db", "session_id": row.key.name, "problem": found.problem})
+                if repair:
+                    with self._transaction():
+                        records.mend(self.db, found)
+                    for file in found.damaged:
+                        self.folder.set_aside(file)
             for version in records.versions(self.db, uid):
                 if (problem := self._problem(version)) is None:
                     continue
@@ -153,7 +164,7 @@ class Offline:
                 problems.append({"file": version.file, "session_id": row.key.name, "problem": problem})
                 if repair:
                     with self._transaction():
-                        records.without(self.db, uid, version.file, {})
+                        records.without(self.db, uid, version.file)
                     self.folder.set_aside(version.file)
         leftovers = sorted(file for file in present if file not in recorded)
         if repair:
@@ -171,6 +182,8 @@ class Offline:
 
     def _problem(self, version: Version) -> str | None:
         """What is wrong with a version, or None."""
+        if version.problem:
+            return version.problem
         try:
             path = self.folder.path(version.file)
             _, metadata = delta_file.load(path, version.checksum, self.geometry)

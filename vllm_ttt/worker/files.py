@@ -111,8 +111,8 @@ class Files:
     def _failed(self, order: FileOrder, error: BaseException) -> None:
         damaged = isinstance(error, delta_file.FileError | FileNotFoundError)
         outcome = "damaged" if damaged and order.action == "load" else "failed"
-        text = getattr(error, "strerror", None) or str(error)
-        self.reports.append(FileReport(order.action, order.session, order.path, outcome, error=text))
+        text, number = getattr(error, "strerror", None) or str(error), getattr(error, "errno", None) or 0
+        self.reports.append(FileReport(order.action, order.session, order.path, outcome, error=text, errno=number))
 
     # In a thread.
 

@@ -1,0 +1,388 @@
+"""What an owner asks for is on disk when it is answered, or has not happened; and calls that meet do each other no harm."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_admin import Engine
+from world import World
+
+from vllm_ttt.engine import records
+from vllm_ttt.engine.admin import admin
+from vllm_ttt.engine.store import Change
+from vllm_ttt.errors import RequestError
+from vllm_ttt.sessions.offline import Offline
+from vllm_ttt.types import SessionKey, Trial
+
+pytestmark = pytest.mark.unit
+
+A = SessionKey("-", "a")
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    """A session a of version 2, saved; it holds 3."""
+    engine = Engine(World(tmp_path / "state"))
+    engine.world.use("a", 1.0, 2.0)
+    engine.world.save("a")
+    yield engine
+    engine.world.end()
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """As a disk that is full: what the database is asked to remove cannot be. Returns what makes room again."""
+
+    def fail(*_: object) -> list[str]:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    real = records.remove, records.back_to
+    monkeypatch.setattr(records, "remove", fail)
+    monkeypatch.setattr(records, "back_to", fail)
+
+    def make_room() -> None:
+        monkeypatch.setattr(records, "remove", real[0])
+        monkeypatch.setattr(records, "back_to", real[1])
+
+    return make_room
+
+
+class Held:
+    """The store's thread is busy until `release`."""
+
+    def __init__(self, world: World):
+        self.gate = threading.Event()
+        world.store.write(lambda db: (self.gate.wait(), Change())[1])
+
+    def release(self) -> None:
+        self.gate.set()
+
+
+def ask(engine: Engine, op: str, name: str = "a", argument: Any = None) -> Future:
+    answer = admin(engine, op, "-", name, argument)
+    assert isinstance(answer, Future)
+    return answer
+
+
+def on_disk(engine: Engine, tmp_path: Path) -> dict[str, int]:
+    """What a server would find that is started after a kill at this moment: session id -> version."""
+    shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+    shutil.copytree(engine.world.store.folder.root, tmp_path / "killed")
+    found = {s["session_id"]: s["version"] for s in Offline(tmp_path / "killed").list()}
+    assert Offline(tmp_path / "killed").fsck()["problems"] == []
+    return found
+
+
+@pytest.mark.parametrize(("op", "argument"), [("delete", None), ("reset", None), ("rollback", 2)])
+def test_what_cannot_be_written_has_not_happened(
+    engine: Engine, full: Callable[[], None], tmp_path: Path, op: str, argument: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = engine.world
+    world.use("a", 4.0)  # version 3, which is in memory alone
+    answer = ask(engine, op, argument=argument)
+    world.run(answer.done)
+    refused = answer.result()
+    assert (refused["ok"], refused["status"]) == (False, 507)
+    assert "stays as it was" in refused["message"]
+    assert "disk is full" in refused["message"]
+    assert "disk is full" in caplog.text
+    full()
+    assert engine.ask("get", "a")["version"] == 3
+    assert world.value("a") == 7.0
+    assert on_disk(engine, tmp_path) == {"a": 2}
+    world.use("b", 1.0)  # nobody else is refused
+    assert engine.ask("save", "a")["saved_version"] == 3
+    assert engine.ask(op, "a", argument) != 507
+
+
+def test_an_answered_delete_outlives_a_kill(engine: Engine, tmp_path: Path) -> None:
+    held = Held(engine.world)
+    answer = ask(engine, "delete")
+    for _ in range(5):
+        engine.world.step()
+    assert not answer.done(), "it is not on disk"
+    assert on_disk(engine, tmp_path) == {"a": 2}
+    held.release()
+    engine.world.run(answer.done)
+    assert on_disk(engine, tmp_path) == {}
+    assert list(engine.world.store.folder.sessions.rglob("*.safetensors")) == []
+    assert engine.ask("get", "a") == 404
+
+
+def test_an_answered_reset_outlives_a_kill(engine: Engine, tmp_path: Path) -> None:
+    engine.ask("freeze", "a")
+    created = engine.ask("get", "a")["created"]
+    answer = ask(engine, "reset")
+    engine.world.run(answer.done)
+    assert on_disk(engine, tmp_path) == {"a": 0}
+    (row,) = Offline(tmp_path / "killed").list()
+    assert row["created"] == created
+    assert row["frozen"]
+    assert engine.world.value("a") == 0.0
+
+
+def test_a_save_that_is_under_way_does_not_bring_a_deleted_session_back(engine: Engine, tmp_path: Path) -> None:
+    """Its file is written before the row is removed, or after."""
+    world = engine.world
+    session = world.use("a", 4.0)
+    gate, write = threading.Event(), world.files._save
+    world.files._save = lambda *args: (gate.wait(), write(*args))[1]
+    save = ask(engine, "save")
+    while not world.saves.under_way or not world.files.running:
+        world.step()
+    held = Held(world)
+    delete = ask(engine, "delete")
+    gate.set()
+    while world.files.running:  # the file is there, and the row of the session still is
+        world.step()
+    world.step()
+    held.release()
+    world.run(lambda: save.done() and delete.done())
+    world.run()
+    assert delete.result()["ok"]
+    assert save.result()["status"] == 409
+    assert on_disk(engine, tmp_path) == {}
+    assert list(world.store.folder.sessions.rglob("*.safetensors")) == []
+    assert session.key not in world.ledger.sessions
+
+
+@pytest.mark.parametrize("op", ["delete", "reset"])
+def test_a_request_that_comes_meanwhile_meets_the_base_model(engine: Engine, op: str) -> None:
+    world = engine.world
+    held = Held(world)
+    answer = ask(engine, op)
+    session = world.ledger.open(A)
+    before = session.adapter
+    session.requests.add("r")
+    assert not world.tiers.ready(session), "what it is to meet is not decided"
+    held.release()
+    world.run(lambda: world.tiers.ready(session))
+    assert answer.result()["ok"]
+    assert session.adapter != before, "the worker's old one is not it"
+    world.trainer.learn(session.adapter, 5.0)
+    world.step()
+    session.requests.clear()
+    world.tiers.left(session)
+    assert world.value("a") == 5.0
+    assert engine.ask("save", "a")["saved_version"] == 1
+    assert world.ledger.tenants["-"] == 1
+
+
+def test_one_change_at_a_time(engine: Engine) -> None:
+    held = Held(engine.world)
+    first = ask(engine, "reset")
+    for op, argument in (("delete", None), ("reset", None), ("rollback", 1), ("fork", "b"), ("freeze", None)):
+        answer = admin(engine, op, "-", "a", argument)
+        assert answer["status"] == 409, op
+        assert "try again" in answer["message"]
+    held.release()
+    engine.world.run(first.done)
+    assert first.result()["ok"]
+
+
+def test_a_session_that_cannot_be_written_costs_nobody_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of one session's row is not one of the disk: others are saved, and new ones are let in."""
+    world, real = engine.world, records.put
+
+    def conflict(db: sqlite3.Connection, row: records.Row, keep: int) -> list[str]:
+        if row.key == A:
+            raise sqlite3.IntegrityError("UNIQUE constraint failed")
+        return real(db, row, keep)
+
+    monkeypatch.setattr(records, "put", conflict)
+    world.use("a", 4.0)
+    assert engine.ask("save", "a") == 507
+    assert world.store.full == ""
+    world.use("new", 1.0, tenant="other")
+    world.use("b", 1.0)
+    assert engine.ask("save", "b")["saved_version"] == 1
+
+
+def test_a_rollback_to_a_version_that_is_being_dropped_costs_none(engine: Engine, tmp_path: Path) -> None:
+    """The oldest of those that are kept, while a newer one waits to be recorded."""
+    world = engine.world
+    world.store.keep = 3
+    for value in (4.0, 8.0):
+        world.use("a", value)
+        world.save("a")
+    assert engine.ask("get", "a")["versions"] == [2, 3, 4]
+    session = world.use("a", 16.0)
+    held = Held(world)
+    save = world.saves.save(session)
+    while len(world.store._done) < 2:
+        world.step()
+    rollback = ask(engine, "rollback", argument=2)
+    held.release()
+    world.run(rollback.done)
+    assert rollback.result()["status"] == 409
+    assert "no version 2 in the state dir any more; kept there are: 3, 4, 5" in rollback.result()["message"]
+    assert world.wait(save).version == 5
+    assert on_disk(engine, tmp_path) == {"a": 5}
+    assert world.value("a") == 31.0
+    assert engine.ask("rollback", "a", 3)["version"] == 3
+
+
+@pytest.mark.parametrize("to", [0, 1, 2])
+def test_a_save_beside_a_rollback_is_answered(engine: Engine, to: int) -> None:
+    """In one turn of the engine's loop: to the base model, to a version in memory, to one on disk. Then it rests, and ends."""
+    world = engine.world
+    world.use("a", 4.0)
+    save, rollback = ask(engine, "save"), ask(engine, "rollback", argument=to)
+    world.run(lambda: save.done() and rollback.done())
+    world.run()
+    assert rollback.result()["result"]["version"] == to
+    assert save.result()["result"]["version"] in (3, to)
+    assert not world.tiers.busy
+    world.tiers.close()
+    world.run()
+
+
+def test_a_save_is_answered_where_the_guard_rolls_back(engine: Engine) -> None:
+    world = engine.world
+    session = world.use("a", 4.0)
+    save = ask(engine, "save")
+    world.trainer.roll_back(session.adapter, 1)
+    session.back_to(Trial(session.adapter, 3, 1.0, 1).back_to or 0)
+    world.run(save.done)
+    world.run()
+    assert save.result()["result"]["saved_version"] == 1
+
+
+def test_an_answered_rollback_outlives_a_kill(engine: Engine, tmp_path: Path) -> None:
+    """Also where a save of a later version is under way when it is asked for."""
+    world = engine.world
+    world.use("a", 4.0)
+    gate, write = threading.Event(), world.files._save
+    world.files._save = lambda *args: (gate.wait(), write(*args))[1]
+    save = ask(engine, "save")
+    while not world.files.running:
+        world.step()
+    world.step()
+    assert [s.version.version for s in world.saves.under_way.values() if s.version] == [3]
+    rollback = ask(engine, "rollback", argument=1)
+    gate.set()
+    world.run(rollback.done)
+    answer = rollback.result()["result"]
+    assert (answer["version"], answer["saved_version"]) == (1, 1)
+    assert on_disk(engine, tmp_path) == {"a": 1}
+    world.run(save.done)
+    assert save.result()["ok"]
+
+
+def test_the_guard_rolls_back_between_a_snapshot_and_its_report(engine: Engine, tmp_path: Path) -> None:
+    """What the snapshot holds is then not what the ledger says: it does not become a version."""
+    world = engine.world
+    session = world.use("a", 4.0)
+    save = world.saves.save(session)
+    orders = world.tiers.take_orders()
+    world.trainer.roll_back(session.adapter, 1)
+    world.files.step(orders)
+    world.step()  # the ledger does not know yet
+    session.back_to(1)
+    assert world.wait(save).version == 1
+    world.run()
+    assert on_disk(engine, tmp_path) == {"a": 1}
+
+
+def test_a_fork_is_what_its_source_is_whoever_asks_for_it_meanwhile(tmp_path: Path) -> None:
+    world = World(tmp_path / "state", limit=2)
+    engine = Engine(world)
+    for name, values in (("a", (10.0, 20.0)), ("x", (1.0,)), ("y", (1.0,))):
+        world.use(name, *values)
+        world.save(name)
+    assert engine.ask("get", "a")["tier"] == "disk"
+    gate, load = threading.Event(), world.files._load
+    world.files._load = lambda *args: (gate.wait(), load(*args))[1]
+    fork = ask(engine, "fork", argument="new")
+    world.step()
+    target = world.ledger.open(SessionKey("-", "new"))
+    target.requests.add("r")
+    for _ in range(3):
+        world.step()
+        assert not world.tiers.ready(target), "it is not what its source is yet"
+    gate.set()
+    world.run(lambda: world.tiers.ready(target))
+    assert fork.result()["result"]["version"] == 2
+    world.trainer.learn(target.adapter, 5.0)
+    world.step()
+    target.requests.clear()
+    world.tiers.left(target)
+    assert world.value("new") == 35.0
+    world.end()
+
+
+def test_a_fork_that_fails_leaves_a_fresh_session_to_who_asked_for_it(tmp_path: Path) -> None:
+    world = World(tmp_path / "state", limit=2)
+    engine = Engine(world)
+    for name in ("a", "x", "y"):
+        world.use(name, 1.0)
+        world.save(name)
+    gate, load = threading.Event(), world.files._load
+
+    def fail(*_: object) -> None:
+        gate.wait()
+        raise OSError(5, "Input/output error")
+
+    world.files._load = fail
+    fork = ask(engine, "fork", argument="new")
+    world.step()
+    target = world.ledger.open(SessionKey("-", "new"))
+    target.requests.add("r")
+    gate.set()
+    world.run(fork.done)
+    assert fork.result()["status"] == 507
+    world.files._load = load
+    world.run(lambda: world.tiers.ready(target))
+    target.requests.clear()
+    world.tiers.left(target)
+    assert world.value("new") == 0.0
+    world.end()
+
+
+def test_a_session_that_is_changed_while_it_is_read_comes_back(tmp_path: Path) -> None:
+    """The request that had it read is gone, a rollback makes another session of the file, and a request asks for that."""
+    world = World(tmp_path / "state", limit=1)
+    engine = Engine(world)
+    for name in ("a", "b"):
+        world.use(name, 1.0)
+        world.save(name)
+    gate, load = threading.Event(), world.files._load
+    world.files._load = lambda *args: (gate.wait(), load(*args))[1]
+    session = world.ledger.open(A)
+    session.requests.add("r1")
+    assert not world.tiers.ready(session)
+    for _ in range(3):
+        world.step()
+    assert session.place == "loading"
+    session.requests.clear()
+    world.tiers.left(session)
+    assert engine.ask("rollback", "a", 1)["version"] == 1
+    session = world.ledger.open(A)
+    session.requests.add("r2")
+    assert not world.tiers.ready(session)
+    world.step()
+    gate.set()
+    world.run(lambda: world.tiers.ready(session))
+    session.requests.clear()
+    world.tiers.left(session)
+    assert world.value("a") == 1.0
+    assert world.tiers.placed == 1
+    assert not world.tiers.loading
+    world.end()
+
+
+def test_expired_sessions_that_cannot_be_removed_stay(engine: Engine, full: Callable[[], None]) -> None:
+    world = engine.world
+    session = world.ledger.find(A)
+    assert session is not None
+    with pytest.raises(RequestError, match="stays as it was"):
+        world.wait(world.tiers.remove(session))
+    assert world.value("a") == 3.0
+    full()

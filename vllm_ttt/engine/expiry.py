@@ -1,0 +1,68 @@
+"""Removes sessions that nobody has used for ``sessions.ttl``, and nobody else where the clock is set."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_ttt.engine import records
+from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.store import Change, Store
+from vllm_ttt.errors import RequestError
+from vllm_ttt.types import SessionKey
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+
+#: Seconds between two looks.
+SWEEP = 60.0
+#: Seconds by which the clock may differ from the time that has passed before somebody must have set it.
+_JUMP = 5.0
+
+
+class Expiry:
+    def __init__(self, ledger: Ledger, store: Store | None, ttl: float, remove: Callable[[Session], Any]):
+        """``ttl`` in seconds, or infinite. ``remove`` forgets a session that nobody needs in memory."""
+        self.ledger, self.store, self.ttl, self.remove = ledger, store, ttl, remove
+        self.next_look = time.monotonic()
+        #: the clock less the time that has passed: it changes where somebody sets the clock
+        self.skew = time.time() - time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() >= self.next_look
+
+    def step(self) -> None:
+        """Look, if it is time."""
+        if not self.due:
+            return
+        self.next_look = time.monotonic() + min(SWEEP, self.ttl)
+        self._follow_clock()
+        if self.ttl == math.inf:
+            return
+        oldest = time.time() - self.ttl
+        for session in [s for s in self.ledger.sessions.values() if s.last_used < oldest and s.idle]:
+            self.remove(session)
+        if self.store is not None:
+            self.store.write(lambda db: Change(records.unused_since(db, oldest)), self._expire)
+
+    def _follow_clock(self) -> None:
+        """Where the clock was set, sessions stay as old as they are: a jump of years must not remove them all."""
+        now = time.time()
+        jump, self.skew = now - time.monotonic() - self.skew, now - time.monotonic()
+        if abs(jump) < _JUMP:
+            return
+        logger.warning("vllm-ttt: the clock was set by %+.0f s; the times at which sessions were last used follow it", jump)
+        ahead = max(jump, 0.0)  # after a step back, what lies in the future was used just now
+        for session in self.ledger.sessions.values():
+            session.last_used = min(session.last_used + ahead, now)
+        if self.store is not None:
+            self.store.write(lambda db: Change(records.follow_clock(db, ahead, now)))
+
+    def _expire(self, keys: list[SessionKey] | None, error: RequestError | None) -> None:
+        for key in keys or ():
+            if key not in self.ledger.sessions and (session := self.ledger.find(key)) is not None:
+                self.remove(session)
