@@ -22,7 +22,7 @@ from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.probe import ProbeReading, pieces
-from vllm_ttt.engine.requests import Arrivals, Attached, accept, first_of
+from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.engine.trust import Trust
@@ -90,14 +90,13 @@ class TTTScheduler(AsyncScheduler):
             raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)
         self.ttt_tiers.changes(session)
         if session.frozen and knobs.learn:
-            if first_of(request.request_id) is None:
+            if (sample_of(request) or (0,))[0] == 0:
                 session.refuse(pairs := max(0, request.num_prompt_tokens - 1), "frozen")
                 self.ttt_meters.skipped(pairs, "frozen")
             knobs = Knobs(learn=False)
-        prompt_learned = knobs.learn
-        arrival, knobs = self.ttt_arrivals.arrive(request.request_id, knobs)
         request.lora_request = LoRARequest(f"ttt:{session.adapter}", session.adapter, f"{ADAPTER_PATH}{session.adapter}")
-        attached = Attached(request, session, knobs, prompt_learned, arrival, request.num_prompt_tokens)
+        attached = self.ttt_arrivals.attach(request, session, knobs)
+        knobs, arrival = attached.knobs, attached.arrival
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
         self.ttt_meters.add("session_requests_total", 1, "yes" if knobs.learn else "no")
@@ -147,9 +146,8 @@ class TTTScheduler(AsyncScheduler):
         learns, skips = attached.request.request_id in session.open, self.ttt_config.learn.history == "skip"
         if learns and skips and attached.asked != session.history.changes:
             attached.start, attached.asked = session.history.known(tokens), session.history.changes
-        if (sibling := first_of(attached.request.request_id)) is not None:
-            first = self.ttt_requests.get(sibling)
-            attached.ceiling = None if first is None else first.ceiling
+        if attached.first is not None:
+            attached.ceiling = attached.first.ceiling
         elif attached.judged != (by := (session.past.changes, attached.start)):
             attached.ceiling, attached.judged = self.ttt_trust.ceiling(session, tokens, attached.start), by
 
@@ -223,12 +221,10 @@ class TTTScheduler(AsyncScheduler):
 
     def _plan(self, attached: Attached) -> RequestPlan:
         session, request, start = attached.session, attached.request, attached.start
-        tokens, sibling = request.prompt_token_ids or [], first_of(request.request_id)
+        tokens = request.prompt_token_ids or []
         opened = session.open.get(request.request_id)
         if opened is not None and not self.ttt_trust.allows(session, attached.prompt - 1 - start):
             opened = self._learn_not(attached, "limit")
-        if sibling and (first := self.ttt_requests.get(sibling)) is not None:
-            attached.prompt_learned = first.prompt_learned
         if opened is not None:
             opened.learned = opened.done = start
             self.ttt_trust.note(session, tokens, start)
@@ -349,7 +345,7 @@ class TTTScheduler(AsyncScheduler):
                 attached.session.allowance.spend(attached.outputs)
                 attached.remember_answer()
         self.ttt_tiers.left(attached.session)
-        self.ttt_arrivals.leave(request_id)
+        self.ttt_arrivals.leave(attached.request)
 
     def _refuse(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, error in self.ttt_refused:
