@@ -105,6 +105,28 @@ def test_several_samples_learn_the_prompt_once(server: Served, documents: Docume
     assert server.complete(prompt, name)["ttt"]["version"] == 1, "the session's next request was not left waiting"
 
 
+def test_several_samples_say_what_was_learned(server: Served, documents: Documents) -> None:
+    """In a later turn, with a learned answer, and streamed: the answer's count is the session's."""
+    name, text, learned = server.fresh(), documents["man2"][0], 0
+    for end, options in ((257, {}), (357, {}), (457, {"max_tokens": 40, "vllm_xargs": {"ttt_learn_output": 1}})):
+        answer = server.complete(text[:end], name, n=2, temperature=1, ignore_eos=True, **options)
+        server.settle()
+        learned, before = server.session(name)["tokens_learned"], learned
+        assert (
+            answer["ttt"]["tokens_learned"] == learned - before == (256 if end == 257 else 100 + options.get("max_tokens", 0))
+        )
+
+
+@pytest.mark.parametrize("request_id", ["20261124_run7", "1_x", "0_x"])
+def test_a_request_may_have_any_name(server: Served, documents: Documents, request_id: str) -> None:
+    name = server.fresh()
+    text = server.http.post("/detokenize", json={"model": "demo", "tokens": documents["kjv"][0][:300]}).json()["prompt"]
+    body = {"model": "demo", "input": text, "session_id": name, "request_id": request_id, "max_output_tokens": 4}
+    said = server.http.post("/v1/responses", json=body).json()["ttt"]["tokens_learned"]
+    server.settle()
+    assert said == server.session(name)["tokens_learned"] > 256
+
+
 def test_a_list_of_prompts_is_learned_prompt_by_prompt(server: Served, documents: Documents) -> None:
     name, prompts = server.fresh(), [documents["kjv"][0][:257], documents["kjv"][1][:257]]
     answer = server.complete(prompts, name)

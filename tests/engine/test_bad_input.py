@@ -85,7 +85,7 @@ def test_beam_search(server: Served) -> None:
     refused(server.http.post("/v1/completions", json=body), "cannot learn with beam search")
 
 
-@pytest.mark.parametrize("route", ["/v1/embeddings", "/pooling", "/score", "/rerank"])
+@pytest.mark.parametrize("route", ["/v1/embeddings", "/pooling", "/score", "/rerank", "/generative_scoring"])
 def test_routes_that_cannot_learn(server: Served, route: str) -> None:
     message = "cannot learn and takes no session; sessions work on /v1/chat/completions"
     refused(server.http.post(route, json={"model": "demo", "input": "x", "session_id": "emb"}), message)

@@ -268,6 +268,7 @@ def test_samples_of_one_prompt_share_its_judgement() -> None:
         for i in range(2):
             params = SamplingParams(max_tokens=1, extra_args={"ttt_learn": 0, "session_id": "a"})
             request = Request(f"{i}_n{prompt[0]}", prompt, params, None, block_hasher=engine.hasher)
+            request.ttt_named = f"n{prompt[0]}"  # type: ignore[attr-defined]
             engine.scheduler.add_request(request)
         engine.step()
         assert len(engine.scheduled) == 2

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Coroutine
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -270,3 +273,43 @@ def test_what_names_no_session_reaches_the_route_whole(headers: Any, chunks: tup
     sent = post(echo, "/v1/embeddings", headers, chunks)
     assert sent[0]["status"] == 200
     assert bytes_of(sent) == b"".join(chunks)
+
+
+#: vLLM's other POST routes: those that serve sessions by header, and those that ask the model for nothing
+SERVED = {"/v1/messages", "/invocations", "/inference/v1/generate", "/cohere/v2/chat"}
+ASKING_NOTHING = {
+    *(
+        "/tokenize",
+        "/detokenize",
+        "/v1/messages/count_tokens",
+        "/ping",
+        "/v1/responses/{response_id}/cancel",
+        "/abort_requests",
+    ),
+    *("/v1/chat/completions/render", "/v1/chat/completions/derender", "/v1/completions/render", "/v1/completions/derender"),
+    *("/v1/messages/render", "/v1/responses/render", "/cohere/v2/chat/render"),
+    # an operator's
+    *(
+        "/collective_rpc",
+        "/fault_tolerance/apply",
+        "/pause",
+        "/resume",
+        "/sleep",
+        "/wake_up",
+        "/start_profile",
+        "/stop_profile",
+    ),
+    *("/reset_prefix_cache", "/reset_encoder_cache", "/reset_mm_cache", "/release_kv_cache_memory"),
+    *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update", "/start_draft_weight_update"),
+    *("/finish_weight_update", "/update_weights", "/update_weight_version", "/weight_checker"),
+}
+
+
+def test_every_route_of_vllm_serves_a_session_or_refuses_one() -> None:
+    """A route that runs the model and that nobody thought of would ignore the session."""
+    folder = Path(vllm.__file__).parent / "entrypoints"
+    sources = [path.read_text(encoding="utf-8") for path in folder.rglob("*.py")]
+    found = {route for text in sources for route in re.findall(r'\.post\(\s*"(/[^"]*)"', text)}
+    assert len(found) > 40
+    assert found - ANSWERED - UNLEARNED - SERVED - ASKING_NOTHING == set()

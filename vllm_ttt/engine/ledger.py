@@ -178,7 +178,7 @@ class Session:
         self.open = {name: opened for name, opened in self.open.items() if name in self.requests}
         self.returns += 1
         self.saved, self.saved_mark = saved, self.mark
-        self.past, self.error, self.unsavable = Past(), None, False
+        self.error, self.unsavable = None, False
         self.epoch.begin(self.version)
 
     def summary(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections import deque
 from dataclasses import dataclass, field
 
 from vllm.lora.request import LoRARequest
@@ -13,8 +13,8 @@ from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.types import ADAPTER_PATH, Knobs
 
-#: Child of a request with n > 1: index and parent (vllm/v1/engine/parallel_sampling.py).
-_CHILD = re.compile(r"(\d+)_(.+)", re.DOTALL)
+#: Of so many requests with n > 1 whose first sample has left, it is remembered for those that are still to come.
+_REMEMBERED = 64
 
 
 @dataclass(slots=True)
@@ -24,11 +24,13 @@ class Attached:
     request: Request
     session: Session
     knobs: Knobs
-    #: whether its prompt is learned, by itself or, with n > 1, by the first of its siblings
+    #: whether its prompt is learned, by itself
     prompt_learned: bool
     #: order of arrival; the children of a request with n > 1 share it
     arrival: int
     prompt: int
+    #: for all but the first of n samples of one prompt: the first, which alone learns, and says what all of them say
+    first: Attached | None = None
     started: bool = False
     #: the first pair to learn, known from the start on; those before are history
     start: int = 0
@@ -51,6 +53,8 @@ class Attached:
 
     def accepted(self, learn: LearnConfig) -> int:
         """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
+        if self.first is not None:
+            return self.first.accepted(learn)
         tokens = 0
         if self.prompt_learned:
             tokens = accept(self.prompt - 1 - self.start, learn) - sum(end - first for first, end in self.repetitive)
@@ -80,30 +84,41 @@ class Arrivals:
 
     def __init__(self) -> None:
         self.number = 0
-        #: parent of n samples -> its number
-        self.parents: dict[str, int] = {}
+        #: parent of n samples -> the first of them
+        self.firsts: dict[str, Attached] = {}
+        #: those of ``firsts`` that have left; with short answers, before the second arrives
+        self.left: deque[str] = deque()
 
-    def arrive(self, request_id: str, knobs: Knobs) -> tuple[int, Knobs]:
-        """The request's number, and its knobs: of n samples the first alone learns."""
+    def attach(self, request: Request, session: Session, knobs: Knobs) -> Attached:
+        """The request with its number; of n samples the first alone learns."""
         self.number += 1
-        child = _CHILD.fullmatch(request_id)
-        if child is None:
-            return self.number, knobs
-        index, parent = child.groups()
-        if index == "0":
-            self.parents[parent] = self.number
-            return self.number, knobs
-        return self.parents.get(parent, self.number), Knobs(learn=False)
+        attached = Attached(request, session, knobs, knobs.learn, self.number, request.num_prompt_tokens)
+        index, parent = sample_of(request) or (0, None)
+        if index:
+            attached.knobs, attached.prompt_learned = Knobs(learn=False), False
+            if (first := self.firsts.get(parent or "")) is not None:
+                attached.first, attached.arrival = first, first.arrival
+        elif parent is not None:
+            self.firsts[parent] = attached
+        return attached
 
-    def leave(self, request_id: str) -> None:
-        if (child := _CHILD.fullmatch(request_id)) is not None and child.group(1) == "0":
-            self.parents.pop(child.group(2), None)
+    def leave(self, request: Request) -> None:
+        index, parent = sample_of(request) or (0, None)
+        if parent is not None and index == 0:
+            self.left.append(parent)
+            if len(self.left) > _REMEMBERED:
+                self.firsts.pop(self.left.popleft(), None)
 
 
-def first_of(request_id: str) -> str | None:
-    """For all but the first of n samples of one prompt: the id of the first."""
-    child = _CHILD.fullmatch(request_id)
-    return None if child is None or child.group(1) == "0" else f"0_{child.group(2)}"
+def sample_of(request: Request) -> tuple[int, str] | None:
+    """For a sample of a request with n > 1: its index, and the request. None: it is a request of its own.
+
+    vLLM calls sample i of a request ``i_REQUEST`` (v1/engine/parallel_sampling.py), and a request by what its client calls it
+    and a suffix. A client may use any name, also one of that form: the client's name alone tells the two apart.
+    """
+    named = getattr(request, "ttt_named", None)  # patches/engine.py
+    index, _, parent = request.request_id.partition("_")
+    return (int(index), parent) if named is not None and index.isdecimal() and parent.startswith(named) else None
 
 
 def accept(pairs: int, learn: LearnConfig) -> int:

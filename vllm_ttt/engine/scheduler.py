@@ -22,7 +22,7 @@ from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.probe import ProbeReading, pieces
-from vllm_ttt.engine.requests import Arrivals, Attached, accept, first_of
+from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.engine.trust import Trust
@@ -95,14 +95,13 @@ class TTTScheduler(AsyncScheduler):
             raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)
         self.ttt_tiers.changes(session)
         if session.frozen and knobs.learn:
-            if first_of(request.request_id) is None:
+            if (sample_of(request) or (0,))[0] == 0:
                 session.refuse(pairs := max(0, request.num_prompt_tokens - 1), "frozen")
                 self.ttt_meters.skipped(pairs, "frozen")
             knobs = Knobs(learn=False)
-        prompt_learned = knobs.learn
-        arrival, knobs = self.ttt_arrivals.arrive(request.request_id, knobs)
-        attached = Attached(request, session, knobs, prompt_learned, arrival, request.num_prompt_tokens)
+        attached = self.ttt_arrivals.attach(request, session, knobs)
         attached.take_adapter()
+        knobs, arrival = attached.knobs, attached.arrival
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
         self.ttt_meters.add("session_requests_total", 1, "yes" if knobs.learn else "no")
@@ -220,12 +219,10 @@ class TTTScheduler(AsyncScheduler):
 
     def _plan(self, attached: Attached) -> RequestPlan:
         session, request, start = attached.session, attached.request, attached.start
-        tokens, sibling = request.prompt_token_ids or [], first_of(request.request_id)
+        tokens = request.prompt_token_ids or []
         opened = session.open.get(request.request_id)
         if opened is not None and not self.ttt_trust.allows(session, attached.prompt - 1 - start):
             opened = self._learn_not(attached, "limit")
-        if sibling and (first := self.ttt_requests.get(sibling)) is not None:
-            attached.prompt_learned = first.prompt_learned
         if opened is not None:
             opened.learned = opened.done = start
             attached.repetitive = self.ttt_trust.repetitive(tokens, start)
@@ -345,7 +342,7 @@ class TTTScheduler(AsyncScheduler):
                 attached.session.allowance.spend(attached.outputs)
                 attached.remember_answer()
         self.ttt_guard(self.ttt_tiers.left, attached.session)
-        self.ttt_arrivals.leave(request_id)
+        self.ttt_arrivals.leave(attached.request)
 
     def _refuse(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, error in self.ttt_refused:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import httpx
 
+from vllm_ttt import proxies
 from vllm_ttt.errors import TTTError
 from vllm_ttt.eval.measures import Reading
 
@@ -45,7 +46,8 @@ class Client:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # vLLM closes an idle connection after 5 s: this side must be the first to think of it as over
         limits = httpx.Limits(max_connections=PARALLEL, keepalive_expiry=2)
-        self._http = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, transport=transport)
+        options: dict[str, Any] = {"headers": headers, "timeout": timeout, "limits": limits, "transport": transport}
+        self._http = proxies.connect(httpx.AsyncClient, self.url, ServerError, **options)
         self._turn = asyncio.Semaphore(PARALLEL)
 
     async def __aenter__(self) -> Self:
@@ -119,8 +121,9 @@ class Client:
     async def _call(self, method: str, path: str, body: dict[str, Any] | None = None, missing_ok: bool = False) -> Any:
         try:
             answer = await self._http.request(method, self.url + path, json=body)
-        except httpx.HTTPError as error:
-            raise ServerError(f"{method} {self.url}{path}: {error or type(error).__name__}") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            how = proxies.through(self.url)
+            raise ServerError(f"{method} {self.url}{path}{how}: {error or type(error).__name__}") from error
         if answer.is_success:
             return answer.json() if answer.content else None
         if missing_ok and answer.status_code in (404, 405):

@@ -22,6 +22,7 @@ UNLEARNED = frozenset(
     {
         *("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score"),
         *("/rerank", "/v1/rerank", "/v2/rerank", "/v1/audio/transcriptions", "/v1/audio/translations"),
+        *("/generative_scoring", "/v1/systemone"),
     }
 )
 #: Larger bodies are not searched for a ``session_id`` that would be ignored, bytes.

@@ -10,14 +10,17 @@ from vllm_ttt.types import ADAPTER_PATH
 
 _KEYS = ("_gen_lora_extra_hash_keys", "request")
 _LOOP = "_handle_shutdown"
+_REQUEST = ("from_engine_core_request", "cls request block_hasher")
 
 
 def install() -> None:
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
+    from vllm.v1.request import Request
 
     _contract.wrap(kv_cache_utils, *_KEYS, _share_blocks)
     _contract.wrap(EngineCoreProc, _LOOP, "self", _look_at_the_loop)
+    _contract.wrap(Request, *_REQUEST, _keep_the_name)
     _contract.add(EngineCore, "ttt_admin", _ttt_admin)
 
 
@@ -25,9 +28,11 @@ def check() -> None:
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
+    from vllm.v1.request import Request
 
     _contract.check(kv_cache_utils, *_KEYS)
     _contract.check(EngineCoreProc, _LOOP, "self")
+    _contract.check(Request, *_REQUEST)
     _contract.absent(EngineCore, "ttt_admin")
     # Overridden by TTTScheduler rather than patched, but relied on all the same.
     for name, parameters in {
@@ -67,6 +72,17 @@ def _look_at_the_loop(original: Callable) -> Callable:
         return original(self)
 
     return _handle_shutdown
+
+
+def _keep_the_name(original: Callable) -> Callable:
+    """What its client calls a request, ``ttt_named``: with it alone a sample of n can be told from a request of such a name."""
+
+    def from_engine_core_request(cls: type, request: Any, block_hasher: Any) -> Any:
+        made = original(cls, request, block_hasher)
+        made.ttt_named = request.external_req_id
+        return made
+
+    return from_engine_core_request
 
 
 def _ttt_admin(self: Any, op: str, tenant: str, name: str, argument: Any = None) -> Any:

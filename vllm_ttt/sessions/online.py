@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from vllm_ttt import proxies
 from vllm_ttt.sessions.offline import SessionsError
 from vllm_ttt.types import check_session_id
 
@@ -19,7 +20,7 @@ class Online:
     def __init__(self, url: str, api_key: str | None):
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=120)
+        self.http = proxies.connect(httpx.Client, self.url, SessionsError, base_url=self.url, headers=headers, timeout=120)
 
     def list(self, all_keys: bool = False) -> list[dict[str, Any]]:
         return self._ask("GET", "/v1/ttt/sessions", params={"all": "true"} if all_keys else {}).json()["sessions"]
@@ -49,8 +50,8 @@ class Online:
     def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             answer = self.http.request(method, path, **options)
-        except httpx.HTTPError as error:
-            raise SessionsError(f"{self.url} does not answer: {error}") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise SessionsError(f"{self.url} does not answer{proxies.through(self.url)}: {error}") from None
         if answer.is_success:
             return answer
         try:
