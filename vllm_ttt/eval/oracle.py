@@ -212,7 +212,9 @@ class Oracle:
         #: the lowest adapted layer
         self.first = hf.num_hidden_layers - adapted_layers(hf.num_hidden_layers, adapt)
         layers = list(self.model.model.layers)[self.first :]
-        if any(getattr(layer.self_attn, "sliding_window", None) for layer in layers[1:]):
+        everywhere = hf.sliding_window if hf.model_type == "mistral" else None  # the others say it by layer
+        windows = [getattr(layer.self_attn, "sliding_window", everywhere) for layer in layers[1:]]
+        if any(window and window < hf.max_position_embeddings for window in windows):
             raise ConfigError("layers with sliding-window attention above the first adapted one are not supported")
         if self.model.lm_head.bias is not None:
             raise ConfigError("models with a bias in lm_head are not supported")
