@@ -156,7 +156,8 @@ def test_protocols_over_http(scorer: OracleScorer, tmp_path: Path):
         console.print(report.measures(name, result))
     found = console.export_text()
     assert f"{read['measures']['p2']['ttt']['gain']['mean']:+.3f} ±" in found
-    assert f"{read['measures']['long']['ngrams']['accuracy']['mean']:.1%} ±".replace("%", " %") in found
+    said = read["measures"]["long"]["ngrams"]
+    assert f"{said['accuracy']['mean']:.1%} ({said['accuracy_gain']['mean']:+.1%} ±" in found
     plots.plot(results, tmp_path / "r.png", "birds and fish")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 

@@ -20,6 +20,8 @@ COLOURS = {
     "ttt": "#0072B2",
     "ttt_ngrams": "#56B4E9",
 }
+#: Sessions from which on an interval is drawn: with fewer it hides everything else.
+SESSIONS = 5
 #: Documents of a long session over which its curve is averaged: they differ too much for a curve of single ones.
 WINDOW = 5
 
@@ -59,7 +61,7 @@ def _different(axis: Any, result: Result) -> None:
         gains = [estimate(row) for row in _gains(result, arm)]
         steps = range(1, len(gains) + 1)
         _line(axis, steps, [100 * math.exp(-g.mean) for g in gains], arm)
-        if arm == "ttt" and gains[0].high is not None:
+        if arm == "ttt" and len(result.domains) >= SESSIONS:
             low, high = ([100 * math.exp(-(getattr(g, end) or 0)) for g in gains] for end in ("high", "low"))
             axis.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.12, linewidth=0)
     axis.set_xticks(range(1, len(result.frozen) + 1))

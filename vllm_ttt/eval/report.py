@@ -103,11 +103,11 @@ def table(results: dict[str, Result]) -> Table:
 
 
 def measures(name: str, result: Result) -> Table:
-    """What one protocol says of each arm, for people."""
+    """What one protocol says of each arm, for people: each measure, and the difference to the frozen model's."""
     count, sessions = len(result.frozen), len(result.domains)
     title = f"{name}: requests 2 to {count} of {sessions} session{'s' * (sessions > 1)}"
     if sessions > 1:
-        title += "; ±: 95 % interval over sessions"
+        title += "; ±: 95 % over sessions"
     shown = Table(title=title, title_justify="left")
     shown.add_column("", no_wrap=True)
     spans = ends(count) if name == "long" else {"gain, nats": (1, count)}
@@ -116,10 +116,11 @@ def measures(name: str, result: Result) -> Table:
     base = result.arms["frozen"]
     for arm, rows in result.arms.items():
         found = summary(rows, base)
-        gains = ["" if arm == "frozen" else _shown(gain(rows, base, *span), "+.3f") for span in spans.values()]
-        shares = [_shown(found[what], form) if what in found else "" for what, form in COLUMNS.items()]
-        harmed = "" if arm == "frozen" else f"{found['harmed'].mean:.0%}"
-        shown.add_row(LABELS[arm], _shown(found["nats"], ".3f"), *gains, *shares, harmed)
+        other = arm != "frozen"
+        gains = [_gained(gain(rows, base, *span), ".3f") if other else "" for span in spans.values()]
+        shares = [_beside(found, what, form, other) if what in found else "" for what, form in COLUMNS.items()]
+        harmed = f"{found['harmed'].mean:.0%}" if other else ""
+        shown.add_row(LABELS[arm], f"{found['nats'].mean:.3f}", *gains, *shares, harmed)
     return shown
 
 
@@ -127,9 +128,14 @@ def measures(name: str, result: Result) -> Table:
 COLUMNS = {"accuracy": ".1%", "exact_lines": ".1%", "characters": ".1f"}
 
 
-def _shown(value: Estimate, form: str) -> str:
-    margin = "" if value.margin is None else f" ±{value.margin:{form.removeprefix('+')}}"
-    return f"{value.mean:{form}}{margin}".replace("%", " %") if "%" in form else f"{value.mean:{form}}{margin}"
+def _beside(found: dict[str, Estimate], what: str, form: str, other: bool) -> str:
+    """A measure, and by how much it is more than the frozen model's."""
+    gained = f" ({_gained(found[f'{what}_gain'], form)})" if other else ""
+    return f"{found[what].mean:{form}}{gained}"
+
+
+def _gained(value: Estimate, form: str) -> str:
+    return f"{value.mean:+{form}}" + ("" if value.margin is None else f" ±{value.margin:{form}}")
 
 
 def _by_domain(domains: list[str], rows: list[list[float]]) -> dict[str, list[float]]:
