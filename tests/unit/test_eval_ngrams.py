@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ttt.eval.measures import Reading
-from vllm_ttt.eval.ngrams import PRIOR, PRIOR_TOKENS, Mixture, NGrams, mix
+from vllm_ttt.eval.ngrams import PRIOR_TOKENS, Mixture, NGrams, mix
 
 pytestmark = pytest.mark.unit
 
 #: Few tokens, so that contexts come back.
 requests = st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=30), min_size=1, max_size=4)
 ORDER, VOCABULARY = 3, 6
+#: So much for the n-grams that they often decide.
+SHARES = (0.1, 0.2, 0.4, 0.6)
 
 
 def followers(sent: list[list[int]], context: list[int]) -> Counter[int]:
@@ -37,37 +39,49 @@ def slow_probability(sent: list[list[int]], past: list[int], token: int) -> tupl
     return p, longest
 
 
-def slow_mix(sent: list[list[int]], readings: list[Reading], prior: tuple[float, ...]) -> list[list[float]]:
+Slow = tuple[list[float], list[list[float]]]
+
+
+def slow_mix(sent: list[list[int]], readings: list[Reading], prior: tuple[float, ...]) -> list[Slow]:
+    """Of each request: the loss of each token, and how much speaks for each token that could be the first choice."""
     experience = [(PRIOR_TOKENS * (1 - share), PRIOR_TOKENS * share) for share in prior]
-    found = []
+    found = list[Slow]()
     for i, (ids, reading) in enumerate(zip(sent, readings, strict=True)):
-        losses, spoke = [], defaultdict[tuple[int, str], float](float)
+        losses, choices, spoke = [], [], defaultdict[tuple[int, str], float](float)
         for t in range(1, len(ids)):
             p, n = slow_probability(sent[:i], ids[:t], ids[t])
             model, ngrams = experience[n]
             parts = model / (model + ngrams) * math.exp(-reading.losses[t - 1]), ngrams / (model + ngrams) * p
             losses.append(-math.log(sum(parts)))
+            for_it = [ngrams / (model + ngrams) * slow_probability(sent[:i], ids[:t], v)[0] for v in range(VOCABULARY)]
+            assert reading.tops is not None
+            assert reading.top_losses is not None
+            for_it[reading.tops[t - 1]] += model / (model + ngrams) * math.exp(-reading.top_losses[t - 1])
+            choices.append(for_it)
             spoke[n, "model"] += parts[0] / sum(parts)
             spoke[n, "ngrams"] += parts[1] / sum(parts)
         experience = [(m + spoke[n, "model"], g + spoke[n, "ngrams"]) for n, (m, g) in enumerate(experience)]
-        found.append(losses)
+        found.append((losses, choices))
     return found
 
 
 def some_reading(ids: list[int], seed: int = 0) -> Reading:
     """Of a model whose first choice is the token before, as likely as the token there or more."""
-    losses = [0.3 + (7 * t + seed) % 11 / 5 for t in range(1, len(ids))]
+    losses = [0.3 + (7 * t + seed) % 11 / 2 for t in range(1, len(ids))]
     tops = [ids[t] if losses[t - 1] < 0.6 else ids[t - 1] for t in range(1, len(ids))]
-    return Reading(losses, tops, [min(loss, 0.9) for loss in losses])
+    return Reading(losses, tops, [min(loss, 0.9 + (3 * t + seed) % 5) for t, loss in enumerate(losses)])
 
 
 @given(requests)
 def test_mixture_is_the_definition(sent: list[list[int]]):
     readings = [some_reading(ids, i) for i, ids in enumerate(sent)]
-    mixture = Mixture(ORDER, VOCABULARY)
+    mixture = Mixture(ORDER, VOCABULARY, SHARES)
     found = [mixture.read(ids, reading) for ids, reading in zip(sent, readings, strict=True)]
-    for mixed, slow in zip(found, slow_mix(sent, readings, PRIOR[: ORDER + 1]), strict=True):
-        assert mixed.losses == pytest.approx(slow, rel=1e-9)
+    for mixed, (losses, choices) in zip(found, slow_mix(sent, readings, SHARES), strict=True):
+        assert mixed.losses == pytest.approx(losses, rel=1e-9)
+        assert mixed.tops is not None
+        for top, for_it in zip(mixed.tops, choices, strict=True):
+            assert for_it[top] == pytest.approx(max(for_it), rel=1e-9)
 
 
 @given(requests)
@@ -83,6 +97,8 @@ def test_probabilities_are_a_distribution_and_the_best_is_the_best(sent: list[li
                 assert best is not None
                 assert best.probability == max(each) == each[best.token]
                 assert ngrams.best(contexts, best.probability) is None
+                for least in each:
+                    assert least == max(each) or ngrams.best(contexts, least) == best
             ngrams.learn(ids, t)
 
 
