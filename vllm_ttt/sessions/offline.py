@@ -81,7 +81,7 @@ class Offline:
         scale = float(json.loads(saved["state"])["chosen"])  # as the session is served
         tensors = {module: scale * b for module, b in tensors.items()}
         metadata = {"session_id": name, "version": str(row.newest.version), "scale": f"{scale:g}"}
-        base = self.identity["model"]["name"]
+        base = self.identity["model"].get("served") or self.identity["model"]["name"]
         data = peft.adapter(tensors, peft.projections(self.geometry, dtype), self.geometry, base, metadata)
         out.mkdir(parents=True, exist_ok=True)
         delta_file.write(out / "adapter_model.safetensors", data)
