@@ -5,6 +5,7 @@ Refusals say what was found, why it cannot be, and the way out.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,13 @@ def max_sessions(hf: Any, config: TTTConfig) -> int:
     """
     size = Geometry.of(hf, config.adapt).bytes * (2 if config.guard.every else 1)
     return config.sessions.resident + int(config.sessions.host_gib * 2**30 / size)
+
+
+def served_name(model_config: Any) -> str:
+    """What clients call the model: its served name, or the hub's name where vLLM put the path of its snapshot in its place."""
+    name = str(model_config.served_model_name or model_config.model)
+    snapshot = re.search(r"[/\\]models--(.+?)[/\\]snapshots[/\\]", name)
+    return snapshot[1].replace("--", "/") if snapshot else name
 
 
 def describe_model(model: str) -> str:

@@ -60,8 +60,13 @@ def test_the_tar_and_the_file_are_the_same_adapter(exact: Served, exported: dict
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
     with safetensors.safe_open(folder / "one.safetensors", "pt") as file:
+        metadata = json.dumps(file.metadata())
         assert json.loads(file.metadata()["adapter_config"]) == json.loads((folder / "adapter_config.json").read_text())
     assert exported["again"] == exported["served"], "to export it changes nothing"
+    for text in ((folder / "adapter_config.json").read_text(), metadata):
+        assert str(MODEL.parent) not in text, "the server's folders are nobody's business"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "demo", "what clients call the model"
 
 
 def test_peft_loads_it(exact: Served, exported: dict[str, Any]) -> None:
@@ -93,7 +98,8 @@ def test_import_brings_it_back(exported: dict[str, Any], tmp_path: Path) -> None
     """B in a state dir is the delta that was served, and the version is the one that it was exported at."""
     from vllm.engine.arg_utils import EngineArgs
 
-    vllm_config = EngineArgs(model=str(MODEL), max_model_len=256, dtype="float32", enforce_eager=True).create_engine_config()
+    options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "served_model_name": ["acme/model-1", "other"]}
+    vllm_config = EngineArgs(model=str(MODEL), max_model_len=256, **options).create_engine_config()
     folder = StateDir(tmp_path / "state")
     folder.create()
     create(connect(folder.database), identity(vllm_config, TTTConfig()))
@@ -102,6 +108,8 @@ def test_import_brings_it_back(exported: dict[str, Any], tmp_path: Path) -> None
         offline.bring_in(name, source)
         assert offline.show(name)["version"] == exported["version"]
         offline.export(name, tmp_path / name)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "acme/model-1"
         data = (tmp_path / name / "adapter_model.safetensors").read_bytes()
         found = safetensors.torch.load(data)
         original = safetensors.torch.load((exported["folder"] / "one.safetensors").read_bytes())

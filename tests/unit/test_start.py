@@ -17,7 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_ttt import engine_args, plugin
+from vllm_ttt import engine_args, plugin, support
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.errors import ConfigError, PatchContractError
 from vllm_ttt.patches import _contract
@@ -172,6 +172,19 @@ def test_another_architecture_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(ModelConfig, "architectures", ["GemmaForCausalLM"])
     with pytest.raises(ConfigError, match=says):
         offline().create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, str(MODEL)),
+        ({"served_model_name": ["acme/model-1", "other"]}, "acme/model-1"),
+        ({"served_model_name": "/cache/hub/models--acme--model-1/snapshots/0123abcd"}, "acme/model-1"),
+    ],
+)
+def test_what_an_export_calls_the_model(options: dict[str, Any], name: str) -> None:
+    """With HF_HUB_OFFLINE vLLM serves the snapshot's path, and what the model is called is in it."""
+    assert support.served_name(offline(**options).create_engine_config().model_config) == name
 
 
 def test_a_rank_wider_than_the_model_is_refused_with_the_way_out() -> None:

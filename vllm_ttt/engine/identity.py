@@ -10,6 +10,7 @@ from typing import Any
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
+from vllm_ttt.support import served_name
 
 #: Keys of config.json that say nothing about what the model computes.
 _IRRELEVANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
@@ -18,7 +19,7 @@ _PIECES, _PIECE = 16, 4096
 
 
 def identity(vllm_config: Any, config: TTTConfig) -> dict[str, Any]:
-    """``{"model": {"name", "config", "weights"}, "adapt": {...}, "geometry": {...}, "dtype": str}``, for JSON.
+    """``{"model": {"name", "served", "config", "weights"}, "adapt": {...}, "geometry": {...}, "dtype": str}``, for JSON.
 
     ``weights`` is None where the weights are not safetensors files on this machine; then the configuration must do.
     """
@@ -29,6 +30,7 @@ def identity(vllm_config: Any, config: TTTConfig) -> dict[str, Any]:
     return {
         "model": {
             "name": str(model.model),
+            "served": served_name(model),
             "config": config_hash(folder) if folder else _hash(_widths(model.hf_text_config)),
             "weights": weights_hash(folder) if folder else None,
         },

@@ -85,7 +85,7 @@ class Offline:
         dtype = getattr(torch, self.identity["dtype"])
         tensors = {module: tensors[module] for module in self.geometry.shapes}
         metadata = {"session_id": name, "version": str(row.newest.version)}
-        base = self.identity["model"]["name"]
+        base = self.identity["model"].get("served") or self.identity["model"]["name"]
         data = peft.adapter(tensors, peft.projections(self.geometry, dtype), self.geometry, base, metadata)
         out.mkdir(parents=True, exist_ok=True)
         delta_file.write(out / "adapter_model.safetensors", data)

@@ -15,6 +15,7 @@ from vllm_ttt.errors import RequestError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.metrics import Snapshot
 from vllm_ttt.plugin import config_of
+from vllm_ttt.support import served_name
 from vllm_ttt.types import NO_ADAPTERS, StepPlan
 from vllm_ttt.worker import memory
 from vllm_ttt.worker.backlog import Backlog
@@ -100,7 +101,7 @@ class TTTWorkerMixin:
         tried = config.guard.probe_tokens if config.guard.every else 1
         self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ, self.pool)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.pool)
-        self.files = Files(self.trainer, geometry, self.vllm_config.model_config.model)
+        self.files = Files(self.trainer, geometry, served_name(model))
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
         self.meter = Meter(self.clock)
