@@ -25,7 +25,8 @@ _CONFLICT: dict[int | str, dict[str, Any]] = {
 
 _INVALID: dict[int | str, dict[str, Any]] = {422: {"model": models.ErrorResponse, "description": "Not what the schema allows"}}
 _FULL: dict[int | str, dict[str, Any]] = {
-    507: {"model": models.ErrorResponse, "description": "It could not be written; the session goes on from memory"}
+    503: {"model": models.ErrorResponse, "description": "The state dir cannot be read"},
+    507: {"model": models.ErrorResponse, "description": "It could not be written; the session stays as it was"},
 }
 
 #: ``:path`` so that an id with a slash is refused as an id; FastAPI would otherwise answer 404 as for an unknown route.
@@ -92,15 +93,15 @@ async def get_session(session_id: SessionId, request: Request) -> Any:
     return await _ask(request, "get", session_id)
 
 
-@router.post(_SESSION + "/reset", response_model=models.Session, responses=_ERRORS | _CONFLICT)
+@router.post(_SESSION + "/reset", response_model=models.Session, responses=_ERRORS | _CONFLICT | _FULL)
 async def reset_session(session_id: SessionId, request: Request) -> Any:
-    """Forget what the session learned; its next answer is the base model's."""
+    """Forget what the session learned; its next answer is the base model's. Answered when the state dir has it."""
     return await _ask(request, "reset", session_id)
 
 
-@router.delete(_SESSION, response_model=models.Deleted, responses=_ERRORS | _CONFLICT)
+@router.delete(_SESSION, response_model=models.Deleted, responses=_ERRORS | _CONFLICT | _FULL)
 async def delete_session(session_id: SessionId, request: Request) -> Any:
-    """Forget the session altogether."""
+    """Forget the session altogether. Answered when the state dir has it."""
     await _ask(request, "delete", session_id)
     return models.Deleted(session_id=session_id)
 
@@ -123,7 +124,7 @@ async def save_session(session_id: SessionId, request: Request) -> Any:
     return await _ask(request, "save", session_id)
 
 
-@router.post(_SESSION + "/rollback", response_model=models.Session, responses=_ERRORS | _CONFLICT)
+@router.post(_SESSION + "/rollback", response_model=models.Session, responses=_ERRORS | _CONFLICT | _FULL)
 async def roll_back_session(session_id: SessionId, body: models.Rollback, request: Request) -> Any:
     """Return to an earlier version, one of the session's `versions`; what it learned after that is forgotten."""
     return await _ask(request, "rollback", session_id, body.version)
