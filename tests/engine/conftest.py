@@ -35,7 +35,7 @@ SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "server": ({"sessions": {"resident": 6}}, []),
     # A guard that tries every few commits, and lets everything pass.
     "deep": (
-        {"adapt": {"preset": "deep", "layers": 8}, "sessions": {"resident": 4}, "guard": {"every": 4, "max_regression": 100}},
+        {"adapt": {"preset": "deep"}, "sessions": {"resident": 4}, "guard": {"every": 4, "max_regression": 100}},
         ["--dtype", "float32"],
     ),
 }
@@ -186,4 +186,4 @@ def oracle(models: dict[torch.dtype, nn.Module]) -> Callable[[], Oracle]:
 @pytest.fixture
 def deep_oracle(models: dict[torch.dtype, nn.Module]) -> Callable[[], DeepOracle]:
     """The same for the preset `deep`, as ``deep`` serves it."""
-    return lambda: DeepOracle(models[torch.float32], parse_config({"adapt": {"layers": 8}}, "deep"))
+    return lambda: DeepOracle(models[torch.float32], parse_config(None, "deep"))

@@ -236,7 +236,7 @@ class TTTWorkerMixin:
         sessions = [min(-(-tokens // config.learn.chunk), config.sessions.resident) for tokens in sizes]
         shapes = [(S, min(-(-tokens // S), config.learn.chunk)) for S, tokens in zip(sessions, sizes, strict=True)]
         many = min(config.schedule.tokens_per_step // SMALLEST_SHARE, config.sessions.resident)
-        if many > 1:
+        if many > 1 and self.clock.cuda:
             shapes.append((many, min(SMALLEST_SHARE, config.learn.chunk)))  # many sessions with a little to learn each
         for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed, before), strict=False):
             self.budget.calibrate(tokens, seconds)
@@ -245,7 +245,7 @@ class TTTWorkerMixin:
 
     def _timed(self, run: Any) -> float:
         times = []
-        for _ in range(3):
+        for _ in range(3 if self.clock.cuda else 1):  # a CPU has nothing to load, and its steps take long
             first = self.clock.mark()
             run()
             last = self.clock.mark()
