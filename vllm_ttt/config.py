@@ -45,8 +45,6 @@ class AdaptConfig(_Model):
     """The linear layers that get a delta: some of o_proj, gate_up_proj and down_proj."""
     rank: int = 64
     """Rank of a delta; one of the ranks that vLLM's LoRA slots can have."""
-    kv_pool_gib: Annotated[float, Field(gt=0, le=65536)] = 1.0
-    """`deep`: GiB for keys and values of requests that are being learned; where it is full, the rest of a request is not."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the fixed projections A. Deltas learned under one seed mean nothing under another."""
 

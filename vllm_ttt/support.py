@@ -146,10 +146,13 @@ def check_layers(hf: Any, config: TTTConfig, max_model_len: int) -> None:
     window = getattr(hf, "sliding_window", None) if getattr(hf, "use_sliding_window", True) else None
     if window is None or window >= max_model_len:
         return
-    for i in reversed(range(hf.num_hidden_layers - layers + 1, hf.num_hidden_layers)):
+    if config.adapt.preset != "deep":
+        return
+    every = layers == hf.num_hidden_layers  # then the step attends in the lowest of them too
+    for i in reversed(range(hf.num_hidden_layers - layers + (not every), hf.num_hidden_layers)):
         if kinds is None or kinds[i] == "sliding_attention":
             what = f"{kinds[i]} in layer {i}" if kinds else f"a sliding window of {window} tokens"
-            most = 1 if not kinds else hf.num_hidden_layers - i
+            most = 1 if not kinds else hf.num_hidden_layers - max(i, 1)
             raise ConfigError(
                 f"the model has {what}, which the preset deep cannot learn through: adapt.layers may be at most {most} here, "
                 f"or serve with adapt.preset last, or with --max-model-len {window}"

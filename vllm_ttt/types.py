@@ -160,6 +160,10 @@ class StepPlan:
     ended: dict[str, int] = field(default_factory=dict)
     #: whether the batch has rows of a session
     sessions: bool = False
+    #: requests that have left the engine, and are to be learned before the batch runs: others need their blocks
+    urgent: list[str] = field(default_factory=list)
+    #: requests that have left the engine, and whose blocks others have now: what waits of them is given up
+    lost: list[str] = field(default_factory=list)
     #: sessions to be written, read or forgotten, in this order
     files: list[FileOrder] = field(default_factory=list)
 
@@ -209,6 +213,8 @@ class StepReport:
     began: dict[str, int] = field(default_factory=dict)
     #: (request id, session) of requests of which everything that is to be learned has been, and is being served
     settled: list[tuple[str, int]] = field(default_factory=list)
+    #: requests that have left the engine, and whose blocks nobody reads any more
+    released: list[str] = field(default_factory=list)
     #: what has become of file orders, in the order in which it happened
     files: list[FileReport] = field(default_factory=list)
     #: captured tokens that wait for their step

@@ -19,10 +19,10 @@ import torch
 import yaml
 from served import SCORED, Documents, Served, answers_beside, logprobs
 from torch import nn
+from vllm_ttt.eval.deep_oracle import DeepOracle
 
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.eval import server as processes
-from vllm_ttt.eval.deep_oracle import DeepOracle
 from vllm_ttt.eval.oracle import Oracle, load_model
 
 HERE = Path(__file__).parent

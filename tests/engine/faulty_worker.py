@@ -75,7 +75,7 @@ class FaultyWorker(TTTCPUWorker):
             "queued": sum(map(len, backlog.queues.values())),
             "closing": len(backlog.closing),
             "dirty": len(self.trainer.dirty),
-            "pages_free": len(backlog.free),
+            "pages_free": backlog.room,
             "pages": backlog.t_PC.shape[0],
             "pinned": len(deltas.pinned),
             "evictions": deltas.evictions,
@@ -87,14 +87,6 @@ class FaultyWorker(TTTCPUWorker):
         recorded = {"batches": self.test_batches, "updates": self.test_updates}
         self.test_batches, self.test_updates = [], []
         return recorded
-
-    def test_pool(self, pages: int) -> dict[str, int]:
-        """Leave so many pages of the pool of keys and values free, or with -1 give all back; how many were free before."""
-        pool, free = self.pool, len(self.pool.free) if self.pool else 0
-        assert pool is not None
-        held = {page for one in pool.held.values() for page in one.pages}
-        pool.free = [p for p in range(pool.pages) if p not in held] if pages < 0 else pool.free[:pages]
-        return {"free": free}
 
     def test_cpu_lora(self, which: str) -> None:
         """``stock``: vLLM's own LoRA on the CPU, as it is without our cure; ``grouped``: ours."""

@@ -19,6 +19,7 @@ from vllm_ttt.engine.admission import check_adapter, knobs_of
 from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.guarded import Guarded
+from vllm_ttt.engine.held import HeldBlocks
 from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.probe import ProbeReading, pieces
@@ -54,6 +55,7 @@ class TTTScheduler(AsyncScheduler):
         tools = self._give_up, self.ttt_meters, self.ttt_guard
         self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, *tools)
         self.ttt_blocks = BlockKeys(config)
+        self.ttt_held = HeldBlocks(self.kv_cache_manager.block_pool)
         self.ttt_trust = Trust(config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
         self.ttt_alarm: Alarm | None = None
@@ -180,8 +182,7 @@ class TTTScheduler(AsyncScheduler):
         if not learns:
             return super()._get_local_prefix_cache_hit(request)
         cache = self.kv_cache_manager
-        # With `deep` the chunks attend to the keys and values of all that comes before: it is computed, to be captured.
-        if self.ttt_blocks.on or not cache.prefix_cache_lookup_enabled(request):
+        if not cache.prefix_cache_lookup_enabled(request):
             return cache.empty_kv_cache_blocks, 0, 0, False
         blocks, tokens, _ = cache.coordinator.find_longest_cache_hit(request.block_hashes, attached.start)
         return cache.create_kv_cache_blocks(blocks), tokens, 0, False
@@ -199,6 +200,7 @@ class TTTScheduler(AsyncScheduler):
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended, files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
+        plan.urgent, plan.lost = self.ttt_held.urgent(), self.ttt_held.take_lost()
         if self.ttt_requests or self.ttt_probe.open:
             for request_id in output.num_scheduled_tokens:
                 attached = self.ttt_requests.get(request_id)
@@ -252,6 +254,7 @@ class TTTScheduler(AsyncScheduler):
         report: StepReport | None = getattr(model_runner_output, "ttt", None)
         if report is not None:
             self._read(report)
+            self.ttt_held.read(scheduler_output.ttt, report)  # type: ignore[attr-defined]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.ttt_requests or self.ttt_probe.open:
             for per_client in outputs.values():
@@ -321,6 +324,20 @@ class TTTScheduler(AsyncScheduler):
         if output.finish_reason is not None:
             self._detach(output.request_id)
 
+    def _free_request_blocks(self, request: Request) -> None:
+        """Of a request that leaves the engine, or is preempted. What of it is still to be learned reads them."""
+        attached = self.ttt_requests.get(request.request_id)
+        learns = attached is not None and attached.started and request.request_id in attached.session.open
+        if self.ttt_blocks.on and learns and request.is_finished():
+            self.ttt_held.hold(request.request_id, self.kv_cache_manager.pop_blocks_for_free(request))
+            return
+        super()._free_request_blocks(request)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        if reset_running_requests:
+            self.ttt_held.give_up()
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
         finished = super().finish_requests(request_ids, finished_status)
         for request in finished:
@@ -356,7 +373,8 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_refused.clear()
 
     def has_requests(self) -> bool:
-        return super().has_requests() or self.ttt_report.busy or bool(self.ttt_refused) or self.ttt_tiers.busy
+        ours = self.ttt_report.busy or self.ttt_refused or self.ttt_tiers.busy or self.ttt_held.requests
+        return super().has_requests() or bool(ours)
 
     def _give_up(self, session: Session, error: RequestError) -> None:
         """Refuse the requests of a session that cannot be brought back; none of them has started."""

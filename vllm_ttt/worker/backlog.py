@@ -1,6 +1,6 @@
 """Captured tokens on their way to the micro-step.
 
-A chunk is a page of three static tensors. Rows of a batch are copied into the open page of their request; a page that is
+A chunk is a page of four static tensors. Rows of a batch are copied into the open page of their request; a page that is
 full, or whose prompt or answer has ended, joins its session's queue, in the order of arrival.
 """
 
@@ -28,6 +28,8 @@ class Chunk:
     #: its first pair
     first: int
     rows: int = 0
+    #: the blocks of its request in vLLM's KV cache: the same list, which grows
+    blocks: list[int] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -41,13 +43,23 @@ class Reading:
     plan: RequestPlan
     #: the first pair that has not been captured; history and recomputed ones before it are not captured
     next: int
+    #: its blocks in vLLM's KV cache, as vLLM numbers them
+    blocks: list[int] = field(default_factory=list)
     open: Chunk | None = None
+    #: something of it has been captured since it was begun, or begun anew
+    begun: bool = False
+    #: pairs before this one have been learned, or said not to be
+    known: int = 0
+    #: pairs before this one had been captured when it was preempted
+    seen: int = 0
     #: the whole prompt has gone through the model
     prompt_read: bool = False
     #: chunks that wait for their step, the open one apart
     unlearned: int = 0
     #: nothing more will be captured
     closed: bool = False
+    #: it has been said that nobody reads its blocks any more
+    released: bool = False
 
 
 @dataclass(slots=True)
@@ -57,16 +69,21 @@ class Copy:
     source: list[Tensor] = field(default_factory=list)
     target: list[Tensor] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
+    next_tokens: list[Tensor] = field(default_factory=list)
 
 
 class Backlog:
-    """Pages, running requests and queues. Shapes: h [P, C, D], a [P, C, Q], t [P, C] int64; P pages of C rows."""
+    """Pages, running requests and queues. Shapes: h [P, C, D], a [P, C, Q], x and t [P, C] int64; P pages of C rows.
+
+    ``x`` are the tokens of the rows, and ``t`` those that follow. Where the step begins at the embedding, D and Q are 0.
+    """
 
     def __init__(self, pages: int, chunk: int, min_chunk: int, h_ND: Tensor, a_NQ: Tensor):
         """Allocate ``pages`` pages of ``chunk`` rows, like the rows of the capture buffers."""
         self.h_PCD = h_ND.new_zeros(pages, chunk, h_ND.shape[1])
         self.a_PCQ = a_NQ.new_zeros(pages, chunk, a_NQ.shape[1])
-        self.t_PC = torch.zeros(pages, chunk, dtype=torch.int64, device=h_ND.device)
+        self.x_PC = torch.zeros(pages, chunk, dtype=torch.int64, device=h_ND.device)
+        self.t_PC = torch.zeros_like(self.x_PC)
         self.chunk, self.min_chunk = chunk, min_chunk
         self.free = list(range(pages - 1, -1, -1))
         #: pages given back since the last gather: the copies of that gather may still be queued to them
@@ -77,6 +94,8 @@ class Backlog:
         self.short: list[Chunk] = []
         #: chunks that repeat themselves, likewise
         self.repetitive: list[Chunk] = []
+        #: pairs of requests that ended before they could be captured again, likewise
+        self.lost: list[Chunk] = []
         #: learning requests until all of them has been learned; they may outlive their reading
         self.closing: dict[str, Reading] = {}
 
@@ -94,6 +113,10 @@ class Backlog:
             return
         if reading.open is not None and pairs is not None:
             reading.open.rows -= max(0, min(reading.next - pairs, reading.open.rows))
+        end = reading.seen if pairs is None else min(reading.seen, pairs)
+        if reading.next < end and not reading.closed:
+            first = reading.next if reading.open is None else reading.open.first
+            self.lost.append(Chunk(reading.plan.session, request, page=-1, first=first, rows=end - first))
         if reading.open is not None:
             if reading.prompt_read:
                 self._close(reading)
@@ -102,6 +125,42 @@ class Backlog:
                 reading.open = None
         if not reading.closed:
             self._end(request, reading)
+
+    def preempt(self, request: str) -> None:
+        """vLLM has taken the request's blocks: what of it waits to be learned has no past any more.
+
+        Where the request runs, it will be computed again, and captured again from the first pair that was not learned.
+        """
+        reading = self.readings.get(request) or self.closing.get(request)
+        if reading is None or not reading.plan.learn:
+            return
+        lost = [chunk for chunk in self.queues.get(reading.plan.session, ()) if chunk.request == request]
+        for chunk in lost:
+            self.queues[reading.plan.session].remove(chunk)
+            reading.unlearned -= 1
+        if not self.queues.get(reading.plan.session, True):
+            del self.queues[reading.plan.session]
+        if reading.open is not None:
+            lost.append(reading.open)
+            reading.open = None
+        for chunk in lost:
+            self._release(chunk)
+        if request not in self.readings:
+            self.lost += lost
+            return
+        reading.blocks, reading.begun = [], False
+        if lost:
+            reading.seen, reading.next = max(reading.seen, reading.next), lost[0].first
+            reading.prompt_read = reading.next >= reading.plan.prompt - 1
+            reading.closed = False
+
+    def note_blocks(self, request: str, blocks: Sequence[int], anew: bool) -> None:
+        """vLLM has given the request further blocks, or with ``anew`` these alone."""
+        if (reading := self.readings.get(request)) is None:
+            return
+        if anew:
+            reading.blocks = []  # chunks that wait keep the list that they know
+        reading.blocks += blocks
 
     def take(self, view: list[Rows], h_ND: Tensor, a_NQ: Tensor) -> None:
         """Copy the rows that are to be learned into their pages, and close the chunks that are complete.
@@ -121,7 +180,9 @@ class Backlog:
         source, target = to_device(torch.cat(copy.source), device), to_device(torch.cat(copy.target), device)
         self.h_PCD.flatten(0, 1).index_copy_(0, target, h_ND.index_select(0, source))
         self.a_PCQ.flatten(0, 1).index_copy_(0, target, a_NQ.index_select(0, source))
-        self.t_PC.flatten().index_copy_(0, target, torch.cat(copy.tokens))
+        self.t_PC.flatten().index_copy_(0, target, torch.cat(copy.next_tokens))
+        if copy.tokens:
+            self.x_PC.flatten().index_copy_(0, target, torch.cat(copy.tokens))
 
     @property
     def room(self) -> int:
@@ -142,6 +203,10 @@ class Backlog:
             else:
                 room -= needed
         return lacking
+
+    def waits(self, requests: Sequence[str]) -> bool:
+        """Whether something of the requests, which have left the engine, has not been learned."""
+        return any((r := self.closing.get(request)) is not None and r.unlearned for request in requests)
 
     def heads(self) -> list[Chunk]:
         """The next chunk of each session that has one, longest-waiting session first."""
@@ -192,8 +257,15 @@ class Backlog:
 
     def reading_sessions(self) -> set[int]:
         """Sessions that have a prompt which has been read in part: their slot must not change now, but for interleaving."""
-        started = (r for r in self.readings.values() if r.next > r.plan.start and not r.prompt_read and not r.closed)
+        started = (r for r in self.readings.values() if r.begun and not r.prompt_read and not r.closed)
         return {r.plan.session for r in started if not r.plan.interleave}
+
+    def released(self) -> list[str]:
+        """Requests that have left the engine, and nothing of which waits to be learned: nobody reads their blocks any more."""
+        gone = [name for name, r in self.closing.items() if name not in self.readings and not r.unlearned and not r.released]
+        for name in gone:
+            self.closing[name].released = True
+        return gone
 
     def settled(self) -> list[tuple[str, int]]:
         """(request, session) of requests of which all has been learned. They stay until `forget`."""
@@ -236,7 +308,7 @@ class Backlog:
             part_end = min(end, last_of_prompt) if in_prompt else end
             if plan.learn and (in_prompt or plan.learn_output):
                 if reading.open is None:
-                    reading.open = Chunk(plan.session, rows.request, self.free.pop(), first=position)
+                    reading.open = Chunk(plan.session, rows.request, self.free.pop(), first=position, blocks=reading.blocks)
                 chunk = reading.open
                 part_end = min(part_end, position + self.chunk - chunk.rows)
                 self._copy_rows(rows, position, part_end, chunk, copy)
@@ -244,6 +316,7 @@ class Backlog:
                     self._close(reading)
             position = part_end
         reading.next = max(reading.next, end)
+        reading.begun = reading.begun or reading.next > plan.start
         if not reading.prompt_read and reading.next >= last_of_prompt:
             reading.prompt_read = True
             if not (plan.learn and plan.learn_output):
@@ -271,19 +344,19 @@ class Backlog:
         start = chunk.page * self.chunk + chunk.rows
         copy.source.append(torch.arange(rows.first + offset, rows.first + offset + n))
         copy.target.append(torch.arange(start, start + n))
-        copy.tokens.append(rows.next_tokens[offset : offset + n])
+        copy.next_tokens.append(rows.next_tokens[offset : offset + n])
+        if rows.tokens is not None:
+            copy.tokens.append(rows.tokens[offset : offset + n])
         chunk.rows += n
 
     def _close(self, reading: Reading) -> None:
         chunk, reading.open = reading.open, None
         assert chunk is not None
-        if chunk.rows < self.min_chunk:
-            if chunk.rows:
-                self.short.append(chunk)
-            self._release(chunk)
-            return
-        if _repeats(chunk, reading.plan):
-            self.repetitive.append(chunk)
+        short = chunk.rows < self.min_chunk
+        if short or _repeats(chunk, reading.plan):
+            if chunk.end > max(chunk.first, reading.known):  # else it was said before the request was preempted
+                (self.short if short else self.repetitive).append(chunk)
+                reading.known = chunk.end
             self._release(chunk)
             return
         self.queues.setdefault(chunk.session, deque()).append(chunk)

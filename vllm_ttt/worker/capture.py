@@ -1,5 +1,5 @@
 """Keep what the micro-step needs of each token of a batch: the residual stream and the attention output of the first adapted
-layer, and the keys and values of those above it.
+layer. Where that is the model's first layer nothing is kept: the step begins at the embedding.
 
 One custom op copies them into static buffers while the model runs. It is opaque to torch.compile and sits inside CUDA graphs
 like any other kernel; a flag on the host makes it return at once in batches that have no session.
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -69,26 +68,16 @@ class CapturingPlainProjection(RowParallelLinear):
         return super().forward(input_)
 
 
-class CapturingAttention(Attention):
-    """The attention of a layer above the first adapted one: its keys and values, as they go into the KV cache."""
-
-    ttt_keys: Tensor
-    ttt_values: Tensor
-    ttt_idle: Tensor
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        torch.ops.vllm.ttt_capture(key, self.ttt_keys, self.ttt_idle)
-        torch.ops.vllm.ttt_capture(value, self.ttt_values, self.ttt_idle)
-        return super().forward(query, key, value, *args, **kwargs)
-
-
 class Capture:
-    """The static buffers: ``h_ND`` and ``a_NQ``, N rows for as many tokens as a batch can have, in the model's dtype; and
-    ``keys`` and ``values``, one [N, kv_heads * head] for each layer above the first adapted one."""
+    """The static buffers: ``h_ND`` and ``a_NQ``, N rows for as many tokens as a batch can have, in the model's dtype; without
+    a width where every layer is adapted."""
 
     def __init__(self, modules: TailModules, max_tokens: int, dtype: torch.dtype, device: torch.device, idle: Tensor):
         """``idle``: bool, on the host; whether the batch that runs has no row of a session."""
         lowest = modules.layers[0]
+        if modules.embedding is not None:
+            self.h_ND = self.a_NQ = torch.zeros(max_tokens, 0, dtype=dtype, device=device)
+            return
         self.h_ND = torch.zeros(max_tokens, lowest.norm.hidden_size, dtype=dtype, device=device)
         self.a_NQ = torch.zeros(max_tokens, lowest.o_proj.input_size, dtype=dtype, device=device)
         for module, cls, buffer in (
@@ -97,11 +86,3 @@ class Capture:
         ):
             module.__class__ = cls
             module.ttt_buffer, module.ttt_idle = buffer, idle
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        for layer in modules.layers[1:]:
-            attn = layer.attention.attn
-            for buffers, heads in ((self.keys, attn.head_size), (self.values, attn.head_size_v)):
-                buffers.append(torch.zeros(max_tokens, attn.num_kv_heads * heads, dtype=dtype, device=device))
-            attn.__class__ = CapturingAttention
-            attn.ttt_keys, attn.ttt_values, attn.ttt_idle = self.keys[-1], self.values[-1], idle

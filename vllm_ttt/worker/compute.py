@@ -133,10 +133,10 @@ class Compute:
         nothing = self.tail.zeros(len(flat), self.tail.head_VD.dtype)
         return accumulate(self.tail, nothing, *self._gather(flat), weight, None, past)
 
-    def _gather(self, flat_SC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gather(self, flat_SC: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         pages, flat = self.backlog, flat_SC.flatten()
         pick = lambda x: x.flatten(0, 1).index_select(0, flat).view(*flat_SC.shape, *x.shape[2:])  # noqa: E731
-        return pick(pages.h_PCD), pick(pages.a_PCQ), pick(pages.t_PC)
+        return *self.tail.entering(pick(pages.h_PCD), pick(pages.a_PCQ), pick(pages.x_PC)), pick(pages.t_PC)
 
     def _capture(
         self, function: Callable[..., Tensor], values: tuple[Tensor, ...], pool: Any, past: Past | None = None

@@ -16,14 +16,9 @@ def pages(config: TTTConfig) -> int:
     return config.schedule.backlog_tokens // config.learn.chunk + config.sessions.resident
 
 
-def past_pages(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int) -> int:
-    """Pages of the pool of keys and values: what ``kv_pool_gib`` holds, and no more than all resident sessions can fill."""
-    if geometry.layers == 1:
-        return 0
-    page = config.learn.chunk * _past_bytes(geometry, itemsize)
-    return min(
-        int(config.adapt.kv_pool_gib * 2**30) // page, config.sessions.resident * -(-max_model_len // config.learn.chunk)
-    )
+def begins_at_embedding(geometry: Geometry, config: TTTConfig) -> bool:
+    """Whether every layer is adapted, so that nothing need be captured in the forward pass."""
+    return config.adapt.preset == "deep" and geometry.layer == 0
 
 
 def needs(
@@ -45,24 +40,20 @@ def needs(
     D, Q, F, rows = geometry.hidden, geometry.attention, geometry.feed_forward, config.sessions.resident
     tokens = pages(config) * config.learn.chunk
     tried = config.guard.probe_tokens if config.guard.every else 1
-    past = _past_bytes(geometry, itemsize)
+    captured = 16 + (0 if begins_at_embedding(geometry, config) else (D + Q) * itemsize)
     parts = {
         f"masters of {rows} resident sessions (sessions.resident, adapt.rank)": (rows + 1) * geometry.bytes,
-        f"activations of {tokens:,} tokens that may wait to be learned (schedule.backlog_tokens)": (
-            tokens * ((D + Q) * itemsize + 8)
-        ),
-        f"the guard's text, {tried:,} tokens (guard.probe_tokens)": tried * ((D + Q) * itemsize + 8),
-        f"activations of a batch of {max_tokens:,} tokens (--max-num-batched-tokens)": max_tokens * (D + Q) * itemsize,
+        f"activations of {tokens:,} tokens that may wait to be learned (schedule.backlog_tokens)": tokens * captured,
+        f"the guard's text, {tried:,} tokens (guard.probe_tokens)": tried * captured,
+        f"activations of a batch of {max_tokens:,} tokens (--max-num-batched-tokens)": max_tokens * (captured - 16),
         "fixed projections and the workspace of the loss": step_itemsize * (geometry.rank * (D + Q + F) + LOSS_ROWS * vocab),
     }
     if step_itemsize != itemsize:
-        weights = geometry.layers * D * (Q + 3 * F) + (geometry.layers - 1) * D * (Q + 2 * geometry.keys) + vocab * D
+        attending = geometry.layers - (not begins_at_embedding(geometry, config))
+        weights = geometry.layers * D * (Q + 3 * F) + attending * D * (Q + 2 * geometry.keys) + vocab * D
         parts["float32 copies of the adapted layers and lm_head (this CPU has no 16-bit products)"] = step_itemsize * weights
     if geometry.layers > 1:
-        pool = past_pages(geometry, config, itemsize, max_model_len) * config.learn.chunk
         parts |= {
-            f"keys and values of {pool:,} tokens (adapt.kv_pool_gib)": pool * past,
-            f"keys and values of a batch of {max_tokens:,} tokens (--max-num-batched-tokens)": max_tokens * past,
             "a step over several layers (adapt.layers, schedule.tokens_per_step, --max-model-len)": (
                 step_bytes(geometry, config, step_itemsize, max_model_len)
             ),
@@ -80,11 +71,6 @@ def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_l
     sessions = max(1, tokens // SMALLEST_SHARE)
     packed = sessions * max_model_len * 2 * (geometry.keys + Q) * itemsize  # SDPA shows each key to each of its queries' heads
     return geometry.layers * (tokens * row + packed) + 4 * sessions * geometry.bytes
-
-
-def _past_bytes(geometry: Geometry, itemsize: int) -> int:
-    """Keys and values of one token, in all layers above the first adapted one."""
-    return (geometry.layers - 1) * 2 * geometry.keys * itemsize
 
 
 def check(parts: dict[str, int], left: int) -> None:

@@ -55,9 +55,11 @@ class Tail:
     bd_D: Tensor | None = None
     logit_scale: float = 1.0
     soft_cap: float | None = None
-    #: the adapted layers below the last, lowest first, and the attention of each layer above the lowest
+    #: the adapted layers below the last, lowest first, and the attention of each layer above the lowest; of the lowest too
+    #: where that is the model's first: it is entered by ``embedding_VD``
     lower: tuple[Block, ...] = ()
     attentions: tuple[QKV, ...] = ()
+    embedding_VD: Tensor | None = None
     kernel: Attention = field(default_factory=SDPAAttention)
 
     def __post_init__(self) -> None:
@@ -67,6 +69,11 @@ class Tail:
         self.norms = Norms(self.modules, [x.norm for x in self.blocks], self.head_VD.device)
 
     @property
+    def captured(self) -> int:
+        """Layers whose attention output is captured where it is served: the first adapted one, or none."""
+        return len(self.blocks) - len(self.attentions) if self.attentions else 1
+
+    @property
     def blocks(self) -> tuple[Block | Tail, ...]:
         """The adapted layers, lowest first."""
         return (*self.lower, self)
@@ -74,6 +81,10 @@ class Tail:
     @property
     def rank(self) -> int:
         return self.ao_RQ.shape[0]
+
+    def entering(self, h: Tensor, a: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What enters the first adapted layer: ``h`` and ``a`` as captured, or the embeddings of the tokens ``x``."""
+        return (h, a) if self.embedding_VD is None else (torch.nn.functional.embedding(x, self.embedding_VD), None)
 
     def zeros(self, sessions: int, dtype: torch.dtype = torch.float32) -> Delta:
         """The delta of so many fresh sessions."""
@@ -85,7 +96,7 @@ def accumulate(
     tail: Tail,
     delta: Delta,
     h_SCD: Tensor,
-    a_SCQ: Tensor,
+    a_SCQ: Tensor | None,
     t_SC: Tensor,
     w_SC: Tensor,
     grad: Delta | None,
@@ -95,7 +106,8 @@ def accumulate(
 
     Args:
         delta: B, in the tail's dtype.
-        h_SCD: residual stream entering the first adapted layer. a_SCQ: that layer's attention output. Both as served.
+        h_SCD: residual stream entering the first adapted layer. a_SCQ: that layer's attention output, None where the step
+            computes it. Both as served.
         t_SC: int64, the token that follows.
         w_SC: float32, weight of each row's loss: 1 / (rows of its chunk), and 0 for padding.
         grad: float32; None to compute the loss alone.
@@ -117,25 +129,26 @@ def accumulate(
         d_TD = block.backward(blocks[i], tail, delta.layer(i), grad.layer(i), passed.pop(), d_TD, S)
         if i:
             da_TQ = block.attention_gradient(blocks[i], tail, delta.layer(i), d_TD, S)
-            d_TD = d_TD + qkv.backward(tail.attentions[i - 1], tail.kernel, rotated.pop(), da_TQ)
+            d_TD = d_TD + qkv.backward(tail.attentions[i - tail.captured], tail.kernel, rotated.pop(), da_TQ)
     return loss_S
 
 
 def forward(
-    tail: Tail, delta: Delta, h_SCD: Tensor, a_SCQ: Tensor, past: Past | None, grad: bool
+    tail: Tail, delta: Delta, h_SCD: Tensor, a_SCQ: Tensor | None, past: Past | None, grad: bool
 ) -> tuple[Tensor, list[Passed], list[Rotated]]:
     """The residual stream [T, D] that leaves the last layer, and what a backward needs of each layer where ``grad``.
 
     Arguments as for `accumulate`.
     """
     S, C, D = h_SCD.shape
-    r_TD, a_TQ = h_SCD.reshape(S * C, D), a_SCQ.reshape(S * C, -1).to(tail.wo_DQ.dtype)
+    r_TD, a_TQ = h_SCD.reshape(S * C, D).float(), None if a_SCQ is None else a_SCQ.reshape(S * C, -1).to(tail.wo_DQ.dtype)
     passed, rotated = [], []
     for i, layer in enumerate(tail.blocks):
-        if i:
+        if (number := i - tail.captured) >= 0:
             assert past is not None
-            a_TQ, turned = qkv.forward(tail.attentions[i - 1], tail.kernel, past, i - 1, r_TD, grad)
+            a_TQ, turned = qkv.forward(tail.attentions[number], tail.kernel, past, number, r_TD, grad and i > 0)
             rotated.append(turned)
+        assert a_TQ is not None
         r_TD, saved = block.forward(layer, tail, delta.layer(i), r_TD, a_TQ, S)
         if grad:
             passed.append(saved)

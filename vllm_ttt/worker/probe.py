@@ -1,7 +1,8 @@
 """The guard's text as it enters the first adapted layer: captured once, through the model that is served, and kept.
 
 Neither the residual stream nor the attention output of that layer depends on a delta, so what a delta does to the text is a
-forward of the tail over these rows. With several adapted layers the rows of a piece attend to one another, and to nothing else.
+forward of the tail over these rows. With several adapted layers the rows of a piece attend to one another, and to nothing else;
+with all of them, the tokens are all that is kept.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
 from vllm_ttt.worker.delta import Delta
+from vllm_ttt.worker.kv_cache import KVCache
 from vllm_ttt.worker.micro_step import Tail, accumulate
-from vllm_ttt.worker.past import Before, PastPool
+from vllm_ttt.worker.past import Before
 from vllm_ttt.worker.step_view import Rows
 
 
 class Probe:
-    """Shapes: h [P, D], a [P, Q], t [P] int64."""
+    """Shapes: h [P, D], a [P, Q], x and t [P] int64, the tokens and those that follow them."""
 
-    def __init__(self, rows: int, h_ND: Tensor, a_NQ: Tensor, pool: PastPool | None = None):
+    def __init__(self, rows: int, h_ND: Tensor, a_NQ: Tensor, cache: KVCache | None = None):
         """Allocate room for ``rows`` rows like those of the capture buffers.
 
         Args:
-            pool: as for `Trainer`; None where the rows do not attend to one another.
+            cache: as for `Trainer`; None where the rows do not attend to one another.
         """
-        self.pool = pool
+        self.cache = cache
         self.h_PD = h_ND.new_zeros(rows, h_ND.shape[1])
         self.a_PQ = a_NQ.new_zeros(rows, a_NQ.shape[1])
-        self.t_P = torch.zeros(rows, dtype=torch.int64, device=h_ND.device)
+        self.x_P = torch.zeros(rows, dtype=torch.int64, device=h_ND.device)
+        self.t_P = torch.zeros_like(self.x_P)
         #: rows that are a request's
         self.taken = 0
         #: requests that are being read: the pair of each that comes next, and their rows, which are consecutive
@@ -52,6 +55,8 @@ class Probe:
                 source, target = slice(rows.first + skip, rows.first + skip + count), slice(first, first + count)
                 self.h_PD[target], self.a_PQ[target] = h_ND[source], a_NQ[source]
                 self.t_P[target] = rows.next_tokens[skip : skip + count]
+                if rows.tokens is not None:
+                    self.x_P[target] = rows.tokens[skip : skip + count]
                 self.reading[rows.request] = expected + count, place
 
     def finish(self, request: str) -> None:
@@ -59,7 +64,7 @@ class Probe:
         read, piece = self.reading.pop(request, (0, range(0)))
         if not read == len(piece) > 0:
             return
-        if self.pool is None and self.pieces and self.pieces[-1].stop == piece.start:
+        if self.cache is None and self.pieces and self.pieces[-1].stop == piece.start:
             piece = range(self.pieces.pop().start, piece.stop)
         self.pieces.append(piece)
 
@@ -76,7 +81,7 @@ class Probe:
         """What to try where ``done`` rows have been: at most ``most``, but all that attend to one another."""
         for piece in self.pieces:
             if done < len(piece):
-                return piece[done : done + most] if self.pool is None else piece
+                return piece[done : done + most] if self.cache is None else piece
             done -= len(piece)
         return range(0)
 
@@ -84,5 +89,6 @@ class Probe:
         """[1] float32: the sum of the losses of some rows in nats, under ``delta``, one session's in the tail's dtype."""
         at, count = slice(rows.start, rows.stop), len(rows)
         weight = torch.ones(1, count, device=self.t_P.device)
-        past = None if self.pool is None else Before(self.pool, ()).past(1, count).to(self.t_P.device)
-        return accumulate(tail, delta, self.h_PD[None, at], self.a_PQ[None, at], self.t_P[None, at], weight, None, past)
+        past = None if self.cache is None else Before(self.cache, ()).past(1, count).to(self.t_P.device)
+        h, a = tail.entering(self.h_PD[None, at], self.a_PQ[None, at], self.x_P[None, at])
+        return accumulate(tail, delta, h, a, self.t_P[None, at], weight, None, past)

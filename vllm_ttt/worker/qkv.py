@@ -1,4 +1,4 @@
-"""The attention of one layer above the first adapted one, forward and backward by hand, the attention proper apart: its norm,
+"""The attention of one layer, forward and backward by hand, the attention proper apart: its norm,
 the projection to queries, keys and values, Qwen3's norms of each head, and the rotary embedding. All of it is frozen.
 
 Dimension suffixes as in micro_step.py and attention.py; X = (H + 2 G) E.
@@ -6,8 +6,8 @@ Dimension suffixes as in micro_step.py and attention.py; X = (H + 2 G) E.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,25 +45,28 @@ class QKV:
         return self.wqkv_XD.shape[0] // (self.heads + 2 * self.kv_heads)
 
 
+class Served(Protocol):
+    """Keys and values as they were served."""
+
+    def read(self, layer: int, slots_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [P, G, E] in some slots, of a layer: the lowest whose attention the step computes is 0."""
+        ...
+
+
 @dataclass
 class Past:
-    """What the chunks of a step attend to besides themselves, for every layer above the first adapted one."""
+    """What the chunks of a step attend to besides themselves."""
 
     layout: Layout
     #: [T] int64, position of each row in its request
     positions_T: Tensor
-    #: [P] int64, rows of ``keys`` and ``values``: the pasts, session after session
+    #: [P] int64, slots of ``cache``: the pasts, session after session
     source_P: Tensor
-    #: by layer, counted from the second adapted one, whose number is 0: [rows, G E], as they were served
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    kv_heads: int
+    cache: Served
 
     def served(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [P, G, E] of a layer."""
-        found = (x[layer].index_select(0, self.source_P) for x in (self.keys, self.values))
-        keys, values = (x.unflatten(1, (self.kv_heads, -1)) for x in found)
-        return keys, values
+        return self.cache.read(layer, self.source_P)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What differs from step to step; `by` takes it back."""
@@ -94,7 +97,7 @@ def forward(w: QKV, kernel: Attention, past: Past, layer: int, r_TD: Tensor, gra
     """The attention output [T, Q] in the dtype of the weights, of the residual stream ``r_TD``, float32, that enters the layer.
 
     Args:
-        layer: counted from the second adapted one, whose number is 0.
+        layer: counted from the lowest whose attention the step computes.
         grad: whether `backward` will be called.
     """
     dt, E = w.wqkv_XD.dtype, w.head

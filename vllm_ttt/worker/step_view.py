@@ -24,6 +24,8 @@ class Rows:
     position: int
     #: [rows] int64, the token that follows
     next_tokens: Tensor
+    #: [rows] int64, the token itself; None: nobody asks
+    tokens: Tensor | None = None
 
 
 def view_v1(runner: Any, scheduler_output: Any, wanted: Any) -> list[Rows]:
@@ -39,8 +41,8 @@ def view_v1(runner: Any, scheduler_output: Any, wanted: Any) -> list[Rows]:
         if request in wanted:
             position = int(batch.num_computed_tokens_cpu[index])
             known = min(position + count, int(batch.num_tokens_no_spec[index]) - 1)
-            tokens = torch.from_numpy(batch.token_ids_cpu[index, position + 1 : known + 1].copy()).long()
-            rows.append(Rows(request, first, position, tokens))
+            tokens = torch.from_numpy(batch.token_ids_cpu[index, position : known + 1].copy()).long()
+            rows.append(Rows(request, first, position, tokens[1:], tokens[:-1]))
         first += count
     return rows
 
@@ -59,10 +61,11 @@ def view_v2(runner: Any, batch: Any, wanted: Any) -> list[Rows]:
             position = int(batch.num_computed_tokens_np[index])
             spans.append((request, int(batch.query_start_loc_np[index]), position, count))
             states.append(torch.full((count,), int(batch.idx_mapping_np[index])))
-            positions.append(torch.arange(position + 1, position + 1 + count))
+            positions.append(torch.arange(position, position + count))
     if not spans:
         return []
     tokens = runner.req_states.all_token_ids.gpu
     where = to_device(torch.stack((torch.cat(states), torch.cat(positions))), batch.input_ids.device)
-    next_tokens = tokens[where[0], where[1]].long().split([count for *_, count in spans])
-    return [Rows(r, first, position, t) for (r, first, position, _), t in zip(spans, next_tokens, strict=True)]
+    own, following = (tokens[where[0], where[1] + i].long().split([count for *_, count in spans]) for i in (0, 1))
+    parts = zip(spans, following, own, strict=True)
+    return [Rows(request, first, position, t, x) for (request, first, position, _), t, x in parts]

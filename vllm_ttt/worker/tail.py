@@ -26,8 +26,10 @@ ROTARY = ("RotaryEmbedding", "Llama3RotaryEmbedding", "LinearScalingRotaryEmbedd
 
 @dataclass(frozen=True)
 class TailSpec:
-    """Where the parts of the tail are: attribute paths from the causal-LM module (``layers``, ``final_norm``) or a layer."""
+    """Where the parts of the tail are: attribute paths from the causal-LM module (``embedding``, ``layers``, ``final_norm``) or
+    from a layer."""
 
+    embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     attention_norm: str = "input_layernorm"
     attention: str = "self_attn"
@@ -64,12 +66,19 @@ class LayerModules:
 
 @dataclass(frozen=True)
 class TailModules:
-    """``layers``: the adapted ones, lowest first. ``adapted``: the adapted modules, a part of "ogud"."""
+    """``layers``: the adapted ones, lowest first. ``adapted``: the adapted modules, a part of "ogud". ``embedding``: where the
+    layers are all of the model's, so that the step begins there."""
 
     layers: tuple[LayerModules, ...]
     final_norm: Any
     lm_head: Any
     adapted: str = "ogud"
+    embedding: Any = None
+
+    @property
+    def attending(self) -> tuple[LayerModules, ...]:
+        """The layers whose attention the step computes."""
+        return self.layers if self.embedding is not None else self.layers[1:]
 
     @property
     def names(self) -> list[str]:
@@ -84,8 +93,11 @@ class TailModules:
         return next(m for letter, m in by_letter.items() if letter in self.adapted).punica_wrapper
 
 
-def find_modules(model: nn.Module, layers: int = 1, adapted: str = "ogud") -> TailModules:
-    """Those of the last ``layers`` layers. Raises ConfigError where the architecture has no spec."""
+def find_modules(model: nn.Module, layers: int = 1, adapted: str = "ogud", deep: bool = True) -> TailModules:
+    """Those of the last ``layers`` layers; with ``deep`` the step begins at the embedding where those are all.
+
+    Raises ConfigError where the architecture has no spec.
+    """
     spec = ARCHITECTURES.get(type(model).__name__)
     if spec is None:
         raise ConfigError(f"no tail for {type(model).__name__}; there is one for {', '.join(ARCHITECTURES)}")
@@ -99,7 +111,8 @@ def find_modules(model: nn.Module, layers: int = 1, adapted: str = "ogud") -> Ta
         return LayerModules(*found, names={k: f"{prefix}.{name}" for k, name in names.items()})
 
     chosen = tuple(layer(i) for i in range(count - layers, count))
-    return TailModules(chosen, model.get_submodule(spec.final_norm), model.get_submodule("lm_head"), adapted)
+    embedding = model.get_submodule(spec.embedding) if deep and layers == count else None
+    return TailModules(chosen, model.get_submodule(spec.final_norm), model.get_submodule("lm_head"), adapted, embedding)
 
 
 def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_len: int) -> Tail:
@@ -126,7 +139,8 @@ def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_l
         logit_scale=model.logits_processor.scale,
         soft_cap=model.logits_processor.soft_cap,
         lower=tuple(lower),
-        attentions=tuple(_qkv(layer, dense, max_model_len) for layer in modules.layers[1:]),
+        attentions=tuple(_qkv(layer, dense, max_model_len) for layer in modules.attending),
+        embedding_VD=None if modules.embedding is None else modules.embedding.weight.data[:vocab],
         kernel=attention.choose(head.device, dtype),
     )
 
@@ -186,7 +200,7 @@ def _qkv(layer: LayerModules, dense: Callable[[Any], Tensor], max_model_len: int
 
 
 def check_attention(parts: Any, name: str, max_model_len: int) -> None:
-    """Raise ConfigError where a layer above the first adapted one attends in a way that the step does not follow."""
+    """Raise ConfigError where a layer whose attention the step computes attends in a way that the step does not follow."""
     attn, rotary = parts.attn, parts.rotary_emb
     impl = attn.impl
     refusals = {

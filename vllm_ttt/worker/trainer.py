@@ -19,9 +19,10 @@ from vllm_ttt.worker.clock import Clock, to_device, to_host
 from vllm_ttt.worker.compute import Compute
 from vllm_ttt.worker.deltas import Deltas, Session
 from vllm_ttt.worker.guard import Guard
+from vllm_ttt.worker.kv_cache import KVCache
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.micro_step import Tail
-from vllm_ttt.worker.past import Before, PastPool
+from vllm_ttt.worker.past import Before
 from vllm_ttt.worker.probe import Probe
 from vllm_ttt.worker.slots import Slots
 from vllm_ttt.worker.versions import Kept, Versions, keep, restore
@@ -70,10 +71,10 @@ class Trainer:
         deltas: Deltas,
         slots: Slots,
         probe: Probe,
-        pool: PastPool | None = None,
+        cache: KVCache | None = None,
     ):
-        """``pool``: where the past of each chunk is; None where the step needs none."""
-        self.pool = pool
+        """``cache``: where the past of each chunk is; None where the step needs none."""
+        self.cache = cache
         self.config, self.backlog, self.deltas, self.slots = config, backlog, deltas, slots
         self.compute = Compute(tail, config.learn, backlog, deltas)
         self.clock = Clock(tail.head_VD.device)
@@ -100,8 +101,6 @@ class Trainer:
                 for tile in tiles:
                     self._give_up(tile.chunk, "error")
             left -= sum(tile.cost for tile in tiles)
-            if self.pool is not None:
-                self.pool.sweep(self.backlog)
         left -= self._try(left)
         return tokens - max(left, 0)
 
@@ -140,10 +139,13 @@ class Trainer:
     def take_report(self) -> StepReport:
         """What has happened since the last report. Requests of which all is learned and served are reported once."""
         self.collect()
-        for chunks, reason in ((self.backlog.short, "short"), (self.backlog.repetitive, "repetition")):
+        for chunks, reason in (
+            (self.backlog.short, "short"), (self.backlog.repetitive, "repetition"), (self.backlog.lost, "full"),
+        ):  # fmt: skip
             for chunk in chunks:
                 self._report_chunk(chunk, math.nan, reason)
             chunks.clear()
+        self.report.released += self.backlog.released()
         for request, key in self.backlog.settled():
             if key not in self.dirty:
                 self.backlog.forget(request)
@@ -262,7 +264,7 @@ class Trainer:
         weight = torch.zeros(flat.shape)
         for s, chunk in enumerate(chunks):  # at weight 0: what fills up a chunk that is shorter than the longest
             weight[s, : chunk.rows] = 1.0 / chunk.rows
-        return flat, weight, None if self.pool is None else Before(self.pool, chunks)
+        return flat, weight, None if self.cache is None else Before(self.cache, chunks)
 
     def _keep_serving(self, chunks: list[Chunk]) -> None:
         """While a prompt is being read, what is served stays as it was when it began: a copy, since the master moves."""

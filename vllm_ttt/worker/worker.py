@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from vllm_ttt.worker.budget import Budget, tile_sizes
 from vllm_ttt.worker.capture import Capture
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.files import Files
+from vllm_ttt.worker.kv_cache import KVCache
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.meter import Meter
-from vllm_ttt.worker.past import Before, PastPool
+from vllm_ttt.worker.past import Before
 from vllm_ttt.worker.probe import Probe
 from vllm_ttt.worker.signals import leave_with_the_engine
 from vllm_ttt.worker.slots import Slots
@@ -73,7 +75,7 @@ class TTTWorkerMixin:
         runner = self.model_runner
         model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
         geometry = Geometry.of(model.hf_text_config, config.adapt)
-        modules = find_modules(runner.get_model(), geometry.layers, config.adapt.letters)
+        modules = find_modules(runner.get_model(), geometry.layers, config.adapt.letters, config.adapt.preset == "deep")
         left, products = self.ttt_memory_left(), step_dtype(model.dtype, self.device)
         if products != model.dtype:
             logger.warning(
@@ -92,15 +94,11 @@ class TTTWorkerMixin:
         deltas = Deltas(tail, config.sessions.resident, config.learn.rate)
         assert deltas.bytes_per_session() == geometry.bytes, "the model's configuration and its weights disagree"
         slots = Slots(runner.lora_manager, modules, deltas, dtype)
-        self.pool: PastPool | None = None
-        #: keeps room on the device until the first step
-        self.reserve: Tensor | None = None
-        if geometry.layers > 1:
-            held = memory.past_pages(geometry, config, model.dtype.itemsize, model.max_model_len)
-            self.pool = PastPool(held, config.learn.chunk, self.capture, tail.attentions[0].kv_heads)
+        #: what the step attends to; None where it does not
+        self.cache = KVCache([x.attention.attn for x in modules.attending], dtype) if modules.attending else None
         tried = config.guard.probe_tokens if config.guard.every else 1
-        self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ, self.pool)
-        self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.pool)
+        self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ, self.cache)
+        self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.cache)
         self.files = Files(self.trainer, geometry, served_name(model))
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
@@ -110,18 +108,31 @@ class TTTWorkerMixin:
         self.ran: Any = None
         self.marks: tuple[Any, Any, int] | None = None
         self.began: dict[str, int] = {}
-        self.ttt_warm_up(config)
-        if self.pool is not None and device.type == "cuda":
-            torch.cuda.empty_cache()  # at start only
+        #: keeps room on the device for the graphs of the step until vLLM has its KV cache, and for a step until the first one
+        self.reserve: list[Tensor] = []
+        if self.cache is None:
+            self.ttt_warm_up(config)
+        elif device.type == "cuda":
             size = memory.step_bytes(geometry, config, products.itemsize, model.max_model_len)
-            self.reserve = torch.empty(size, dtype=torch.uint8, device=device)
+            self.reserve = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         logger.info(
-            "vllm-ttt: adapting %s; rank %d, %d resident sessions of %.1f MB, backlog of %d tokens, %.2f GiB in all; "
-            "%d tokens are learned in %.1f ms",
+            "vllm-ttt: adapting %s; rank %d, %d resident sessions of %.1f MB, backlog of %d tokens, %.2f GiB in all",
             f"{', '.join(config.adapt.modules)} of {geometry.layers} layers", config.adapt.rank, config.sessions.resident,
             deltas.bytes_per_session() / 1e6, pages * config.learn.chunk, (left - self.ttt_memory_left()) / 2**30,
-            config.schedule.tokens_per_step, 1e3 * self.budget.costs[config.schedule.tokens_per_step],
         )  # fmt: skip
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        if self.cache is None:
+            return
+        config = config_of(self.vllm_config)
+        assert config is not None
+        with torch.inference_mode():
+            self.cache.bind(kv_cache_config.kv_cache_groups)
+        if self.reserve:
+            self.reserve.pop()
+            torch.cuda.empty_cache()  # at start only
+        self.ttt_warm_up(config)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -131,9 +142,11 @@ class TTTWorkerMixin:
         if plan.files or not self.files.idle:
             self.files.step(plan.files)
         # Guarded one by one: a request whose start or end is missed would keep its session waiting for ever.
+        self._guard(self._preempt, (*(scheduler_output.preempted_req_ids or ()), *plan.lost))
         self._guard(self._finish, scheduler_output, plan)
-        learned = self._guard(self._between, serving) or 0
+        learned = self._guard(self._between, serving, plan.urgent) or 0
         self._guard(self._start, plan)
+        self._guard(self._note_blocks, scheduler_output)
         self.marks = (before, self.clock.mark(), learned)
         if learned and not serving:
             self.meter.idle.append(self.marks[:2])
@@ -220,24 +233,42 @@ class TTTWorkerMixin:
     def ttt_warm_up(self, config: TTTConfig) -> None:
         """Run steps of each size: measures what they cost, loads the kernels that they use, and captures their graphs."""
         sizes = tile_sizes(config.schedule.tokens_per_step, config.learn.chunk)
-        before = None if self.pool is None else Before(self.pool, ())
+        before = None if self.cache is None else Before(self.cache, ())
         sessions = [min(-(-tokens // config.learn.chunk), config.sessions.resident) for tokens in sizes]
         shapes = [(S, min(-(-tokens // S), config.learn.chunk)) for S, tokens in zip(sessions, sizes, strict=True)]
         many = min(config.schedule.tokens_per_step // SMALLEST_SHARE, config.sessions.resident)
-        if many > 1:
+        if many > 1 and self.clock.cuda:
             shapes.append((many, min(SMALLEST_SHARE, config.learn.chunk)))  # many sessions with a little to learn each
         for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed, before), strict=False):
             self.budget.calibrate(tokens, seconds)
+        tokens = config.schedule.tokens_per_step
+        logger.info("vllm-ttt: %d tokens are learned in %.1f ms", tokens, 1e3 * self.budget.costs[tokens])
 
     def _timed(self, run: Any) -> float:
         times = []
-        for _ in range(3):
+        for _ in range(3 if self.clock.cuda else 1):  # a CPU has nothing to load, and its steps take long
             first = self.clock.mark()
             run()
             last = self.clock.mark()
             self.clock.wait(last)
             times.append(self.clock.seconds(first, last))
         return min(times)
+
+    def _preempt(self, requests: Iterable[str]) -> None:
+        """Before anything is learned: the batch that follows may be given the blocks that these requests had."""
+        for request in requests if self.cache is not None else ():
+            self.backlog.preempt(request)
+
+    def _note_blocks(self, scheduler_output: Any) -> None:
+        """Which blocks of the KV cache vLLM has given to requests that learn."""
+        if self.cache is None or not self.backlog.readings:
+            return
+        group, cached = self.cache.group, scheduler_output.scheduled_cached_reqs
+        for new in scheduler_output.scheduled_new_reqs:
+            self.backlog.note_blocks(new.req_id, new.block_ids[group], anew=True)
+        for request, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if blocks is not None:
+                self.backlog.note_blocks(request, blocks[group], anew=request in cached.resumed_req_ids)
 
     def _finish(self, scheduler_output: Any, plan: StepPlan) -> None:
         for request in scheduler_output.finished_req_ids:
@@ -252,12 +283,18 @@ class TTTWorkerMixin:
             self.backlog.start(request, request_plan)
             self.began[request] = self.trainer.deltas.session(request_plan.session).served
 
-    def _between(self, serving: bool) -> int:
-        """Before an iteration: learn what the budget allows, or all that may be where nobody is served; then the slots."""
+    def _between(self, serving: bool, urgent: list[str]) -> int:
+        """Before an iteration: learn what the budget allows, or all that may be where nobody is served; then the slots.
+
+        Args:
+            urgent: requests that are learned in any case.
+        """
         self._read_times()
         learned = 0
         if self.backlog.queues or self.trainer.guard.busy:
-            self.reserve = None
+            self.reserve.clear()
+            if urgent:
+                self.trainer.make_room(lambda: not self.backlog.waits(urgent), self.budget.tokens_per_step)
             if not serving:
                 self.trainer.collect(wait=True)  # one step at a time, so that a request that comes now waits for one only
             tokens = self.budget.tokens() if serving else self.budget.tokens_per_step
@@ -295,18 +332,7 @@ class TTTWorkerMixin:
         self.trainer.make_room(lambda: self.backlog.room >= needed, self.budget.tokens_per_step)
         while lacking := self.backlog.lacking(view):
             self.trainer.lose(self.backlog.readings[lacking[0]].plan.session, "full")
-        if self.pool is not None:
-            self._take_past(self.pool, view)
         self.backlog.take(view, self.capture.h_ND, self.capture.a_NQ)
-
-    def _take_past(self, pool: PastPool, view: list[Rows]) -> None:
-        """Keep the keys and values of what is being learned; what finds no room even when nothing waits is given up."""
-        pool.sweep(self.backlog)
-        self.trainer.make_room(lambda: not pool.lacking(view, self.backlog), self.budget.tokens_per_step)
-        while lacking := pool.lacking(view, self.backlog):
-            self.trainer.lose(self.backlog.readings[lacking[0]].plan.session, "full")
-            pool.sweep(self.backlog)
-        pool.take(view, self.backlog, self.capture)
 
     def _report(self) -> Any:
         report = self.trainer.take_report()
