@@ -27,7 +27,7 @@ from vllm_ttt.worker.micro_step import accumulate
 from vllm_ttt.worker.probe import Probe
 from vllm_ttt.worker.step_view import Rows
 from vllm_ttt.worker.trainer import Trainer
-from vllm_ttt.worker.versions import Kept, Versions, restore
+from vllm_ttt.worker.versions import Versions, restore
 from vllm_ttt.worker.versions import keep as keep_session
 
 pytestmark = pytest.mark.unit

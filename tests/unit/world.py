@@ -72,7 +72,9 @@ class FakeTrainer:
         self.guard.committed(key)
         if self.versions.due(key):
             self.versions.add(key, session.version, keep(self.deltas, key))
-        self.report.chunks.append(ChunkReport(key, "r", 16, 1.0, None, None, 16 * session.version, session.version, session.rate))
+        self.report.chunks.append(
+            ChunkReport(key, "r", 16, 1.0, None, None, 16 * session.version, session.version, session.rate)
+        )
 
     def in_flight(self, key: int) -> bool:
         return key in self.flying
