@@ -3,8 +3,8 @@
 It is slow and obvious on purpose. The engine, which does the same by hand, batched and inside vLLM, is held to it.
 
 Letters: T positions of a request, N pairs of a chunk, D hidden size, F feed-forward size, R rank, V vocabulary, K adapted
-layers, H query heads, G heads of keys and values, E width of a head. Pair i is the state at position i and the token at i + 1, so a
-request of T tokens has T - 1 pairs. Deltas and projections are keyed "o", "g", "u", "d": o_proj, gate_proj, up_proj, down_proj;
+layers, H query heads, G heads of keys and values, E width of a head. Pair i is the state at position i and the token at i + 1,
+so a request of T tokens has T - 1 pairs. Deltas and projections are keyed "o", "g", "u", "d": o_proj, gate_proj, up_proj, down_proj;
 ``B`` is one dict for each adapted layer, lowest first.
 """
 

@@ -40,7 +40,7 @@ class ChunkLoss(_Model):
     rate: Loss = None
     """The session's rate after the chunk."""
     skipped: str | None = None
-    """Why the chunk was not learned: `loss`, `nonfinite`, `short`, `repetition`, `rollback`, `full` or `error`; null: it was."""
+    """Why it was not learned: `loss`, `nonfinite`, `short`, `repetition`, `rollback`, `full` or `error`; null: it was."""
 
 
 class SessionSummary(_Model):

@@ -63,8 +63,8 @@ class Compute:
         """Learn a chunk of each session. ``share`` [S]: rows of the chunk / rows of a full one.
 
         Returns:
-            [3 + modules, S]: whether it was applied, the chunk's loss, the rate from now on, norms of B relative to W by adapted
-            module; on the device, overwritten by the next call.
+            [3 + modules, S]: whether it was applied, the chunk's loss, the rate from now on, norms of B relative to W by
+            adapted module; on the device, overwritten by the next call.
         """
         S, shape = len(rows), _fitting(self.step_graphs, flat, before)
         if shape is None:
@@ -76,8 +76,8 @@ class Compute:
         return self.step_graphs[shape](*_pad(shape, flat, weight), rows, share, *_static(before, shape))[:, :S]
 
     def frozen(self, flat: Tensor, weight: Tensor, before: Before | None = None) -> Tensor:
-        """Losses [S] of some rows under the base model, after what comes before them as it was served; on the device, overwritten
-        by the next call."""
+        """Losses [S] of some rows under the base model, after what comes before them as it was served; on the device,
+        overwritten by the next call."""
         S, shape = len(flat), _fitting(self.frozen_graphs, flat, before)
         if shape is None:
             past = None if before is None else before.past(*flat.shape).to(self.device)

@@ -265,7 +265,7 @@ class Trainer:
         return flat, weight, None if self.pool is None else Before(self.pool, chunks)
 
     def _keep_serving(self, chunks: list[Chunk]) -> None:
-        """While a prompt is being read, what is served stays as it was when the prompt began: a copy, since the master moves."""
+        """While a prompt is being read, what is served stays as it was when it began: a copy, since the master moves."""
         reading = self.backlog.reading_sessions()
         for key in {chunk.session for chunk in chunks} & reading:
             session = self.deltas.session(key)
