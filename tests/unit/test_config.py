@@ -32,11 +32,21 @@ def test_the_file_in_configs_shows_the_defaults() -> None:
 def test_presets(name: str) -> None:
     preset = parse_config(None, name)
     assert preset.adapt.preset == name
+    shown = preset.model_dump(mode="json")
     for section, values in PRESETS[name].items():
-        assert {key: getattr(getattr(preset, section), key) for key in values} == values
+        assert {key: shown[section][key] for key in values} == values
     changed = parse_config({"learn": {"rate": 0.01}}, name)
     assert (changed.learn.rate, changed.learn.decay) == (0.01, preset.learn.decay)
     assert parse_config({"adapt": {"preset": name}}) == preset
+
+
+def test_what_is_adapted() -> None:
+    """In the order in which a layer applies them, however they are given; gate and up are two of the step's modules."""
+    assert parse_config(None).adapt.letters == "od"
+    assert parse_config(None, "last").adapt.letters == "ogud"
+    swapped = parse_config({"adapt": {"modules": ["down_proj", "gate_up_proj"]}})
+    assert (swapped.adapt.modules, swapped.adapt.letters) == (("gate_up_proj", "down_proj"), "gud")
+    assert parse_config({"adapt": {"modules": ["gate_up_proj", "down_proj"]}}) == swapped
 
 
 def test_nothing_given_is_all_defaults() -> None:
@@ -48,14 +58,23 @@ def test_nothing_given_is_all_defaults() -> None:
     [
         ({"lern": {}}, "lern: unknown key"),
         ({"learn": {"ratio": 1}}, "learn.ratio: unknown key"),
-        ({"learn": {"rate": 0}}, "learn.rate: Input should be greater than 0 (got 0)"),
+        ({"learn": {"rate": 0}}, "learn.rate: Input should be greater than or equal to 0.00001 (got 0)"),
+        ({"learn": {"rate": 0.2}}, "learn.rate: Input should be less than or equal to 0.1 (got 0.2)"),
+        ({"learn": {"adapt_rate": -1}}, "learn.adapt_rate"),
+        ({"learn": {"scales": [1]}}, "learn.scales: unknown key"),
+        ({"learn": {"chunk": 1024}}, "schedule.tokens_per_step 512 is less than learn.chunk 1024"),
         ({"learn": {"rate": "fast"}}, "learn.rate"),
         ({"learn": {"chunk": 8}}, "learn.chunk: Input should be greater than or equal to 16 (got 8)"),
         ({"learn": {"tokens": "none"}}, "learn.tokens: Input should be 'prompt' or 'all' (got 'none')"),
         ({"adapt": {"rank": 100}}, "adapt.rank: rank 100 is not one that vLLM's LoRA slots can hold"),
-        ({"adapt": {"layers": 2}}, "adapt.layers"),
-        ({"adapt": {"modules": ["o_proj"]}}, "adapt.modules: modules must be o_proj, gate_up_proj and down_proj"),
-        ({"adapt": {"preset": "first"}}, "preset 'first' is not available; allowed: last"),
+        ({"adapt": {"layers": 0}}, "adapt.layers"),
+        ({"adapt": {"layers": "most"}}, "adapt.layers"),
+        ({"adapt": {"preset": "last", "layers": 2}}, "adapt.layers: layers must be 1 with the preset last"),
+        ({"adapt": {"preset": "last", "layers": "all"}}, "adapt.layers: layers must be 1 with the preset last"),
+        ({"adapt": {"modules": []}}, "adapt.modules: modules must be one or more of o_proj, gate_up_proj and down_proj"),
+        ({"adapt": {"modules": ["o_proj", "o_proj"]}}, "adapt.modules: modules must be one or more of"),
+        ({"adapt": {"modules": ["q_proj"]}}, "adapt.modules"),
+        ({"adapt": {"preset": "first"}}, "preset 'first' is not available; allowed: deep, last"),
         ({"schedule": {"max_slowdown": 0.9}}, "schedule.max_slowdown"),
         ({"sessions": {"resident": 0}}, "sessions.resident"),
         ({"learn": []}, "learn"),
@@ -111,5 +130,5 @@ def test_engine_args_take_what_users_have(tmp_path: Path) -> None:
     assert engine_args(config=str(file)) == engine_args(config=parse_config({"learn": {"rate": 0.02}})) == expected
     with pytest.raises(ConfigError, match="unknown key"):
         engine_args(config={"learn": {"rte": 1}})
-    with pytest.raises(ConfigError, match="allowed: last"):
+    with pytest.raises(ConfigError, match="allowed: deep, last"):
         engine_args(preset="everything")

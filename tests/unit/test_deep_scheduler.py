@@ -37,7 +37,7 @@ class Engine:
             model=str(MODEL),
             max_model_len=512,
             enforce_eager=True,
-            **engine_args(preset, {"sessions": {"resident": 4}, "learn": {"scales": [1]}, "guard": {"every": 0}, **config}),
+            **engine_args(preset, {"sessions": {"resident": 4}, "guard": {"every": 0}, **config}),
         )
         self.config = args.create_engine_config()
         self.config.cache_config.num_gpu_blocks = 200
@@ -86,7 +86,7 @@ class Engine:
         known = self.session(session)
         for i in range(chunks):
             version = known.version + i + 1
-            self.report.chunks.append(ChunkReport(known.adapter, request, 256, 1.0, None, None, 256 * (i + 1), version))
+            self.report.chunks.append(ChunkReport(known.adapter, request, 512, 1.0, None, None, 512 * (i + 1), version, 0.012))
         if settled:
             self.report.settled.append((request, known.adapter))
 
@@ -219,58 +219,3 @@ def test_a_rollback_is_another_epoch() -> None:
     engine.session("a").version = 0
     assert engine.read("a") == 0
     assert engine.read(None) == 96, "version 0 is the base model"
-
-
-UNLIKE = PROMPT[::-1]
-
-
-def scaled() -> Engine:
-    """The session "a" has learned something, and sent enough to tell PROMPT, which is like it, from UNLIKE."""
-    engine = Engine("deep", learn={})
-    engine.learn("a", 1)
-    engine.session("a").past.note(range(5000))
-    return engine
-
-
-def test_what_an_unlike_prompt_leaves_is_nobodys() -> None:
-    engine = scaled()
-    assert [engine.read("a", UNLIKE) for _ in range(2)] == [0, 0]
-    assert [engine.read("a", PROMPT) for _ in range(2)] == [0, 96]
-    assert [engine.read("b", UNLIKE) for _ in range(2)] == [0, 96], "a session that has sent nothing has no past"
-
-
-def test_another_scale_waits_until_nobody_says_otherwise() -> None:
-    """A request that is about to be served with less: in the step before, what runs ceases to write blocks for others."""
-    engine = scaled()
-    reader = engine.send("a", PROMPT, outputs=60)
-    engine.step()
-    unlike = engine.send("a", UNLIKE)
-    engine.step()
-    assert set(engine.scheduled) == {reader}
-    engine.step()
-    assert set(engine.scheduled) == {reader, unlike}
-    engine.drain()
-    assert engine.read("a", [*PROMPT, *[7] * 60]) == 96, "the prompt, and nothing of the answer"
-
-
-def test_a_like_prompt_starts_beside_an_unlike_one() -> None:
-    engine = scaled()
-    unlike, reader = engine.send("a", UNLIKE, outputs=60), engine.send("a", PROMPT)
-    engine.step()
-    assert set(engine.scheduled) == {unlike, reader}
-    engine.drain()
-    assert [engine.read("a", UNLIKE), engine.read("a", PROMPT)] == [0, 96]
-
-
-def test_samples_of_one_prompt_share_its_judgement() -> None:
-    engine = scaled()
-    for prompt, shared in ((PROMPT, 96), (UNLIKE, 0)):
-        for i in range(2):
-            params = SamplingParams(max_tokens=1, extra_args={"ttt_learn": 0, "session_id": "a"})
-            request = Request(f"{i}_n{prompt[0]}", prompt, params, None, block_hasher=engine.hasher)
-            request.ttt_named = f"n{prompt[0]}"  # type: ignore[attr-defined]
-            engine.scheduler.add_request(request)
-        engine.step()
-        assert len(engine.scheduled) == 2
-        engine.drain()
-        assert engine.read("a", prompt) == shared

@@ -11,23 +11,23 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from test_deep_gradient import RANK, ROWS, autograd, batch_of, of_session, random_deltas, relative
+from test_gradient import ROWS, SUBSETS, autograd, batch_of, config_of, of_session, random_deltas, relative
 from torch import nn
 
 from vllm_ttt import support
-from vllm_ttt.config import parse_config
+from vllm_ttt.config import LETTERS, parse_config
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.eval.deep_oracle import DeepOracle
+from vllm_ttt.eval.oracle import Oracle
 from vllm_ttt.eval.tiny import tiny_model
-from vllm_ttt.geometry import Geometry
+from vllm_ttt.geometry import PATHS, Geometry
 from vllm_ttt.worker import peft
 from vllm_ttt.worker import tail as tail_module
-from vllm_ttt.worker.micro_step import Delta, accumulate
-from vllm_ttt.worker.tail import TailModules, build_tail, check_attention, find_modules, step_dtype
+from vllm_ttt.worker.micro_step import accumulate
+from vllm_ttt.worker.tail import LayerModules, TailModules, build_tail, check_attention, find_modules, step_dtype
 
 pytestmark = pytest.mark.unit
 
-CONFIG = parse_config({"adapt": {"layers": 2, "rank": RANK}, "learn": {"max_loss": 2}}, "deep")
+CONFIG = config_of(2)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def test_the_tail_of_vllms_model_has_the_models_gradient(distributed: None, tmp_
     shape |= {"sliding_window": 1024} if architecture == "mistral" else {}  # no narrower than the context: nothing is cut
     folder = tiny_model(architecture, tmp_path, **shape)
     model = loaded(folder)
-    tail = build_tail(model, as_with_lora(find_modules(model, 2)), RANK, 0, 1024)
-    oracle = DeepOracle(folder, CONFIG, dtype=torch.float64, compute_dtype=torch.float64)
+    tail = build_tail(model, as_with_lora(find_modules(model, 2)), CONFIG.adapt, 1024)
+    oracle = Oracle(folder, CONFIG, dtype=torch.float64, compute_dtype=torch.float64)
     batch = batch_of(oracle)
-    delta, grad = random_deltas(tail, 0.05), Delta.zeros(tail, len(ROWS))
+    delta, grad = random_deltas(tail, 0.05), tail.zeros(len(ROWS))
     losses = accumulate(tail, delta, *batch.rows(), grad, batch.past)
     for s in range(len(ROWS)):
         loss, expected = autograd(oracle, delta, batch, s)
@@ -82,7 +82,7 @@ def test_the_tail_of_vllms_model_has_the_models_gradient(distributed: None, tmp_
             assert relative(one, other) < 1e-4
     if architecture == "mistral":
         with pytest.raises(ConfigError, match=r"layers\.2\.self_attn has a sliding window"):
-            build_tail(model, as_with_lora(find_modules(model, 2)), RANK, 0, 1025)
+            build_tail(model, as_with_lora(find_modules(model, 2)), CONFIG.adapt, 1025)
 
 
 def test_a_step_in_float32_of_a_model_in_bfloat16(distributed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_a_step_in_float32_of_a_model_in_bfloat16(distributed: None, tmp_path: P
     model, tails = loaded(folder, "bfloat16"), {}
     for dtype in (torch.bfloat16, torch.float32):
         monkeypatch.setattr(tail_module, "step_dtype", lambda *_, dtype=dtype: dtype)
-        tails[dtype] = build_tail(model, as_with_lora(find_modules(model, 2)), RANK, 0, 1024)
+        tails[dtype] = build_tail(model, as_with_lora(find_modules(model, 2)), CONFIG.adapt, 1024)
     narrow, wide = tails.values()
     for one, other in ((narrow, wide), (narrow.lower[0], wide.lower[0]), (narrow.attentions[0], wide.attentions[0])):
         weights = {k: v for k, v in vars(one).items() if isinstance(v, torch.Tensor) and v.dtype == torch.bfloat16}
@@ -102,12 +102,12 @@ def test_a_step_in_float32_of_a_model_in_bfloat16(distributed: None, tmp_path: P
             assert torch.equal(getattr(other, name), weight.float()), name
             assert getattr(other, name).dtype == torch.float32, name
 
-    batch = batch_of(DeepOracle(folder, CONFIG, dtype=torch.float32, compute_dtype=torch.float32), torch.bfloat16)
+    batch = batch_of(Oracle(folder, CONFIG, dtype=torch.float32, compute_dtype=torch.float32), torch.bfloat16)
     h, a, t, w = batch.rows()
     widened = replace(batch.past, keys=[x.float() for x in batch.past.keys], values=[x.float() for x in batch.past.values])
     delta, results = random_deltas(wide, 0.05), []
     for rows, past in (((h, a), batch.past), ((h.float(), a.float()), widened)):
-        grad = Delta.zeros(wide, len(ROWS))
+        grad = wide.zeros(len(ROWS))
         results.append((accumulate(wide, delta, *rows, t, w, grad, past), *grad.tensors()))
     for one, other in zip(*results, strict=True):
         assert one.any()
@@ -186,26 +186,37 @@ def test_refused_before_the_model_is_loaded(layers: int, hf: dict[str, Any], say
         support.check_layers(SimpleNamespace(num_hidden_layers=8, **hf), config, 100)
 
 
-def test_half_of_the_layers_is_the_default() -> None:
-    deep = parse_config(None, "deep")
-    assert len(support.adapted_modules(8, deep)) == 4 * 3
-    assert support.adapted_modules(8, deep)[0] == "model.layers.4.self_attn.o_proj"
-    assert len(support.adapted_modules(7, deep)) == 3 * 3
-    assert len(support.adapted_modules(1, deep)) == 3
-    assert len(support.adapted_modules(8, parse_config({"adapt": {"layers": 8}}, "deep"))) == 8 * 3
+@pytest.mark.parametrize("modules", SUBSETS, ids="+".join)
+def test_modules_that_are_not_adapted_have_no_slots(modules: tuple[str, ...]) -> None:
+    """All layers are the default; what the names say is what the geometry, the tail and vLLM's LoRA agree on."""
+    whole = parse_config({"adapt": {"modules": modules}}, "deep")
+    expected = [f"model.layers.{i}.{PATHS[m]}.{m}" for i in range(8) for m in modules]
+    assert support.adapted_modules(8, whole) == expected
+    assert support.adapted_modules(1, whole) == expected[: len(modules)]
+    half = parse_config({"adapt": {"modules": modules, "layers": 4}}, "deep")
+    assert support.adapted_modules(8, half) == expected[4 * len(modules) :]
+    named = SimpleNamespace(**dict.fromkeys(("o_proj", "gate_up_proj", "down_proj"), SimpleNamespace(punica_wrapper="p")))
+    layer = LayerModules(
+        None, None, named.o_proj, None, named.gate_up_proj, named.down_proj, {"o": "x.o", "gu": "x.gu", "d": "x.d"}
+    )
+    found = TailModules((layer,), None, None, whole.adapt.letters)
+    assert found.names == [f"x.{LETTERS[m]}" for m in modules]
+    assert found.punica == "p"
 
 
-def test_an_exported_adapter_is_what_is_served(tmp_path: Path) -> None:
+@pytest.mark.parametrize("modules", SUBSETS, ids="+".join)
+def test_an_exported_adapter_is_what_is_served(tmp_path: Path, modules: tuple[str, ...]) -> None:
     """peft, with the adapter of a delta over two layers, says what the oracle says; and the adapter can be read back."""
     from peft import PeftModel
 
     folder = tiny_model("qwen3", tmp_path / "model", num_hidden_layers=3)
-    oracle = DeepOracle(folder, CONFIG)
+    config = config_of(2, modules, rate=0.03, chunk=256)
+    oracle = Oracle(folder, config)
     ids = torch.randint(320, (200,), generator=torch.Generator().manual_seed(1)).tolist()
     before = oracle.score(ids)
     oracle.learn(ids)
-    geometry = Geometry.of(oracle.model.config, CONFIG.adapt)
-    parts = [oracle.scale.chosen * x for b in oracle.B for x in (b["o"], torch.cat((b["g"], b["u"])), b["d"])]
+    geometry = Geometry.of(oracle.model.config, config.adapt)
+    parts = [torch.cat([b[k] for k in LETTERS[m]]) for b in oracle.B for m in modules]
     deltas = dict(zip(geometry.shapes, parts, strict=True))
     assert all(tuple(x.shape) == geometry.shapes[name] for name, x in deltas.items())
     data = peft.adapter(deltas, peft.projections(geometry, torch.float32), geometry, str(folder), {})

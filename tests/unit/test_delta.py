@@ -110,5 +110,5 @@ def test_sessions_are_selected_in_order_and_copied() -> None:
 def test_the_geometry_knows_the_bytes(modules: tuple[str, ...]) -> None:
     geometry = Geometry(4, R, 0, D, 8, F, LAYERS, 4, modules)
     zeros = [Delta.zeros(letters(modules), LAYERS, 1, D, F, R, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    assert State(*zeros, torch.zeros(1)).bytes == geometry.bytes
+    assert State(zeros[0], zeros[1], torch.zeros(1)).bytes == geometry.bytes
     assert Geometry.from_json(geometry.to_json()) == geometry

@@ -55,11 +55,11 @@ def limits(name: str, field: FieldInfo) -> str:
     """What the field may be, in words."""
     if name == "rank":
         return ", ".join(map(str, RANKS))
-    if name == "scales":
-        return "2 to 16, ascending from 0 to at most 2; or `[1]`"
     kind = field.annotation
+    if name == "layers":
+        return "1 to 1024, or `all`"
     if get_origin(kind) is tuple:
-        return "all of " + ", ".join(f"`{v}`" for v in get_args(get_args(kind)[0]))
+        return "some of " + ", ".join(f"`{v}`" for v in get_args(get_args(kind)[0]))
     if get_origin(kind) is Literal:
         return ", ".join(f"`{v}`" for v in get_args(kind))
     if name == "ttl":
@@ -83,7 +83,7 @@ def config_table() -> str:
         for name, field in model.model_fields.items():
             default = list(field.default) if isinstance(field.default, tuple) else field.default
             plain = default is None or isinstance(default, bool)
-            shown = "all three" if isinstance(default, list) else json.dumps(default) if plain else default
+            shown = ", ".join(default) if isinstance(default, list) else json.dumps(default) if plain else default
             rows.append(f"| `{section}.{name}` | {shown} | {limits(name, field)} | {field.description} |")
     return "\n".join(rows)
 

@@ -39,15 +39,13 @@ LOSS = {
     "loss": float("nan"),
     "frozen_loss": None,
     "skipped": "nonfinite",
-    "served_loss": None,
-    "scale": None,
+    "rate": 0.012,
 }
 SESSION = {
     "session_id": "s", "version": 1, "tokens_seen": 3, "tokens_learned": 2, "tokens_skipped": {"nonfinite": 1},
     "frozen": False, "frozen_reason": None, "probe_regression": float("nan"), "versions": [0, 16],
     "tokens_pending": 0, "requests_open": 0, "created": 1.5, "last_used": 2.5,
-    "norm": {"o_proj": 0.1, "down_proj": float("nan")}, "scale": 0.5, "scale_served": 0.25,
-    "scale_losses": [{"scale": 0.0, "loss": 0.0}, {"scale": 1.0, "loss": 0.0}], "tier": "slot", "bytes": 10, "losses": [LOSS],
+    "norm": {"o_proj": 0.1, "down_proj": float("nan")}, "rate": 0.0125, "tier": "slot", "bytes": 10, "losses": [LOSS],
 }  # fmt: skip
 
 
@@ -283,6 +281,7 @@ def test_admin_answers(client: TestClient, serving: FakeServing) -> None:
     answer = client.get("/v1/ttt/sessions/s").json()
     assert answer["losses"] == [{**LOSS, "loss": None}]
     assert answer["norm"] == {"o_proj": 0.1, "down_proj": None}
+    assert answer["rate"] == summary["rate"] == 0.0125
     assert client.post("/v1/ttt/sessions/s/reset").json()["session_id"] == "s"
     assert serving.asked[-1] == ("ttt_admin", "reset", "-", "s")
     assert answer["probe_regression"] is None

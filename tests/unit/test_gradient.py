@@ -241,7 +241,7 @@ def test_what_some_models_add(tmp_path: Path, case: str, modules: tuple[str, ...
     oracle = Oracle(folder, config_of(1, modules), dtype=torch.float64, compute_dtype=torch.float64)
     D, F = oracle.stack.layers[-1].d.shape
     draw = lambda seed, n: torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.3  # noqa: E731
-    biases = {"bo_D": draw(1, D), "bgu_2F": draw(2, 2 * F), "bd_D": draw(3, D)}
+    biases: dict[str, Any] = {"bo_D": draw(1, D), "bgu_2F": draw(2, 2 * F), "bd_D": draw(3, D)}
     tail, batch = tail_of(oracle, **(biases if case == "biases" else {})), batch_of(oracle)
     tail.logit_scale, tail.soft_cap = 0.7 if case == "scale" else 1.0, 3.0 if case == "cap" else None
     delta, grad = random_deltas(tail, 0.05), tail.zeros(len(ROWS))

@@ -45,8 +45,7 @@ def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def chunk(skipped: str | None = None, loss: float = 2.0, frozen: float | None = None, tokens: int = 256) -> ChunkReport:
-    served = None if frozen is None else loss
-    return ChunkReport(1, "r", tokens, loss, frozen, skipped, tokens, 1, served, 0.6, None if skipped else 0.12)
+    return ChunkReport(1, "r", tokens, loss, frozen, skipped, tokens, 1, 0.012, None if skipped else 0.12)
 
 
 # Names
@@ -101,7 +100,8 @@ def test_chunks_are_counted_by_what_became_of_them() -> None:
     assert found["measured_loss_nats"]["session"][0] == 6.0
     assert sum(found["chunk_loss_nats"][""][1:]) == 5, "finite losses alone"
     assert sum(found["delta_norm_ratio"][""][1:]) == 5
-    assert sum(found["served_scale"][""][1:]) == 4, "with each measurement"
+    assert sum(found["rate"][""][1:]) == 5, "with each commit"
+    assert found["rate"][""][0] == pytest.approx(5 * 0.012)
 
 
 def test_what_the_guard_found_is_counted() -> None:

@@ -95,7 +95,7 @@ def test_export_and_import(state: Path, tmp_path: Path) -> None:
     assert run("import", state, "copy", tmp_path / "out")["version"] == 2
     assert "already" in str(run("import", state, "copy", tmp_path / "out", fails=True))
     world = World(state)
-    assert world.value("copy") == 3.0
+    assert world.value("copy", imported=True) == 3.0
     world.use("copy", 4.0)
     assert world.value("copy") == 7.0
     world.end()

@@ -44,17 +44,22 @@ def offline(**options: Any) -> Any:
 
 def test_flags_become_a_config(tmp_path: Path) -> None:
     file = tmp_path / "ttt.yaml"
-    file.write_text("sessions: {resident: 3}\nadapt: {rank: 64}")
+    file.write_text("sessions: {resident: 3}\nadapt: {rank: 32}")
     made = from_flags("--plugin", "ttt", "--ttt-config", str(file), "--enforce-eager").create_engine_config()
     config = plugin.config_of(made)
     assert config is not None
     assert config.sessions.resident == made.lora_config.max_loras == 3
-    assert made.lora_config.max_lora_rank == 64
+    assert made.lora_config.max_lora_rank == 32
     assert made.scheduler_config.scheduler_cls.endswith("TTTScheduler")
     assert made.parallel_config.worker_cls.endswith("TTTCPUWorker")
     assert sorted(made.lora_config.target_modules) == [
+        f"model.layers.{i}.{name}" for i in range(8) for name in ("mlp.down_proj", "self_attn.o_proj")
+    ]
+    last = from_flags("--plugin", "ttt", "--ttt-preset", "last", "--enforce-eager").create_engine_config()
+    assert last.lora_config.max_lora_rank == 128
+    assert sorted(last.lora_config.target_modules) == [
         f"model.layers.7.{name}" for name in ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj")
-    ], "only the adapted layers have slots"
+    ], "only the adapted layers, and modules, have slots"
 
 
 def test_compiled_as_without_ttt() -> None:
@@ -74,7 +79,7 @@ def test_compiled_as_without_ttt() -> None:
         (("--plugin", "ttt", "--ttt-state-dir", ""), "needs the name of a folder"),
         (("--plugin", "ttt", "--ttt-state-dir", "/dev/null/x"), "cannot be used"),
         (("--plugin", "ttt", "--ttt-config", "missing.yaml"), "--ttt-config missing.yaml: No such file"),
-        (("--plugin", "ttt", "--ttt-preset", "wide"), "preset 'wide' is not available; allowed: last"),
+        (("--plugin", "ttt", "--ttt-preset", "wide"), "preset 'wide' is not available; allowed: deep, last"),
     ],
 )
 def test_flags_that_are_refused(flags: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,9 +106,14 @@ def test_a_state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from_flags(*flags, str(state)).create_engine_config()
     store.close()
     other = tmp_path / "ttt.yaml"
-    other.write_text("adapt: {rank: 64}")
-    with pytest.raises(ConfigError, match=r"adapt\.rank 128, and this server has 64"):
-        from_flags(*flags, str(state), "--ttt-config", str(other)).create_engine_config()
+    for changed, says in (
+        ("rank: 32", r"adapt\.rank 64, and this server has 32"),
+        ("layers: 4", r"adapt\.layers 8, and this server has 4"),
+        ("modules: [down_proj]", r"adapt\.modules"),
+    ):
+        other.write_text(f"adapt: {{{changed}}}")
+        with pytest.raises(ConfigError, match=says):
+            from_flags(*flags, str(state), "--ttt-config", str(other)).create_engine_config()
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     weights = next(iter(sorted(model.glob("*.safetensors"))))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_worker_compute import D, Q, V, make
+from test_worker_compute import LEARN, D, Q, V, make
 
 from vllm_ttt.config import GuardConfig, parse_config
 from vllm_ttt.engine.limits import Allowance, repetitive
@@ -20,13 +20,15 @@ from vllm_ttt.errors import ConfigError
 from vllm_ttt.types import RequestPlan
 from vllm_ttt.worker.backlog import Backlog
 from vllm_ttt.worker.clock import Clock
+from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.guard import Guard
-from vllm_ttt.worker.micro_step import Delta, accumulate
+from vllm_ttt.worker.micro_step import accumulate
 from vllm_ttt.worker.probe import Probe
 from vllm_ttt.worker.step_view import Rows
 from vllm_ttt.worker.trainer import Trainer
-from vllm_ttt.worker.versions import Kept, Versions, restore, snapshot
+from vllm_ttt.worker.versions import Versions, restore
+from vllm_ttt.worker.versions import keep as keep_session
 
 pytestmark = pytest.mark.unit
 
@@ -34,13 +36,16 @@ ROWS = 40
 
 
 def fill(deltas: Deltas, key: int, value: float) -> None:
+    """As a step whose outcome is known leaves the session: B, the last update, the rate and the norms say which it was."""
     deltas.row(key)
     for x in deltas.read(key).tensors():
         x.fill_(value)
+    session = deltas.session(key)
+    session.rate, session.norms = float(value), [float(value)] * 4
 
 
 def keep(versions: Versions, deltas: Deltas, key: int, version: int) -> None:
-    versions.add(key, version, Kept(snapshot(deltas, key), [float(version)] * 4, [float(version)]))
+    versions.add(key, version, keep_session(deltas, key))
 
 
 # Versions
@@ -56,10 +61,12 @@ def test_the_last_versions_are_kept_and_restored_as_they_were() -> None:
     kept = versions.find(7, 9)
     assert kept is not None
     session = restore(deltas, 7, 9, kept)
-    assert (session.version, session.norms, session.losses) == (9, [9.0] * 4, [9.0])
-    assert all(bool((x == 9).all()) for x in deltas.read(7).tensors())
+    assert (session.version, session.norms, session.rate) == (9, [9.0] * 4, 9.0)
+    assert all(bool((x == 9).all()) for x in deltas.read(7).tensors()), "B, the last update and the rate"
     fill(deltas, 7, 5.0)
-    assert all(bool((x == 9).all()) for x in kept.delta.tensors()), "what is kept stays"  # type: ignore[union-attr]
+    assert kept.state is not None
+    assert all(bool((x == 9).all()) for x in kept.state.tensors()), "what is kept stays"
+    assert (kept.rate, kept.norms) == (9.0, [9.0] * 4)
     versions.cut(7, 9)
     assert versions.of(7) == [0, 9]
     assert versions.find(7, 12) is None
@@ -71,9 +78,10 @@ def test_version_0_is_the_base_model() -> None:
     kept = versions.find(7, 0)
     assert kept is not None
     session = restore(deltas, 7, 0, kept)
-    assert not any(x.any() for x in deltas.read(7).tensors())
-    assert (session.version, session.norms) == (0, [0.0] * 4)
-    assert session.losses == [0.0], "one for each scale"
+    fresh = deltas.read(7)
+    assert not any(x.any() for x in (*fresh.delta.tensors(), *fresh.last.tensors()))
+    assert (session.version, session.norms, session.rate) == (0, [0.0] * 4, LEARN.rate)
+    assert fresh.rate_S.item() == pytest.approx(LEARN.rate), "the rate begins anew"
 
 
 def test_a_session_without_a_row_is_restored() -> None:
@@ -85,11 +93,20 @@ def test_a_session_without_a_row_is_restored() -> None:
     assert 1 not in deltas.rows
     kept = versions.find(1, 4)
     assert kept is not None
-    restore(deltas, 1, 4, kept)
+    deltas.row(1)
+    fill(deltas, 1, 6.0)
+    deltas.row(2)
+    deltas.row(3)
+    deltas.row(4)
+    assert 1 not in deltas.rows
+    assert restore(deltas, 1, 4, kept).rate == 4.0
     assert all(bool((x == 4).all()) for x in deltas.read(1).tensors())
     deltas.row(1)
-    deltas.read(1).o.fill_(5.0)
-    assert bool((kept.delta.o == 4).all())  # type: ignore[union-attr]
+    for x in deltas.read(1).tensors():
+        assert bool((x == 4).all())
+        x.fill_(5.0)
+    assert kept.state is not None
+    assert all(bool((x == 4).all()) for x in kept.state.tensors())
 
 
 def test_memory_is_bounded_and_the_good_version_stays() -> None:
@@ -97,7 +114,7 @@ def test_memory_is_bounded_and_the_good_version_stays() -> None:
     size = deltas.bytes_per_session()
     assert deltas.row(1) != deltas.row(2)
     versions = Versions(5, 1, 4 * size)
-    versions.add_good(1, 2, Kept(snapshot(deltas, 1), [], []))
+    versions.add_good(1, 2, keep_session(deltas, 1))
     for version in range(1, 6):
         keep(versions, deltas, 1, version)
     keep(versions, deltas, 2, 1)
@@ -135,14 +152,21 @@ class Trying:
     def take(self, first: int, end: int) -> None:
         self.probe.take([Rows("p", 0, first, self.t[first:end])], self.h[first:end], self.a[first:end])
 
-    def loss(self, delta: Delta) -> float:
+    def loss(self, delta: Delta, grad: Delta | None = None) -> float:
         weight = torch.full((1, ROWS), 1 / ROWS)
-        return accumulate(self.tail, delta, self.h[None, :ROWS], self.a[None, :ROWS], self.t[None, :ROWS], weight, None).item()
+        return accumulate(self.tail, delta, self.h[None, :ROWS], self.a[None, :ROWS], self.t[None, :ROWS], weight, grad).item()
+
+    def harm(self, key: int) -> None:
+        """Move the session up the slope of the text's loss."""
+        grad = self.tail.zeros(1)
+        self.loss(self.deltas.read(key).delta, grad)
+        for x, g in zip(self.deltas.read(key).delta.tensors(), grad.tensors(), strict=True):
+            x += g
 
     def learn(self, key: int, commits: int, scale: float) -> None:
         torch.manual_seed(key)
         row = self.deltas.row(key)
-        for x in self.deltas.masters.tensors():
+        for x in self.deltas.masters.delta.tensors():
             x[row].normal_(std=scale)
         for _ in range(commits):
             self.deltas.session(key).version += 1
@@ -167,14 +191,14 @@ def test_a_delta_that_harms_is_found_and_a_good_version_kept(tokens: int) -> Non
     assert trials[0].regression == pytest.approx(0.0, abs=1e-5)
     assert trying.versions.of(1) == [0, 4]
 
-    trying.learn(1, 3, 0.5)
+    trying.learn(1, 3, 0.0)
     assert not trying.guard.busy, "it is not due"
-    trying.learn(1, 1, 0.5)
+    trying.learn(1, 1, 0.0)
+    trying.harm(1)
     while trying.guard.busy:
         trying.run(tokens)
         trials += trying.guard.collect(trying.deltas.sessions)
-    session = trying.deltas.session(1)
-    expected = trying.loss(trying.deltas.read(1).times(session.chosen)) - trying.loss(trying.deltas.read(1).times(0.0))
+    expected = trying.loss(trying.deltas.read(1).delta) - trying.loss(trying.tail.zeros(1))
     assert expected > 0.001
     assert trials[1].regression == pytest.approx(expected, abs=1e-5)
     assert (trials[1].version, trials[1].back_to) == (8, 4)
@@ -246,7 +270,7 @@ def test_room_is_made_although_a_session_waits_for_its_trial() -> None:
         {"learn": {"chunk": 16, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 2, "max_regression": 100}}
     )
     h, a, tokens = torch.randn(64, D), torch.randn(64, Q), torch.randint(0, V, (64,))
-    backlog, deltas = Backlog(16, 16, 1, h, a), Deltas(tail, 3, config.learn.scales)
+    backlog, deltas = Backlog(16, 16, 1, h, a), Deltas(tail, 3, config.learn.rate)
     slots: Any = SimpleNamespace(write=lambda *_: None, drop=lambda _: None, holds=lambda _: False)
     probe = Probe(40, h, a)
     trainer = Trainer(tail, config, backlog, deltas, slots, probe)

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_ttt.config import GuardConfig, SessionsConfig
@@ -25,7 +26,7 @@ from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.guard import Guard
 from vllm_ttt.worker.micro_step import Tail
 from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.versions import Kept, Versions, restore, snapshot
+from vllm_ttt.worker.versions import Versions, keep, restore
 
 D, Q, F, R = 8, 12, 16, 4
 GEOMETRY = Geometry(layer=1, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)
@@ -35,10 +36,17 @@ IDENTITY: dict[str, Any] = {
     "geometry": GEOMETRY.to_json(),
     "dtype": "bfloat16",
 }
+#: Of a fresh session, and after so many chunks.
+RATE = 0.012
+
+
+def rate_after(version: int) -> float:
+    return RATE + version / 1024
 
 
 class FakeTrainer:
-    """Learning a chunk adds the next number of a sequence to B: what a session holds says what it learned, in order."""
+    """Learning a chunk adds the next number of a sequence to B; the last update and the rate count chunks: what a session holds
+    says what it learned, in order."""
 
     def __init__(self, rows: int):
         zeros, drawn = torch.zeros, peft.projections(GEOMETRY, torch.bfloat16)
@@ -46,7 +54,7 @@ class FakeTrainer:
             zeros(D, Q), zeros(2 * F, D), zeros(D, F), zeros(10, D), torch.ones(D), torch.ones(D), 1e-5, 1e-5,
             drawn[Q], drawn[D], drawn[F], dict.fromkeys("ogud", 1.0),
         )  # fmt: skip
-        self.deltas, self.dtype, self.report = Deltas(tail, rows), torch.bfloat16, StepReport()
+        self.deltas, self.dtype, self.report = Deltas(tail, rows, RATE), torch.bfloat16, StepReport()
         self.flying: set[int] = set()
         clock, self.versions = Clock(torch.device("cpu")), Versions(3, 1, 2**30)
         self.guard = Guard(GuardConfig(), tail, Probe(1, zeros(1, D), zeros(1, Q)), self.versions, clock)
@@ -54,14 +62,19 @@ class FakeTrainer:
     def learn(self, key: int, value: float) -> None:
         row = self.deltas.row(key)
         assert row is not None
-        for x in self.deltas.masters.tensors():
-            x[row] += value
-        session = self.deltas.session(key)
+        session, master = self.deltas.session(key), self.deltas.masters.row(row)
         session.version += 1
+        session.rate = rate_after(session.version)
+        for b, u in zip(master.delta.tensors(), master.last.tensors(), strict=True):
+            b += value
+            u.fill_(session.version)
+        master.rate_S.fill_(session.rate)
         self.guard.committed(key)
         if self.versions.due(key):
-            self.versions.add(key, session.version, Kept(snapshot(self.deltas, key), list(session.norms), list(session.losses)))
-        self.report.chunks.append(ChunkReport(key, "r", 16, 1.0, None, None, 16 * session.version, session.version))
+            self.versions.add(key, session.version, keep(self.deltas, key))
+        self.report.chunks.append(
+            ChunkReport(key, "r", 16, 1.0, None, None, 16 * session.version, session.version, session.rate)
+        )
 
     def in_flight(self, key: int) -> bool:
         return key in self.flying
@@ -135,11 +148,17 @@ class World:
         self.tiers.left(session)
         return session
 
-    def value(self, name: str, tenant: str = "-") -> float:
-        """What the session's delta holds, brought back where it must be."""
+    def value(self, name: str, tenant: str = "-", imported: bool = False) -> float:
+        """What the session's delta holds, brought back where it must be; its update and its rate are those of its
+        version, or where it was ``imported``, none and the server's own."""
         session = self.use(name, tenant=tenant)
-        delta = self.trainer.deltas.read(session.adapter)
-        values = {x.item() for t in delta.tensors() for x in t.flatten()[:: t.numel() // 2 + 1]}
+        master = self.trainer.deltas.read(session.adapter)
+        known = self.trainer.deltas.session(session.adapter)
+        assert known.version == session.version
+        counted = 0 if imported else known.version
+        assert master.rate_S.item() == np.float32(known.rate) == np.float32(rate_after(counted))
+        assert {x for t in master.last.tensors() for x in t.flatten().tolist()} == {counted}
+        values = {x for t in master.delta.tensors() for x in t.flatten().tolist()}
         assert len(values) == 1
         return values.pop()
 

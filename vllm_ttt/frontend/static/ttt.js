@@ -186,8 +186,6 @@ function describe(list, entries) {
   }));
 }
 
-const adapted = (chunk) => chunk.served_loss ?? chunk.loss;
-
 function draw(card, s, chart = false) {
   const q = (selector) => card.element.querySelector(selector);
   const before = card.session;
@@ -213,7 +211,7 @@ function draw(card, s, chart = false) {
     ["learned", `${number(s.tokens_learned)} tokens`],
     ["waiting", `${number(s.tokens_pending)} tokens`],
     ["not learned", skipped.length ? skipped.map(([why, n]) => `${number(n)} ${why}`).join(", ") : "–"],
-    ["scale", s.scale === undefined || s.scale === null ? "–" : s.scale.toFixed(2)],
+    ["rate", s.rate === undefined || s.rate === null ? "–" : s.rate.toPrecision(2)],
     ["delta's norm", norms.length ? `${(100 * Math.max(...norms)).toFixed(0)} %` : "–"],
   ]);
   q(".card > .error").textContent = s.error ?? (s.frozen_reason && s.frozen_reason !== "asked for" ? `It learns no more: ${s.frozen_reason}.` : "");
@@ -230,7 +228,7 @@ function plot(card) {
   const measured = chunks.filter((c) => c.frozen_loss !== null);
   const gain = card.element.querySelector(".gain");
   const last = measured.slice(-8);
-  const mean = last.reduce((sum, c) => sum + c.frozen_loss - adapted(c), 0) / last.length;
+  const mean = last.reduce((sum, c) => sum + c.frozen_loss - c.loss, 0) / last.length;
   if (Math.abs(mean) < 0.005) gain.textContent = "no difference from the frozen model so far";
   else if (last.length && card.session.version) {
     const percent = 100 * (1 - Math.exp(-mean));
@@ -243,7 +241,7 @@ function plot(card) {
   svg.replaceChildren();
   const width = svg.clientWidth || 360, height = svg.clientHeight || 152;
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  const values = chunks.flatMap((c) => [c.loss, c.frozen_loss, c.served_loss]).filter((x) => x !== null && x !== undefined);
+  const values = chunks.flatMap((c) => [c.loss, c.frozen_loss]).filter((x) => x !== null);
   if (!values.length) {
     svg.append(make("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "losses appear here, chunk by chunk"));
     svg.setAttribute("aria-label", "No losses yet");
@@ -275,7 +273,7 @@ function plot(card) {
   read(card, -1);
   const latest = measured.at(-1);
   svg.setAttribute("aria-label", `Loss of ${chunks.length} chunks, now ${nats(chunks.at(-1).loss)} nats per token` +
-    (latest ? `; latest measurement: frozen model ${nats(latest.frozen_loss)}, session ${nats(adapted(latest))}` : ""));
+    (latest ? `; latest measurement: frozen model ${nats(latest.frozen_loss)}, session ${nats(latest.loss)}` : ""));
 }
 
 function point(card, at) {
