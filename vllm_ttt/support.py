@@ -60,9 +60,29 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     if config.sessions.state_dir is not None and engine_args.shutdown_timeout == 0:
         # vLLM's default kills the engine core at once: nothing could be saved.
         engine_args.shutdown_timeout = SHUTDOWN_TIMEOUT
+    if engine_args.enable_sleep_mode:
+        raise ConfigError(
+            "--enable-sleep-mode is not supported with --plugin ttt: the deltas of sessions lie in memory that sleep takes away"
+        )
     engine_args.scheduler_cls = SCHEDULER
     if engine_args.worker_cls == "auto":
         engine_args.worker_cls = worker
+    elif engine_args.worker_cls != worker:
+        _check_worker(engine_args.worker_cls, worker)
+
+
+def _check_worker(given: Any, ours: str) -> None:
+    """Raise ConfigError where a worker class that the user names is not one of ours."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_ttt.worker.worker import TTTWorkerMixin
+
+    try:
+        found = resolve_obj_by_qualname(given) if isinstance(given, str) else given
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--worker-cls {given} cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, TTTWorkerMixin)):
+        raise ConfigError(f"--worker-cls {given} cannot be combined with --plugin ttt, whose worker learns; subclass {ours}")
 
 
 def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
@@ -78,7 +98,9 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
         "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
         "--data-parallel-size": parallel.data_parallel_size > 1,
-        "--enable-dbo": parallel.enable_dbo,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--enable-dbo (or --ubatch-size)": parallel.use_ubatching,
         "--speculative-config": vllm_config.speculative_config is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--runner pooling": model.runner_type != "generate",

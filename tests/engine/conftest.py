@@ -62,7 +62,7 @@ def running_ttt(folder: Path, config: dict[str, Any], flags: list[str]) -> Itera
     file.write_text(yaml.safe_dump(config))
     flags = ["--ttt-config", str(file), "--worker-cls", "faulty_worker.FaultyWorker", *flags]
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    environment = {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1"}
+    environment = {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
     with running(folder / "server.log", "vllm_ttt.cli", flags, environment) as served:
         served.complete(list(range(10, 30)), prompt_logprobs=0)  # vLLM compiles a kernel at the first of these
         yield served

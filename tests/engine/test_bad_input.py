@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ ROUTES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
     "/v1/responses": {"input": "x"},
 }
+#: refused by the engine, on a CPU
+SEEDED = {"temperature": 1, "seed": 1, "vllm_xargs": {"ttt_interleave": 1}}
 KNOBS: list[tuple[dict[str, Any], str]] = [
     ({"ttt_learn": 2}, "ttt_learn must be 0 or 1; got 2"),
     ({"ttt_learn": -1}, "ttt_learn must be 0 or 1; got -1"),
@@ -101,13 +104,34 @@ def test_token_ids_outside_the_vocabulary(server: Served) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_seed_and_an_interleaved_prompt(server: Served, documents: Documents, stream: bool) -> None:
-    """vLLM's CPU runner would end of it."""
-    options = {"temperature": 1, "seed": 1, "vllm_xargs": {"ttt_interleave": 1}, "stream": stream}
-    answer = server.post(documents["kjv"][0][:700], "seeded", **options)
-    assert "cannot sample with a seed on a CPU" in answer.text
-    if not stream:
-        assert answer.status_code == 400
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_the_engine_refuses(server: Served, route: str, stream: bool) -> None:
+    """Here a seeded prompt that is to be read in parts: vLLM's CPU runner would end of it. A stream has not begun by then."""
+    before = server.logged().count("Traceback")
+    body = {"model": "demo", **ROUTES[route], **SEEDED, "session_id": "seeded", "stream": stream}
+    answer = server.http.post(route, json=body)
+    refused(answer, "cannot sample with a seed on a CPU")
+    assert answer.status_code == 400
+    assert answer.headers["content-type"] == "application/json"
+    assert server.logged().count("Traceback") == before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_background_response_that_the_engine_refuses(server: Served, stream: bool) -> None:
+    before = server.logged().count("Traceback")
+    body = {"model": "demo", "input": "x", **SEEDED, "session_id": "seeded", "request_id": f"background-{stream}"}
+    answer = server.http.post("/v1/responses", json={**body, "background": True, "store": True, "stream": stream}, timeout=20)
+    if stream:
+        refused(answer, "cannot sample with a seed on a CPU")
+        events = server.http.get("/v1/responses/background-True", params={"stream": True}, timeout=20).text
+        assert '"type":"response.failed"' in events, "who comes back for the stream sees how it ended"
+    else:
+        assert answer.json()["status"] == "queued"
+    deadline, status = time.monotonic() + 20, "queued"
+    while status == "queued" and time.monotonic() < deadline:
+        status = server.http.get(f"/v1/responses/background-{stream}").json()["status"]
+    assert status == "failed"
+    assert server.logged().count("Traceback") == before
 
 
 def test_an_adapter_that_is_given_to_the_worker(server: Served) -> None:

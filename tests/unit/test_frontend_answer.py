@@ -15,6 +15,7 @@ import vllm
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_ttt.errors import RequestError
 from vllm_ttt.frontend import receipt
 from vllm_ttt.frontend.answer import ANSWERED, UNLEARNED, AnswerMiddleware
 from vllm_ttt.frontend.body import EventStream, insert_ttt
@@ -172,6 +173,74 @@ def test_no_event_is_late() -> None:
     assert seen[3] == seen[1] + EVENTS[2]
     assert seen[4].endswith(b'"ttt":{"session_id":"s","version":3,"tokens_learned":7}}\n\ndata: [DONE]\n\n')
     assert sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+CREATED = b'event: response.created\ndata: {"type":"response.created"}\n\n'
+
+
+def streaming(then: Callable[[receipt.Receipt], list[bytes]], first: bytes = CREATED) -> App:
+    """Starts a stream before the engine has said anything of the session; ``then``: what happens, and what is sent then."""
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        note = receipt.current.get()
+        assert note is not None
+        note.session = "s"
+        note.open()
+        await send({"type": "http.response.start", "status": 200, "headers": SSE})
+        await send({"type": "http.response.body", "body": first, "more_body": True})
+        for part in then(note):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return app
+
+
+def refuse(note: receipt.Receipt) -> list[bytes]:
+    note.calls[0].refused = RequestError("at most 3 sessions", status=429)
+    return [b'data: {"error":{}}\n\n', b"data: [DONE]\n\n"]
+
+
+def refuse_and_break(note: receipt.Receipt) -> list[bytes]:
+    refuse(note)
+    raise ValueError("vLLM cannot say so in this stream")
+
+
+@pytest.mark.parametrize("then", [refuse, refuse_and_break])
+def test_a_stream_that_the_engine_refuses_has_not_begun(then: Any) -> None:
+    start, end = post(streaming(then))
+    assert (start["status"], dict(start["headers"])[b"content-type"]) == (429, b"application/json")
+    assert json.loads(end["body"])["error"]["message"] == "at most 3 sessions"
+    assert not end.get("more_body")
+
+
+def test_a_stream_begins_when_the_engine_does() -> None:
+    def begin(note: receipt.Receipt) -> list[bytes]:
+        note.calls[0].note({"version": 3, "tokens_learned": 7})
+        note.calls[0].finished = True
+        return [EVENTS[0], EVENTS[4]]
+
+    sent = post(streaming(begin))
+    assert sent[0] == {"type": "http.response.start", "status": 200, "headers": SSE}
+    assert sent[1]["body"] == CREATED
+    assert bytes_of(sent) == CREATED + EVENTS[0].rstrip()[:-1] + b',"ttt":' + json.dumps(
+        TTT, separators=(",", ":")
+    ).encode() + (b"}\n\n" + EVENTS[4])
+
+
+def test_a_stream_that_is_kept_alive_has_begun() -> None:
+    """vLLM's --sse-keep-alive-interval: while the request waits, the client sees that somebody is there."""
+    alive = b": keep-alive\n\n"
+    sent = post(streaming(refuse, first=alive))
+    assert sent[0]["status"] == 200
+    assert bytes_of(sent).startswith(alive)
+
+
+def test_another_error_of_a_stream_is_vllms() -> None:
+    def fail(_: receipt.Receipt) -> list[bytes]:
+        raise ValueError("something else")
+
+    with pytest.raises(ValueError, match="something else"):
+        post(streaming(fail))
 
 
 def test_responses_get_it_in_their_last_event_and_wait_for_no_tool() -> None:

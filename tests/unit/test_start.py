@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ttt import engine_args, plugin, support
+from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.errors import ConfigError, PatchContractError
 from vllm_ttt.patches import _contract
@@ -142,6 +144,9 @@ def test_config_files_that_are_refused(tmp_path: Path, text: str, says: str) -> 
         ({"fully_sharded_loras": True}, "--fully-sharded-loras is not supported"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls cannot be combined"),
         ({"runner": "pooling"}, "--runner pooling is not supported with --plugin ttt"),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "cpu_worker.CPUWorker cannot be combined with --plugin ttt"),
+        ({"worker_cls": "no.such.Worker"}, "--worker-cls no.such.Worker cannot be imported"),
+        ({"enable_sleep_mode": True}, "--enable-sleep-mode is not supported with --plugin ttt: the deltas"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds is not supported with --plugin ttt"),
     ],
 )
@@ -158,6 +163,28 @@ def test_adapters_at_run_time_are_refused(start: Any, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be combined with --plugin ttt; unset it"):
         start().create_engine_config()
     offline(additional_config={}).create_engine_config()  # who does not ask for ttt is not stopped
+
+
+def test_a_worker_of_ours_may_be_extended() -> None:
+    ours = "vllm_ttt.worker.cpu_worker.TTTCPUWorker"
+    assert offline(worker_cls=ours).create_engine_config().parallel_config.worker_cls == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size is not supported"),
+        ("decode_context_parallel_size", 2, "--decode-context-parallel-size is not supported"),
+        ("enable_dbo", True, "--enable-dbo"),
+        ("ubatch_size", 4, "--enable-dbo (or --ubatch-size) is not supported"),
+    ],
+)
+def test_ways_to_run_in_parallel_that_are_refused(name: str, value: Any, says: str) -> None:
+    """vLLM itself refuses most of them on a CPU, before we see them."""
+    made = offline(additional_config={}).create_engine_config()
+    setattr(made.parallel_config, name, value)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        support.finish_vllm_config(made, TTTConfig())
 
 
 def changed_model(folder: Path, **change: Any) -> str:

@@ -25,6 +25,7 @@ UNLEARNED = frozenset(
         *("/generative_scoring", "/v1/systemone"),
     }
 )
+EVENTS = b"text/event-stream"
 #: Larger bodies are not searched for a ``session_id`` that would be ignored, bytes.
 _SEARCHED = 2**20
 
@@ -48,14 +49,22 @@ class AnswerMiddleware:
                 return await _refuse(path, send)
         note = receipt.Receipt()
         token = receipt.current.set(note)
+        answer = _Answer(note, send) if path in ANSWERED else None
         try:
-            return await self.app(scope, receive, _Answer(note, send) if path in ANSWERED else send)
+            return await self.app(scope, receive, answer or send)
+        except Exception:
+            if answer is None or not await answer.refuse():
+                raise
         finally:
             receipt.current.reset(token)
 
 
 class _Answer:
-    """The ``send`` of a request that may have a session. Whether it has is known when its answer starts."""
+    """The ``send`` of a request that may have a session. Whether it has is known when its answer starts.
+
+    vLLM starts a stream before the engine has seen the request. So it is held until the engine begins to answer: what the
+    engine refuses is then an answer with a status, as it is for who does not stream.
+    """
 
     def __init__(self, note: receipt.Receipt, send: Send):
         self._note, self._send = note, send
@@ -63,11 +72,38 @@ class _Answer:
         #: the start of a JSON answer, held until its length is known
         self._start: Message | None = None
         self._parts: list[bytes] = []
+        #: a stream that the engine has not begun to answer, message by message; None: it has, or there is none
+        self._waiting: list[Message] | None = None
+        self._closed = False
 
     async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and self._note.session is not None and _kind(message) == EVENTS:
+            self._waiting = []
+        if self._waiting is None:
+            await self._pass(message)
+        elif not await self.refuse():
+            self._waiting.append(message)
+            # An operator who asked for comments that keep connections alive wants them sent.
+            comment = message.get("body", b"").startswith(b":")
+            ends = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if self._note.begun or comment or ends:
+                waiting, self._waiting = self._waiting, None
+                for held in waiting:
+                    await self._pass(held)
+
+    async def refuse(self) -> bool:
+        """Where nothing was sent and the engine has refused: say so, and nothing that comes after it. Whether that was so."""
+        if self._waiting is None or self._note.refused is None:
+            return False
+        if not self._closed:
+            self._closed = True
+            await send_error(self._note.refused, self._send)
+        return True
+
+    async def _pass(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             kind = _kind(message) if self._note.session is not None else b""
-            if kind == b"text/event-stream":
+            if kind == EVENTS:
                 self._stream = EventStream(self._note)
             if kind == b"application/json":
                 self._start = message
@@ -138,7 +174,12 @@ def _names_session(body: bytes) -> bool:
 
 async def _refuse(path: str, send: Send) -> None:
     where = ", ".join(sorted(ANSWERED))
-    error = RequestError(f"{path} cannot learn and takes no session; sessions work on {where}", param="session_id")
+    await send_error(
+        RequestError(f"{path} cannot learn and takes no session; sessions work on {where}", param="session_id"), send
+    )
+
+
+async def send_error(error: RequestError, send: Send) -> None:
     body = json.dumps(refusals.to_openai(error)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

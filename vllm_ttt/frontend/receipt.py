@@ -6,6 +6,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_ttt.errors import RequestError
+
 
 @dataclass(slots=True)
 class Call:
@@ -14,6 +16,8 @@ class Call:
     version: int | None = None
     tokens_learned: int = 0
     finished: bool = False
+    #: why the engine would not have it
+    refused: RequestError | None = None
 
     def note(self, ttt: dict[str, Any]) -> None:
         """Take over what the engine says with an output: ``{"version": int, "tokens_learned": int}``."""
@@ -34,6 +38,16 @@ class Receipt:
     def finished(self) -> bool:
         """Whether everything that was asked of the engine so far has been generated."""
         return bool(self.calls) and all(call.finished for call in self.calls)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the engine has begun to answer."""
+        return any(call.version is not None for call in self.calls)
+
+    @property
+    def refused(self) -> RequestError | None:
+        """What the engine refused, where it has not begun to answer."""
+        return None if self.begun else next((call.refused for call in self.calls if call.refused), None)
 
     def answer(self) -> dict[str, Any] | None:
         """The ``ttt`` object, or None where there is no session or the engine has said nothing about it."""

@@ -22,6 +22,23 @@ def to_vllm(error: RequestError) -> Exception:
     return GracefulHTTPError(error.message, HTTPStatus(error.status))
 
 
+def of_engine(error: RequestError) -> Exception:
+    """The same of what the engine refused, when vLLM already waits for the answer: an error that its streams expect, and log
+    without a traceback."""
+    from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
+
+    class RefusedRequest(VLLMValidationError, GenerationError):
+        pass
+
+    class Refused(GracefulHTTPError, GenerationError):
+        pass
+
+    status = HTTPStatus(error.status)
+    refused = RefusedRequest(error.message, parameter=error.param) if error.status == 400 else Refused(error.message, status)
+    refused.status_code = status
+    return refused
+
+
 def to_openai(error: RequestError) -> dict[str, Any]:
     """The JSON body of an answer that vLLM's handlers do not make."""
     kind = _TYPES.get(error.status) or HTTPStatus(error.status).phrase

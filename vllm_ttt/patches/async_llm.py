@@ -93,7 +93,8 @@ async def _without_ttt(stream: AsyncGenerator[Any, None], call: receipt.Call) ->
             if params and "ttt" in params:
                 ttt = params["ttt"]
                 if "message" in ttt:
-                    raise refusals.to_vllm(RequestError(ttt["message"], status=ttt["status"]))
+                    call.refused = RequestError(ttt["message"], status=ttt["status"])
+                    raise refusals.of_engine(call.refused)
                 call.note(ttt)
                 output.kv_transfer_params = {key: value for key, value in params.items() if key != "ttt"} or None
             call.finished = output.finished

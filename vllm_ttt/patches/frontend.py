@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vllm_ttt.patches import _contract, api_servers, async_llm, serving, tracing, validation
+from vllm_ttt.patches import _contract, api_servers, async_llm, responses, serving, tracing, validation
 
-_MODULES = (serving, async_llm, validation, api_servers, tracing)
+_MODULES = (serving, async_llm, validation, api_servers, tracing, responses)
 
 
 def install() -> None:
