@@ -6,6 +6,7 @@ sessions/ab/abcd...-1f.safetensors   one version of one session; the name is dra
 damaged/                  files that were not what had been saved
 exports/                  adapters on their way to a client
 lock                      held by the server that uses the dir
+reserve                   room that is given up so that sessions can be removed on a disk that is full
 secret                    turns API keys into tenants
 """
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures the loggers be
 #: Of the database and of the deltas: 3 since the second version of the learning step.
 FORMAT = 3
 MARKER = "vllm-ttt-state-dir"
+#: Bytes of `reserve`: what SQLite needs to record that something is removed, and some more.
+_RESERVE = 2**18
 _MARKER_TEXT = (
     f"format {FORMAT}\n"
     "This folder is a state dir of vllm-ttt, which keeps sessions here and removes files of its own here.\n"
@@ -162,6 +165,28 @@ class StateDir:
         path = self.path(file)
         with contextlib.suppress(FileNotFoundError):
             path.rename(self.damaged / path.name)
+
+    def keep_reserve(self) -> None:
+        """Keep some room for `give_reserve`, where there is any."""
+        file = self.root / "reserve"
+        try:
+            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return  # it is there, or there is no room for a name
+        try:
+            os.posix_fallocate(handle, 0, _RESERVE)
+        except OSError:
+            file.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+    def give_reserve(self) -> bool:
+        """Give that room up; whether there was any."""
+        try:
+            (self.root / "reserve").unlink()
+        except OSError:
+            return False
+        return True
 
     def secret(self) -> str:
         """64 hexadecimal digits, drawn when it is first asked for; mode 0600. Raises ConfigError."""

@@ -325,6 +325,28 @@ def test_a_real_disk_that_is_full(small_disk: Path) -> None:
     assert Offline(small_disk / "state").fsck()["problems"] == []
 
 
+def test_a_session_can_be_removed_from_a_disk_that_is_full(small_disk: Path) -> None:
+    """To the last byte, with what SQLite needs for it kept aside: whoever meets "no room" can make some."""
+    world = World(small_disk / "state", limit=4)
+    for name in "abc":
+        world.use(name, 1.0)
+        world.save(name)
+    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)) == 4096:
+            pass
+    for name in "ab":
+        session = world.ledger.find(SessionKey("-", name))
+        assert session is not None
+        world.wait(world.tiers.remove(session) if name == "a" else world.tiers.reset(session, {}))
+    assert world.ledger.peek(SessionKey("-", "a")) is None
+    assert world.value("b") == 0.0
+    assert world.value("c") == 1.0
+    world.crash()
+    rows = {s["session_id"]: s["version"] for s in Offline(small_disk / "state").list()}
+    assert rows == {"b": 0, "c": 1}
+    assert len(files(world)) == 1
+
+
 def test_the_bytes_of_a_state_dir_are_bounded(make: Make) -> None:
     """Older versions go first; then saves are refused, and so are new sessions, until something is removed."""
     world = make(limit=8, keep_versions=3)

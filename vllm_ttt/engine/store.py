@@ -94,6 +94,7 @@ class Store:
             self.reader = records.connect(folder.database)
             compare(records.create(self.reader, identity), identity, folder.root)
             self._recover()
+            folder.keep_reserve()
             self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
         except (sqlite3.Error, OSError) as error:
             folder.unlock()
@@ -113,7 +114,7 @@ class Store:
         self._number = 0
         #: sessions whose damaged rows are being mended
         self._mending: set[str] = set()
-        self._queue: queue.SimpleQueue[tuple[Write, Future] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Write, bool, Future] | None] = queue.SimpleQueue()
         self._done: deque[tuple[Future, Then]] = deque()
         self._thread = threading.Thread(target=self._run, name="ttt-store", daemon=True)
         self._thread.start()
@@ -180,7 +181,7 @@ class Store:
                 records.put(db, row, self.keep)
             return Change(gone=gone)
 
-        self.write(write, then)
+        self.write(write, then, frees=True)
 
     def back_to(self, row: Row, version: int, standing: dict[str, Any], then: Then) -> None:
         """Make a recorded version of a session the newest again; ``then`` gets it. ``standing`` holds whatever the version."""
@@ -196,13 +197,17 @@ class Store:
             records.put(db, replace(row, state={**found.state, **standing}, newest=None), self.keep)
             return Change(found, gone=gone)
 
-        self.write(write, then)
+        self.write(write, then, frees=True)
 
-    def write(self, write: Write, then: Then | None = None) -> None:
-        """Run ``write`` after everything that was asked for before; then, in `poll`, ``then(result, error)``."""
+    def write(self, write: Write, then: Then | None = None, frees: bool = False) -> None:
+        """Run ``write`` after everything that was asked for before; then, in `poll`, ``then(result, error)``.
+
+        Args:
+            frees: it makes room, and may use what is kept for that where the disk is full.
+        """
         future: Future = Future()
         self._done.append((future, then or (lambda _, error: None)))
-        self._queue.put((write, future))
+        self._queue.put((write, frees, future))
 
     @property
     def busy(self) -> bool:
@@ -283,10 +288,18 @@ class Store:
     def _run(self) -> None:
         db: sqlite3.Connection | None = None
         while (first := self._queue.get()) is not None:
-            write, future = first
+            write, frees, future = first
             try:
                 db = db or records.connect(self.folder.database)
-                future.set_result(self._execute(db, write))
+                try:
+                    result = self._execute(db, write)
+                except (sqlite3.Error, OSError) as error:
+                    if not (frees and store_error(error).everywhere and self.folder.give_reserve()):
+                        raise
+                    result = self._execute(db, write)
+                if frees:
+                    self.folder.keep_reserve()
+                future.set_result(result)
             except Exception as error:
                 future.set_exception(store_error(error))
         if db is not None:
