@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "deep": {"adapt": {"layers": "all", "modules": ["o_proj", "down_proj"], "rank": 64}, "learn": {"rate": 0.012}},
     "last": {
         "adapt": {"layers": 1, "modules": ["o_proj", "gate_up_proj", "down_proj"], "rank": 128},
-        "learn": {"rate": 0.016},
+        "learn": {"rate": 0.008},
     },
 }
 
@@ -153,7 +153,7 @@ class GuardConfig(_Model):
 
     every: Annotated[int, Field(ge=0, le=10**6)] = 16
     """Commits of a session after which its delta is tried on the probe, a text that no session sends; 0: never."""
-    max_regression: Annotated[float, Field(gt=0, le=100)] = 0.15
+    max_regression: Annotated[float, Field(gt=0, le=100)] = 0.5
     """A delta that makes the probe worse than this, in nats per token, is rolled back, and its session learns no more."""
     probe: str | None = None
     """File of the probe, plain text; null: the one that comes with vllm-ttt."""
