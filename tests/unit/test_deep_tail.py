@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from test_gradient import ROWS, SUBSETS, autograd, batch_of, config_of, of_session, random_deltas, relative
+from test_gradient import ROWS, SUBSETS, Kept, autograd, batch_of, config_of, of_session, random_deltas, relative
 from torch import nn
 
 from vllm_ttt import support
@@ -70,16 +70,22 @@ def test_the_tail_of_vllms_model_has_the_models_gradient(distributed: None, tmp_
     shape |= {"sliding_window": 1024} if architecture == "mistral" else {}  # no narrower than the context: nothing is cut
     folder = tiny_model(architecture, tmp_path, **shape)
     model = loaded(folder)
-    tail = build_tail(model, as_with_lora(find_modules(model, 2)), CONFIG.adapt, 1024)
-    oracle = Oracle(folder, CONFIG, dtype=torch.float64, compute_dtype=torch.float64)
-    batch = batch_of(oracle)
-    delta, grad = random_deltas(tail, 0.05), tail.zeros(len(ROWS))
-    losses = accumulate(tail, delta, *batch.rows(), grad, batch.past)
-    for s in range(len(ROWS)):
-        loss, expected = autograd(oracle, delta, batch, s)
-        assert losses[s].item() == pytest.approx(loss, abs=1e-5)
-        for one, other in zip([x for b in of_session(grad, s) for x in b.values()], expected, strict=True):
-            assert relative(one, other) < 1e-4
+    for layers in (2, 3):  # with all of them it begins at the embedding
+        config = config_of(layers)
+        tail = build_tail(model, as_with_lora(find_modules(model, layers)), config.adapt, 1024)
+        assert (tail.embedding_VD is None) == (layers == 2)
+        oracle = Oracle(folder, config, dtype=torch.float64, compute_dtype=torch.float64)
+        batch = batch_of(oracle)
+        delta, grad = random_deltas(tail, 0.05), tail.zeros(len(ROWS))
+        tokens = torch.tensor([[5, 319, 0]])
+        entering = tail.entering(torch.zeros(1, 3, 64), torch.zeros(1, 3, 128), tokens)[0]
+        assert torch.equal(entering, oracle.model.model.embed_tokens(tokens).float()) == (layers == 3)
+        losses = accumulate(tail, delta, *batch.rows(), grad, batch.past)
+        for s in range(len(ROWS)):
+            loss, expected = autograd(oracle, delta, batch, s)
+            assert losses[s].item() == pytest.approx(loss, abs=1e-5)
+            for one, other in zip([x for b in of_session(grad, s) for x in b.values()], expected, strict=True):
+                assert relative(one, other) < 1e-4
     if architecture == "mistral":
         with pytest.raises(ConfigError, match=r"layers\.2\.self_attn has a sliding window"):
             build_tail(model, as_with_lora(find_modules(model, 2)), CONFIG.adapt, 1025)
@@ -104,7 +110,9 @@ def test_a_step_in_float32_of_a_model_in_bfloat16(distributed: None, tmp_path: P
 
     batch = batch_of(Oracle(folder, CONFIG, dtype=torch.float32, compute_dtype=torch.float32), torch.bfloat16)
     h, a, t, w = batch.rows()
-    widened = replace(batch.past, keys=[x.float() for x in batch.past.keys], values=[x.float() for x in batch.past.values])
+    assert isinstance(batch.past.cache, Kept)
+    assert a is not None
+    widened = replace(batch.past, cache=batch.past.cache.map(torch.Tensor.float))
     delta, results = random_deltas(wide, 0.05), []
     for rows, past in (((h, a), batch.past), ((h.float(), a.float()), widened)):
         grad = wide.zeros(len(ROWS))

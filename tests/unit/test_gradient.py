@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
 
 from vllm_ttt.config import TTTConfig, parse_config
-from vllm_ttt.eval.oracle import KV, LayerWeights, Oracle, projection, rms_norm, stack_nll
+from vllm_ttt.eval.oracle import KV, LayerWeights, Oracle, _attention, projection, rms_norm, stack_nll
 from vllm_ttt.eval.tiny import ARCHITECTURES, tiny_model
 from vllm_ttt.worker import micro_step
 from vllm_ttt.worker.attention import Layout, SDPAAttention
@@ -58,51 +59,71 @@ def tail_of(oracle: Oracle, dtype: torch.dtype = torch.float32, **more: Any) -> 
             torch.cat(biases).float() if biases else None, q_norm, k_norm,
         )  # fmt: skip
 
-    adapt, lowest = oracle.config.adapt, stack.layers[0]
+    adapt, lowest, embedding = oracle.config.adapt, stack.layers[0], None
+    if oracle.first == 0:  # as the engine does: the step begins at the embedding
+        embedding = oracle.model.model.embed_tokens.weight.data.to(dtype)
     drawn = (projection(getattr(lowest, k).shape[1], adapt.rank, adapt.seed).to(dtype) for k in "ogd")
     blocks = [block(layer, norm) for layer, norm in zip(stack.layers, oracle.norms, strict=True)]
     return Tail(
         **blocks[-1], modules=adapt.letters, head_VD=stack.head.to(dtype), lnf_D=stack.norm_final.float(), eps_f=stack.eps,
         **dict(zip(("ao_RQ", "ai_RD", "ad_RF"), drawn, strict=True)),
-        lower=tuple(Block(**b) for b in blocks[:-1]), attentions=tuple(qkv(layer) for layer in stack.layers[1:]), **more,
+        lower=tuple(Block(**b) for b in blocks[:-1]), attentions=tuple(qkv(layer) for layer in stack.layers[embedding is None :]),
+        embedding_VD=embedding, **more,
     )  # fmt: skip
 
 
 @dataclass
+class Kept:
+    """What stands for vLLM's cache: keys and values [slots, G, E] of each layer whose attention the step computes."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def read(self, layer: int, slots_P: Tensor) -> tuple[Tensor, Tensor]:
+        return self.keys[layer].index_select(0, slots_P), self.values[layer].index_select(0, slots_P)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Kept:
+        return Kept([change(x) for x in self.keys], [change(x) for x in self.values])
+
+
+@dataclass
 class Batch:
-    """Chunks of three requests, as the step takes them and as the oracle does."""
+    """Chunks of three requests, as the step takes them and as the oracle does. ``a`` is None at full depth."""
 
     h: Tensor
-    a: Tensor
+    a: Tensor | None
     t: Tensor
     w: Tensor
     past: Past
     each: list[tuple[Tensor, Tensor, Tensor, list[KV]]]
 
-    def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def rows(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         return self.h, self.a, self.t, self.w
 
 
 def batch_of(oracle: Oracle, dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch:
     """Rows after the end of a chunk are copies of its first, at weight 0."""
-    S, C = len(ROWS), max(ROWS)
-    each, h, a = [], [], []
+    S, C, stack = len(ROWS), max(ROWS), oracle.stack
+    each, served, h, a = [], [], [], []
     t, w, positions = torch.zeros(S, C, dtype=torch.int64), torch.zeros(S, C), torch.zeros(S, C, dtype=torch.int64)
     for s, (n, past) in enumerate(zip(ROWS, PASTS, strict=True)):
         ids = torch.randint(320, (past + n + 1,), generator=torch.Generator().manual_seed(seed + s)).tolist()
         with torch.no_grad():
             _, kv = oracle.served(ids)
+            if oracle.first == 0:
+                x = rms_norm(oracle.activations(ids)[0][:-1], stack.layers[0].norm_attention, stack.eps)
+                kv = [_attention(stack, stack.layers[0], x, oracle.nothing()[0])[1], *kv]
+        served.append([(k[:past], v[:past]) for k, v in kv])
         hs, as_ = (x[past : past + n] for x in oracle.activations(ids))
-        each.append((hs, as_, torch.tensor(ids[past + 1 :]), [(k[:past], v[:past]) for k, v in kv]))
+        each.append((hs, as_, torch.tensor(ids[past + 1 :]), served[-1][oracle.first == 0 :]))
         pad = lambda x, n=n: torch.cat((x, x[:1].expand(C - n, -1))).to(dtype)  # noqa: E731
         h.append(pad(hs))
         a.append(pad(as_))
         t[s, :n], w[s, :n], positions[s] = each[-1][2], 1 / n, torch.arange(past, past + C)
-    layers = range(len(oracle.stack.layers) - 1)
-    keys, values = ([torch.cat([e[3][i][j] for e in each]).flatten(1).to(dtype) for i in layers] for j in (0, 1))
-    heads = oracle.stack.layers[0].k.shape[0] // oracle.stack.E
-    past = Past(Layout.of(PASTS, C), positions.flatten(), torch.arange(sum(PASTS)), keys, values, heads)
-    return Batch(torch.stack(h), torch.stack(a), t, w, past, each)
+    layers = range(len(served[0]))
+    keys, values = ([torch.cat([kv[i][j] for kv in served]).to(dtype) for i in layers] for j in (0, 1))
+    past = Past(Layout.of(PASTS, C), positions.flatten(), torch.arange(sum(PASTS)), Kept(keys, values))
+    return Batch(torch.stack(h), torch.stack(a) if oracle.first else None, t, w, past, each)
 
 
 @pytest.fixture(scope="module", params=[(a, k) for a in ARCHITECTURES for k in LAYERS], ids=lambda p: f"{p[0]}-{p[1]}")
@@ -156,7 +177,8 @@ def test_gradient(oracle: Oracle, batch: Batch, modules: tuple[str, ...], infere
     for scale in (0.0, 0.05):
         delta, grad = random_deltas(tail, scale), tail.zeros(len(ROWS))
         with torch.inference_mode(inference):
-            h, a, t, w = (x.clone() for x in batch.rows())
+            h, a, t, w = (None if x is None else x.clone() for x in batch.rows())
+            assert h is not None and t is not None and w is not None  # noqa: PT018
             past = replace(batch.past, layout=Layout.of(PASTS, max(ROWS)), positions_T=batch.past.positions_T.clone())
             losses = accumulate(tail, delta, h, a, t, w, grad, past)
             assert torch.allclose(accumulate(tail, delta, *batch.rows(), None, batch.past), losses, atol=1e-6)
@@ -176,7 +198,8 @@ def test_past_matters(oracle: Oracle, batch: Batch) -> None:
     delta = random_deltas(tail, 0.05)
     right, wrong = tail.zeros(len(ROWS)), tail.zeros(len(ROWS))
     loss = accumulate(tail, delta, *batch.rows(), right, batch.past)
-    other = replace(batch.past, keys=[-x for x in batch.past.keys], values=[-x for x in batch.past.values])
+    assert isinstance(batch.past.cache, Kept)
+    other = replace(batch.past, cache=batch.past.cache.map(torch.neg))
     lost = accumulate(tail, delta, *batch.rows(), wrong, other)
     assert abs(loss[0] - lost[0]) < 1e-6
     assert (loss[1:] - lost[1:]).abs().min() > 1e-4
