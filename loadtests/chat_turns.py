@@ -2,10 +2,10 @@
 
     python loadtests/chat_turns.py demo/real/smollm2 demo/real/texts     starts `vllm serve MODEL --plugin ttt` itself
 
-Two chats send the same twenty user messages, in turns: one without a session, one in a session that learns. Both go on from what
-the model answered. A session's turn begins when what the turn before sent has been learned: a person reads longer than that. Told
-of each turn: tokens of the prompt, how many of them came from the prefix cache, time to the first token of each chat, and their
-ratio; at the end, tokens of the last prompt and tokens learned.
+Two chats send the same twenty user messages, in turns: one without a session, one in a session that learns. Both go on from
+what the model answered. A session's turn begins when what the turn before sent has been learned: a person reads longer than
+that. Told of each turn: tokens of the prompt, how many of them came from the prefix cache, time to the first token of each
+chat, and their ratio; at the end, tokens of the last prompt and tokens learned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runs import HERE, about, save, served
 
 from vllm_ttt.eval.texts import read_texts
 
-TURNS, WORDS, ANSWER = 20, 90, 32
+TURNS, WORDS, ANSWER = 20, 40, 32
 
 
 def messages(texts: Path) -> list[str]:
