@@ -57,6 +57,11 @@ def test_nothing_given_is_all_defaults() -> None:
         ({"adapt": {"modules": ["o_proj"]}}, "adapt.modules: modules must be o_proj, gate_up_proj and down_proj"),
         ({"adapt": {"preset": "first"}}, "preset 'first' is not available; allowed: last"),
         ({"schedule": {"max_slowdown": 0.9}}, "schedule.max_slowdown"),
+        (
+            {"schedule": {"max_slowdown": 1.0}},
+            "max_slowdown must be at least 1.01: with no time of its own learning would wait",
+        ),
+        ({"schedule": {"max_slowdown": 1}}, "schedule.max_slowdown: "),
         ({"sessions": {"resident": 0}}, "sessions.resident"),
         ({"learn": []}, "learn"),
         ({"learn": {"rate": float("nan")}}, "learn.rate"),
