@@ -105,7 +105,7 @@ class ScheduleConfig(_Model):
 
     tokens_per_step: Annotated[int, Field(ge=16, le=65536)] = 512
     """At most this many tokens are learned between two iterations of the engine."""
-    max_slowdown: Annotated[float, Field(ge=1.0, le=100)] = 1.25
+    max_slowdown: Annotated[float, Field(ge=1.01, le=100)] = 1.25
     """While requests are being served, learning takes at most this factor less one of the serving time."""
     backlog_tokens: Annotated[int, Field(ge=1024, le=2**24)] = 65536
     """Captured tokens that may wait for their step, over all sessions; their activations are kept on the device."""
@@ -113,6 +113,16 @@ class ScheduleConfig(_Model):
     """Whether a session's next request waits until what its earlier requests sent has been learned."""
     kv_epoch: Annotated[float, Field(ge=0, le=10)] = 0.05
     """`deep`: how far a delta may move, relative to its weights, while the session reads what it had cached; 0: not at all."""
+
+    @field_validator("max_slowdown", mode="before")
+    @classmethod
+    def _max_slowdown(cls, factor: Any) -> Any:
+        if isinstance(factor, int | float) and factor < 1.01:
+            raise ValueError(
+                "max_slowdown must be at least 1.01: with no time of its own learning would wait until nobody is served, and "
+                "so would each session's next request. To serve without learning, send ttt_learn: 0"
+            )
+        return factor
 
 
 class SessionsConfig(_Model):

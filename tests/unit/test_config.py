@@ -76,6 +76,11 @@ def test_nothing_given_is_all_defaults() -> None:
         ({"adapt": {"modules": ["q_proj"]}}, "adapt.modules"),
         ({"adapt": {"preset": "first"}}, "preset 'first' is not available; allowed: deep, last"),
         ({"schedule": {"max_slowdown": 0.9}}, "schedule.max_slowdown"),
+        (
+            {"schedule": {"max_slowdown": 1.0}},
+            "max_slowdown must be at least 1.01: with no time of its own learning would wait",
+        ),
+        ({"schedule": {"max_slowdown": 1}}, "schedule.max_slowdown: "),
         ({"sessions": {"resident": 0}}, "sessions.resident"),
         ({"learn": []}, "learn"),
         ({"learn": {"rate": float("nan")}}, "learn.rate"),
