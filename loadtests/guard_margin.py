@@ -2,8 +2,8 @@
 
     python loadtests/guard_margin.py demo/model TEXTS
 
-One session in each domain of TEXTS, ten documents; after the 4th, the 8th and the 10th, the nats per token by which its delta,
-scaled as it is served, makes the text worse.
+One session in each domain of TEXTS, ten documents; after the 4th, the 8th and the 10th, the nats per token by which its delta
+makes the text worse.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_ttt.config import TTTConfig
+from vllm_ttt.config import parse_config
 from vllm_ttt.eval import texts
 from vllm_ttt.eval.curves import OracleScorer
 from vllm_ttt.eval.oracle import Oracle
@@ -30,9 +30,9 @@ def cut(ids: list[int], tokens: int) -> list[list[int]]:
     return [ids[start : start + min(PIECE, tokens - start + 1)] for start in range(0, tokens, PIECE - 1)]
 
 
-def loss(oracle: Oracle, pieces: list[list[int]], scale: float) -> float:
-    """Nats per token under ``scale`` times the oracle's delta."""
-    return torch.cat([oracle._nll(piece, slice(0, len(piece) - 1), scale) for piece in pieces]).mean().item()
+def loss(oracle: Oracle, pieces: list[list[int]]) -> float:
+    """Nats per token under the oracle's delta."""
+    return torch.cat([oracle.score(piece) for piece in pieces]).mean().item()
 
 
 def main() -> None:
@@ -40,13 +40,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("texts")
     parser.add_argument("--domains", help="comma-separated; default: all")
+    parser.add_argument("--preset", default="deep")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    scorer = OracleScorer(args.model)
+    scorer = OracleScorer(args.model, parse_config(None, args.preset))
     docs = asyncio.run(texts.encode(texts.read_texts(args.texts), scorer.tokenize))
     work = texts.interactions(docs, 2, max(TRIED))
-    pieces = cut(asyncio.run(scorer.tokenize(PROBE.read_text(encoding="utf-8"))), TTTConfig().guard.probe_tokens)
-    frozen = loss(Oracle(scorer.model), pieces, 0.0)
+    pieces = cut(asyncio.run(scorer.tokenize(PROBE.read_text(encoding="utf-8"))), scorer.config.guard.probe_tokens)
+    frozen = loss(Oracle(scorer.model, scorer.config), pieces)
     print(f"| domain | {' | '.join(f'after {n}' for n in TRIED)} |\n| --- |{' --- |' * len(TRIED)}")
     for domain, windows in list(zip(work.domains, work.windows, strict=True))[::2]:
         if args.domains and domain not in args.domains.split(","):
@@ -55,7 +56,7 @@ def main() -> None:
         for sent, window in enumerate(windows, 1):
             oracle.learn(window)
             if sent in TRIED:
-                worse.append(f"{loss(oracle, pieces, oracle.scale.chosen) - frozen:+.3f}")
+                worse.append(f"{loss(oracle, pieces) - frozen:+.3f}")
         print(f"| {domain} | {' | '.join(worse)} |", flush=True)
 
 

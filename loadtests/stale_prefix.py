@@ -3,8 +3,9 @@
 python loadtests/stale_prefix.py demo/model demo/texts
 
 Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1, 2,
-3, 8 and 16 further chunks the next 512 tokens are scored with the cached prefix and with a prefix computed anew. The oracle
-does it, without vLLM. Printed: the mean difference of the loss, the largest of any domain, and how far single tokens move.
+3, 8 and 16 further requests of 256 tokens, each half a chunk, the next 512 tokens are scored with the cached prefix and with a
+prefix computed anew. The oracle does it, without vLLM. Printed: how far the deltas moved at most, as vllm_ttt/engine/blocks.py
+counts it, mean of the domains; the mean difference of the loss, the largest of any domain, and how far single tokens move.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ from statistics import fmean
 import torch
 
 from vllm_ttt.config import parse_config
-from vllm_ttt.eval.deep_oracle import KV, DeepOracle, stack_nll
-from vllm_ttt.eval.oracle import load_model
+from vllm_ttt.eval.oracle import KV, Oracle, load_model, stack_nll
 from vllm_ttt.eval.texts import read_texts
 
-PREFIX, TEXT, CHUNKS = 512, 512, (1, 2, 3, 8, 16)
+PREFIX, TEXT, REQUESTS = 512, 512, (1, 2, 3, 8, 16)
 
 
 @torch.no_grad()
-def after(oracle: DeepOracle, ids: list[int], past: list[KV]) -> torch.Tensor:
+def after(oracle: Oracle, ids: list[int], past: list[KV]) -> torch.Tensor:
     """NLL of the tokens after the prefix, whose keys and values are given."""
     h, a = oracle.activations(ids)
     rows, targets = slice(PREFIX, PREFIX + TEXT), torch.tensor(ids[PREFIX + 1 : PREFIX + TEXT + 1])
@@ -32,7 +32,7 @@ def after(oracle: DeepOracle, ids: list[int], past: list[KV]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prefix(oracle: DeepOracle, ids: list[int]) -> list[KV]:
+def prefix(oracle: Oracle, ids: list[int]) -> list[KV]:
     return [(k[:PREFIX], v[:PREFIX]) for k, v in oracle.served(ids)[1]]
 
 
@@ -45,25 +45,30 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer, model, config = AutoTokenizer.from_pretrained(args.model), load_model(args.model), parse_config(None, "deep")
-    found: dict[int, list[torch.Tensor]] = {n: [] for n in CHUNKS}
+    learn = config.learn
+    found: dict[int, list[torch.Tensor]] = {n: [] for n in REQUESTS}
+    moved: dict[int, list[float]] = {n: [] for n in REQUESTS}
     for texts in read_texts(args.texts).values():
         documents = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
         first, reader, *rest = [ids[:1025] for ids in documents if len(ids) > 1025]
         stream = [ids[i : i + 257] for ids in rest for i in range(0, 1024, 256)]
-        oracle = DeepOracle(model, config)
+        oracle = Oracle(model, config)
         oracle.learn(first)
-        cached = prefix(oracle, reader)
-        for n, chunk in enumerate(stream[: max(CHUNKS)], 1):
-            oracle.learn(chunk)
-            if n in CHUNKS:
+        cached, way = prefix(oracle, reader), 0.0
+        for n, request in enumerate(stream[: max(REQUESTS)], 1):
+            version = oracle.version
+            oracle.learn(request)
+            if oracle.version != version:
+                way += (oracle.rate + learn.decay * learn.max_norm) * (len(request) - 1) / learn.chunk
+            if n in REQUESTS:
                 found[n].append(after(oracle, reader, cached) - after(oracle, reader, prefix(oracle, reader)))
-    step = config.learn.rate + config.learn.decay * config.learn.max_norm
-    print("| chunks | moved, at most | loss: mean | worst domain | a token, root mean square |")
+                moved[n].append(way)
+    print("| requests | moved, at most | loss: mean | worst domain | a token, root mean square |")
     print("| --- | --- | --- | --- | --- |")
     for n, differences in found.items():
         means = [d.mean().item() for d in differences]
         size = torch.cat(differences).square().mean().sqrt()
-        print(f"| {n} | {n * step:.3f} | {fmean(means):+.4f} | {max(means, key=abs):+.4f} | {size:.3f} |")
+        print(f"| {n} | {fmean(moved[n]):.3f} | {fmean(means):+.4f} | {max(means, key=abs):+.4f} | {size:.3f} |")
 
 
 if __name__ == "__main__":
