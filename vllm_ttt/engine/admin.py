@@ -135,14 +135,17 @@ class Admin:
         return done
 
     def export(self, key: SessionKey, _: Any) -> Future:
-        session = self._find(key)
+        session, exports = self._find(key), self.tiers.exports
+        exports.admit(key.tenant)
         folder = self.store.folder.exports if self.store is not None else Path(tempfile.gettempdir())
         path = str(folder / f"vllm-ttt-{secrets.token_hex(16)}.safetensors")
 
         def written(report: FileReport) -> dict[str, Any]:
             return {"path": path, "bytes": report.bytes, "version": report.version}
 
-        return self._awake(session, lambda: _then(self.tiers.export(session, path), written))
+        answer = self._awake(session, lambda: _then(exports.export(session, path), written))
+        answer.add_done_callback(lambda _: exports.answered(key.tenant))
+        return answer
 
     def _awake(self, session: Session, function: Callable[[], Any]) -> Future:
         """What ``function`` returns, called when the session is in memory, where it stays until that is known."""

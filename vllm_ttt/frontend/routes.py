@@ -77,7 +77,12 @@ async def list_sessions(request: Request, all: bool = False) -> Any:
 @router.get(
     _SESSION + "/adapter",
     response_class=StreamingResponse,
-    responses={**_ERRORS, 200: {"content": {"application/octet-stream": {}, "application/x-tar": {}}}},
+    responses={
+        **_ERRORS,
+        429: {"model": models.ErrorResponse, "description": "This API key waits for as many adapters as it may"},
+        **_FULL,
+        200: {"content": {"application/octet-stream": {}, "application/x-tar": {}}},
+    },
 )
 async def get_adapter(
     session_id: SessionId, request: Request, format: Literal["safetensors", "tar"] = "safetensors"
