@@ -8,10 +8,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from world import World
 
+from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
@@ -451,6 +455,21 @@ def test_autosave(make: Make) -> None:
     session = world.use("a", 1.0)
     world.run(lambda: session.saved is not None)
     assert not world.saves.changed
+
+
+def test_the_alarm_looks_when_a_round_is_due(make: Make) -> None:
+    """Not in a rhythm of its own: what changed just after a look would wait for two."""
+    world = make(autosave=30.0)
+    queue: SimpleQueue[Any] = SimpleQueue()
+    alarm = Alarm(SimpleNamespace(input_queue=queue), 30.0, world.tiers)
+    world.saves.next_round = time.monotonic() + 20.0
+    assert 19.0 < alarm.pause() <= 20.1
+    world.saves.next_round = time.monotonic() - 5.0
+    assert alarm.pause() == 30.0, "whoever changes now begins a round in the same step"
+    session = world.use("a", 1.0)
+    assert session.unsaved
+    world.saves.next_round -= 12.0
+    assert alarm.pause() <= 18.1, "the session has changed by then, and its round is due"
 
 
 def test_leftovers_are_removed_and_unknown_files_do_not_exist(make: Make) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from vllm_ttt.engine.history import History
 from vllm_ttt.engine.limits import Allowance
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.state_dir import FORMAT, is_session_file
+from vllm_ttt.state_dir import FORMAT, SECRET_VARIABLE, fingerprint, is_session_file
 from vllm_ttt.types import SessionKey
 
 _TABLES = """
@@ -111,6 +111,24 @@ def read_identity(db: sqlite3.Connection) -> dict[str, Any]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"sessions.db is not the database of a state dir: {error!r}") from None
+
+
+def check_secret(db: sqlite3.Connection, secret: str, folder: Path) -> None:
+    """Raise ConfigError where the sessions of API keys were made under another secret: no key would find its own.
+
+    The first secret is remembered; and a new one, where no key has a session.
+    """
+    ours = fingerprint(secret)
+    found = db.execute("SELECT value FROM meta WHERE key = 'secret'").fetchone()
+    if found is not None and found[0] != ours:
+        (lost,) = db.execute("SELECT count(*) FROM sessions WHERE tenant != '-'").fetchone()
+        if lost:
+            raise ConfigError(
+                f"the state dir {folder} has {lost} sessions of API keys that were made under another secret: no key would "
+                f"find its own. Restore that secret ({SECRET_VARIABLE} of the environment, or else the file "
+                f"{folder / 'secret'}), or name another state dir"
+            )
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('secret', ?)", (ours,))
 
 
 def find(db: sqlite3.Connection, key: SessionKey) -> Row | None:
