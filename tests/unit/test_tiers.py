@@ -16,6 +16,7 @@ import pytest
 from world import World
 
 from vllm_ttt.engine.alarm import Alarm
+from vllm_ttt.engine.store import Change
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
@@ -395,6 +396,28 @@ def test_sessions_that_nobody_uses_expire(make: Make) -> None:
     assert sorted(s["session_id"] for s in Offline(world.store.folder.root).list()) == ["s1", "s2"]
     assert len(files(world)) == 2
     assert world.ledger.tenants["-"] == 2
+
+
+def test_many_sessions_expire_a_few_at_a_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs the engine a look at its row, and the state dir a write: no step waits for hundreds."""
+    monkeypatch.setattr("vllm_ttt.engine.expiry._AT_ONCE", 3)
+    world = make(limit=1, ttl="1h")
+    for i in range(8):
+        world.use(f"s{i}", 1.0)
+        world.run()
+    world.end()
+    again = make(limit=1, ttl="1h")
+    again.run()
+    again.store.write(lambda db: Change(db.execute("UPDATE sessions SET last_used = 0")))
+    again.run()
+    left = [8]
+    while left[-1]:
+        again.tiers.expiry.next_look = 0.0
+        again.step()
+        again.run()
+        assert again.tiers.expiry.next_look < time.monotonic() + 2 or left[-1] < 3
+        left.append(len(Offline(again.store.folder.root).list()))
+    assert left == [8, 5, 2, 0]
 
 
 @pytest.mark.parametrize("jump", [10 * 365 * 86400.0, -10 * 365 * 86400.0])

@@ -34,8 +34,8 @@ CREATE TABLE IF NOT EXISTS versions (
     uid TEXT NOT NULL REFERENCES sessions ON DELETE CASCADE, version INTEGER NOT NULL, file TEXT NOT NULL UNIQUE,
     bytes INTEGER NOT NULL, checksum TEXT NOT NULL, saved REAL NOT NULL, summary TEXT NOT NULL, detail TEXT NOT NULL,
     PRIMARY KEY (uid, version));
-CREATE INDEX IF NOT EXISTS sessions_last_used ON sessions (last_used);
-CREATE INDEX IF NOT EXISTS sessions_of_tenant ON sessions (tenant, last_used);
+CREATE INDEX IF NOT EXISTS sessions_last_used ON sessions (last_used, tenant, name);
+CREATE INDEX IF NOT EXISTS sessions_of_tenant ON sessions (tenant, last_used, name);
 CREATE INDEX IF NOT EXISTS versions_saved ON versions (saved);
 """
 #: What of a state is large, and no list shows.
@@ -142,20 +142,22 @@ def named(db: sqlite3.Connection, name: str) -> list[Row]:
     return [_row(db, found) for found in db.execute(f"SELECT {_SESSION} FROM sessions s WHERE s.name = ?", (name,)).fetchall()]
 
 
-def listing(db: sqlite3.Connection, tenant: str | None, limit: int = -1, after: tuple[float, str] | None = None) -> list[Row]:
+def listing(
+    db: sqlite3.Connection, tenant: str | None, limit: int = -1, after: tuple[float, str, str] | None = None
+) -> list[Row]:
     """The sessions of a tenant, or of all; most recently used first. Of each state the small part alone.
 
     Args:
-        after: last_used and uid of the last one of the list before.
+        after: last_used, tenant and name of the last one of the list before.
     """
     where, values = ["1"], []
     if tenant is not None:
         where, values = ["s.tenant = ?"], [tenant]
     if after is not None:
-        where, values = [*where, "(s.last_used, s.uid) < (?, ?)"], [*values, *after]
+        where, values = [*where, "(s.last_used, s.tenant, s.name) < (?, ?, ?)"], [*values, *after]
     newest = "v.uid = s.uid AND v.version = (SELECT max(version) FROM versions WHERE uid = s.uid)"
     query = f"SELECT {_SUMMARY}, {_VERSION_SUMMARY} FROM sessions s LEFT JOIN versions v ON {newest} "
-    query += f"WHERE {' AND '.join(where)} ORDER BY s.last_used DESC, s.uid DESC LIMIT ?"
+    query += f"WHERE {' AND '.join(where)} ORDER BY s.last_used DESC, s.tenant DESC, s.name DESC LIMIT ?"
     return [_listed(found) for found in db.execute(query, (*values, limit))]
 
 
@@ -270,7 +272,7 @@ def follow_clock(db: sqlite3.Connection, ahead: float, now: float) -> None:
     db.execute("UPDATE sessions SET last_used = min(last_used + ?, ?)", (ahead, now))
 
 
-def unused_since(db: sqlite3.Connection, time: float, limit: int = 1000) -> list[SessionKey]:
+def unused_since(db: sqlite3.Connection, time: float, limit: int) -> list[SessionKey]:
     query = "SELECT tenant, name FROM sessions WHERE last_used < ? ORDER BY last_used LIMIT ?"
     return [SessionKey(*key) for key in db.execute(query, (time, limit))]
 

@@ -141,6 +141,10 @@ class Store:
             self._mend(row)
         return row
 
+    def noted(self, tenant: str | None) -> list[Row]:
+        """Sessions of a tenant, or of all, that have left memory and are about to be recorded."""
+        return [row for _, row in self._pending.values() if tenant in (None, row.key.tenant)]
+
     def versions(self, uid: str) -> list[int]:
         """The recorded versions of a session, oldest first."""
         with self._reading():

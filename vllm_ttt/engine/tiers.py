@@ -19,6 +19,7 @@ from vllm_ttt.engine.expiry import Expiry
 from vllm_ttt.engine.exports import Exports
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.lists import Lists
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.records import Row, Version
 from vllm_ttt.engine.saves import AT_ONCE, Saves
@@ -53,6 +54,7 @@ class Tiers:
         #: by adapter id: two sessions may read one file, of which one is no more
         self.loading: dict[int, Session] = {}
         self.exports = Exports(self.orders.append)
+        self.lists = Lists(ledger, store)
         #: who waits for a session to be in memory, and whether also while it is being changed
         self.waking: dict[SessionKey, list[tuple[Future, bool]]] = {}
         #: sessions whose requests are to be refused, and why
@@ -96,6 +98,7 @@ class Tiers:
             for part in (self.store.poll, self._wake, self._make_clean, self.saves.step):
                 self.guard(part)
         self.guard(self.exports.step)
+        self.guard(self.lists.step)
         orders = self.orders.copy()
         self.orders.clear()
         return orders
@@ -113,7 +116,7 @@ class Tiers:
     @property
     def busy(self) -> bool:
         """Whether the engine must go on stepping although nobody is served."""
-        if self.orders or self.loading or self.exports.busy or self.waking or self.broken:
+        if self.orders or self.loading or self.exports.busy or self.lists.busy or self.waking or self.broken:
             return True
         if self.store is None or self.saves is None:
             return False
