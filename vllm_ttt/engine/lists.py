@@ -128,7 +128,7 @@ class Lists:
                     found[key] = session
         found |= {session.key: session for session in self.ledger.of_tenant(asked.tenant)}
         places: dict[SessionKey, Place] = {
-            key: (x.last_used if isinstance(x, Session) else x["last_used"], *key) for key, x in found.items()
+            key: (x.last_used if isinstance(x, Session) else x["last_used"], key.tenant, key.name) for key, x in found.items()
         }
         keys = sorted((k for k, p in places.items() if asked.after is None or p < asked.after), key=places.get, reverse=True)  # type: ignore[arg-type]
         page = keys[: asked.limit]
