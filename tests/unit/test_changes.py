@@ -386,3 +386,28 @@ def test_expired_sessions_that_cannot_be_removed_stay(engine: Engine, full: Call
         world.wait(world.tiers.remove(session))
     assert world.value("a") == 3.0
     full()
+
+
+def test_exports_are_a_few_at_once_and_stand_before_nobodys_saves(engine: Engine) -> None:
+    """Each holds a copy of its session: a key may wait for four, and the worker is asked for two."""
+    world = engine.world
+    world.use("other", 1.0, tenant="b")
+    gate, export = threading.Event(), world.files._export
+    world.files._export = lambda *args: (gate.wait(), export(*args))[1]
+    asked = [admin(engine, "export", "-", "a") for _ in range(50)]
+    refused = [answer for answer in asked if not isinstance(answer, Future)]
+    assert {answer["status"] for answer in refused} == {429}
+    assert len(refused) == 46
+    elsewhere = admin(engine, "export", "b", "other")
+    assert isinstance(elsewhere, Future), "another key is not refused"
+    for _ in range(5):
+        world.step()
+    assert len(world.files.running) == 2
+    world.use("new", 1.0)
+    assert engine.ask("save", "new")["saved_version"] == 1
+    gate.set()
+    waiting = [answer for answer in asked if isinstance(answer, Future)]
+    world.run(lambda: elsewhere.done() and all(answer.done() for answer in waiting))
+    assert all(answer.result()["ok"] for answer in waiting)
+    assert engine.ask("export", "a")["version"] == 2
+    assert not world.tiers.exports.counts

@@ -8,10 +8,15 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from world import World
 
+from vllm_ttt.engine.alarm import Alarm
+from vllm_ttt.engine.store import Change
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
@@ -393,6 +398,28 @@ def test_sessions_that_nobody_uses_expire(make: Make) -> None:
     assert world.ledger.tenants["-"] == 2
 
 
+def test_many_sessions_expire_a_few_at_a_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs the engine a look at its row, and the state dir a write: no step waits for hundreds."""
+    monkeypatch.setattr("vllm_ttt.engine.expiry._AT_ONCE", 3)
+    world = make(limit=1, ttl="1h")
+    for i in range(8):
+        world.use(f"s{i}", 1.0)
+        world.run()
+    world.end()
+    again = make(limit=1, ttl="1h")
+    again.run()
+    again.store.write(lambda db: Change(db.execute("UPDATE sessions SET last_used = 0")))
+    again.run()
+    left = [8]
+    while left[-1]:
+        again.tiers.expiry.next_look = 0.0
+        again.step()
+        again.run()
+        assert again.tiers.expiry.next_look < time.monotonic() + 2 or left[-1] < 3
+        left.append(len(Offline(again.store.folder.root).list()))
+    assert left == [8, 5, 2, 0]
+
+
 @pytest.mark.parametrize("jump", [10 * 365 * 86400.0, -10 * 365 * 86400.0])
 def test_a_clock_that_is_set_ends_no_session(make: Make, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
     """In memory and on disk; and who is unused for ``ttl`` by the new clock goes, as before."""
@@ -451,6 +478,21 @@ def test_autosave(make: Make) -> None:
     session = world.use("a", 1.0)
     world.run(lambda: session.saved is not None)
     assert not world.saves.changed
+
+
+def test_the_alarm_looks_when_a_round_is_due(make: Make) -> None:
+    """Not in a rhythm of its own: what changed just after a look would wait for two."""
+    world = make(autosave=30.0)
+    queue: SimpleQueue[Any] = SimpleQueue()
+    alarm = Alarm(SimpleNamespace(input_queue=queue), 30.0, world.tiers)
+    world.saves.next_round = time.monotonic() + 20.0
+    assert 19.0 < alarm.pause() <= 20.1
+    world.saves.next_round = time.monotonic() - 5.0
+    assert alarm.pause() == 30.0, "whoever changes now begins a round in the same step"
+    session = world.use("a", 1.0)
+    assert session.unsaved
+    world.saves.next_round -= 12.0
+    assert alarm.pause() <= 18.1, "the session has changed by then, and its round is due"
 
 
 def test_leftovers_are_removed_and_unknown_files_do_not_exist(make: Make) -> None:
