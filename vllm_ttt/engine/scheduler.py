@@ -9,6 +9,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
@@ -373,8 +374,9 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_refused.clear()
 
     def has_requests(self) -> bool:
-        ours = self.ttt_report.busy or self.ttt_refused or self.ttt_tiers.busy or self.ttt_held.requests
-        return super().has_requests() or bool(ours)
+        # In a pause that keeps requests, learning keeps still too: a session whose prompt has been read in part is never done.
+        learning = (self.ttt_report.busy or self.ttt_held.requests) and self.pause_state != PauseState.PAUSED_ALL
+        return super().has_requests() or bool(learning or self.ttt_refused or self.ttt_tiers.busy)
 
     def _give_up(self, session: Session, error: RequestError) -> None:
         """Refuse the requests of a session that cannot be brought back; none of them has started."""

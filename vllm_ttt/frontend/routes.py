@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_ttt.errors import RequestError
 from vllm_ttt.frontend import adapter, models, refusals, tenants
+from vllm_ttt.frontend.origins import check_origin
 from vllm_ttt.types import SESSION_ID_RULE, check_session_id
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -29,6 +30,8 @@ _FULL: dict[int | str, dict[str, Any]] = {
     507: {"model": models.ErrorResponse, "description": "It could not be written; the session stays as it was"},
 }
 
+#: Settings that name places on the server.
+_PATHS = {"sessions": ("state_dir", "admin_key_file"), "guard": ("probe",)}
 #: ``:path`` so that an id with a slash is refused as an id; FastAPI would otherwise answer 404 as for an unknown route.
 _SESSION = "/sessions/{session_id:path}"
 SessionId = Annotated[
@@ -52,7 +55,10 @@ class _Route(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
+                check_origin(request)
                 return await handle(request)
+            except RequestError as error:
+                raise refusals.to_vllm(error) from None
             except RequestValidationError as error:
                 raise refusals.to_vllm(RequestError(refusals.of_schema(error.errors()), status=422)) from None
             except StarletteHTTPException as error:
@@ -159,8 +165,12 @@ async def fork_session(session_id: SessionId, body: models.Fork, request: Reques
 
 @router.get("/config")
 async def get_config(request: Request) -> dict[str, Any]:
-    """The configuration that is in force, defaults filled in."""
-    return await _ask(request, "config")
+    """The configuration that is in force, defaults filled in. Paths are the operator's: others see that one is set."""
+    config = await _ask(request, "config")
+    if tenants.is_admin(request):
+        return config
+    hidden = {section: {key: "set" for key in keys if config.get(section, {}).get(key)} for section, keys in _PATHS.items()}
+    return {section: values | hidden.get(section, {}) for section, values in config.items()}
 
 
 def _checked(name: str, param: str) -> str:
