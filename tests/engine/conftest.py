@@ -1,7 +1,9 @@
-"""Four servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
+"""Five servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
 
-``reference``: stock vLLM, for its log-probabilities. ``exact``: float32 and four slots, so that nothing but the algorithm
-separates it from the oracle. ``deep``: the same with that preset. ``server``: bfloat16 as users have it, for everything else.
+``reference``: stock vLLM, for its log-probabilities. ``exact``: the preset `last`, float32 and four slots, so that nothing but the
+algorithm separates it from the oracle. ``deep``: the same as it is by default, at full depth. ``half``: `last` in bfloat16.
+``server``: bfloat16 and full depth as users have it, for everything else. All but ``deep`` learn in chunks of 256, so that a text
+has several.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import torch
 import yaml
 from served import SCORED, Documents, Served, answers_beside, logprobs
 from torch import nn
-from vllm_ttt.eval.deep_oracle import DeepOracle
 
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.eval import server as processes
@@ -29,15 +30,17 @@ HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "demo" / "model"
 FLAGS = ["--served-model-name", "demo", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28)]
 FLAGS += ["--enforce-eager", "--enable-prompt-tokens-details"]
+SHORT = {"chunk": 256}
 #: name: (vllm-ttt's config, further flags)
 SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "exact": ({"sessions": {"resident": 4}, "guard": {"hourly_tokens": 8000}}, ["--dtype", "float32"]),
-    "server": ({"sessions": {"resident": 6}}, []),
-    # A guard that tries every few commits, and lets everything pass.
-    "deep": (
-        {"adapt": {"preset": "deep"}, "sessions": {"resident": 4}, "guard": {"every": 4, "max_regression": 100}},
+    "exact": (
+        {"adapt": {"preset": "last"}, "learn": SHORT, "sessions": {"resident": 4}, "guard": {"hourly_tokens": 8000}},
         ["--dtype", "float32"],
     ),
+    # A guard that tries every few commits, and lets everything pass.
+    "deep": ({"sessions": {"resident": 4}, "guard": {"every": 2, "max_regression": 100}}, ["--dtype", "float32"]),
+    "half": ({"adapt": {"preset": "last"}, "learn": SHORT, "sessions": {"resident": 4}}, []),
+    "server": ({"learn": SHORT, "sessions": {"resident": 6}}, []),
 }
 
 
@@ -109,13 +112,18 @@ def deep(stage: Stage) -> Iterator[Served]:
     yield from at_rest(stage.get("deep"))
 
 
+@pytest.fixture
+def half(stage: Stage) -> Iterator[Served]:
+    yield from at_rest(stage.get("half"))
+
+
 def at_rest(served: Served) -> Iterator[Served]:
     """Nothing is under way before a test, and nothing has leaked after it."""
     served.settle()
     yield served
     state = served.settle()
     assert state["pages_free"] == state["pages"], "pages of the backlog have leaked"
-    assert state["pinned"] == 0, "rows of the masters have leaked"
+    assert state["rows_known"] == state["rows"], "rows of the masters have leaked"
 
 
 @pytest.fixture(scope="session")
@@ -180,10 +188,14 @@ def models() -> dict[torch.dtype, nn.Module]:
 @pytest.fixture
 def oracle(models: dict[torch.dtype, nn.Module]) -> Callable[[], Oracle]:
     """Fresh sessions of the plain loop, float32 throughout as ``exact`` is."""
-    return lambda: Oracle(models[torch.float32], TTTConfig())
+    return lambda: Oracle(models[torch.float32], config_of("exact"))
 
 
 @pytest.fixture
-def deep_oracle(models: dict[torch.dtype, nn.Module]) -> Callable[[], DeepOracle]:
-    """The same for the preset `deep`, as ``deep`` serves it."""
-    return lambda: DeepOracle(models[torch.float32], parse_config(None, "deep"))
+def deep_oracle(models: dict[torch.dtype, nn.Module]) -> Callable[[], Oracle]:
+    """The same for ``deep``."""
+    return lambda: Oracle(models[torch.float32], config_of("deep"))
+
+
+def config_of(server: str) -> TTTConfig:
+    return parse_config(SERVERS[server][0])

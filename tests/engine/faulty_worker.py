@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from vllm_ttt.worker import compute
 from vllm_ttt.worker.cpu_lora import GroupedPunicaCPU
 from vllm_ttt.worker.cpu_worker import TTTCPUWorker
-from vllm_ttt.worker.past import Before
 
 
 class FaultyWorker(TTTCPUWorker):
@@ -23,11 +23,11 @@ class FaultyWorker(TTTCPUWorker):
         #: for each of them: updates committed in all sessions before it ran
         self.test_updates: list[int] = []
         self.test_asked = -1
-        #: session: what each of its tiles was learned from, while `test_watch` is on
+        #: session: what each of its chunks was learned from, while `test_watch` is on
         self.test_rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.test_watching = False
-        self.test_score = self.trainer.compute.score
-        self.trainer.compute.score = self._watched_score
+        self.test_step = self.trainer.compute.step
+        self.trainer.compute.step = self._watched_step
 
     def execute_model(self, scheduler_output: Any) -> Any:
         output = super().execute_model(scheduler_output)
@@ -44,8 +44,9 @@ class FaultyWorker(TTTCPUWorker):
     def test_delta(self) -> dict[str, str]:
         """The master of the session that GET asked for last: float32 in base64, by module; "o" is of the lowest adapted layer,
         "1o" of the one above it."""
-        layers = enumerate(self.trainer.deltas.read(self.test_asked).layers())
-        return {f"{i or ''}{name}": _encode(b[0]) for i, layer in layers for name, b in layer.parts()}
+        delta = self.trainer.deltas.read(self.test_asked).delta
+        count = len(delta.modules)
+        return {f"{i // count or ''}{name}": _encode(b[0]) for i, (name, b) in enumerate(delta.parts())}
 
     def test_slot_is_master(self) -> dict[str, bool]:
         """Whether the slot of the session that GET asked for last holds its master, bit for bit in the model's dtype."""
@@ -53,8 +54,7 @@ class FaultyWorker(TTTCPUWorker):
         if not slots.holds(key):
             return {"held": False, "equal": False}
         slot = slots.manager._adapter_manager.lora_index_to_id.index(key)
-        scale = self.trainer.deltas.session(key).scale
-        parts = self.trainer.deltas.read(key).times(scale).to(slots.dtype).parts()
+        parts = self.trainer.deltas.read(key).delta.to(slots.dtype).parts()
         equal = [bool((stack[slot, 0] == b[0]).all()) for (_, b), stack in zip(parts, slots.stacks, strict=True)]
         return {"held": True, "equal": all(equal)}
 
@@ -64,8 +64,8 @@ class FaultyWorker(TTTCPUWorker):
 
     def test_learned_rows(self) -> dict[str, str]:
         """Of the session that GET asked for last: residual stream and attention output of each learned row, float32."""
-        tiles = self.test_rows[self.test_asked]
-        return {name: _encode(torch.cat([tile[i] for tile in tiles])) for i, name in enumerate("ha")}
+        chunks = self.test_rows[self.test_asked]
+        return {name: _encode(torch.cat([chunk[i] for chunk in chunks])) for i, name in enumerate("ha")}
 
     def test_state(self) -> dict[str, int]:
         """How much is under way, and what is held."""
@@ -77,7 +77,8 @@ class FaultyWorker(TTTCPUWorker):
             "dirty": len(self.trainer.dirty),
             "pages_free": backlog.room,
             "pages": backlog.t_PC.shape[0],
-            "pinned": len(deltas.pinned),
+            "rows_known": len(deltas.rows) + len(deltas.free),
+            "rows": deltas.spare,
             "evictions": deltas.evictions,
             "errors": self.trainer.errors,
         }
@@ -98,17 +99,12 @@ class FaultyWorker(TTTCPUWorker):
 
     def test_plant(self, what: str) -> None:
         """One fault: the next call of what is named fails, those after it work."""
-        compute = self.trainer.compute
         if what == "step":
-            _once(compute, "score", _raise)
-        elif what == "nan":
-            _once(compute, "score", self._nan_gradient)
-        elif what == "nan_loss":
-            _once(compute, "score", self._nan_loss)
-        elif what == "nan_row":
-            _once(compute, "score", self._nan_row)
+            _once(self.trainer.compute, "step", _raise)
         elif what == "commit":
-            _once(compute, "apply", _raise)
+            _once(compute, "update", _raise)
+        elif what in GRADIENTS:
+            _once(compute, "accumulate", GRADIENTS[what], lambda *args: args[6] is not None)
         elif what == "slot":
             _once(self.trainer.slots, "_copy", _raise)
         elif what == "sync":
@@ -120,32 +116,14 @@ class FaultyWorker(TTTCPUWorker):
         else:
             raise ValueError(what)
 
-    def _nan_gradient(
-        self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, before: Before | None
-    ) -> None:
-        score(flat, weight, rows, keep, before)
-        self.trainer.deltas.grads.d[rows, 0, 0] = float("nan")
-
-    def _nan_loss(
-        self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, before: Before | None
-    ) -> None:
-        score(flat, weight, rows, keep, before)
-        self.trainer.compute.loss_R[rows] = float("nan")
-
-    def _nan_row(
-        self, score: Callable, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, before: Before | None
-    ) -> None:
-        self.backlog.h_PCD.flatten(0, 1)[flat[0, 0]] = float("nan")
-        score(flat, weight, rows, keep, before)
-
-    def _watched_score(self, flat: Tensor, weight: Tensor, rows: Tensor, keep: Tensor, before: Before | None = None) -> None:
+    def _watched_step(self, flat: Tensor, weight: Tensor, rows: Tensor, *args: Any) -> Tensor:
         if self.test_watching:
             sessions = {row: session for session, row in self.trainer.deltas.rows.items()}
             pages = self.backlog.h_PCD.flatten(0, 1), self.backlog.a_PCQ.flatten(0, 1)
             for row, numbers, weights in zip(rows.tolist(), flat, weight, strict=True):
                 h, a = (x[numbers[weights > 0]].clone() for x in pages)
                 self.test_rows.setdefault(sessions[row], []).append((h, a))
-        self.test_score(flat, weight, rows, keep, before)
+        return self.test_step(flat, weight, rows, *args)
 
     def _updates(self) -> int:
         return sum(session.version for session in self.trainer.deltas.sessions.values())
@@ -155,10 +133,13 @@ def _encode(x: Tensor) -> str:
     return base64.b64encode(x.float().contiguous().numpy().tobytes()).decode()
 
 
-def _once(owner: Any, name: str, fault: Callable) -> None:
+def _once(owner: Any, name: str, fault: Callable, wanted: Callable[..., bool] = lambda *_: True) -> None:
+    """The next call whose arguments are ``wanted`` is one of ``fault``, which is given the function itself first."""
     original = getattr(owner, name)
 
     def broken(*args: Any) -> Any:
+        if not wanted(*args):
+            return original(*args)
         setattr(owner, name, original)
         return fault(original, *args)
 
@@ -172,3 +153,24 @@ def _raise(*_: Any) -> Any:
 def _after(original: Callable, *args: Any) -> Any:
     original(*args)
     _raise()
+
+
+def _nan_gradient(accumulate: Callable, *args: Any) -> Any:
+    loss_S = accumulate(*args)
+    args[6].thin[:, 0, 0, 0] = float("nan")
+    return loss_S
+
+
+def _nan_loss(accumulate: Callable, *args: Any) -> Any:
+    return accumulate(*args) * float("nan")
+
+
+def _nan_row(accumulate: Callable, tail: Any, delta: Any, h_SCD: Tensor, *args: Any) -> Any:
+    """Of the first session of the batch."""
+    h_SCD = h_SCD.clone()
+    h_SCD[0, 0] = float("nan")
+    return accumulate(tail, delta, h_SCD, *args)
+
+
+#: What goes wrong in the step's forward and backward.
+GRADIENTS = {"nan": _nan_gradient, "nan_loss": _nan_loss, "nan_row": _nan_row}

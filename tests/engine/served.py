@@ -168,10 +168,12 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_same(delta: Delta, oracle: Oracle) -> None:
-    """The delta is the oracle's: relative error under 2 % in every module."""
-    for key, expected in oracle.B.items():
-        assert expected.any(), "the oracle learned nothing: the comparison would prove nothing"
-        assert relative_error(delta[key], expected) < 0.02, key
+    """The delta is the oracle's: relative error under 2 % in every module of every layer."""
+    assert len(delta) == sum(map(len, oracle.B))
+    for i, layer in enumerate(oracle.B):
+        for key, expected in layer.items():
+            assert expected.any(), "the oracle learned nothing: the comparison would prove nothing"
+            assert relative_error(delta[f"{i or ''}{key}"], expected) < 0.02, (i, key)
 
 
 def _decode(parts: dict[str, str]) -> Delta:

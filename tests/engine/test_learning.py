@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import config_of
 from served import Documents, Served, assert_same, relative_error
 from torch import nn
 
-from vllm_ttt.config import TTTConfig
 from vllm_ttt.eval.oracle import Oracle
 from vllm_ttt.worker.tail import step_dtype
 
@@ -38,6 +38,7 @@ def test_same_text_same_delta_and_losses(
     assert_same(exact.delta(name), reference)
     session = exact.session(name)
     assert [c["loss"] for c in session["losses"]] == pytest.approx(expected, abs=0.01)
+    assert session["rate"] == pytest.approx(reference.rate, rel=1e-3)
     assert session["version"] == reference.version == len(expected)
     assert session["tokens_seen"] == sum(n - 1 for n in lengths)
     assert session["tokens_learned"] == reference.tokens["learned"]
@@ -58,44 +59,42 @@ def test_served_with_what_was_learned(exact: Served, oracle: Callable[[], Oracle
     assert (before - expected).abs().max() > 0.1
 
 
-def test_the_scale_is_the_oracles(exact: Served, oracle: Callable[[], Oracle], documents: Documents) -> None:
-    """Five documents of one subject, then two of another: what is measured, chosen and served, request by request."""
-    name, reference, frozen = exact.fresh(), oracle(), oracle()
-    requests = [*documents["kjv"][:5], *documents["py_dns"][:2]]
-    lengths = [1025, 1025, 900, 1029, 1025, 1025, 1025]
-    scales, session = [], {}
-    for text, length in zip(requests, lengths, strict=True):
-        prompt = text[:length]
-        served, pairs = reference.scale.served(prompt), length - 1
-        start = (pairs - 8) // 256 * 256  # the last chunk of 8 or more
-        rows = slice(start, min(start + 256, pairs), 2)
-        expected = [o.score(prompt)[rows].mean().item() for o in (frozen, reference)]
+def test_the_rate_is_the_oracles(exact: Served, oracle: Callable[[], Oracle], documents: Documents) -> None:
+    """Documents of one subject, then of another, then one of them again: chunk by chunk. Every fourth is measured under the base
+    model, too."""
+    name, reference, frozen, measured = exact.fresh(), oracle(), oracle(), {}
+    texts = [*documents["kjv"][:2], documents["py_dns"][0], documents["py_dns"][0]]
+    first = exact.session(exact_fresh(exact, documents))["rate"]
+    assert first == reference.rate
+    for i, text in enumerate(texts):
+        prompt = text[:1025]
+        measured[4 * i] = frozen.score(prompt)[:256].mean().item()
         exact.complete(prompt, name)
         reference.learn(prompt)
         exact.settle()
         session = exact.session(name)
-        chunk = session["losses"][-1]
-        assert [chunk["frozen_loss"], chunk["served_loss"]] == pytest.approx(expected, abs=0.01)
-        assert chunk["scale"] == pytest.approx(served, abs=0.02)
-        assert session["scale"] == pytest.approx(reference.scale.chosen, abs=0.02)
-        assert session["scale_served"] == min(session["scale"], session["scale_served"])
-        assert exact.rpc("test_slot_is_master") == {"held": True, "equal": True}, "the slot holds that much of the master"
-        scales.append(chunk["scale"])
-    assert scales[4] > 0.8, "a subject of which it has learned is served with its delta"
-    assert scales[5] < 0.3, "the first document of another subject is not"
-    assert sum(c["frozen_loss"] is not None for c in session["losses"]) == 7, "once a request"
-    assert [s["scale"] for s in session["scale_losses"]] == list(TTTConfig().learn.scales)
-
-
-def test_a_scale_does_not_outlive_its_session(exact: Served, documents: Documents) -> None:
-    name = exact.fresh()
-    for text in documents["kjv"][:3]:
-        exact.complete(text[:1025], name)
-    exact.settle()
-    assert exact.session(name)["scale"] != pytest.approx(0.625, abs=0.02)
+        assert session["rate"] == pytest.approx(reference.rate, rel=1e-3)
+    losses = session["losses"]
+    assert losses[-1]["rate"] == pytest.approx(session["rate"], abs=1e-7)
+    assert losses[0]["rate"] == first, "there was no update before the first chunk"
+    rates = [chunk["rate"] for chunk in losses]
+    assert max(rates) > 1.2 * first or min(rates) < 0.8 * first, "it hardly moved: the comparison would prove nothing"
+    assert {i: c["frozen_loss"] for i, c in enumerate(losses) if c["frozen_loss"] is not None} == pytest.approx(
+        measured, abs=0.01
+    )
+    assert losses[0]["frozen_loss"] == pytest.approx(losses[0]["loss"], abs=1e-4), "a fresh session is the base model"
+    assert losses[12]["loss"] < losses[12]["frozen_loss"] - 0.1, "a text that it has learned"
+    assert_same(exact.delta(name), reference)
     exact.http.post(f"/v1/ttt/sessions/{name}/reset").raise_for_status()
-    session = exact.session(name)
-    assert (session["scale"], {s["loss"] for s in session["scale_losses"]}) == (pytest.approx(0.625), {0.0})
+    assert exact.session(name)["rate"] == first
+
+
+def exact_fresh(exact: Served, documents: Documents) -> str:
+    """A session that has learned nothing."""
+    name = exact.fresh()
+    exact.complete(documents["kjv"][0][:5], name)
+    exact.settle()
+    return name
 
 
 @pytest.mark.parametrize("outputs", [300, 20, 4])
@@ -115,7 +114,7 @@ def test_the_answer_is_learned_where_asked(
     targets = torch.tensor(ids[1:])
     sizes = [(0, 256), (256, 299), *((s, min(s + 256, len(targets))) for s in range(299, len(targets), 256))]
     learned = [slice(*size) for size in sizes if size[1] - size[0] >= 8]
-    losses = [reference._step(h[rows], a[rows], targets[rows]) for rows in learned]
+    losses = [reference.step(h[rows], a[rows], targets[rows], reference.nothing()) for rows in learned]
     assert_same(exact.delta(name), reference)
     session = exact.session(name)
     assert [c["loss"] for c in session["losses"]] == pytest.approx(losses, abs=0.01)
@@ -138,23 +137,25 @@ ROUNDINGS = (6 * 10) ** 0.5 * 2**-8
 
 
 @pytest.mark.parametrize("domain", ["kjv", "man_fr", "legal_a", pytest.param("py_dns", marks=OVER)])
-def test_bfloat16(server: Served, models: dict[torch.dtype, nn.Module], documents: Documents, domain: str) -> None:
+def test_bfloat16(half: Served, models: dict[torch.dtype, nn.Module], documents: Documents, domain: str) -> None:
     """In bfloat16 two implementations of the same forward differ by rounding, which the orthogonalised step magnifies. So
     the activations are held to float32 ones, and the step to the oracle's step on the activations that were served.
     """
-    name, prompt = server.fresh(domain), documents[domain][0][:1025]
-    server.rpc("test_watch", 1)
-    server.complete(prompt, name)
-    delta = server.delta(name)
-    served = server.learned_rows(name)
-    server.rpc("test_watch", 0)
+    name, prompt = half.fresh(domain), documents[domain][0][:1025]
+    half.rpc("test_watch", 1)
+    half.complete(prompt, name)
+    delta = half.delta(name)
+    served = half.learned_rows(name)
+    half.rpc("test_watch", 0)
 
-    reference, plain = Oracle(models[torch.bfloat16], TTTConfig()), Oracle(models[torch.float32], TTTConfig())
+    config = config_of("half")
+    reference, plain = Oracle(models[torch.bfloat16], config), Oracle(models[torch.float32], config)
     for mine, true in zip(served, plain.activations(prompt), strict=True):
         assert relative_error(mine, true[:-1]) < ROUNDINGS
         assert relative_error(mine[1:], true[:-2]) > 10 * ROUNDINGS, "one row too early is told from rounding"
 
     targets = torch.tensor(prompt[1:])
-    losses = [reference._step(*(x[i : i + 256] for x in (*served, targets))) for i in range(0, 1024, 256)]
+    parts = [[x[i : i + 256] for x in (*served, targets)] for i in range(0, 1024, 256)]
+    losses = [reference.step(*part, reference.nothing()) for part in parts]
     assert_same(delta, reference)
-    assert [c["loss"] for c in server.session(name)["losses"]] == pytest.approx(losses, abs=0.01)
+    assert [c["loss"] for c in half.session(name)["losses"]] == pytest.approx(losses, abs=0.01)
