@@ -121,11 +121,11 @@ class TTTScheduler(AsyncScheduler):
             return False
         attached = self.ttt_requests.get(request.request_id)
         if attached is None:
-            return request.request_id not in self.ttt_probe.open or self._has_slot(self.ttt_probe.adapter)
-        if self._may_start(attached):
-            return True
-        attached.held = attached.held or time.monotonic()
-        return False
+            ready = request.request_id not in self.ttt_probe.open or self._has_slot(self.ttt_probe.adapter)
+        elif not (ready := self._may_start(attached)):
+            attached.held = attached.held or time.monotonic()
+        self.ttt_held.asks = request.request_id if ready else self.ttt_held.asks
+        return ready
 
     def _may_start(self, attached: Attached) -> bool:
         session = attached.session
@@ -201,7 +201,7 @@ class TTTScheduler(AsyncScheduler):
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended, files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
-        plan.urgent, plan.lost = self.ttt_held.urgent(), self.ttt_held.take_lost()
+        plan.urgent, plan.lost = self.ttt_held.urgent(output), self.ttt_held.take_lost()
         if self.ttt_requests or self.ttt_probe.open:
             for request_id in output.num_scheduled_tokens:
                 attached = self.ttt_requests.get(request_id)
