@@ -76,7 +76,7 @@ def test_a_seed_and_an_interleaved_prompt() -> None:
     ids=["seeded", "greedy", "no seed"],
 )
 def test_where_prompts_are_interleaved_anyway_a_seeded_one_is_read_whole(params: dict[str, Any], first: int) -> None:
-    engine = Engine("last", learn={"scales": [1], "interleave": True})
+    engine = Engine("last", learn={"interleave": True, "chunk": CHUNK})
     assert submit(engine, {**params, "extra_args": {"session_id": "a"}}, LONG) is None
     assert engine.scheduled == {"r": first}
 
