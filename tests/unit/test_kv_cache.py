@@ -66,14 +66,14 @@ def test_eight_bits(kind: str, rows: bool) -> None:
     scales = (0.003, 0.5)
     if rows:
         kv_cache = torch.zeros(BLOCKS, 32, HEADS, 2 * WIDTH, dtype=torch.uint8).transpose(1, 2)
-        attn = attention("layer", EightBits(), kv_cache, torch.bfloat16, "auto", scales)
+        attn = attention("layer", EightBits(), kv_cache, torch.bfloat16, scales=scales)
         attn.kv_cache_dtype = kind
     else:
         attn = cpu_attention("layer", BLOCKS, HEADS, WIDTH, torch.bfloat16, cache_dtype=kind, scales=scales)
     cache = bound([attn], torch.bfloat16)
     slots = torch.arange(32, BLOCKS * 32)
     expected = [torch.randn(len(slots), HEADS, WIDTH).clamp(-1, 1).bfloat16() for _ in range(2)]
-    write(attn, *expected, slots)
+    write(attn, expected[0], expected[1], slots)
     for found, true, scale in zip(cache.read(0, slots), expected, scales, strict=True):
         error, step = (found - true.float()).abs(), {"fp8_e4m3": 1 / 8, "fp8_e5m2": 1 / 4}[kind]
         assert (error <= step * true.float().abs() + scale / 256).all()
