@@ -53,7 +53,7 @@ class Engine:
         self.tail = tail_of(oracle)
         D, Q, qkv = self.tail.wo_DQ.shape[0], self.tail.wo_DQ.shape[1], self.tail.attentions[0]
         kv_caches = [torch.zeros(8, CHUNK, qkv.kv_heads, 2 * qkv.head).transpose(1, 2) for _ in self.tail.attentions]
-        self.cache = bound([attention(f"l{i}", InRows(), x, x.dtype) for i, x in enumerate(kv_caches)], block=CHUNK)
+        self.cache = bound([attention(f"l{i}", InRows(), x) for i, x in enumerate(kv_caches)], block=CHUNK)
         for x in kv_caches:
             x.normal_()
         self.h, self.a, self.t = torch.randn(128, D), torch.randn(128, Q), torch.randint(0, 300, (129,))
