@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-CHUNK, KEYS, PROMPTS = 256, (7, 8, 9), (1500, 300, 700)
+CHUNK, BLOCK, KEYS, PROMPTS = 256, 16, (7, 8, 9), (1500, 300, 700)
 
 
 def on_device(part: Any) -> Any:
@@ -31,64 +30,71 @@ def on_device(part: Any) -> Any:
 
 
 class Worker:
-    """Three sessions with a prompt each, all of it read: random activations, keys and values."""
+    """Three sessions with a prompt each, all of it read: random keys and values, in rows like those of Flash Attention."""
 
-    def __init__(self) -> None:
-        from test_deep_gradient import tail_of
+    def __init__(self, layers: int | str) -> None:
+        from caches import Rows as InRows
+        from caches import attention, bound
+        from test_gradient import tail_of
 
         from vllm_ttt.config import parse_config
-        from vllm_ttt.eval.deep_oracle import DeepOracle
+        from vllm_ttt.eval.oracle import Oracle
         from vllm_ttt.types import RequestPlan
         from vllm_ttt.worker.attention import VarlenAttention
         from vllm_ttt.worker.backlog import Backlog
         from vllm_ttt.worker.compute import Compute
         from vllm_ttt.worker.deltas import Deltas
-        from vllm_ttt.worker.past import PastPool
         from vllm_ttt.worker.step_view import Rows
 
-        config = parse_config({"learn": {"max_loss": 2}}, "deep")
-        oracle = DeepOracle(Path(__file__).parents[2] / "demo" / "model", config, dtype=torch.bfloat16)
+        config = parse_config({"adapt": {"layers": layers}, "learn": {"chunk": CHUNK, "max_loss": 2}}, "deep")
+        oracle = Oracle(Path(__file__).parents[2] / "demo" / "model", config, dtype=torch.bfloat16)
         tail = on_device(tail_of(oracle, torch.bfloat16))
         tail.__post_init__()
         tail.kernel = VarlenAttention()
         torch.manual_seed(0)
-        rows, wide = sum(PROMPTS), oracle.stack.layers[0].k.shape[0]
-        draw = lambda width: torch.randn(rows, width).bfloat16().cuda()  # noqa: E731
-        capture: Any = SimpleNamespace(keys=[draw(wide) for _ in tail.attentions], values=[draw(wide) for _ in tail.attentions])
-        h, a, t = draw(tail.wo_DQ.shape[0]), draw(tail.wo_DQ.shape[1]), torch.randint(0, 8000, (rows,)).cuda()
+        qkv, blocks = tail.attentions[0], sum(-(-prompt // BLOCK) for prompt in PROMPTS)
+        new = lambda: torch.zeros(blocks + 1, BLOCK, qkv.kv_heads, 2 * qkv.head, dtype=torch.bfloat16, device="cuda")  # noqa: E731
+        kv_caches = [new().transpose(1, 2) for _ in tail.attentions]
+        attentions = [attention(f"l{i}", InRows(), x) for i, x in enumerate(kv_caches)]
+        self.cache = bound(attentions, torch.bfloat16, BLOCK)
+        for x in kv_caches:
+            x.normal_()
+        draw = lambda width: torch.randn(sum(PROMPTS), width).bfloat16().cuda()  # noqa: E731
+        h, a = draw(tail.wo_DQ.shape[0]), draw(tail.wo_DQ.shape[1])
+        t = torch.randint(0, 8000, (sum(PROMPTS) + 1,)).cuda()
         self.backlog = Backlog(16, CHUNK, 8, h, a)
-        self.deltas = Deltas(tail, 4, config.learn.scales)
-        self.pool = PastPool(16, CHUNK, capture, wide // oracle.stack.E)
+        self.deltas = Deltas(tail, 4, config.learn.rate)
         self.compute = Compute(tail, config.learn, self.backlog, self.deltas)
-        view, first = [], 0
+        view, first, given = [], 0, 1
         for key, prompt in zip(KEYS, PROMPTS, strict=True):
-            row = self.deltas.row(key)
-            for x in self.deltas.masters.tensors():
-                x[row] = 0.02 * torch.randn(x[row].shape, generator=torch.Generator().manual_seed(key)).cuda()
+            self.deltas.row(key)
+            for x in self.deltas.read(key).delta.tensors():
+                x.copy_(0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(key)))
             self.backlog.start(f"r{key}", RequestPlan(key, prompt, learn=True, learn_output=False))
-            view.append(Rows(f"r{key}", first, 0, t[first : first + prompt - 1]))
-            first += prompt
-        self.pool.take(view, self.backlog, capture)
+            count = -(-prompt // BLOCK)
+            self.backlog.note_blocks(f"r{key}", range(given, given + count), anew=True)
+            tokens = t[first : first + prompt]
+            view.append(Rows(f"r{key}", first, 0, tokens[1:], tokens[:-1]))
+            first, given = first + prompt, given + count
         self.backlog.take(view, h, a)
 
-    def step(self, which: dict[int, int], measure: bool) -> list[torch.Tensor]:
-        """Of chunk ``which[key]`` of each session: losses and gradients, or losses under every scale."""
+    def step(self, which: dict[int, int]) -> list[torch.Tensor]:
+        """Of chunk ``which[key]`` of each session: losses under the base model, what a step says, and masters after it."""
         from test_deep_compute import whole
 
         from vllm_ttt.worker.past import Before
 
         chunks = [list(self.backlog.queues[key])[i] for key, i in which.items()]
         flat, weight = whole(self.backlog, chunks)
-        rows, before = torch.tensor([self.deltas.rows[key] for key in which]), Before(self.pool, chunks)
-        if measure:
-            return [self.compute.measure(flat, weight, rows, None, before).clone()]
-        self.compute.score(flat, weight, rows, torch.zeros(len(chunks), dtype=torch.bool), before)
-        rows = rows.cuda()
-        return [x[rows].clone() for x in (self.compute.loss_R, *self.deltas.grads.tensors())]
+        rows, before = torch.tensor([self.deltas.rows[key] for key in which]), Before(self.cache, chunks)
+        share = torch.tensor([chunk.rows / CHUNK for chunk in chunks])
+        frozen = self.compute.frozen(flat, weight, before).clone()
+        values = self.compute.step(flat, weight, rows, share, before).clone()
+        return [frozen, values, *self.deltas.masters.select(rows.cuda()).delta.tensors()]
 
 
-@pytest.mark.parametrize("measure", [False, True], ids=["learn", "measure"])
-def test_a_replayed_step_is_the_launched_one(measure: bool) -> None:
+@pytest.mark.parametrize("layers", [4, "all"])
+def test_a_replayed_step_is_the_launched_one(layers: int | str) -> None:
     from vllm_ttt.worker.past import Before
 
     def timed(run: Any) -> float:
@@ -97,14 +103,14 @@ def test_a_replayed_step_is_the_launched_one(measure: bool) -> None:
         return 0.0
 
     with torch.inference_mode():  # as the worker's hooks run
-        plain, replayed = Worker(), Worker()
-        replayed.compute.warm_up([(1, CHUNK), (2, CHUNK), (4, 128)], timed, Before(replayed.pool, ()))
-        assert replayed.compute.score_graphs, "nothing was captured"
-        assert replayed.compute.measure_graphs
-        assert not plain.compute.score_graphs
+        plain, replayed = Worker(layers), Worker(layers)
+        replayed.compute.warm_up([(1, CHUNK), (2, CHUNK), (4, 128)], timed, Before(replayed.cache, ()))
+        assert replayed.compute.step_graphs, "nothing was captured"
+        assert replayed.compute.frozen_graphs
+        assert not plain.compute.step_graphs
         for which in ({7: 0}, {7: 5}, {7: 3, 8: 1}, {9: 2}, {8: 1, 9: 0}, {7: 0}):
-            expected, found = plain.step(which, measure), replayed.step(which, measure)
+            expected, found = plain.step(which), replayed.step(which)
             for one, other in zip(found, expected, strict=True):
                 assert other.isfinite().all()
-                error = ((one - other).norm() / other.norm()).item()
-                assert error < 0.01, (which, error)  # the order of bf16 sums
+                error = ((one - other).norm() / other.norm().clamp(min=1e-9)).item()
+                assert error < 0.02, (which, error)  # the order of bf16 sums
