@@ -1,9 +1,9 @@
 """Five servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
 
-``reference``: stock vLLM, for its log-probabilities. ``exact``: the preset `last`, float32 and four slots, so that nothing but the
-algorithm separates it from the oracle. ``deep``: the same as it is by default, at full depth. ``half``: `last` in bfloat16.
-``server``: bfloat16 and full depth as users have it, for everything else. All but ``deep`` learn in chunks of 256, so that a text
-has several.
+``reference``: stock vLLM, for its log-probabilities. ``exact``: the preset `last`, float32 and four slots, so that nothing but
+the algorithm separates it from the oracle. ``deep``: the same as it is by default, at full depth. ``half``: `last` in bfloat16.
+``server``: bfloat16 and full depth as users have it, for everything else. All but ``deep`` learn in chunks of 256, so that a
+text has several.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["--dtype", "float32"],
     ),
     # A guard that tries every few commits, and lets everything pass.
-    "deep": ({"sessions": {"resident": 4}, "guard": {"every": 2, "max_regression": 100}}, ["--dtype", "float32"]),
+    "deep": ({"sessions": {"resident": 4}, "guard": {"every": 4, "max_regression": 100}}, ["--dtype", "float32"]),
     "half": ({"adapt": {"preset": "last"}, "learn": SHORT, "sessions": {"resident": 4}}, []),
     "server": ({"learn": SHORT, "sessions": {"resident": 6}}, []),
 }

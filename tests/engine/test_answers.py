@@ -157,23 +157,24 @@ def test_list_get_reset_delete_config(server: Served, documents: Documents) -> N
     server.settle()
     got = http.get(route).json()
     assert (got["version"], got["tokens_seen"], got["requests_open"], got["tier"]) == (2, 512, 0, "slot")
-    assert set(got["norm"]) == {"o", "g", "u", "d"}
-    assert all(0.02 < norm < 0.2 for norm in got["norm"].values())
-    assert got["bytes"] == (384 + 2 * 1024 + 384) * 128 * 4
+    assert set(got["norm"]) == {"o", "d"}
+    assert all(0.01 < norm < 0.1 for norm in got["norm"].values())
+    assert got["bytes"] == 8 * (384 + 384) * 64 * (4 + 2) + 4
     assert [chunk["tokens"] for chunk in got["losses"]] == [256, 256]
     assert [chunk["version"] for chunk in got["losses"]] == [1, 2]
     first, last = got["losses"]
-    assert first["frozen_loss"] is first["served_loss"] is first["scale"] is None, "the last chunk of a prompt is measured"
-    assert last["frozen_loss"] == pytest.approx(last["served_loss"], abs=1e-4), "a fresh session is the base model"
-    assert last["scale"] == pytest.approx(0.625)
+    assert first["frozen_loss"] == pytest.approx(first["loss"], abs=1e-4), "a fresh session is the base model"
+    assert last["frozen_loss"] is None, "every fourth chunk is measured"
+    assert (first["rate"], last["rate"]) == (0.012, pytest.approx(got["rate"], abs=1e-7))
+    assert got["rate"] != 0.012
     assert got["created"] <= got["last_used"]
 
     listed = http.get("/v1/ttt/sessions").json()["sessions"]
-    detail = ("losses", "versions", "scale_losses")
+    detail = ("losses", "versions")
     assert listed[0] == {k: v for k, v in got.items() if k not in detail}, "the last one used comes first"
 
     reset = http.post(route + "/reset").json()
-    assert (reset["version"], reset["tokens_learned"], reset["losses"]) == (0, 0, [])
+    assert (reset["version"], reset["tokens_learned"], reset["losses"], reset["rate"]) == (0, 0, [], 0.012)
     assert not any(part.any() for part in server.delta(name).values())
     assert server.complete(documents["kjv"][0][:257], name)["ttt"]["version"] == 0
     server.settle()
@@ -184,8 +185,8 @@ def test_list_get_reset_delete_config(server: Served, documents: Documents) -> N
 
     config = http.get("/v1/ttt/config").json()
     assert config["sessions"]["resident"] == 6
-    assert config["adapt"]["rank"] == 128
-    assert config["learn"]["rate"] == 0.032
+    assert (config["adapt"]["rank"], config["adapt"]["layers"]) == (64, "all")
+    assert config["learn"]["rate"] == 0.012
 
 
 def test_reset_while_a_request_runs_is_a_conflict(server: Served, documents: Documents) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from served import Delta, Documents, Served, logprobs, relative_error
+from served import Documents, Served, assert_same, logprobs
 
-from vllm_ttt.eval.deep_oracle import DeepOracle
+from vllm_ttt.eval.oracle import Oracle
 
 pytestmark = pytest.mark.engine
 
@@ -18,20 +18,12 @@ WHOLE = 768
 READ: dict[str, Any] = {"vllm_xargs": {"ttt_learn": 0}}
 
 
-def assert_same_layers(delta: Delta, oracle: DeepOracle) -> None:
-    """Relative error under 2 % in every module of every layer."""
-    assert len(delta) == 4 * len(oracle.B) == 16
-    for i, layer in enumerate(oracle.B):
-        for key, expected in layer.items():
-            assert expected.any(), "the oracle learned nothing: the comparison would prove nothing"
-            assert relative_error(delta[f"{i or ''}{key}"], expected) < 0.02, (i, key)
-
-
 @pytest.mark.parametrize(
-    ("domain", "lengths"), [("kjv", [1025, 1025]), ("man_fr", [300, 513, 262]), ("py_dns", [1500]), ("man2", [100, 40])]
+    ("domain", "lengths"),
+    [("kjv", [1025, 1025]), ("man_fr", [300, 513, 262]), ("py_dns", [1500]), ("man2", [100, 40]), ("man2", [518])],
 )
 def test_same_text_same_delta_and_losses(
-    deep: Served, deep_oracle: Callable[[], DeepOracle], documents: Documents, domain: str, lengths: list[int]
+    deep: Served, deep_oracle: Callable[[], Oracle], documents: Documents, domain: str, lengths: list[int]
 ) -> None:
     """Chunks with a past and without, whole and short, requests one after another: what is served, lost and learned."""
     reference, name, expected = deep_oracle(), deep.fresh(domain), []
@@ -40,20 +32,21 @@ def test_same_text_same_delta_and_losses(
         scores = -torch.tensor(logprobs(deep.complete(prompt, name, prompt_logprobs=0)))
         assert (scores - reference.score(prompt)).abs().max() < 0.01
         expected += reference.learn(prompt)
-    assert_same_layers(deep.delta(name), reference)
+    assert_same(deep.delta(name), reference)
     session = deep.session(name)
     assert [c["loss"] for c in session["losses"]] == pytest.approx(expected, abs=0.01)
-    assert session["scale"] == pytest.approx(reference.scale.chosen, abs=0.02)
+    assert session["rate"] == pytest.approx(reference.rate, rel=1e-3)
     assert session["version"] == reference.version == len(expected)
     assert session["tokens_skipped"] == {k: v for k, v in reference.tokens.items() if v and k != "learned"}
     assert deep.rpc("test_slot_is_master") == {"held": True, "equal": True}
 
 
-def test_the_guard_tries_what_is_served(deep: Served, deep_oracle: Callable[[], DeepOracle], documents: Documents) -> None:
+def test_the_guard_tries_what_is_served(deep: Served, deep_oracle: Callable[[], Oracle], documents: Documents) -> None:
     """On its text, piece by piece, each of which sees itself alone."""
-    reference, frozen, name, text = deep_oracle(), deep_oracle(), deep.fresh(), documents["man_fr"][4][:1025]
-    deep.complete(text, name)
-    reference.learn(text)
+    reference, frozen, name = deep_oracle(), deep_oracle(), deep.fresh()
+    for text in documents["man_fr"][3:5]:
+        deep.complete(text[:1025], name)
+        reference.learn(text[:1025])
     session = deep.tried(name)
     assert session["version"] == 4
     losses = [torch.cat([one.score(piece) for piece in deep.probe()]) for one in (reference, frozen)]
@@ -63,18 +56,18 @@ def test_the_guard_tries_what_is_served(deep: Served, deep_oracle: Callable[[], 
     assert session["probe_regression"] == pytest.approx(expected, abs=0.0005)
 
 
-def test_a_reread_history_is_a_past(deep: Served, deep_oracle: Callable[[], DeepOracle], documents: Documents) -> None:
+def test_a_reread_history_is_a_past(deep: Served, deep_oracle: Callable[[], Oracle], documents: Documents) -> None:
     """A prompt that goes on from an earlier one: its history is not learned again, and it is what the rest attends to."""
     reference, name, text = deep_oracle(), deep.fresh(), documents["legal_a"][0]
     deep.complete(text[:300], name)
     reference.learn(text[:300])
     deep.complete(text[:700], name)
     reference.learn(text[:700], start=299)
-    assert_same_layers(deep.delta(name), reference)
+    assert_same(deep.delta(name), reference)
     assert deep.session(name)["tokens_skipped"] == {"history": 299}
 
 
-def test_several_sessions_at_once(deep: Served, deep_oracle: Callable[[], DeepOracle], documents: Documents) -> None:
+def test_several_sessions_at_once(deep: Served, deep_oracle: Callable[[], Oracle], documents: Documents) -> None:
     """Chunks of several sessions in one step, each over its own past."""
     bodies, names = [], [deep.fresh("many") for _ in range(4)]
     texts = [documents[d][0][:n] for d, n in (("kjv", 900), ("man_fr", 260), ("py_dns", 600), ("man2", 1025))]
@@ -84,7 +77,7 @@ def test_several_sessions_at_once(deep: Served, deep_oracle: Callable[[], DeepOr
     for name, text in zip(names, texts, strict=True):
         reference = deep_oracle()
         reference.learn(text)
-        assert_same_layers(deep.delta(name), reference)
+        assert_same(deep.delta(name), reference)
 
 
 def test_an_answer_is_learned_over_its_prompt(deep: Served, documents: Documents) -> None:
@@ -92,7 +85,7 @@ def test_an_answer_is_learned_over_its_prompt(deep: Served, documents: Documents
     answer = deep.complete(documents["kjv"][0][:300], name, max_tokens=300, ignore_eos=True, vllm_xargs={"ttt_learn_output": 1})
     assert answer["ttt"]["tokens_learned"] == 599
     state = deep.settle()
-    assert (deep.session(name)["version"], state["errors"]) == (4, 0)
+    assert (deep.session(name)["version"], state["errors"]) == (2, 0)
 
 
 class Reader:
@@ -123,7 +116,7 @@ def test_a_session_never_reads_blocks_of_another_epoch(deep: Served, documents: 
     reader = Reader(deep, documents["kjv"][5][:800])
     base, cached = reader.warm(None)
     assert cached == 0
-    deep.complete(documents["kjv"][0][:1025], name)  # four chunks: beyond one epoch
+    deep.complete(documents["kjv"][0][:1025], name)
     deep.settle()
     first, cached = reader.warm(name)
     assert cached == 0, "the base model's blocks are not the session's"
@@ -134,7 +127,7 @@ def test_a_session_never_reads_blocks_of_another_epoch(deep: Served, documents: 
     deep.complete(documents["kjv"][1][:1025], name)
     deep.settle()
     moved, cached = reader.warm(name)
-    assert cached == 0, "blocks of the epoch before"
+    assert cached == 0, "two chunks more: beyond the epoch"
     assert apart(moved, reader.cold(name)) < 1e-3
     assert apart(moved, first) > 0.05, "stale blocks would have shown"
     # Whom it does not concern.
@@ -149,33 +142,6 @@ def test_a_session_never_reads_blocks_of_another_epoch(deep: Served, documents: 
     learned, cached = reader.warm(other)
     assert cached == 0, "neither the base model's nor another session's"
     assert apart(learned, reader.cold(other)) < 1e-3
-
-
-def test_another_subject_is_served_with_less(deep: Served, deep_oracle: Callable[[], DeepOracle], documents: Documents) -> None:
-    """For itself alone: neither it nor what follows reads blocks that were computed under another scale."""
-    name, reference = deep.fresh("subject"), deep_oracle()
-    scales, chosen = [], 0.0
-    for text in [*documents["kjv"][:5], documents["py_dns"][0]]:
-        prompt = text[:1025]
-        scores = -torch.tensor(logprobs(deep.complete(prompt, name, prompt_logprobs=0)))
-        assert (scores - reference.score(prompt)).abs().max() < 0.02
-        served = reference.scale.served(prompt)
-        reference.learn(prompt)
-        deep.settle()
-        session = deep.session(name)
-        chosen = session["scale"]
-        scales.append(session["losses"][-1]["scale"])
-        assert scales[-1] == pytest.approx(served, abs=0.02)
-        assert chosen == pytest.approx(reference.scale.chosen, abs=0.02)
-    assert scales[4] > 0.8
-    assert scales[5] < 0.5
-    like, unlike = Reader(deep, documents["kjv"][5][:800]), Reader(deep, documents["man_fr"][4][:800])
-    for reader, cached in ((like, 0), (unlike, 0), (like, WHOLE), (unlike, 0)):
-        found, read = reader.warm(name)
-        served = deep.session(name)["scale_served"]
-        assert read == cached
-        assert (served == chosen) == (reader is like)
-        assert apart(found, reader.cold(name)) < 1e-3
 
 
 def test_a_small_move_keeps_the_epoch(deep: Served, documents: Documents) -> None:
@@ -200,25 +166,3 @@ def test_what_was_generated_while_the_delta_moved_is_nobodys(deep: Served, docum
     found, cached = reader.warm(name)
     assert cached == 0
     assert apart(found, reader.cold(name)) < 1e-3
-
-
-def test_a_full_pool_costs_the_rest_of_the_request(deep: Served, documents: Documents) -> None:
-    """Its answer is as it is; what was learned before stays; nothing fails; and the pool is whole afterwards."""
-    name, text = deep.fresh(), documents["kjv"][3]
-    deep.complete(text[:257], name)
-    before = deep.delta(name)
-    pages = deep.rpc("test_pool", 2)
-    try:
-        answer = deep.complete(documents["kjv"][4][:1025], name, prompt_logprobs=0)
-        assert len(logprobs(answer)) == 1024
-        state = deep.settle()
-    finally:
-        assert deep.rpc("test_pool", -1) == {"free": 2}, "what was taken came back"
-    session = deep.session(name)
-    assert session["tokens_skipped"] == {"full": 1024}
-    assert state["errors"] == 0
-    assert all(torch.equal(x, before[k]) for k, x in deep.delta(name).items())
-    deep.complete(documents["kjv"][4][:1025], name)
-    deep.settle()
-    assert deep.session(name)["version"] == 5
-    assert deep.rpc("test_pool", -1) == pages

@@ -63,24 +63,24 @@ def test_an_answer_that_was_learned_is_history(server: Served, documents: Docume
     assert following["ttt"]["tokens_learned"] == 60 + 40 * (1 - learned)
 
 
-def test_a_system_prompt_is_computed_once_by_rule(server: Served, documents: Documents) -> None:
-    """Blocks are shared by the base model and all sessions; only what must be learned is computed anew."""
+def test_a_system_prompt_is_computed_once_by_rule(exact: Served, documents: Documents) -> None:
+    """`last`: blocks are shared by the base model and all sessions; only what must be learned is computed anew."""
     system = documents["py_dns"][0][:1000]
     whole = len(system) // BLOCK * BLOCK
     ask = lambda i: [*system, *documents["kjv"][2][40 * i : 40 * i + 40]]  # noqa: E731
-    first = server.complete(ask(0), server.fresh())
+    first = exact.complete(ask(0), exact.fresh())
     assert cached(first) == 0
     assert first["ttt"]["tokens_learned"] == 1039
-    assert cached(server.complete(ask(1))) == whole, "the base model reads what a session computed"
-    frozen = server.complete(ask(2), server.fresh(), vllm_xargs={"ttt_learn": 0})
+    assert cached(exact.complete(ask(1))) == whole, "the base model reads what a session computed"
+    frozen = exact.complete(ask(2), exact.fresh(), vllm_xargs={"ttt_learn": 0})
     assert cached(frozen) == whole
-    learns = server.fresh()
-    assert cached(server.complete(ask(3), learns)) == 0, "to be learned, so computed"
-    assert cached(server.complete([*ask(3), *documents["kjv"][3][:30]], learns)) == 1040 // BLOCK * BLOCK - BLOCK * (
+    learns = exact.fresh()
+    assert cached(exact.complete(ask(3), learns)) == 0, "to be learned, so computed"
+    assert cached(exact.complete([*ask(3), *documents["kjv"][3][:30]], learns)) == 1040 // BLOCK * BLOCK - BLOCK * (
         1040 % BLOCK == 0
     )
-    assert cached(server.complete(ask(1), cache_salt="somebody")) == 0
-    assert cached(server.complete(ask(4), cache_salt="somebody")) == whole
+    assert cached(exact.complete(ask(1), cache_salt="somebody")) == 0
+    assert cached(exact.complete(ask(4), cache_salt="somebody")) == whole
 
 
 def test_interleaved_chunks_are_scored_then_learned(exact: Served, oracle: Callable[[], Oracle], documents: Documents) -> None:
@@ -93,8 +93,8 @@ def test_interleaved_chunks_are_scored_then_learned(exact: Served, oracle: Calla
     targets, losses = torch.tensor(ids[1:]), []
     for first in range(0, 1024, 256):
         rows = slice(first, first + 256)
-        losses.append(alone._nll(ids, rows, alone.scale.chosen).mean().item())
-        alone._step(h[rows], a[rows], targets[rows])
+        losses.append(alone.score(ids)[rows].mean().item())
+        alone.step(h[rows], a[rows], targets[rows], alone.nothing())
     # Each chunk as the plain loop scores it: under all of this request that comes before the chunk, in attention and in delta.
     assert nll.view(4, 256).mean(1).tolist() == pytest.approx(losses, abs=2e-3)
     assert nll.mean() < frozen.mean() - 0.01, "the first request gains already"

@@ -60,7 +60,7 @@ def test_served_with_what_was_learned(exact: Served, oracle: Callable[[], Oracle
 
 
 def test_the_rate_is_the_oracles(exact: Served, oracle: Callable[[], Oracle], documents: Documents) -> None:
-    """Documents of one subject, then of another, then one of them again: chunk by chunk. Every fourth is measured under the base
+    """Documents of one subject, of another, and one of them again, chunk by chunk. Every fourth is measured under the base
     model, too."""
     name, reference, frozen, measured = exact.fresh(), oracle(), oracle(), {}
     texts = [*documents["kjv"][:2], documents["py_dns"][0], documents["py_dns"][0]]
