@@ -114,8 +114,9 @@ def main() -> None:
         )
     states = [r["state"] for r in rounds]
     last = [r["turns"][-1]["session"]["prompt"] for r in rounds]
-    lines += ["", "Last prompt, tokens: " + ", ".join(map(str, last)) + ". Learned: " + ", ".join(str(s["tokens_learned"]) for s in states)
-              + ". Not learned: " + ", ".join(str(s["tokens_skipped"]) for s in states) + "."]  # fmt: skip
+    learned, skipped = ([str(s[key]) for s in states] for key in ("tokens_learned", "tokens_skipped"))
+    told = {"Last prompt, tokens": map(str, last), "Learned": learned, "Not learned": skipped}
+    lines += ["", *(f"{what}: {', '.join(values)}.  " for what, values in told.items())]
     run |= {"server": "vllm serve " + " ".join(flags) + " --plugin ttt", "rounds": rounds}
     save("A chat that grows, turn by turn", run, "\n".join(lines), HERE / "results", args.name)
 

@@ -3,10 +3,10 @@
 python loadtests/stale_prefix.py demo/model demo/texts
 python loadtests/stale_prefix.py demo/real/smollm2 demo/texts --domains kjv,man2,py_sympy
 
-Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1, 2,
-4, 8 and 16 further chunks the next 512 tokens are scored with the cached prefix and with a prefix computed anew. The oracle
-does it, without vLLM. Printed: how far the delta has moved at most, as `schedule.kv_epoch` counts it; the mean difference of the
-loss, the largest of any domain, and how far single tokens move.
+Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1,
+2, 4, 8 and 16 further chunks the next 512 tokens are scored with the cached prefix and with a prefix computed anew. The oracle
+does it, without vLLM. Printed: how far the delta has moved at most, as `schedule.kv_epoch` counts it; the mean difference of
+the loss, the largest of any domain, and how far single tokens move.
 """
 
 from __future__ import annotations
