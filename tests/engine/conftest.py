@@ -40,7 +40,8 @@ SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     # A guard that tries every few commits, and lets everything pass.
     "deep": ({"sessions": {"resident": 4}, "guard": {"every": 4, "max_regression": 100}}, ["--dtype", "float32"]),
     "half": ({"adapt": {"preset": "last"}, "learn": SHORT, "sessions": {"resident": 4}}, []),
-    "server": ({"learn": SHORT, "sessions": {"resident": 6}}, []),
+    # A guard that is stricter than the default, so that a session can be spoiled within a test.
+    "server": ({"learn": SHORT, "sessions": {"resident": 6}, "guard": {"max_regression": 0.15}}, []),
 }
 
 

@@ -84,7 +84,7 @@ def test_a_system_prompt_is_computed_once_by_rule(exact: Served, documents: Docu
 
 
 def test_interleaved_chunks_are_scored_then_learned(exact: Served, oracle: Callable[[], Oracle], documents: Documents) -> None:
-    name, ids, alone = exact.fresh(), documents["rst_networking"][0][:1025], oracle()
+    name, ids, alone = exact.fresh(), documents["man_fr"][0][:1025], oracle()
     answer = exact.complete(ids, name, prompt_logprobs=0, vllm_xargs={"ttt_interleave": 1})
     nll = -torch.tensor([next(iter(p.values()))["logprob"] for p in answer["choices"][0]["prompt_logprobs"][1:]])
     assert answer["ttt"] == {"session_id": name, "version": 3, "tokens_learned": 1024}
