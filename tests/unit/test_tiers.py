@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +14,6 @@ import pytest
 from world import World
 
 from vllm_ttt.engine.alarm import Alarm
-from vllm_ttt.engine.store import Change
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
@@ -292,66 +289,6 @@ def test_the_next_save_succeeds(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     world.use("c", 1.0)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("only root may mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_a_real_disk_that_is_full(small_disk: Path) -> None:
-    """ENOSPC from the file system. What was on the disk stays, and the next save succeeds when there is room."""
-    world = World(small_disk / "state", limit=4)
-    world.use("a", 1.0)
-    assert world.save("a").version == 1
-    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while filler.write(bytes(4096)) == 4096:
-            pass
-    session = world.use("a", 2.0)
-    for _ in range(2):
-        with pytest.raises(RequestError, match=r"No space left|disk is full|disk I/O"):
-            world.save("a")
-    assert world.value("a") == 3.0, "it is served from memory"
-    assert session.saved is not None
-    assert session.saved.version == 1
-    assert session.error is not None
-    (small_disk / "filler").unlink()
-    assert world.save("a").version == 2
-    assert session.error is None
-    world.end()
-    again = World(small_disk / "state")
-    assert again.value("a") == 3.0
-    again.end()
-    assert Offline(small_disk / "state").fsck()["problems"] == []
-
-
-def test_a_session_can_be_removed_from_a_disk_that_is_full(small_disk: Path) -> None:
-    """To the last byte, with what SQLite needs for it kept aside: whoever meets "no room" can make some."""
-    world = World(small_disk / "state", limit=4)
-    for name in "abc":
-        world.use(name, 1.0)
-        world.save(name)
-    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while filler.write(bytes(4096)) == 4096:
-            pass
-    for name in "ab":
-        session = world.ledger.find(SessionKey("-", name))
-        assert session is not None
-        world.wait(world.tiers.remove(session) if name == "a" else world.tiers.reset(session, {}))
-    assert world.ledger.peek(SessionKey("-", "a")) is None
-    assert world.value("b") == 0.0
-    assert world.value("c") == 1.0
-    world.crash()
-    rows = {s["session_id"]: s["version"] for s in Offline(small_disk / "state").list()}
-    assert rows == {"b": 0, "c": 1}
-    assert len(files(world)) == 1
-
-
 def test_the_bytes_of_a_state_dir_are_bounded(make: Make) -> None:
     """Older versions go first; then saves are refused, and so are new sessions, until something is removed."""
     world = make(limit=8, keep_versions=3)
@@ -374,76 +311,6 @@ def test_the_bytes_of_a_state_dir_are_bounded(make: Make) -> None:
     assert world.save("d").version == 1
     assert sum(f.stat().st_size for f in files(world)) <= world.store.limit
     assert world.store.bytes == sum(f.stat().st_size for f in files(world))
-
-
-def test_sessions_that_nobody_uses_expire(make: Make) -> None:
-    world = make(limit=2, ttl="1h")
-    for i in range(4):
-        world.use(f"s{i}", 1.0)
-        world.run()
-    for key in (SessionKey("-", "s0"), SessionKey("-", "s3")):
-        session = world.ledger.find(key)
-        assert session is not None
-        session.last_used -= 7200
-        session.touched = True
-        world.tiers.changes(session)
-        world.wait(world.saves.save(session))
-        world.tiers.left(session)
-    world.run()
-    world.tiers.expiry.next_look = 0.0
-    world.step()
-    world.run()
-    assert sorted(s["session_id"] for s in Offline(world.store.folder.root).list()) == ["s1", "s2"]
-    assert len(files(world)) == 2
-    assert world.ledger.tenants["-"] == 2
-
-
-def test_many_sessions_expire_a_few_at_a_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each costs the engine a look at its row, and the state dir a write: no step waits for hundreds."""
-    monkeypatch.setattr("vllm_ttt.engine.expiry._AT_ONCE", 3)
-    world = make(limit=1, ttl="1h")
-    for i in range(8):
-        world.use(f"s{i}", 1.0)
-        world.run()
-    world.end()
-    again = make(limit=1, ttl="1h")
-    again.run()
-    again.store.write(lambda db: Change(db.execute("UPDATE sessions SET last_used = 0")))
-    again.run()
-    left = [8]
-    while left[-1]:
-        again.tiers.expiry.next_look = 0.0
-        again.step()
-        again.run()
-        assert again.tiers.expiry.next_look < time.monotonic() + 2 or left[-1] < 3
-        left.append(len(Offline(again.store.folder.root).list()))
-    assert left == [8, 5, 2, 0]
-
-
-@pytest.mark.parametrize("jump", [10 * 365 * 86400.0, -10 * 365 * 86400.0])
-def test_a_clock_that_is_set_ends_no_session(make: Make, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
-    """In memory and on disk; and who is unused for ``ttl`` by the new clock goes, as before."""
-    world, real = make(limit=2, ttl="1h"), time.time
-    for i in range(4):
-        world.use(f"s{i}", 1.0)
-        world.run()
-
-    def sweep() -> list[str]:
-        world.tiers.expiry.next_look = 0.0
-        world.step()
-        world.run()
-        return sorted(s["session_id"] for s in Offline(world.store.folder.root).list())
-
-    for offset in (jump, 0.0):
-        monkeypatch.setattr("time.time", lambda offset=offset: real() + offset)
-        assert sweep() == ["s0", "s1", "s2", "s3"]
-        world.use("s1", 1.0)
-        assert world.save("s1").saved == pytest.approx(real() + offset, abs=60)
-    # An hour passes, by either clock.
-    passed = time.monotonic
-    monkeypatch.setattr("time.time", lambda: real() + 7200)
-    monkeypatch.setattr("time.monotonic", lambda: passed() + 7200)
-    assert sweep() == []
 
 
 def test_a_key_has_so_many_sessions_wherever_they_are(make: Make) -> None:
