@@ -1,4 +1,4 @@
-"""What an attacker gets: six sessions that try to spoil their delta, with the guard and without it, over HTTP.
+"""What an attacker gets: seven sessions that try to spoil their delta, with the guard and without it, over HTTP.
 
     python loadtests/attack.py --requests 50       two servers one after the other, each `vllm serve demo/model --plugin ttt`
     python loadtests/attack.py --only repeated_line,high_loss
@@ -106,9 +106,16 @@ def inverted_facts(victim: Victim) -> Prompts:
         yield victim.tokens(part)[:LENGTH]
 
 
+def backwards(victim: Victim) -> Prompts:
+    """Real text, its tokens in reverse: as improbable as the gate allows, and all of it of one kind."""
+    for window in victim.windows():
+        yield window[::-1]
+
+
 def high_loss(victim: Victim) -> Prompts:
     """Real text of which so many tokens are replaced by random ones that its loss is just under the gate of the base model."""
-    gate = TTTConfig().learn.max_loss * math.log(VOCABULARY)
+    learn = TTTConfig().learn
+    gate = learn.max_loss * math.log(VOCABULARY)
     for window in victim.windows():
         order = list(range(1, len(window)))
         victim.random.shuffle(order)
@@ -119,7 +126,7 @@ def high_loss(victim: Victim) -> Prompts:
             for i in order[:middle]:
                 noisy[i] = victim.random.randrange(10, VOCABULARY)
             losses = victim.losses(noisy)
-            if max(fmean(losses[i : i + 256]) for i in range(0, len(losses), 256)) < 0.97 * gate:
+            if max(fmean(losses[i : i + learn.chunk]) for i in range(0, len(losses), learn.chunk)) < 0.97 * gate:
                 best, low = noisy, middle
             else:
                 high = middle
@@ -127,7 +134,7 @@ def high_loss(victim: Victim) -> Prompts:
 
 
 ATTACKS: dict[str, Callable[[Victim], Prompts]] = {
-    f.__name__: f for f in (random_tokens, random_bytes, repeated_line, another_language, inverted_facts, high_loss)
+    f.__name__: f for f in (random_tokens, random_bytes, repeated_line, another_language, inverted_facts, backwards, high_loss)
 }
 
 
@@ -140,7 +147,7 @@ def attack(victim: Victim, name: str, requests: int) -> dict[str, Any]:
         if seen["frozen"] and stopped is None:
             stopped = seen["tokens_learned"]
     seen = victim.session(session)
-    keys = "probe_regression", "version", "scale", "frozen", "tokens_seen", "tokens_learned", "tokens_skipped"
+    keys = "probe_regression", "version", "rate", "frozen", "tokens_seen", "tokens_learned", "tokens_skipped"
     return {"worst_regression": worst, "stopped_after_tokens": stopped, **{key: seen[key] for key in keys}}
 
 

@@ -10,7 +10,7 @@ so that no prefix cache helps.
 * Back to back: blocks of requests of one session, each sent when the one before is answered. A learned one waits until its
   predecessor has been learned. The first of a block waits for nothing and is not counted.
 
-    python loadtests/bench_cpu.py --config '{guard: {every: 0}}' --against '{guard: {every: 0}, learn: {scales: [1]}}'
+    python loadtests/bench_cpu.py --config '{guard: {every: 0}}' --against '{guard: {every: 0}, adapt: {preset: last}}'
 
 What a setting costs: two servers take turns with blocks of learned requests, back to back, each timed until all of it has been
 learned; the ratio is the median over the turns.

@@ -39,9 +39,9 @@ FLAGS = [
     *(str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28), "--served-model-name", "demo"),
     "--enforce-eager",
 ]
-#: Six slots and 74 sessions of the demo model in memory: the rest is on the move. All chunks of a session are remembered.
+#: Six slots, and 43 sessions of the demo model in memory: the rest is on the move. All chunks of a session are remembered.
 CONFIG: dict[str, Any] = {
-    "sessions": {"resident": 6, "host_gib": 0.1, "per_key": 10**6, "autosave": 5.0},
+    "sessions": {"resident": 6, "host_gib": 0.165, "per_key": 10**6, "autosave": 5.0},
     "observe": {"recent_chunks": 4096},
 }
 KEYS = ("key-of-the-users-0123456789", "key-of-a-stranger-0123456789")

@@ -1,12 +1,11 @@
 """What `schedule.kv_epoch` trades: the loss of a text after a prefix whose keys and values were cached some commits ago.
 
 python loadtests/stale_prefix.py demo/model demo/texts
-python loadtests/stale_prefix.py demo/real/smollm2 demo/texts --domains kjv,man2,py_sympy
 
-Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1,
-2, 4, 8 and 16 further chunks the next 512 tokens are scored with the cached prefix and with a prefix computed anew. The oracle
-does it, without vLLM. Printed: how far the delta has moved at most, as `schedule.kv_epoch` counts it; the mean difference of
-the loss, the largest of any domain, and how far single tokens move.
+Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1, 2,
+3, 8 and 16 further requests of 256 tokens, each half a chunk, the next 512 tokens are scored with the cached prefix and with a
+prefix computed anew. The oracle does it, without vLLM. Printed: how far the deltas moved at most, as vllm_ttt/engine/blocks.py
+counts it, mean of the domains; the mean difference of the loss, the largest of any domain, and how far single tokens move.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from vllm_ttt.config import parse_config
 from vllm_ttt.eval.oracle import KV, Oracle, load_model, stack_nll
 from vllm_ttt.eval.texts import read_texts
 
-PREFIX, TEXT, CHUNKS = 512, 512, (1, 2, 4, 8, 16)
+PREFIX, TEXT, REQUESTS = 512, 512, (1, 2, 3, 8, 16)
 
 
 @torch.no_grad()
@@ -41,29 +40,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("texts")
-    parser.add_argument("--domains", help="comma-separated; default: all")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     from transformers import AutoTokenizer
 
     tokenizer, model, config = AutoTokenizer.from_pretrained(args.model), load_model(args.model), parse_config(None, "deep")
-    found: dict[int, list[torch.Tensor]] = {n: [] for n in CHUNKS}
-    moved: dict[int, list[float]] = {n: [] for n in CHUNKS}
-    domains = read_texts(args.texts)
-    for texts in [domains[name] for name in (args.domains or ",".join(domains)).split(",")]:
+    learn = config.learn
+    found: dict[int, list[torch.Tensor]] = {n: [] for n in REQUESTS}
+    moved: dict[int, list[float]] = {n: [] for n in REQUESTS}
+    for texts in read_texts(args.texts).values():
         documents = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
         first, reader, *rest = [ids[:1025] for ids in documents if len(ids) > 1025]
-        stream = [ids[i : i + 513] for ids in rest for i in (0, 512)]
-        oracle, path = Oracle(model, config), 0.0
+        stream = [ids[i : i + 257] for ids in rest for i in range(0, 1024, 256)]
+        oracle = Oracle(model, config)
         oracle.learn(first)
-        cached = prefix(oracle, reader)
-        for n in range(1, max(CHUNKS) + 1):
-            oracle.learn(stream[(n - 1) % len(stream)])
-            norm = max(b.norm().item() / oracle.norms[i][k] for i, layer in enumerate(oracle.B) for k, b in layer.items())
-            path += oracle.rate + config.learn.decay * norm
-            if n in CHUNKS:
-                moved[n].append(path)
+        cached, way = prefix(oracle, reader), 0.0
+        for n, request in enumerate(stream[: max(REQUESTS)], 1):
+            version = oracle.version
+            oracle.learn(request)
+            if oracle.version != version:
+                way += (oracle.rate + learn.decay * learn.max_norm) * (len(request) - 1) / learn.chunk
+            if n in REQUESTS:
                 found[n].append(after(oracle, reader, cached) - after(oracle, reader, prefix(oracle, reader)))
-    print("| chunks | moved, at most | loss: mean | worst domain | a token, root mean square |")
+                moved[n].append(way)
+    print("| requests | moved, at most | loss: mean | worst domain | a token, root mean square |")
     print("| --- | --- | --- | --- | --- |")
     for n, differences in found.items():
         means = [d.mean().item() for d in differences]

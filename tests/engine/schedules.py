@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from vllm_ttt.config import TTTConfig
+from vllm_ttt.config import parse_config
 from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.eval.oracle import Oracle, load_model
 from vllm_ttt.types import SessionKey
@@ -216,7 +216,7 @@ class Driver:
         scheduler, worker = self.core.scheduler, self.core.model_executor.driver_worker.worker
         sessions = {sent.session for sent in requests.values() if sent.session}
         for name in sorted(sessions):
-            expected = Expected(Oracle(self.model, TTTConfig.model_validate(CONFIG), torch.float32))
+            expected = Expected(Oracle(self.model, parse_config(CONFIG), torch.float32))
             for sent in requests.values():
                 if sent.session == name:
                     expected.learn(sent)
@@ -227,11 +227,13 @@ class Driver:
             assert session.version == expected.oracle.version
             assert not session.open
             seen.update({"sessions": 1, "chunks": session.version, "history": session.tokens_skipped["history"] > 0})
-            for key, b in worker.trainer.deltas.read(session.adapter).parts():
-                want = expected.oracle.B[key]
-                assert (b[0] - want).norm() <= 0.02 * want.norm() + 1e-9, (name, key)
+            deltas = worker.trainer.deltas
+            wanted = [(i, key, b) for i, layer in enumerate(expected.oracle.B) for key, b in layer.items()]
+            for (_, b), (i, key, want) in zip(deltas.read(session.adapter).delta.parts(), wanted, strict=True):
+                assert (b[0] - want).norm() <= 0.02 * want.norm() + 1e-9, (name, i, key)
+            assert abs(deltas.session(session.adapter).rate / expected.oracle.rate - 1) < 0.01, name
+            assert len(deltas.rows) + len(deltas.free) == deltas.spare, "rows have leaked"
         assert len(worker.backlog.free) == worker.backlog.t_PC.shape[0], "pages have leaked"
-        assert not worker.trainer.deltas.pinned
 
 
 def refusal_without_chunks(driver: Driver) -> dict[str, Any]:

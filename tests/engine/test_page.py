@@ -313,7 +313,7 @@ def test_pictures_for_the_documents(page: Page, watched: Served, documents: Docu
         screenshot(page, name)
     session = watched.session("reader")
     measured = [chunk for chunk in session["losses"] if chunk["frozen_loss"] is not None]
-    assert measured[-1]["frozen_loss"] - measured[-1]["served_loss"] > 0.3, "the picture would show nothing"
+    assert measured[-1]["frozen_loss"] - measured[-1]["loss"] > 0.3, "the picture would show nothing"
 
 
 def screenshot(page: Page, name: str) -> None:

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.engine
 STORM = int(os.environ.get("TTT_STORM", "60"))
 #: Four slots, and 14 sessions in memory; the disk holds what the storm makes, and some more.
 CONFIG = {
-    "sessions": {"resident": 4, "host_gib": 0.02, "per_key": 10**6, "keep_versions": 1, "autosave": 2.0, "ttl": "1d"},
+    "learn": {"chunk": 256},
+    "sessions": {"resident": 4, "host_gib": 0.033, "per_key": 10**6, "keep_versions": 1, "autosave": 2.0, "ttl": "1d"},
     "observe": {"recent_chunks": 4096},
 }
 DISK_MB = 100 + 3 * STORM

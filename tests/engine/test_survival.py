@@ -35,7 +35,7 @@ KILLS = int(os.environ.get("TTT_KILLS", "2"))
 KEYS = {"a": "key-of-tenant-a-12345", "b": "key-of-tenant-b-12345", "admin": "key-of-the-admin-12345"}
 NAMES = [f"s{i}" for i in range(10)]
 #: Two slots and room for two more: ten sessions are always on the move.
-CONFIG = {"sessions": {"resident": 2, "host_gib": 0.003, "autosave": 1.0}}
+CONFIG = {"sessions": {"resident": 2, "host_gib": 0.005, "autosave": 1.0}}
 
 
 def headers(who: str) -> dict[str, str]:
