@@ -84,7 +84,10 @@ def main() -> None:
     flags = [args.model, "--served-model-name", "chat", "--max-model-len", "8192", "--kv-cache-memory-bytes", str(2**31),
              "--enable-prompt-tokens-details", "--dtype", "float32", "--enforce-eager"]  # fmt: skip
     run, rounds, said = about("chat_turns.py"), [], messages(args.texts)
-    with served(flags, args.config) as url, httpx.Client(base_url=url, timeout=900, trust_env=False) as http:
+    with (
+        served(flags, args.config) as url,
+        httpx.Client(base_url=url, timeout=900, trust_env=False) as http,
+    ):
         model = http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
         for number in range(args.rounds):
             base, session = Chat(http, model, None), Chat(http, model, f"chat-{number}")
@@ -105,13 +108,15 @@ def main() -> None:
         middle = lambda arm, key, at=at: median(t[arm][key] for t in at)  # noqa: E731
         ratio = median(t["session"]["ttft"] / t["base"]["ttft"] for t in at)
         lines.append(
-            f"| {i + 1} | {middle('session', 'prompt'):.0f} | {middle('base', 'cached'):.0f} | {middle('session', 'cached'):.0f} "
-            f"| {1e3 * middle('base', 'ttft'):.0f} | {1e3 * middle('session', 'ttft'):.0f} | {ratio:.2f} |"
+            f"| {i + 1} | {middle('session', 'prompt'):.0f} | {middle('base', 'cached'):.0f} "
+            f"| {middle('session', 'cached'):.0f} | {1e3 * middle('base', 'ttft'):.0f} "
+            f"| {1e3 * middle('session', 'ttft'):.0f} | {ratio:.2f} |"
         )
     states = [r["state"] for r in rounds]
     last = [r["turns"][-1]["session"]["prompt"] for r in rounds]
-    lines += ["", "Last prompt, tokens: " + ", ".join(map(str, last)) + ". Learned: " + ", ".join(str(s["tokens_learned"]) for s in states)
-              + ". Not learned: " + ", ".join(str(s["tokens_skipped"]) for s in states) + "."]  # fmt: skip
+    learned, skipped = ([str(s[key]) for s in states] for key in ("tokens_learned", "tokens_skipped"))
+    told = {"Last prompt, tokens": map(str, last), "Learned": learned, "Not learned": skipped}
+    lines += ["", *(f"{what}: {', '.join(values)}.  " for what, values in told.items())]
     run |= {"server": "vllm serve " + " ".join(flags) + " --plugin ttt", "rounds": rounds}
     save("A chat that grows, turn by turn", run, "\n".join(lines), HERE / "results", args.name)
 

@@ -53,7 +53,7 @@ async def plans(kinds: Sequence[str], docs: texts.Documents, client: Client) -> 
         return [found.choice(every) if found.random() < 0.25 else token for token in ids]
 
     async def words() -> list[int]:
-        few = "apple stone river cloud iron glass seven under quick blue".split()
+        few = ["apple", "stone", "river", "cloud", "iron", "glass", "seven", "under", "quick", "blue"]
         return (await client.tokenize(" ".join(found.choice(few) for _ in range(2 * LENGTH))))[: LENGTH + 1]
 
     random_ids = lambda: [found.choice(every) for _ in range(LENGTH + 1)]  # noqa: E731

@@ -103,7 +103,7 @@ class Client:
 
     async def versions(self) -> dict[str, int]:
         """Of every session."""
-        listed = (await self.http.get("/v1/ttt/sessions")).json()["sessions"]
+        listed = (await self.http.get("/v1/ttt/sessions", params={"limit": 10_000})).json()["sessions"]
         return {session["session_id"]: session["version"] for session in listed}
 
     async def gaps(self, prompt: list[int], tokens: int) -> dict[float, float]:

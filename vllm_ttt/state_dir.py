@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import hmac
 import logging
 import os
 import re
@@ -24,6 +26,9 @@ from pathlib import Path
 
 from vllm_ttt.errors import ConfigError
 
+#: Of the environment: goes before the secret of the state dir. Not VLLM_*: vLLM warns of such variables that it does not know,
+#: and --fail-on-environ-validation refuses them.
+SECRET_VARIABLE = "TTT_SECRET"
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
 #: Of the database and of the deltas: 3 since the second version of the learning step.
@@ -247,6 +252,11 @@ class StateDir:
             os.close(os.open(self.database, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))  # SQLite's: 0644
         if self.database.stat().st_mode & 0o077:
             self.database.chmod(0o600)
+
+
+def fingerprint(secret: str) -> str:
+    """What a state dir remembers of the secret that its tenants are made with: enough to know it again."""
+    return hmac.new(secret.encode(), b"vllm-ttt state dir", hashlib.sha256).digest()[:8].hex()
 
 
 def is_session_file(file: str) -> bool:

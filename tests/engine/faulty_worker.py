@@ -27,7 +27,7 @@ class FaultyWorker(TTTCPUWorker):
         self.test_rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.test_watching = False
         self.test_step = self.trainer.compute.step
-        self.trainer.compute.step = self._watched_step
+        self.trainer.compute.step = self._watched_step  # pyright: ignore[reportAttributeAccessIssue]
 
     def execute_model(self, scheduler_output: Any) -> Any:
         output = super().execute_model(scheduler_output)

@@ -233,7 +233,7 @@ class Driver:
                 assert (b[0] - want).norm() <= 0.02 * want.norm() + 1e-9, (name, i, key)
             assert abs(deltas.session(session.adapter).rate / expected.oracle.rate - 1) < 0.01, name
             assert len(deltas.rows) + len(deltas.free) == deltas.spare, "rows have leaked"
-        assert len(worker.backlog.free) == worker.backlog.t_PC.shape[0], "pages have leaked"
+        assert worker.backlog.room == worker.backlog.t_PC.shape[0], "pages have leaked"
 
 
 def refusal_without_chunks(driver: Driver) -> dict[str, Any]:

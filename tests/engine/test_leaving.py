@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -144,3 +145,23 @@ def test_longer_than_the_context(exact: Served, oracle: Fresh, documents: Docume
     assert exact.complete(full, name)["ttt"] == {"session_id": name, "version": 1, "tokens_learned": 2046}
     reference.learn(full)
     assert_same(exact.delta(name), reference)
+
+
+def test_a_pause_that_keeps_a_prompt_half_read(exact: Served, oracle: Fresh, documents: Documents) -> None:
+    """It is answered, wherever the prompt is; what was kept goes on as if nothing had been."""
+    text, reference = documents["man_fr"][1][:1281], oracle()
+    reference.learn(text)
+    body = {"max_tokens": 4, "vllm_xargs": {"ttt_interleave": 1}}
+    for _ in range(3):
+        name = exact.fresh()
+        with ThreadPoolExecutor() as pool:
+            sent = pool.submit(exact.complete, text, name, **body)
+            while exact.http.get(f"/v1/ttt/sessions/{name}").json().get("version", 0) < 1:
+                assert not sent.done(), "it was read before anybody could pause"
+            try:
+                assert exact.http.post("/pause", params={"mode": "keep"}, timeout=30).status_code == 200
+                assert not sent.done(), "the pause kept nothing"
+            finally:
+                exact.http.post("/resume")
+            assert sent.result()["ttt"]["tokens_learned"] == 1280
+        assert_same(exact.delta(name), reference)

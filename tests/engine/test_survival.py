@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,27 @@ def ask_around(served: Served, documents: Documents) -> dict[str, int]:
     assert served.session("mine")["version"] == 2
     assert not any(key in served.logged().replace("--api-key", "") for key in (KEYS["admin"],))
     return {s["session_id"]: s["version"] for s in served.http.get("/v1/ttt/sessions").json()["sessions"]}
+
+
+def test_while_it_drains_it_takes_nothing_new(stage: Stage, tmp_path: Path, documents: Documents) -> None:
+    stage.stop()
+    text = documents["kjv"][0][:100]
+    with server(tmp_path, "drains.log") as served, ThreadPoolExecutor() as pool:
+        running = pool.submit(served.complete, text, "s0", max_tokens=1500, ignore_eos=True)
+        with httpx.Client(base_url=served.url, headers=headers("a"), timeout=60, trust_env=False) as http:
+            while not http.get("/v1/ttt/sessions").json()["sessions"]:
+                pass
+            os.kill(served.process.pid, signal.SIGTERM)
+            while (health := http.get("/health")).status_code == 200:
+                assert not running.done(), "it never said that it ends"
+            assert health.status_code == 503
+            for body in (
+                completion("text", "s1"),
+                completion(text, "s1"),
+                completion(text),
+                completion(text, "s1", stream=True),
+            ):
+                answer = http.post("/v1/completions", json=body)
+                assert (answer.status_code, running.done()) == (503, False), answer.text
+                assert "shutting down" in answer.json()["error"]["message"]
+        assert running.result()["usage"]["completion_tokens"] == 1500, "what was asked before is answered"

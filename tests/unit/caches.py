@@ -23,21 +23,16 @@ class Rows:
         kv_cache.transpose(1, 2)[slots // tokens, slots % tokens] = rows
 
 
-def attention(
-    name: str, impl: Any, kv_cache: Tensor, dtype: torch.dtype, cache_dtype: str = "auto", scales: tuple[float, float] = (1, 1)
-) -> Any:
+def attention(name: str, impl: Any, kv_cache: Tensor, cache_dtype: str = "auto", scales: tuple[float, float] = (1, 1)) -> Any:
     """What `KVCache` sees of vLLM's Attention."""
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
     return SimpleNamespace(
         layer_name=name,
         impl=impl,
         kv_cache=kv_cache,
         kv_cache_dtype=cache_dtype,
         attn_backend=SimpleNamespace(get_name=lambda: "SOME_ATTN"),
-        isa=_get_attn_isa(dtype, kv_cache.shape[2], kv_cache.shape[3] // 2, cache_dtype),
-        _k_scale=torch.tensor(scales[0]),
-        _v_scale=torch.tensor(scales[1]),
+        _k_scale=torch.tensor(scales[0], device=kv_cache.device),
+        _v_scale=torch.tensor(scales[1], device=kv_cache.device),
         _k_scale_float=scales[0],
         _v_scale_float=scales[1],
     )
@@ -55,12 +50,14 @@ def cpu_attention(
 ) -> Any:
     """A layer of vLLM's CPU backend."""
     import vllm._C  # noqa: F401
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 
     impl: Any = CPUAttentionBackendImpl.__new__(CPUAttentionBackendImpl)  # its __init__ asks for the config of an engine
     impl.attn_type, impl.kv_cache_dtype = "decoder", cache_dtype
     kv_cache = torch.zeros(blocks, heads, tokens, 2 * width, dtype=dtype if cache_dtype == "auto" else torch.uint8)
-    return attention(name, impl, kv_cache, dtype, cache_dtype, scales)
+    attn = attention(name, impl, kv_cache, cache_dtype, scales)
+    attn.isa = _get_attn_isa(dtype, tokens, width, cache_dtype)
+    return attn
 
 
 def bound(attentions: list[Any], dtype: torch.dtype = torch.float32, block: int = BLOCK) -> KVCache:

@@ -8,6 +8,8 @@ import pytest
 from test_deep_scheduler import Engine
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request
 
 from vllm_ttt.errors import RequestError
@@ -74,6 +76,36 @@ def test_a_seed_and_an_interleaved_prompt() -> None:
     ids=["seeded", "greedy", "no seed"],
 )
 def test_where_prompts_are_interleaved_anyway_a_seeded_one_is_read_whole(params: dict[str, Any], first: int) -> None:
-    engine = Engine("last", learn={"scales": [1], "interleave": True})
+    engine = Engine("last", learn={"interleave": True, "chunk": CHUNK})
     assert submit(engine, {**params, "extra_args": {"session_id": "a"}}, LONG) is None
     assert engine.scheduled == {"r": first}
+
+
+def test_a_pause_that_keeps_requests_keeps_learning_still() -> None:
+    """What the engine core waits for, before it says that it is paused, is that the scheduler has nothing to do."""
+    engine = Engine("last")
+    engine.send("a", learn=True, outputs=3)
+    engine.report.busy = True
+    engine.step()
+    for state, works in ((PauseState.PAUSED_ALL, False), (PauseState.UNPAUSED, True), (PauseState.PAUSED_NEW, True)):
+        engine.scheduler.set_pause_state(state)
+        assert engine.scheduler.has_requests() is works, state
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.drain()
+    assert engine.session("a").tokens_seen > 0
+
+
+def test_what_is_refused_from_python_says_why() -> None:
+    """There is no front end that would make an error of it: the request ends, with a status and a message."""
+    engine = Engine("last", sessions={"resident": 4, "per_key": 1})
+    engine.send("a")
+    engine.drain()
+    made = Request("r", [1, 2, 3], SamplingParams(extra_args={"session_id": "b"}), None, block_hasher=engine.hasher)
+    engine.scheduler.add_request(made)
+    outputs: dict[int, Any] = {}
+    engine.scheduler._refuse(outputs)
+    (output,) = outputs[0].outputs
+    assert output.finish_reason == FinishReason.ABORT
+    assert not output.new_token_ids
+    assert output.kv_transfer_params["ttt"]["status"] == 429
+    assert "1 sessions" in output.kv_transfer_params["ttt"]["message"]

@@ -291,61 +291,6 @@ def test_the_guard_rolls_back_between_a_snapshot_and_its_report(engine: Engine, 
     assert on_disk(engine, tmp_path) == {"a": 1}
 
 
-def test_a_fork_is_what_its_source_is_whoever_asks_for_it_meanwhile(tmp_path: Path) -> None:
-    world = World(tmp_path / "state", limit=2)
-    engine = Engine(world)
-    for name, values in (("a", (10.0, 20.0)), ("x", (1.0,)), ("y", (1.0,))):
-        world.use(name, *values)
-        world.save(name)
-    assert engine.ask("get", "a")["tier"] == "disk"
-    gate, load = threading.Event(), world.files._load
-    world.files._load = lambda *args: (gate.wait(), load(*args))[1]
-    fork = ask(engine, "fork", argument="new")
-    world.step()
-    target = world.ledger.open(SessionKey("-", "new"))
-    target.requests.add("r")
-    for _ in range(3):
-        world.step()
-        assert not world.tiers.ready(target), "it is not what its source is yet"
-    gate.set()
-    world.run(lambda: world.tiers.ready(target))
-    assert fork.result()["result"]["version"] == 2
-    world.trainer.learn(target.adapter, 5.0)
-    world.step()
-    target.requests.clear()
-    world.tiers.left(target)
-    assert world.value("new") == 35.0
-    world.end()
-
-
-def test_a_fork_that_fails_leaves_a_fresh_session_to_who_asked_for_it(tmp_path: Path) -> None:
-    world = World(tmp_path / "state", limit=2)
-    engine = Engine(world)
-    for name in ("a", "x", "y"):
-        world.use(name, 1.0)
-        world.save(name)
-    gate, load = threading.Event(), world.files._load
-
-    def fail(*_: object) -> None:
-        gate.wait()
-        raise OSError(5, "Input/output error")
-
-    world.files._load = fail
-    fork = ask(engine, "fork", argument="new")
-    world.step()
-    target = world.ledger.open(SessionKey("-", "new"))
-    target.requests.add("r")
-    gate.set()
-    world.run(fork.done)
-    assert fork.result()["status"] == 507
-    world.files._load = load
-    world.run(lambda: world.tiers.ready(target))
-    target.requests.clear()
-    world.tiers.left(target)
-    assert world.value("new") == 0.0
-    world.end()
-
-
 def test_a_session_that_is_changed_while_it_is_read_comes_back(tmp_path: Path) -> None:
     """The request that had it read is gone, a rollback makes another session of the file, and a request asks for that."""
     world = World(tmp_path / "state", limit=1)
@@ -386,3 +331,28 @@ def test_expired_sessions_that_cannot_be_removed_stay(engine: Engine, full: Call
         world.wait(world.tiers.remove(session))
     assert world.value("a") == 3.0
     full()
+
+
+def test_exports_are_a_few_at_once_and_stand_before_nobodys_saves(engine: Engine) -> None:
+    """Each holds a copy of its session: a key may wait for four, and the worker is asked for two."""
+    world = engine.world
+    world.use("other", 1.0, tenant="b")
+    gate, export = threading.Event(), world.files._export
+    world.files._export = lambda *args: (gate.wait(), export(*args))[1]
+    asked = [admin(engine, "export", "-", "a") for _ in range(50)]
+    refused = [answer for answer in asked if not isinstance(answer, Future)]
+    assert {answer["status"] for answer in refused} == {429}
+    assert len(refused) == 46
+    elsewhere = admin(engine, "export", "b", "other")
+    assert isinstance(elsewhere, Future), "another key is not refused"
+    for _ in range(5):
+        world.step()
+    assert len(world.files.running) == 2
+    world.use("new", 1.0)
+    assert engine.ask("save", "new")["saved_version"] == 1
+    gate.set()
+    waiting = [answer for answer in asked if isinstance(answer, Future)]
+    world.run(lambda: elsewhere.done() and all(answer.done() for answer in waiting))
+    assert all(answer.result()["ok"] for answer in waiting)
+    assert engine.ask("export", "a")["version"] == 2
+    assert not world.tiers.exports.counts

@@ -1,13 +1,14 @@
-"""Steps over several layers through pages, pool and masters: as the trainer asks for them, and padded as CUDA graphs are."""
+"""Steps over several layers through pages, cache and masters: as the trainer asks for them, and padded as CUDA graphs are."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from caches import Rows as InRows
+from caches import attention, bound
 from test_gradient import tail_of
 from test_worker_compute import Eager
 
@@ -19,7 +20,7 @@ from vllm_ttt.worker.backlog import Backlog, Chunk
 from vllm_ttt.worker.compute import Compute
 from vllm_ttt.worker.deltas import Deltas
 from vllm_ttt.worker.micro_step import accumulate
-from vllm_ttt.worker.past import Before, PastPool
+from vllm_ttt.worker.past import Before
 from vllm_ttt.worker.probe import Probe
 from vllm_ttt.worker.step_view import Rows
 
@@ -29,9 +30,9 @@ CHUNK = 16
 CONFIG = parse_config({"adapt": {"layers": 3, "rank": 8}, "learn": {"chunk": CHUNK, "max_loss": 2}}, "deep")
 
 
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    folder: Path = tiny_model("qwen3", tmp_path_factory.mktemp("qwen3"), num_hidden_layers=4)
+@pytest.fixture(scope="module", params=[4, 3], ids=["above a captured layer", "from the embedding on"])
+def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    folder: Path = tiny_model("qwen3", tmp_path_factory.mktemp("qwen3"), num_hidden_layers=request.param)
     return Oracle(folder, CONFIG, dtype=torch.float32)
 
 
@@ -50,23 +51,27 @@ class Engine:
     def __init__(self, oracle: Oracle):
         torch.manual_seed(0)
         self.tail = tail_of(oracle)
-        D, Q, wide = self.tail.wo_DQ.shape[0], self.tail.wo_DQ.shape[1], oracle.stack.layers[0].k.shape[0]
-        kv = lambda: [torch.randn(128, wide) for _ in self.tail.attentions]  # noqa: E731
-        self.capture: Any = SimpleNamespace(keys=kv(), values=kv())
-        self.h, self.a, self.t = torch.randn(128, D), torch.randn(128, Q), torch.randint(0, 300, (128,))
+        D, Q, qkv = self.tail.wo_DQ.shape[0], self.tail.wo_DQ.shape[1], self.tail.attentions[0]
+        kv_caches = [torch.zeros(8, CHUNK, qkv.kv_heads, 2 * qkv.head).transpose(1, 2) for _ in self.tail.attentions]
+        self.cache = bound([attention(f"l{i}", InRows(), x) for i, x in enumerate(kv_caches)], block=CHUNK)
+        for x in kv_caches:
+            x.normal_()
+        self.h, self.a, self.t = torch.randn(128, D), torch.randn(128, Q), torch.randint(0, 300, (129,))
         self.backlog = Backlog(16, CHUNK, 2, self.h, self.a)
         self.deltas = Deltas(self.tail, 3, CONFIG.learn.rate)
-        self.pool = PastPool(16, CHUNK, self.capture, wide // oracle.stack.E)
         self.compute = Compute(self.tail, CONFIG.learn, self.backlog, self.deltas)
         for key in (7, 8):
             self.deltas.row(key)
             master = self.deltas.read(key)
             for x in (*master.delta.tensors(), *master.last.tensors()):
-                x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(key)) * 0.05)
+                x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(key)) * 0.2)
             self.backlog.start(f"r{key}", RequestPlan(key, 45, learn=True, learn_output=False))
-        view = [Rows(f"r{key}", 50 * i, 0, self.t[50 * i : 50 * i + 44]) for i, key in enumerate((7, 8))]
-        self.pool.take(view, self.backlog, self.capture)
-        self.backlog.take(view, self.h, self.a)
+            self.backlog.note_blocks(f"r{key}", [key - 2, key - 4, key - 6], anew=True)
+        self.backlog.take([self.rows(f"r{key}", 50 * i, 0, 44) for i, key in enumerate((7, 8))], self.h, self.a)
+
+    def rows(self, name: str, first: int, position: int, count: int) -> Rows:
+        tokens = self.t[first : first + count + 1]
+        return Rows(name, first, position, tokens[1:], tokens[:-1])
 
     def chunks(self, *which: int) -> list[Chunk]:
         return [list(self.backlog.queues[key])[i] for key, i in zip((7, 8), which, strict=False)]
@@ -74,7 +79,7 @@ class Engine:
     def step(self, chunks: list[Chunk]) -> list[torch.Tensor]:
         """Losses under the base model; what a step says of the chunks, and the masters of their sessions after it."""
         flat, weight = whole(self.backlog, chunks)
-        before = Before(self.pool, chunks)
+        before = Before(self.cache, chunks)
         rows = torch.tensor([self.deltas.rows[chunk.session] for chunk in chunks])
         share = torch.tensor([chunk.rows / CHUNK for chunk in chunks])
         frozen = self.compute.frozen(flat, weight, before).clone()
@@ -86,7 +91,7 @@ class Engine:
         S, C, room = shape
 
         def run(_: None, *values: torch.Tensor) -> torch.Tensor:
-            past = Before(self.pool, ()).past(S, C, room)
+            past = Before(self.cache, ()).past(S, C, room)
             own = past.by(*values[-6:])
             own.layout.lengths = own.layout.starts_k.diff().sub(C).tolist()  # SDPA reads them on the host
             return function(own, *values[:-6])
@@ -120,11 +125,11 @@ def test_a_padded_step_learns_the_same(oracle: Oracle, which: tuple[int, ...]) -
 def test_the_guard_tries_piece_by_piece(oracle: Oracle) -> None:
     """The rows of a piece see one another, and no other piece."""
     engine = Engine(oracle)
-    probe = Probe(40, engine.h, engine.a, engine.pool)
+    probe = Probe(40, engine.h, engine.a, engine.cache)
     plans = {name: RequestPlan(99, n, learn=False, learn_output=False, probe=True) for name, n in (("p", 21), ("q", 19))}
     for name, plan in plans.items():
         probe.start(name, plan)
-    rows = lambda name, first, position, count: Rows(name, first, position, engine.t[first : first + count])  # noqa: E731
+    rows = engine.rows
     probe.take([rows("p", 0, 0, 12), rows("q", 30, 0, 18)], engine.h, engine.a)
     probe.take([rows("p", 12, 12, 9)], engine.h, engine.a)
     for name in plans:
@@ -135,19 +140,19 @@ def test_the_guard_tries_piece_by_piece(oracle: Oracle) -> None:
     delta = engine.deltas.read(7).delta
     for piece, first in ((range(20), 0), (range(20, 38), 30)):
         at, n = slice(first, first + len(piece)), len(piece)
-        past = Before(engine.pool, ()).past(1, n)
-        expected = accumulate(
-            engine.tail, delta, engine.h[None, at], engine.a[None, at], engine.t[None, at], torch.ones(1, n), None, past
-        )
+        past = Before(engine.cache, ()).past(1, n)
+        h, a = engine.tail.entering(engine.h[None, at], engine.a[None, at], engine.t[None, at])
+        targets = engine.t[None, first + 1 : first + n + 1]
+        expected = accumulate(engine.tail, delta, h, a, targets, torch.ones(1, n), None, past)
         torch.testing.assert_close(probe.loss(engine.tail, delta, piece), expected)
 
 
 def test_a_piece_that_was_not_read_to_its_end_is_not_tried(oracle: Oracle) -> None:
     engine = Engine(oracle)
-    probe = Probe(40, engine.h, engine.a, engine.pool)
+    probe = Probe(40, engine.h, engine.a, engine.cache)
     for name in ("p", "q"):
         probe.start(name, RequestPlan(99, 11, learn=False, learn_output=False, probe=True))
-    probe.take([Rows("p", 0, 0, engine.t[:10]), Rows("q", 10, 0, engine.t[10:14])], engine.h, engine.a)
+    probe.take([engine.rows("p", 0, 0, 10), engine.rows("q", 10, 0, 4)], engine.h, engine.a)
     probe.finish("q")
     probe.finish("p")
     assert probe.pieces == [range(10)]

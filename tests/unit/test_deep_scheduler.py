@@ -144,7 +144,8 @@ def test_without_its_key_a_session_reads_stale_blocks(monkeypatch: pytest.Monkey
 
 
 def test_what_is_learned_is_computed_and_can_be_read() -> None:
-    """A prompt that is learned reads nothing from the cache, also not its history; what it leaves there is its session's."""
+    """A prompt that is learned reads no more of the cache than its history, of which it has none; what it leaves there is its
+    session's."""
     engine = Engine("deep")
     engine.learn("a", 3)
     assert engine.read("a") == 0

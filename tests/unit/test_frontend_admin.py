@@ -188,3 +188,67 @@ def test_admin_key_files_that_are_refused(
 def test_bodies_that_cannot_be_read(keyed: TestClient, rest: str, content: bytes) -> None:
     headers = {**bearer("key-a"), "Content-Type": "application/json"}
     refused(keyed.post("/v1/ttt/sessions/s" + rest, content=content, headers=headers), status=422)
+
+
+CONFIG = {
+    "adapt": {"rank": 128},
+    "sessions": {"resident": 64, "state_dir": "/srv/private", "admin_key_file": "/etc/private"},
+    "guard": {"every": 64, "probe": None},
+}
+
+
+def test_paths_are_shown_to_the_admin_alone(keyed: TestClient, serving: FakeServing) -> None:
+    serving.admin = {"ok": True, "result": CONFIG}
+    assert keyed.get("/v1/ttt/config", headers=bearer("the-key-of-the-admin")).json() == CONFIG
+    seen = keyed.get("/v1/ttt/config", headers=bearer("key-a"))
+    assert "private" not in seen.text
+    assert seen.json() == CONFIG | {"sessions": {"resident": 64, "state_dir": "set", "admin_key_file": "set"}}
+
+
+@pytest.fixture(scope="module")
+def openly(serving: FakeServing) -> Iterator[TestClient]:
+    """A server that asks for no key, and lets nobody in by --allowed-origins."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_API_KEY", raising=False)
+        app = build(serving, None)
+        app.state.args.allowed_origins = []
+        yield TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
+
+
+CHANGING = [route for route in ROUTES if route[0] != "GET"]
+OTHERS = [
+    {"Origin": "http://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://127.0.0.1:3000"},
+    {"Origin": "http://127.0.0.1:8000", "Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+]
+SAME: list[dict[str, str]] = [
+    {},
+    {"Origin": "http://127.0.0.1:8000"},
+    {"Origin": "https://front.example", "Sec-Fetch-Site": "same-origin"},  # behind a proxy that says another host
+    {"Sec-Fetch-Site": "none"},
+]
+
+
+@pytest.mark.parametrize(("method", "rest", "body", "asked"), CHANGING, ids=lambda x: str(x))
+def test_a_page_of_another_site_changes_nothing(
+    openly: TestClient, keyed: TestClient, serving: FakeServing, method: str, rest: str, body: Any, asked: Any
+) -> None:
+    serving.admin = {"ok": True, "result": SESSION}
+    path = "/v1/ttt/sessions/s" + rest
+    for headers in OTHERS:
+        before = len(serving.asked)
+        refused(openly.request(method, path, json=body, headers=headers), "--allowed-origins", "--api-key", status=403)
+        assert len(serving.asked) == before, "the engine was asked"
+        assert keyed.request(method, path, json=body, headers=headers | bearer("key-a")).status_code == 200
+    for headers in SAME:
+        assert openly.request(method, path, json=body, headers=headers).status_code == 200, headers
+
+
+def test_a_site_that_the_operator_names_may(openly: TestClient, serving: FakeServing, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving.admin = {"ok": True, "result": SESSION}
+    app: Any = openly.app
+    monkeypatch.setattr(app.state.args, "allowed_origins", ["http://mine.example"])
+    for origin, status in (("http://mine.example", 200), ("http://evil.example", 403)):
+        assert openly.post("/v1/ttt/sessions/s/reset", headers={"Origin": origin}).status_code == status

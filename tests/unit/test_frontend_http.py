@@ -269,7 +269,13 @@ def test_admin_asks_for_the_sessions_of_the_key(keyed: TestClient, serving: Fake
     keyed.post("/v1/completions", json={"prompt": "x", "session_id": "s"}, headers=key)
     tenant = SessionKey.from_wire(serving.sessions[-1] or "").tenant
     assert keyed.get("/v1/ttt/sessions", headers=key).status_code == 200
-    assert serving.asked[-1] == ("ttt_admin", "list", tenant, "")
+    assert serving.asked[-1] == ("ttt_admin", "list", tenant, "", {"limit": 1000, "after": None})
+    assert keyed.get("/v1/ttt/sessions?limit=3&after=x", headers=key).status_code == 200
+    assert serving.asked[-1] == ("ttt_admin", "list", tenant, "", {"limit": 3, "after": "x"})
+    before = len(serving.asked)
+    for query in ("limit=0", "limit=10001", "limit=x", "after=" + "x" * 1001):
+        assert keyed.get(f"/v1/ttt/sessions?{query}", headers=key).status_code == 422
+    assert len(serving.asked) == before
     assert keyed.get("/v1/ttt/sessions").status_code == 401
 
 
@@ -362,3 +368,24 @@ def test_without_the_patches_nothing_is_attached(monkeypatch: pytest.MonkeyPatch
     endpoint_plugin().attach_router(app)
     assert app.routes == before
     assert not app.user_middleware
+
+
+def test_a_server_that_ends_takes_nothing_new(serving: FakeServing, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    app = build(serving, None)
+    app.state.engine_client = engine = object.__new__(AsyncLLM)
+    monkeypatch.setattr("vllm.v1.engine.async_llm.shutdown_prometheus", lambda: None)
+    client, asked = TestClient(app, raise_server_exceptions=False), lambda: len(serving.sessions)
+    assert client.post("/v1/completions", json=BODIES["/v1/completions"]).status_code == 200
+    before = asked()
+    engine.shutdown(timeout=60)
+    for path in (*BODIES, "/tokenize", "/v1/ttt/sessions/s/save", "/pooling"):
+        answer = client.post(path, json={})
+        refused(answer, "shutting down", status=503)
+        assert answer.headers["connection"] == "close", "the next request of this client goes to another server"
+    for path in ("/health", "/ping"):
+        refused(client.get(path), "shutting down", status=503)
+    assert asked() == before
+    serving.admin = {"ok": True, "result": {}}
+    assert client.get("/v1/ttt/config").status_code == 200, "who only looks may look"

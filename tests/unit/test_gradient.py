@@ -67,7 +67,8 @@ def tail_of(oracle: Oracle, dtype: torch.dtype = torch.float32, **more: Any) -> 
     return Tail(
         **blocks[-1], modules=adapt.letters, head_VD=stack.head.to(dtype), lnf_D=stack.norm_final.float(), eps_f=stack.eps,
         **dict(zip(("ao_RQ", "ai_RD", "ad_RF"), drawn, strict=True)),
-        lower=tuple(Block(**b) for b in blocks[:-1]), attentions=tuple(qkv(layer) for layer in stack.layers[embedding is None :]),
+        lower=tuple(Block(**b) for b in blocks[:-1]),
+        attentions=tuple(qkv(layer) for layer in stack.layers[embedding is None :]),
         embedding_VD=embedding, **more,
     )  # fmt: skip
 

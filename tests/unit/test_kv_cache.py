@@ -46,7 +46,7 @@ def test_rows(heads_first: bool) -> None:
     """Flash Attention's cache: a token's heads beside each other, or each head's tokens; other layers' blocks lie between."""
     shape = (2 * BLOCKS, HEADS, 16, 2 * WIDTH) if heads_first else (2 * BLOCKS, 16, HEADS, 2 * WIDTH)
     kv_cache = torch.zeros(shape)[::2] if heads_first else torch.zeros(shape)[:BLOCKS].transpose(1, 2)
-    attn = attention("layer", Rows(), kv_cache, torch.float32)
+    attn = attention("layer", Rows(), kv_cache)
     cache = bound([attn], block=16)
     assert (cache.layers[0].flat is None) == heads_first
     key, value = filled(attn, torch.float32, 16)
@@ -66,14 +66,13 @@ def test_eight_bits(kind: str, rows: bool) -> None:
     scales = (0.003, 0.5)
     if rows:
         kv_cache = torch.zeros(BLOCKS, 32, HEADS, 2 * WIDTH, dtype=torch.uint8).transpose(1, 2)
-        attn = attention("layer", EightBits(), kv_cache, torch.bfloat16, "auto", scales)
-        attn.kv_cache_dtype = kind
+        attn = attention("layer", EightBits(), kv_cache, kind, scales)
     else:
         attn = cpu_attention("layer", BLOCKS, HEADS, WIDTH, torch.bfloat16, cache_dtype=kind, scales=scales)
     cache = bound([attn], torch.bfloat16)
     slots = torch.arange(32, BLOCKS * 32)
     expected = [torch.randn(len(slots), HEADS, WIDTH).clamp(-1, 1).bfloat16() for _ in range(2)]
-    write(attn, *expected, slots)
+    write(attn, expected[0], expected[1], slots)
     for found, true, scale in zip(cache.read(0, slots), expected, scales, strict=True):
         error, step = (found - true.float()).abs(), {"fp8_e4m3": 1 / 8, "fp8_e5m2": 1 / 4}[kind]
         assert (error <= step * true.float().abs() + scale / 256).all()
@@ -95,7 +94,7 @@ class Lossy(Rows):
 
 
 def test_what_does_not_come_back_is_refused() -> None:
-    attn = attention("layers.3", Lossy(), torch.zeros(BLOCKS, HEADS, 16, 2 * WIDTH), torch.float32)
+    attn = attention("layers.3", Lossy(), torch.zeros(BLOCKS, HEADS, 16, 2 * WIDTH))
     with pytest.raises(ConfigError, match=r"cannot read the KV cache of layers\.3, as SOME_ATTN keeps it.*adapt\.preset last"):
         bound([attn], block=16)
     assert not attn.kv_cache.any()

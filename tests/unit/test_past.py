@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -11,10 +10,7 @@ from caches import BLOCK, bound, cpu_attention, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ttt.config import parse_config
-from vllm_ttt.geometry import Geometry
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker import memory
 from vllm_ttt.worker.backlog import Backlog, Chunk
 from vllm_ttt.worker.past import Before
 from vllm_ttt.worker.step_view import Rows
@@ -195,15 +191,3 @@ def test_a_preempted_reader_changes_nothing() -> None:
     device.take((1, 0, 30))
     device.backlog.finish("r1")
     assert (device.backlog.queues, device.backlog.lost, device.backlog.closing) == ({}, [], {})
-
-
-def test_at_full_depth_nothing_is_captured() -> None:
-    """All that is kept of a token is the token."""
-    shape: dict[str, Any] = {"rank": 8, "seed": 0, "hidden": 32, "attention": 48, "feed_forward": 64, "keys": 24}
-    deep = parse_config({"sessions": {"resident": 2}, "guard": {"every": 0}}, "deep")
-    sizes = []
-    for layer in (0, 1):
-        needs = memory.needs(Geometry(layer=layer, layers=4 - layer, **shape), deep, 40, 2, 96, 4096, 2)
-        sizes.append([size for what, size in needs.items() if what.startswith("activations")])
-    tokens = memory.pages(deep) * deep.learn.chunk
-    assert sizes == [[tokens * 16, 0], [tokens * (16 + 80 * 2), 40 * 80 * 2]]

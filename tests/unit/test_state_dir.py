@@ -14,8 +14,8 @@ from world import IDENTITY, World
 
 from vllm_ttt.engine.store import Store
 from vllm_ttt.errors import ConfigError, TTTError
-from vllm_ttt.sessions.offline import Offline
-from vllm_ttt.state_dir import FORMAT, MARKER, StateDir
+from vllm_ttt.sessions.offline import Offline, tenant_of
+from vllm_ttt.state_dir import FORMAT, MARKER, SECRET_VARIABLE, StateDir
 
 pytestmark = pytest.mark.unit
 
@@ -146,3 +146,31 @@ def test_to_ask_for_the_secret_takes_no_lock_from_the_database(tmp_path: Path) -
     assert inodes <= locked
     db.execute("ROLLBACK")
     world.end()
+
+
+def test_a_secret_that_is_lost_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key would find its sessions, which would count all the same. Without a session of a key, a new secret does no harm."""
+    monkeypatch.delenv(SECRET_VARIABLE, raising=False)
+    folder = StateDir(tmp_path / "state")
+    secret = folder.secret()
+    world = World(tmp_path / "state")
+    world.use("a", 1.0)
+    world.end()
+
+    def open_with(secret: str) -> None:
+        Store(StateDir(tmp_path / "state"), IDENTITY, 3, 2**40, secret).close()
+
+    open_with("s" * 64)
+    open_with(secret)
+    world = World(tmp_path / "state")
+    world.use("a", 1.0, tenant=tenant_of(folder, "key"))
+    world.end()
+    open_with(secret)
+    with pytest.raises(ConfigError, match="1 sessions of API keys that were made under another secret"):
+        open_with("s" * 64)
+    assert len(Offline(tmp_path / "state", tenant_of(folder, "key")).list()) == 1
+    (tmp_path / "state" / "secret").unlink()
+    with pytest.raises(ConfigError, match=f"{SECRET_VARIABLE} of the environment, or else the file {tmp_path}/state/secret"):
+        tenant_of(folder, "key")
+    monkeypatch.setenv(SECRET_VARIABLE, secret)
+    assert len(Offline(tmp_path / "state", tenant_of(folder, "key")).list()) == 1

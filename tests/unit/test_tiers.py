@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from world import World
 
+from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
@@ -287,66 +289,6 @@ def test_the_next_save_succeeds(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     world.use("c", 1.0)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("only root may mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_a_real_disk_that_is_full(small_disk: Path) -> None:
-    """ENOSPC from the file system. What was on the disk stays, and the next save succeeds when there is room."""
-    world = World(small_disk / "state", limit=4)
-    world.use("a", 1.0)
-    assert world.save("a").version == 1
-    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while filler.write(bytes(4096)) == 4096:
-            pass
-    session = world.use("a", 2.0)
-    for _ in range(2):
-        with pytest.raises(RequestError, match=r"No space left|disk is full|disk I/O"):
-            world.save("a")
-    assert world.value("a") == 3.0, "it is served from memory"
-    assert session.saved is not None
-    assert session.saved.version == 1
-    assert session.error is not None
-    (small_disk / "filler").unlink()
-    assert world.save("a").version == 2
-    assert session.error is None
-    world.end()
-    again = World(small_disk / "state")
-    assert again.value("a") == 3.0
-    again.end()
-    assert Offline(small_disk / "state").fsck()["problems"] == []
-
-
-def test_a_session_can_be_removed_from_a_disk_that_is_full(small_disk: Path) -> None:
-    """To the last byte, with what SQLite needs for it kept aside: whoever meets "no room" can make some."""
-    world = World(small_disk / "state", limit=4)
-    for name in "abc":
-        world.use(name, 1.0)
-        world.save(name)
-    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while filler.write(bytes(4096)) == 4096:
-            pass
-    for name in "ab":
-        session = world.ledger.find(SessionKey("-", name))
-        assert session is not None
-        world.wait(world.tiers.remove(session) if name == "a" else world.tiers.reset(session, {}))
-    assert world.ledger.peek(SessionKey("-", "a")) is None
-    assert world.value("b") == 0.0
-    assert world.value("c") == 1.0
-    world.crash()
-    rows = {s["session_id"]: s["version"] for s in Offline(small_disk / "state").list()}
-    assert rows == {"b": 0, "c": 1}
-    assert len(files(world)) == 1
-
-
 def test_the_bytes_of_a_state_dir_are_bounded(make: Make) -> None:
     """Older versions go first; then saves are refused, and so are new sessions, until something is removed."""
     world = make(limit=8, keep_versions=3)
@@ -369,54 +311,6 @@ def test_the_bytes_of_a_state_dir_are_bounded(make: Make) -> None:
     assert world.save("d").version == 1
     assert sum(f.stat().st_size for f in files(world)) <= world.store.limit
     assert world.store.bytes == sum(f.stat().st_size for f in files(world))
-
-
-def test_sessions_that_nobody_uses_expire(make: Make) -> None:
-    world = make(limit=2, ttl="1h")
-    for i in range(4):
-        world.use(f"s{i}", 1.0)
-        world.run()
-    for key in (SessionKey("-", "s0"), SessionKey("-", "s3")):
-        session = world.ledger.find(key)
-        assert session is not None
-        session.last_used -= 7200
-        session.touched = True
-        world.tiers.changes(session)
-        world.wait(world.saves.save(session))
-        world.tiers.left(session)
-    world.run()
-    world.tiers.expiry.next_look = 0.0
-    world.step()
-    world.run()
-    assert sorted(s["session_id"] for s in Offline(world.store.folder.root).list()) == ["s1", "s2"]
-    assert len(files(world)) == 2
-    assert world.ledger.tenants["-"] == 2
-
-
-@pytest.mark.parametrize("jump", [10 * 365 * 86400.0, -10 * 365 * 86400.0])
-def test_a_clock_that_is_set_ends_no_session(make: Make, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
-    """In memory and on disk; and who is unused for ``ttl`` by the new clock goes, as before."""
-    world, real = make(limit=2, ttl="1h"), time.time
-    for i in range(4):
-        world.use(f"s{i}", 1.0)
-        world.run()
-
-    def sweep() -> list[str]:
-        world.tiers.expiry.next_look = 0.0
-        world.step()
-        world.run()
-        return sorted(s["session_id"] for s in Offline(world.store.folder.root).list())
-
-    for offset in (jump, 0.0):
-        monkeypatch.setattr("time.time", lambda offset=offset: real() + offset)
-        assert sweep() == ["s0", "s1", "s2", "s3"]
-        world.use("s1", 1.0)
-        assert world.save("s1").saved == pytest.approx(real() + offset, abs=60)
-    # An hour passes, by either clock.
-    passed = time.monotonic
-    monkeypatch.setattr("time.time", lambda: real() + 7200)
-    monkeypatch.setattr("time.monotonic", lambda: passed() + 7200)
-    assert sweep() == []
 
 
 def test_a_key_has_so_many_sessions_wherever_they_are(make: Make) -> None:
@@ -451,6 +345,21 @@ def test_autosave(make: Make) -> None:
     session = world.use("a", 1.0)
     world.run(lambda: session.saved is not None)
     assert not world.saves.changed
+
+
+def test_the_alarm_looks_when_a_round_is_due(make: Make) -> None:
+    """Not in a rhythm of its own: what changed just after a look would wait for two."""
+    world = make(autosave=30.0)
+    queue: SimpleQueue[Any] = SimpleQueue()
+    alarm = Alarm(SimpleNamespace(input_queue=queue), 30.0, world.tiers)
+    world.saves.next_round = time.monotonic() + 20.0
+    assert 19.0 < alarm.pause() <= 20.1
+    world.saves.next_round = time.monotonic() - 5.0
+    assert alarm.pause() == 30.0, "whoever changes now begins a round in the same step"
+    session = world.use("a", 1.0)
+    assert session.unsaved
+    world.saves.next_round -= 12.0
+    assert alarm.pause() <= 18.1, "the session has changed by then, and its round is due"
 
 
 def test_leftovers_are_removed_and_unknown_files_do_not_exist(make: Make) -> None:

@@ -19,11 +19,13 @@ pytestmark = pytest.mark.unit
 D, Q, F, V, R, N = 32, 48, 64, 96, 8, 40
 
 
+@pytest.mark.parametrize("layer", [1, 0], ids=["last layer", "every layer"])
 @pytest.mark.parametrize("modules", [("o_proj", "down_proj"), ("o_proj", "gate_up_proj", "down_proj"), ("gate_up_proj",)])
-def test_needs_are_the_bytes_of_the_buffers(modules: tuple[str, ...]) -> None:
+def test_needs_are_the_bytes_of_the_buffers(modules: tuple[str, ...], layer: int) -> None:
+    """Where every layer is adapted, all that is kept of a token is the token, and the one that follows."""
     adapt = {"layers": 1, "modules": modules, "rank": R}
     config = parse_config({"adapt": adapt, "sessions": {"resident": 3}, "schedule": {"backlog_tokens": 1024}})
-    geometry = Geometry(layer=0, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F, modules=modules)
+    geometry = Geometry(layer=layer, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F, modules=modules)
     new = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)  # noqa: E731
     tail = Tail(
         new(D, Q), new(2 * F, D), new(D, F), new(V, D), new(D), new(D), 1e-5, 1e-5, new(R, Q), new(R, D), new(R, F),
@@ -31,11 +33,11 @@ def test_needs_are_the_bytes_of_the_buffers(modules: tuple[str, ...]) -> None:
     )  # fmt: skip
     deltas = Deltas(tail, config.sessions.resident, config.learn.rate)
     assert deltas.bytes_per_session() == geometry.bytes
-    h, a = new(N, D), new(N, Q)
+    h, a = (new(N, D), new(N, Q)) if layer else (new(N, 0), new(N, 0))
     backlog = Backlog(memory.pages(config), config.learn.chunk, 8, h, a)
-    buffers = [*deltas.masters.tensors(), backlog.h_PCD, backlog.a_PCQ, backlog.t_PC, h, a]
+    buffers = [*deltas.masters.tensors(), backlog.h_PCD, backlog.a_PCQ, backlog.x_PC, backlog.t_PC, h, a]
     probe = Probe(config.guard.probe_tokens, h, a)
-    buffers += [probe.h_PD, probe.a_PQ, probe.t_P]
+    buffers += [probe.h_PD, probe.a_PQ, probe.x_P, probe.t_P]
     buffers += [tail.ao_RQ, tail.ai_RD, tail.ad_RF, tail.logits]
     needs = memory.needs(geometry, config, N, 2, V, 512, 2)
     assert sum(needs.values()) == sum(x.nbytes for x in buffers)
@@ -48,7 +50,7 @@ def test_needs_are_the_bytes_of_the_buffers(modules: tuple[str, ...]) -> None:
 def test_weights_that_the_step_has_for_itself_are_counted() -> None:
     """On a CPU without 16-bit products: float32 beside the model's bfloat16."""
     config = parse_config({"adapt": {"layers": 1, "rank": R}, "sessions": {"resident": 3}})
-    geometry = Geometry(layer=0, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)
+    geometry = Geometry(layer=1, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)
     own, shared = (memory.needs(geometry, config, N, 2, V, 512, itemsize) for itemsize in (4, 2))
     copies = next(size for what, size in own.items() if what.startswith("float32 copies"))
     assert copies == 4 * (D * Q + 3 * D * F + V * D)

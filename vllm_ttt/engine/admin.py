@@ -12,16 +12,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from vllm_ttt.engine import meters, records
+from vllm_ttt.engine import lists, meters
 from vllm_ttt.engine.ledger import ASKED_FOR, Ledger, Session
 from vllm_ttt.engine.saves import Saves
-from vllm_ttt.engine.store import Change
 from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import FileReport, SessionKey, check_session_id
-
-#: Sessions that one answer lists.
-MAX_LISTED = 10_000
 
 
 def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) -> Any:
@@ -31,7 +27,7 @@ def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) ->
         engine: vLLM's EngineCore.
         op: a key of ``OPERATIONS``.
         tenant, name: the session's key; ``name`` is "" for list, list_all, config and metrics.
-        argument: rollback: the version; fork: the new name.
+        argument: rollback: the version; fork: the new name; list, list_all: ``{"limit": int, "after": str or None}``, or None.
     Returns:
         ``{"ok": True, "result": ...}`` or ``{"ok": False, "status": 4xx or 5xx, "message": ...}``, or a Future of it.
     """
@@ -61,11 +57,11 @@ class Admin:
         (worker,) = self.rpc("ttt_metrics")
         return meters.snapshot(self.scheduler, worker)
 
-    def list(self, key: SessionKey, _: Any) -> Any:
-        return self._list(key.tenant)
+    def list(self, key: SessionKey, page: Any) -> Any:
+        return self._list(key.tenant, page)
 
-    def list_all(self, *_: Any) -> Any:
-        return self._list(None)
+    def list_all(self, _: SessionKey, page: Any) -> Any:
+        return self._list(None, page)
 
     def get(self, key: SessionKey, _: Any) -> dict[str, Any]:
         return self._detail(self._find(key, self.ledger.peek))
@@ -135,14 +131,17 @@ class Admin:
         return done
 
     def export(self, key: SessionKey, _: Any) -> Future:
-        session = self._find(key)
+        session, exports = self._find(key), self.tiers.exports
+        exports.admit(key.tenant)
         folder = self.store.folder.exports if self.store is not None else Path(tempfile.gettempdir())
         path = str(folder / f"vllm-ttt-{secrets.token_hex(16)}.safetensors")
 
         def written(report: FileReport) -> dict[str, Any]:
             return {"path": path, "bytes": report.bytes, "version": report.version}
 
-        return self._awake(session, lambda: _then(self.tiers.export(session, path), written))
+        answer = self._awake(session, lambda: _then(exports.export(session, path), written))
+        answer.add_done_callback(lambda _: exports.answered(key.tenant))
+        return answer
 
     def _awake(self, session: Session, function: Callable[[], Any]) -> Future:
         """What ``function`` returns, called when the session is in memory, where it stays until that is known."""
@@ -164,32 +163,16 @@ class Admin:
             return self._returned(session)
         return _then(self.tiers.saves.save(session), lambda _: self._returned(session))
 
-    def _list(self, tenant: str | None) -> Any:
-        here = self.ledger.of_tenant(tenant)
-        if self.store is None:
-            return self._listed(here, [], tenant is None)
-        future: Future = Future()
+    def _list(self, tenant: str | None, asked: dict[str, Any] | None) -> Future:
+        asked = asked or {}
+        limit, after = asked.get("limit", lists.DEFAULT), asked.get("after")
+        return self.tiers.lists.ask(tenant, limit, after, self._here, self._describe)
 
-        def then(rows: Any, error: Exception | None) -> None:
-            if error is not None:
-                future.set_exception(RequestError(f"the state dir cannot be read: {error}", 507))
-            else:
-                future.set_result(rows)
-
-        # On the thread of the store: of ten thousand sessions it takes a while.
-        read = lambda db: [self._describe(self.ledger.from_row(row)) for row in records.listing(db, tenant, MAX_LISTED)]  # noqa: E731
-        self.store.write(lambda db: Change(read(db)), then)
-        return _then(future, lambda away: self._listed(self.ledger.of_tenant(tenant), away, tenant is None))
-
-    def _listed(self, here: Any, away: Any, tenants: bool) -> dict[str, Any]:
-        adapters = [s.adapter for s in here if s.place == "memory"]
+    def _here(self, sessions: Iterable[Session]) -> Any:
+        adapters = [s.adapter for s in sessions if s.place == "memory"]
         (found,) = self.rpc("ttt_sessions", args=(adapters,)) if adapters else ([],)
         workers = dict(zip(adapters, found, strict=True))
-        details = [self._describe(s, workers.get(s.adapter)) for s in here]
-        known = {session.key for session in here}
-        details += [d for d in away if (d["tenant"], d["session_id"]) not in known]
-        details = sorted(details, key=lambda d: -d["last_used"])[:MAX_LISTED]
-        return {"sessions": details if tenants else [{**d, "tenant": None} for d in details]}
+        return [self._describe(s, workers.get(s.adapter)) for s in sessions]
 
     def _describe(self, session: Session, worker: dict[str, Any] | None = None) -> dict[str, Any]:
         return {**self._summary(session), **(worker or self._away(session)), "tenant": session.key.tenant}

@@ -10,17 +10,32 @@ from vllm.v1.engine import EngineCoreRequestType
 
 from vllm_ttt.engine.tiers import Tiers
 
+#: Seconds after the time of a round, so that it is due then.
+_LATE = 0.01
+
 
 class Alarm:
-    """A thread that looks every ``seconds`` whether there is something to be done, and does nothing else."""
+    """A thread that looks whether there is something to be done whenever a round of saves is due, and does nothing else."""
 
     def __init__(self, engine: Any, seconds: float, tiers: Tiers):
-        """``engine``: vLLM's EngineCoreProc, whose input queue is how its idle loop is woken."""
+        """
+        Args:
+            engine: vLLM's EngineCoreProc, whose input queue is how its idle loop is woken.
+            seconds: between two looks, at most: those between two rounds of saves.
+        """
         self.engine, self.seconds, self.tiers = engine, seconds, tiers
         threading.Thread(target=self._run, name="ttt-alarm", daemon=True).start()
 
     def _run(self) -> None:
         while True:
-            time.sleep(self.seconds)
+            time.sleep(self.pause())
             if self.tiers.busy:
                 self.engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+    def pause(self) -> float:
+        """Seconds to the next look: until the next round, so that what changes meanwhile does not wait for a second one.
+
+        Where that is past, nothing has changed since: whoever changes now begins a round in the same step.
+        """
+        left = 0.0 if self.tiers.saves is None else self.tiers.saves.next_round - time.monotonic()
+        return min(self.seconds, left + _LATE) if left > 0 else self.seconds

@@ -19,6 +19,8 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below it
 
 #: Seconds between two looks.
 SWEEP = 60.0
+#: Sessions on disk that go at once, and seconds to the next look where there are more: no step is held up by many.
+_AT_ONCE, _SOON = 32, 1.0
 #: Seconds by which the clock may differ from the time that has passed before somebody must have set it.
 _JUMP = 5.0
 
@@ -47,7 +49,7 @@ class Expiry:
         for session in [s for s in self.ledger.sessions.values() if s.last_used < oldest and s.idle]:
             self.remove(session)
         if self.store is not None:
-            self.store.write(lambda db: Change(records.unused_since(db, oldest)), self._expire)
+            self.store.write(lambda db: Change(records.unused_since(db, oldest, _AT_ONCE)), self._expire)
 
     def _follow_clock(self) -> None:
         """Where the clock was set, sessions stay as old as they are: a jump of years must not remove them all."""
@@ -63,6 +65,8 @@ class Expiry:
             self.store.write(lambda db: Change(records.follow_clock(db, ahead, now)))
 
     def _expire(self, keys: list[SessionKey] | None, error: RequestError | None) -> None:
+        if keys and len(keys) == _AT_ONCE:
+            self.next_look = min(self.next_look, time.monotonic() + _SOON)
         for key in keys or ():
             if key not in self.ledger.sessions and (session := self.ledger.find(key)) is not None:
                 self.remove(session)

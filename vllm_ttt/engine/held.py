@@ -1,8 +1,8 @@
 """Blocks of vLLM's KV cache that outlive their requests: what of a request is still to be learned attends to them.
 
 vLLM gives a request's blocks back when the request leaves the engine. Those of a request that is not learned yet are kept until
-the worker says that nobody reads them any more. There is a limit to that: beyond it the worker is told to learn what has been
-kept longest before it serves another batch, whoever waits for it.
+the worker says that nobody reads them any more. There is a limit to that: beyond it, and while a request waits for blocks, the
+worker is told to learn what has been kept longest before it serves another batch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from vllm_ttt.types import StepPlan, StepReport
 
-#: Of all blocks, so many may be kept; and where fewer than so many are free, the oldest are learned at once.
-SHARE, FREE = 0.5, 0.05
+#: Of all blocks, so many may be kept.
+SHARE = 0.5
 
 
 class HeldBlocks:
@@ -27,6 +27,8 @@ class HeldBlocks:
         self.count = 0
         #: requests whose blocks were given back although something waits
         self.lost: list[str] = []
+        #: the request that vLLM would begin next, as far as the step that is being made has come
+        self.asks: str | None = None
 
     def hold(self, request_id: str, blocks: list[Any]) -> None:
         """Keep the blocks of a request that leaves; they have been taken from vLLM's books."""
@@ -63,12 +65,15 @@ class HeldBlocks:
         lost, self.lost = self.lost, []
         return lost
 
-    def urgent(self) -> list[str]:
-        """Requests that must be learned at once, longest-kept first."""
-        if not self.requests:
-            return []
-        total = self.pool.num_gpu_blocks
-        excess = max(self.count - SHARE * total, FREE * total - self.pool.get_num_free_blocks())
+    def urgent(self, step: Any) -> list[str]:
+        """Requests that must be learned at once, longest-kept first; one at least where vLLM had no blocks for all.
+
+        Args:
+            step: the SchedulerOutput that has been made.
+        """
+        short = bool(step.preempted_req_ids) or (self.asks is not None and self.asks not in step.num_scheduled_tokens)
+        self.asks = None
+        excess = max(self.count - SHARE * self.pool.num_gpu_blocks, int(short))
         found: list[str] = []
         for request_id, blocks in self.requests.items():
             if excess <= 0:

@@ -22,7 +22,7 @@ from typing import Any
 from vllm_ttt.engine.history import History
 from vllm_ttt.engine.limits import Allowance
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.state_dir import FORMAT, is_session_file
+from vllm_ttt.state_dir import FORMAT, SECRET_VARIABLE, fingerprint, is_session_file
 from vllm_ttt.types import SessionKey
 
 _TABLES = """
@@ -34,8 +34,8 @@ CREATE TABLE IF NOT EXISTS versions (
     uid TEXT NOT NULL REFERENCES sessions ON DELETE CASCADE, version INTEGER NOT NULL, file TEXT NOT NULL UNIQUE,
     bytes INTEGER NOT NULL, checksum TEXT NOT NULL, saved REAL NOT NULL, summary TEXT NOT NULL, detail TEXT NOT NULL,
     PRIMARY KEY (uid, version));
-CREATE INDEX IF NOT EXISTS sessions_last_used ON sessions (last_used);
-CREATE INDEX IF NOT EXISTS sessions_of_tenant ON sessions (tenant, last_used);
+CREATE INDEX IF NOT EXISTS sessions_last_used ON sessions (last_used, tenant, name);
+CREATE INDEX IF NOT EXISTS sessions_of_tenant ON sessions (tenant, last_used, name);
 CREATE INDEX IF NOT EXISTS versions_saved ON versions (saved);
 """
 #: What of a state is large, and no list shows.
@@ -113,6 +113,24 @@ def read_identity(db: sqlite3.Connection) -> dict[str, Any]:
         raise ConfigError(f"sessions.db is not the database of a state dir: {error!r}") from None
 
 
+def check_secret(db: sqlite3.Connection, secret: str, folder: Path) -> None:
+    """Raise ConfigError where the sessions of API keys were made under another secret: no key would find its own.
+
+    The first secret is remembered; and a new one, where no key has a session.
+    """
+    ours = fingerprint(secret)
+    found = db.execute("SELECT value FROM meta WHERE key = 'secret'").fetchone()
+    if found is not None and found[0] != ours:
+        (lost,) = db.execute("SELECT count(*) FROM sessions WHERE tenant != '-'").fetchone()
+        if lost:
+            raise ConfigError(
+                f"the state dir {folder} has {lost} sessions of API keys that were made under another secret: no key would "
+                f"find its own. Restore that secret ({SECRET_VARIABLE} of the environment, or else the file "
+                f"{folder / 'secret'}), or name another state dir"
+            )
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('secret', ?)", (ours,))
+
+
 def find(db: sqlite3.Connection, key: SessionKey) -> Row | None:
     """The session, with its newest version that can be read."""
     found = db.execute(f"SELECT {_SESSION} FROM sessions s WHERE s.tenant = ? AND s.name = ?", key).fetchone()
@@ -124,20 +142,22 @@ def named(db: sqlite3.Connection, name: str) -> list[Row]:
     return [_row(db, found) for found in db.execute(f"SELECT {_SESSION} FROM sessions s WHERE s.name = ?", (name,)).fetchall()]
 
 
-def listing(db: sqlite3.Connection, tenant: str | None, limit: int = -1, after: tuple[float, str] | None = None) -> list[Row]:
+def listing(
+    db: sqlite3.Connection, tenant: str | None, limit: int = -1, after: tuple[float, str, str] | None = None
+) -> list[Row]:
     """The sessions of a tenant, or of all; most recently used first. Of each state the small part alone.
 
     Args:
-        after: last_used and uid of the last one of the list before.
+        after: last_used, tenant and name of the last one of the list before.
     """
     where, values = ["1"], []
     if tenant is not None:
         where, values = ["s.tenant = ?"], [tenant]
     if after is not None:
-        where, values = [*where, "(s.last_used, s.uid) < (?, ?)"], [*values, *after]
+        where, values = [*where, "(s.last_used, s.tenant, s.name) < (?, ?, ?)"], [*values, *after]
     newest = "v.uid = s.uid AND v.version = (SELECT max(version) FROM versions WHERE uid = s.uid)"
     query = f"SELECT {_SUMMARY}, {_VERSION_SUMMARY} FROM sessions s LEFT JOIN versions v ON {newest} "
-    query += f"WHERE {' AND '.join(where)} ORDER BY s.last_used DESC, s.uid DESC LIMIT ?"
+    query += f"WHERE {' AND '.join(where)} ORDER BY s.last_used DESC, s.tenant DESC, s.name DESC LIMIT ?"
     return [_listed(found) for found in db.execute(query, (*values, limit))]
 
 
@@ -252,7 +272,7 @@ def follow_clock(db: sqlite3.Connection, ahead: float, now: float) -> None:
     db.execute("UPDATE sessions SET last_used = min(last_used + ?, ?)", (ahead, now))
 
 
-def unused_since(db: sqlite3.Connection, time: float, limit: int = 1000) -> list[SessionKey]:
+def unused_since(db: sqlite3.Connection, time: float, limit: int) -> list[SessionKey]:
     query = "SELECT tenant, name FROM sessions WHERE last_used < ? ORDER BY last_used LIMIT ?"
     return [SessionKey(*key) for key in db.execute(query, (time, limit))]
 

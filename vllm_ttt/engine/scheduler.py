@@ -9,6 +9,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
@@ -120,11 +121,11 @@ class TTTScheduler(AsyncScheduler):
             return False
         attached = self.ttt_requests.get(request.request_id)
         if attached is None:
-            return request.request_id not in self.ttt_probe.open or self._has_slot(self.ttt_probe.adapter)
-        if self._may_start(attached):
-            return True
-        attached.held = attached.held or time.monotonic()
-        return False
+            ready = request.request_id not in self.ttt_probe.open or self._has_slot(self.ttt_probe.adapter)
+        elif not (ready := self._may_start(attached)):
+            attached.held = attached.held or time.monotonic()
+        self.ttt_held.asks = request.request_id if ready else self.ttt_held.asks
+        return ready
 
     def _may_start(self, attached: Attached) -> bool:
         session = attached.session
@@ -200,7 +201,7 @@ class TTTScheduler(AsyncScheduler):
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended, files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
-        plan.urgent, plan.lost = self.ttt_held.urgent(), self.ttt_held.take_lost()
+        plan.urgent, plan.lost = self.ttt_held.urgent(output), self.ttt_held.take_lost()
         if self.ttt_requests or self.ttt_probe.open:
             for request_id in output.num_scheduled_tokens:
                 attached = self.ttt_requests.get(request_id)
@@ -373,8 +374,9 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_refused.clear()
 
     def has_requests(self) -> bool:
-        ours = self.ttt_report.busy or self.ttt_refused or self.ttt_tiers.busy or self.ttt_held.requests
-        return super().has_requests() or bool(ours)
+        # In a pause that keeps requests, learning keeps still too: a session whose prompt has been read in part is never done.
+        learning = (self.ttt_report.busy or self.ttt_held.requests) and self.pause_state != PauseState.PAUSED_ALL
+        return super().has_requests() or bool(learning or self.ttt_refused or self.ttt_tiers.busy)
 
     def _give_up(self, session: Session, error: RequestError) -> None:
         """Refuse the requests of a session that cannot be brought back; none of them has started."""

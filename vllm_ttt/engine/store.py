@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import queue
 import sqlite3
 import threading
@@ -24,7 +25,7 @@ from vllm_ttt.engine import records
 from vllm_ttt.engine.identity import compare, identity
 from vllm_ttt.engine.records import Row
 from vllm_ttt.errors import ConfigError, RequestError
-from vllm_ttt.state_dir import StateDir
+from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
 from vllm_ttt.types import SessionKey
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
@@ -60,8 +61,8 @@ def open_store(vllm_config: Any, config: TTTConfig) -> Store | None:
     sessions = config.sessions
     if sessions.state_dir is None:
         return None
-    limit = int(sessions.disk_gib * 2**30)
-    return Store(StateDir(sessions.state_dir), identity(vllm_config, config), sessions.keep_versions, limit)
+    limit, secret = int(sessions.disk_gib * 2**30), os.environ.get(SECRET_VARIABLE)
+    return Store(StateDir(sessions.state_dir), identity(vllm_config, config), sessions.keep_versions, limit, secret)
 
 
 def check_dir(vllm_config: Any, config: TTTConfig) -> None:
@@ -75,13 +76,20 @@ def check_dir(vllm_config: Any, config: TTTConfig) -> None:
     if folder.exists():
         with contextlib.closing(records.connect(folder.database)) as db:
             compare(records.read_identity(db), identity(vllm_config, config), folder.root)
+            if secret := os.environ.get(SECRET_VARIABLE):
+                records.check_secret(db, secret, folder.root)
 
 
 class Store:
-    """Raises ConfigError where the dir is in use, is not ours, or belongs to another model or other settings."""
+    """Raises ConfigError where the dir is in use, is not ours, or belongs to another model, settings or secret."""
 
-    def __init__(self, folder: StateDir, identity: dict[str, Any], keep: int, limit: int):
-        """``keep``: versions kept of each session. ``limit``: bytes that all files may take."""
+    def __init__(self, folder: StateDir, identity: dict[str, Any], keep: int, limit: int, secret: str | None = None):
+        """
+        Args:
+            keep: versions kept of each session.
+            limit: bytes that all files may take.
+            secret: what API keys are made tenants with; None: there are none.
+        """
         self.folder, self.keep, self.limit = folder, keep, limit
         folder.create()
         folder.lock()
@@ -93,6 +101,8 @@ class Store:
                 )
             self.reader = records.connect(folder.database)
             compare(records.create(self.reader, identity), identity, folder.root)
+            if secret:
+                records.check_secret(self.reader, secret, folder.root)
             self._recover()
             folder.keep_reserve()
             self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
@@ -130,6 +140,10 @@ class Store:
         if row is not None and row.problem:
             self._mend(row)
         return row
+
+    def noted(self, tenant: str | None) -> list[Row]:
+        """Sessions of a tenant, or of all, that have left memory and are about to be recorded."""
+        return [row for _, row in self._pending.values() if tenant in (None, row.key.tenant)]
 
     def versions(self, uid: str) -> list[int]:
         """The recorded versions of a session, oldest first."""

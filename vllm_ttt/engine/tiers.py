@@ -16,8 +16,10 @@ from vllm.logger import init_logger
 from vllm_ttt.config import SessionsConfig
 from vllm_ttt.engine import records
 from vllm_ttt.engine.expiry import Expiry
+from vllm_ttt.engine.exports import Exports
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.lists import Lists
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.records import Row, Version
 from vllm_ttt.engine.saves import AT_ONCE, Saves
@@ -51,8 +53,8 @@ class Tiers:
         self.placed = 0
         #: by adapter id: two sessions may read one file, of which one is no more
         self.loading: dict[int, Session] = {}
-        #: by the path of the file
-        self.exporting: dict[str, tuple[Session, Future]] = {}
+        self.exports = Exports(self.orders.append)
+        self.lists = Lists(ledger, store)
         #: who waits for a session to be in memory, and whether also while it is being changed
         self.waking: dict[SessionKey, list[tuple[Future, bool]]] = {}
         #: sessions whose requests are to be refused, and why
@@ -95,6 +97,8 @@ class Tiers:
         if self.store is not None and self.saves is not None:
             for part in (self.store.poll, self._wake, self._make_clean, self.saves.step):
                 self.guard(part)
+        self.guard(self.exports.step)
+        self.guard(self.lists.step)
         orders = self.orders.copy()
         self.orders.clear()
         return orders
@@ -106,13 +110,13 @@ class Tiers:
             self.saves.read(report)
         elif report.action == "load":
             self._read_load(report)
-        elif report.action == "export" and report.outcome != "taken":
-            self._read_export(report)
+        elif report.action == "export":
+            self.exports.read(report)
 
     @property
     def busy(self) -> bool:
         """Whether the engine must go on stepping although nobody is served."""
-        if self.orders or self.loading or self.exporting or self.waking or self.broken:
+        if self.orders or self.loading or self.exports.busy or self.lists.busy or self.waking or self.broken:
             return True
         if self.store is None or self.saves is None:
             return False
@@ -145,13 +149,6 @@ class Tiers:
     def unpin(self, session: Session) -> None:
         session.pins -= 1
         self.left(session)
-
-    def export(self, session: Session, path: str) -> Future:
-        """Resolves to the FileReport of an adapter at ``path``, of a session that is in memory and pinned."""
-        future: Future = Future()
-        self.exporting[path] = (session, future)
-        self.orders.append(FileOrder("export", session.adapter, path, metadata={"session_id": session.key.name}))
-        return future
 
     def remove(self, session: Session) -> Future:
         """Forget the session everywhere. It has no request in the engine. Resolves to it when it is gone from the state dir."""
@@ -378,10 +375,3 @@ class Tiers:
                 future.set_exception(error)
             elif changing or not session.changing:
                 future.set_result(None)
-
-    def _read_export(self, report: FileReport) -> None:
-        session, future = self.exporting.pop(report.path)
-        if report.outcome == "done":
-            future.set_result(report)
-        else:
-            future.set_exception(RequestError(f"session {session.key.name!r} could not be written: {report.error}", 507))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from vllm_ttt.errors import RequestError
@@ -179,8 +179,9 @@ async def _refuse(path: str, send: Send) -> None:
     )
 
 
-async def send_error(error: RequestError, send: Send) -> None:
+async def send_error(error: RequestError, send: Send, further: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """Answer with the error, as vLLM's handlers would; ``further`` headers go with it."""
     body = json.dumps(refusals.to_openai(error)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *further]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

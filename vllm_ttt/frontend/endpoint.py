@@ -23,6 +23,7 @@ class TTTEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         from vllm_ttt.frontend.answer import AnswerMiddleware
+        from vllm_ttt.frontend.draining import DrainMiddleware
         from vllm_ttt.frontend.metrics import MetricsMiddleware
         from vllm_ttt.frontend.page import router as page
         from vllm_ttt.frontend.routes import router
@@ -34,6 +35,7 @@ class TTTEndpointPlugin:
         # vLLM adds its own middleware later, so its check of the API key comes before ours.
         app.add_middleware(AnswerMiddleware)
         app.add_middleware(MetricsMiddleware)
+        app.add_middleware(DrainMiddleware)
         app.include_router(router)
         app.include_router(page)
 

@@ -116,6 +116,8 @@ class Sessions(_Model):
 
     sessions: list[SessionSummary]
     """Most recently used first."""
+    next: str | None = None
+    """What to send as `after` for the next page; null: this is the last."""
 
 
 class Deleted(_Model):

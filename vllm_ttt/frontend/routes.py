@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, HTTPException, Path, Request, Response
+from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_ttt.errors import RequestError
 from vllm_ttt.frontend import adapter, models, refusals, tenants
+from vllm_ttt.frontend.origins import check_origin
 from vllm_ttt.types import SESSION_ID_RULE, check_session_id
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -29,6 +30,8 @@ _FULL: dict[int | str, dict[str, Any]] = {
     507: {"model": models.ErrorResponse, "description": "It could not be written; the session stays as it was"},
 }
 
+#: Settings that name places on the server.
+_PATHS = {"sessions": ("state_dir", "admin_key_file"), "guard": ("probe",)}
 #: ``:path`` so that an id with a slash is refused as an id; FastAPI would otherwise answer 404 as for an unknown route.
 _SESSION = "/sessions/{session_id:path}"
 SessionId = Annotated[
@@ -52,7 +55,10 @@ class _Route(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
+                check_origin(request)
                 return await handle(request)
+            except RequestError as error:
+                raise refusals.to_vllm(error) from None
             except RequestValidationError as error:
                 raise refusals.to_vllm(RequestError(refusals.of_schema(error.errors()), status=422)) from None
             except StarletteHTTPException as error:
@@ -64,20 +70,41 @@ class _Route(APIRoute):
 router = APIRouter(prefix="/v1/ttt", tags=["test-time training"], route_class=_Route, responses=_INVALID)
 
 
-@router.get("/sessions", response_model=models.Sessions)
-async def list_sessions(request: Request, all: bool = False) -> Any:
-    """The sessions of this API key; with `all`, for the admin key only, those of every key, each with its tenant."""
+@router.get(
+    "/sessions",
+    response_model=models.Sessions,
+    responses={
+        400: {"model": models.ErrorResponse, "description": "`after` is no page's `next`"},
+        429: {"model": models.ErrorResponse, "description": "This API key waits for as many lists as it may"},
+        503: {"model": models.ErrorResponse, "description": "The state dir cannot be read"},
+    },
+)
+async def list_sessions(
+    request: Request,
+    all: bool = False,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    after: Annotated[str | None, Query(max_length=1000)] = None,
+) -> Any:
+    """The sessions of this API key; with `all`, for the admin key only, those of every key, each with its tenant.
+
+    Most recently used first, `limit` of them; where there are more, `next` is what to send as `after` for the next page.
+    """
     if all and not tenants.is_admin(request):
         error = RequestError("only the key of sessions.admin_key_file may list the sessions of all keys", status=403)
         raise refusals.to_vllm(error)
-    return await _ask(request, "list_all" if all else "list")
+    return await _ask(request, "list_all" if all else "list", None, {"limit": limit, "after": after})
 
 
 # Before the route of the session itself, whose path would take its end for a part of the id.
 @router.get(
     _SESSION + "/adapter",
     response_class=StreamingResponse,
-    responses={**_ERRORS, 200: {"content": {"application/octet-stream": {}, "application/x-tar": {}}}},
+    responses={
+        **_ERRORS,
+        429: {"model": models.ErrorResponse, "description": "This API key waits for as many adapters as it may"},
+        **_FULL,
+        200: {"content": {"application/octet-stream": {}, "application/x-tar": {}}},
+    },
 )
 async def get_adapter(
     session_id: SessionId, request: Request, format: Literal["safetensors", "tar"] = "safetensors"
@@ -138,8 +165,12 @@ async def fork_session(session_id: SessionId, body: models.Fork, request: Reques
 
 @router.get("/config")
 async def get_config(request: Request) -> dict[str, Any]:
-    """The configuration that is in force, defaults filled in."""
-    return await _ask(request, "config")
+    """The configuration that is in force, defaults filled in. Paths are the operator's: others see that one is set."""
+    config = await _ask(request, "config")
+    if tenants.is_admin(request):
+        return config
+    hidden = {section: {key: "set" for key in keys if config.get(section, {}).get(key)} for section, keys in _PATHS.items()}
+    return {section: values | hidden.get(section, {}) for section, values in config.items()}
 
 
 def _checked(name: str, param: str) -> str:

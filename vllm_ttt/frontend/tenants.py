@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ttt.errors import ConfigError, RequestError
-from vllm_ttt.state_dir import StateDir
+from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
 
-#: Not VLLM_*: vLLM warns of such variables that it does not know, and --fail-on-environ-validation refuses them.
-SECRET_VARIABLE = "TTT_SECRET"
 #: The tenant of the admin key, for the API servers: not the key itself.
 ADMIN_VARIABLE = "TTT_ADMIN_TENANT"
 #: The tenant of everybody where the server asks for no API key.

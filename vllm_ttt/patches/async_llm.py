@@ -1,7 +1,9 @@
-"""vllm.v1.engine.async_llm.AsyncLLM.generate: what the engine says about a session goes into the answer's ``ttt``.
+"""vllm.v1.engine.async_llm.AsyncLLM. ``generate``: what the engine says about a session goes into the answer's ``ttt``.
 
 The engine attaches it to every output as ``kv_transfer_params["ttt"]``. All online generation passes here, whichever
 route it came by, so the ``ttt_*`` knobs and the prompt are checked here too.
+
+``shutdown``: from its beginning on the API server takes nothing new (frontend/draining.py).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from contextlib import aclosing
 from typing import Any
 
 from vllm_ttt.errors import RequestError
-from vllm_ttt.frontend import naming, receipt, refusals
+from vllm_ttt.frontend import draining, naming, receipt, refusals
 from vllm_ttt.patches import _contract
 from vllm_ttt.types import NO_ADAPTERS, Knobs, SessionKey, check_session_id
 
@@ -20,17 +22,21 @@ _GENERATE = (
     "data_parallel_rank session_id kv_hints reasoning_ended reasoning_parser_kwargs"
 )
 
+_SHUTDOWN = "self timeout"
+
 
 def install() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     _contract.wrap(AsyncLLM, "generate", _GENERATE, _generate)
+    _contract.wrap(AsyncLLM, "shutdown", _SHUTDOWN, _shutdown)
 
 
 def check() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     _contract.check(AsyncLLM, "generate", _GENERATE)
+    _contract.check(AsyncLLM, "shutdown", _SHUTDOWN)
 
 
 def _generate(original: Callable) -> Callable:
@@ -57,6 +63,14 @@ def _generate(original: Callable) -> Callable:
         return _without_ttt(stream, note.open() if note else receipt.Call())
 
     return generate
+
+
+def _shutdown(original: Callable) -> Callable:
+    def shutdown(self: Any, timeout: float | None = None) -> None:
+        setattr(self, draining.MARK, True)
+        original(self, timeout=timeout)
+
+    return shutdown
 
 
 def _check(prompt: Any, sampling_params: Any, lora_request: Any | None, session_id: str | None) -> str | None:

@@ -26,6 +26,8 @@ def install() -> None:
 
 def check() -> None:
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.request import Request
@@ -42,11 +44,15 @@ def check() -> None:
         "finish_requests": "self request_ids finished_status",
         "has_requests": "self",
         "shutdown": "self",
+        "_free_request_blocks": "self request",
+        "reset_prefix_cache": "self reset_running_requests reset_connector",
         "_handle_blocked_waiting_request": "self request",
         "_get_local_prefix_cache_hit": "self request",
         "_reserve_prefill_lookahead": "self request num_computed_tokens num_new_tokens",
     }.items():
         _contract.check(Scheduler, name, parameters)
+    _contract.check(KVCacheManager, "pop_blocks_for_free", "self request")
+    _contract.check(BlockPool, "free_blocks", "self ordered_blocks")
 
 
 def _share_blocks(original: Callable) -> Callable:

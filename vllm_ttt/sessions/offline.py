@@ -5,6 +5,7 @@ Reading works beside a server that runs; what changes something takes the lock, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -252,7 +253,14 @@ class Offline:
 
 
 def tenant_of(folder: StateDir, api_key: str | None) -> str:
-    """The tenant of an API key in a state dir; `-` without one. As for the server, TTT_SECRET goes before the dir's secret."""
+    """The tenant of an API key in a state dir; `-` without one. As for the server, TTT_SECRET goes before the dir's secret.
+
+    Raises ConfigError where that is not the secret that the dir's sessions were made under.
+    """
     if not api_key:
         return tenants.OPEN
-    return tenants.derive(os.environ.get(tenants.SECRET_VARIABLE) or folder.secret(), api_key.encode())
+    secret = os.environ.get(tenants.SECRET_VARIABLE) or folder.secret()
+    if folder.exists():
+        with contextlib.closing(records.connect(folder.database)) as db:
+            records.check_secret(db, secret, folder.root)
+    return tenants.derive(secret, api_key.encode())

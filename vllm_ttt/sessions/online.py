@@ -23,7 +23,14 @@ class Online:
         self.http = proxies.connect(httpx.Client, self.url, SessionsError, base_url=self.url, headers=headers, timeout=120)
 
     def list(self, all_keys: bool = False) -> list[dict[str, Any]]:
-        return self._ask("GET", "/v1/ttt/sessions", params={"all": "true"} if all_keys else {}).json()["sessions"]
+        params: dict[str, str] = {"all": "true"} if all_keys else {}
+        found: list[dict[str, Any]] = []
+        while True:
+            page = self._ask("GET", "/v1/ttt/sessions", params=params).json()
+            found += page["sessions"]
+            if page.get("next") is None:
+                return found
+            params["after"] = page["next"]
 
     def show(self, name: str) -> dict[str, Any]:
         return self._ask("GET", self._path(name)).json()

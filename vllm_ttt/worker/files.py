@@ -42,9 +42,10 @@ class Files:
         self.waiting: list[FileOrder] = []
         self.running: list[tuple[FileOrder, Future]] = []
         self.reports: list[FileReport] = []
-        # Two, so that who waits for a session to come back does not wait for others to be saved.
+        # Three, so that who waits for a session to come back does not wait for others to be saved, nor those for exports.
         self.writer = ThreadPoolExecutor(1, "ttt-write")
         self.reader = ThreadPoolExecutor(1, "ttt-read")
+        self.exporter = ThreadPoolExecutor(1, "ttt-export")
 
     @property
     def idle(self) -> bool:
@@ -86,8 +87,10 @@ class Files:
             version = snapshot.state["version"]
             counted = len(self.trainer.report.chunks)
             self.reports.append(FileReport(order.action, order.session, order.path, "taken", version, counted))
-            job = self._save if order.action == "save" else self._export
-            self._run(self.writer, order, job, order, snapshot)
+            if order.action == "save":
+                self._run(self.writer, order, self._save, order, snapshot)
+            else:
+                self._run(self.exporter, order, self._export, order, snapshot)
 
     def _run(self, pool: ThreadPoolExecutor, order: FileOrder, job: Callable[..., Any], *args: Any) -> None:
         self.running.append((order, pool.submit(job, *args)))

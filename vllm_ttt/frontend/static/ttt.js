@@ -49,12 +49,12 @@ async function look() {
   const began = performance.now();
   const round = ++newest;
   try {
-    const { sessions } = await ask("ttt/sessions");
+    const { sessions, next } = await ask("ttt/sessions");
     if (round !== newest) return;
     say("live", "live");
     $("key").hidden = true;
     $("key-change").hidden = !key;
-    await show(sessions);
+    await show(sessions, next);
   } catch (error) {
     if (round !== newest) return;
     if (error.status === 401) return wantKey(key ? "The server does not know this key." : "");
@@ -93,13 +93,13 @@ async function model() {
   return $("model").textContent;
 }
 
-async function show(sessions) {
+async function show(sessions, more) {
   await model();
   $("empty").hidden = sessions.length > 0;
   $("sessions").hidden = !sessions.length;
   if (!sessions.length) await command();
   const sum = (name) => sessions.reduce((total, s) => total + s[name], 0);
-  const totals = [["sessions", sessions.length], ["tokens learned", sum("tokens_learned")], ["waiting", sum("tokens_pending")]];
+  const totals = [[more ? "sessions, of more" : "sessions", sessions.length], ["tokens learned", sum("tokens_learned")], ["waiting", sum("tokens_pending")]];
   describe($("totals"), totals.map(([name, value]) => [name, number(value)]));
   const wanted = $("find").value.trim();
   const found = sessions.filter((s) => s.session_id.includes(wanted));

@@ -1,0 +1,65 @@
+"""Learning over vLLM's own KV cache, where it is small: requests are preempted, wait for blocks, and grow turn by turn."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from served import Documents, Served, completion
+
+pytestmark = pytest.mark.engine
+
+
+def preemptions(served: Served) -> float:
+    found = re.search(r"^vllm:num_preemptions_total\{.*\} (.+)$", served.http.get("/metrics").text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def test_what_is_preempted_is_learned_once(small: Served, documents: Documents) -> None:
+    """Four prompts and their answers do not fit: some are computed again, and every token is learned all the same."""
+    names = [small.fresh("preempted") for _ in range(4)]
+    before, text = preemptions(small), documents["kjv"][0]
+    bodies = [
+        completion(text[i : i + 250], name, max_tokens=190, ignore_eos=True, vllm_xargs={"ttt_learn_output": 1})
+        for i, name in enumerate(names)
+    ]
+    answers = small.together(*bodies)
+    assert [(a.status_code, a.json()["ttt"]["tokens_learned"]) for a in answers] == [(200, 439)] * 4
+    assert preemptions(small) > before, "nothing was preempted: the test proves nothing"
+    state = small.settle()
+    assert state["errors"] == 0
+    for name in names:
+        session = small.session(name)
+        assert (session["tokens_learned"], session["tokens_skipped"]) == (439, {})
+        # 249 pairs of the prompt in four chunks, 190 of the answer in three.
+        assert (session["version"], sum(chunk["tokens"] for chunk in session["losses"])) == (7, 439)
+
+
+def test_what_is_kept_for_learning_yields_to_who_is_served(small: Served, documents: Documents) -> None:
+    """Prompts come faster than they are learned: their blocks are kept, and given up in time."""
+    texts, names = documents["man_fr"], [small.fresh("kept") for _ in range(8)]
+    bodies = [completion(texts[0][60 * i : 60 * i + 500], name) for i, name in enumerate(names)]
+    bodies += [completion(texts[1][60 * i : 60 * i + 700], None, max_tokens=40, ignore_eos=True) for i in range(8)]
+    assert [a.status_code for a in small.together(*bodies)] == [200] * 16
+    assert small.settle()["errors"] == 0
+    for name in names:
+        session = small.session(name)
+        assert (session["version"], session["tokens_learned"], session["tokens_skipped"]) == (8, 499, {})
+    small.complete(texts[2][:1000], None, max_tokens=20, ignore_eos=True)  # which takes eight of the eleven blocks
+
+
+def test_a_chat_reads_its_history_and_learns_its_turns(small: Served, documents: Documents) -> None:
+    """20 turns, each of which goes on from the one before, within an epoch: what was learned is read from the cache."""
+    name, text, cached = small.fresh("chat"), documents["legal_a"][0], []
+    for turn in range(1, 21):
+        answer = small.complete(text[: 40 * turn], name)
+        details = answer["usage"]["prompt_tokens_details"]
+        cached.append(details["cached_tokens"] if details else 0)
+        assert answer["ttt"]["version"] == turn - 1
+    # What is read ends before the last pair that was learned; the first turn was computed by the base model, and is no history.
+    assert cached == [0, *((40 * turn - 1) // 128 * 128 if turn > 3 else 0 for turn in range(1, 20))]
+    session = small.session(name)
+    assert session["tokens_learned"] == 799
+    assert session["tokens_skipped"] == {"history": sum(40 * turn - 1 for turn in range(1, 20))}
+    assert [chunk["tokens"] for chunk in session["losses"]] == [39] + [40] * 19

@@ -1,0 +1,85 @@
+"""Sessions that nobody uses go, and nobody else, whatever the clock says."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from test_tiers import Make, files, make
+
+from vllm_ttt.engine.store import Change
+from vllm_ttt.sessions.offline import Offline
+from vllm_ttt.types import SessionKey
+
+__all__ = ["make"]
+pytestmark = pytest.mark.unit
+
+
+def test_sessions_that_nobody_uses_expire(make: Make) -> None:
+    world = make(limit=2, ttl="1h")
+    for i in range(4):
+        world.use(f"s{i}", 1.0)
+        world.run()
+    for key in (SessionKey("-", "s0"), SessionKey("-", "s3")):
+        session = world.ledger.find(key)
+        assert session is not None
+        session.last_used -= 7200
+        session.touched = True
+        world.tiers.changes(session)
+        world.wait(world.saves.save(session))
+        world.tiers.left(session)
+    world.run()
+    world.tiers.expiry.next_look = 0.0
+    world.step()
+    world.run()
+    assert sorted(s["session_id"] for s in Offline(world.store.folder.root).list()) == ["s1", "s2"]
+    assert len(files(world)) == 2
+    assert world.ledger.tenants["-"] == 2
+
+
+def test_many_sessions_expire_a_few_at_a_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs the engine a look at its row, and the state dir a write: no step waits for hundreds."""
+    monkeypatch.setattr("vllm_ttt.engine.expiry._AT_ONCE", 3)
+    world = make(limit=1, ttl="1h")
+    for i in range(8):
+        world.use(f"s{i}", 1.0)
+        world.run()
+    world.end()
+    again = make(limit=1, ttl="1h")
+    again.run()
+    again.store.write(lambda db: Change(db.execute("UPDATE sessions SET last_used = 0")))
+    again.run()
+    left = [8]
+    while left[-1]:
+        again.tiers.expiry.next_look = 0.0
+        again.step()
+        again.run()
+        assert again.tiers.expiry.next_look < time.monotonic() + 2 or left[-1] < 3
+        left.append(len(Offline(again.store.folder.root).list()))
+    assert left == [8, 5, 2, 0]
+
+
+@pytest.mark.parametrize("jump", [10 * 365 * 86400.0, -10 * 365 * 86400.0])
+def test_a_clock_that_is_set_ends_no_session(make: Make, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    """In memory and on disk; and who is unused for ``ttl`` by the new clock goes, as before."""
+    world, real = make(limit=2, ttl="1h"), time.time
+    for i in range(4):
+        world.use(f"s{i}", 1.0)
+        world.run()
+
+    def sweep() -> list[str]:
+        world.tiers.expiry.next_look = 0.0
+        world.step()
+        world.run()
+        return sorted(s["session_id"] for s in Offline(world.store.folder.root).list())
+
+    for offset in (jump, 0.0):
+        monkeypatch.setattr("time.time", lambda offset=offset: real() + offset)
+        assert sweep() == ["s0", "s1", "s2", "s3"]
+        world.use("s1", 1.0)
+        assert world.save("s1").saved == pytest.approx(real() + offset, abs=60)
+    # An hour passes, by either clock.
+    passed = time.monotonic
+    monkeypatch.setattr("time.time", lambda: real() + 7200)
+    monkeypatch.setattr("time.monotonic", lambda: passed() + 7200)
+    assert sweep() == []

@@ -1,0 +1,78 @@
+"""A disk that is full to the last byte: sessions go on from memory, and whoever is told that there is no room can make some."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_tiers import files
+from world import World
+
+from vllm_ttt.errors import RequestError
+from vllm_ttt.sessions.offline import Offline
+from vllm_ttt.types import SessionKey
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("only root may mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_real_disk_that_is_full(small_disk: Path) -> None:
+    """ENOSPC from the file system. What was on the disk stays, and the next save succeeds when there is room."""
+    world = World(small_disk / "state", limit=4)
+    world.use("a", 1.0)
+    assert world.save("a").version == 1
+    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)) == 4096:
+            pass
+    session = world.use("a", 2.0)
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"No space left|disk is full|disk I/O"):
+            world.save("a")
+    assert world.value("a") == 3.0, "it is served from memory"
+    assert session.saved is not None
+    assert session.saved.version == 1
+    assert session.error is not None
+    (small_disk / "filler").unlink()
+    assert world.save("a").version == 2
+    assert session.error is None
+    world.end()
+    again = World(small_disk / "state")
+    assert again.value("a") == 3.0
+    again.end()
+    assert Offline(small_disk / "state").fsck()["problems"] == []
+
+
+def test_a_session_can_be_removed_from_a_disk_that_is_full(small_disk: Path) -> None:
+    """To the last byte, with what SQLite needs for it kept aside: whoever meets "no room" can make some."""
+    world = World(small_disk / "state", limit=4)
+    for name in "abc":
+        world.use(name, 1.0)
+        world.save(name)
+    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)) == 4096:
+            pass
+    for name in "ab":
+        session = world.ledger.find(SessionKey("-", name))
+        assert session is not None
+        world.wait(world.tiers.remove(session) if name == "a" else world.tiers.reset(session, {}))
+    assert world.ledger.peek(SessionKey("-", "a")) is None
+    assert world.value("b") == 0.0
+    assert world.value("c") == 1.0
+    world.crash()
+    rows = {s["session_id"]: s["version"] for s in Offline(small_disk / "state").list()}
+    assert rows == {"b": 0, "c": 1}
+    assert len(files(world)) == 1
