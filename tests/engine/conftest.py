@@ -1,9 +1,9 @@
-"""Five servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
+"""Six servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
 
 ``reference``: stock vLLM, for its log-probabilities. ``exact``: the preset `last`, float32 and four slots, so that nothing but
 the algorithm separates it from the oracle. ``deep``: the same as it is by default, at full depth. ``half``: `last` in bfloat16.
-``server``: bfloat16 and full depth as users have it, for everything else. All but ``deep`` learn in chunks of 256, so that a
-text has several.
+``small``: `deep` with a KV cache that is soon full, in chunks of 64. ``server``: bfloat16 and full depth as users have it, for
+everything else; it, ``exact`` and ``half`` learn in chunks of 256, so that a text has several.
 """
 
 from __future__ import annotations
@@ -39,6 +39,16 @@ SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     # A guard that tries every few commits, and lets everything pass.
     "deep": ({"sessions": {"resident": 4}, "guard": {"every": 4, "max_regression": 100}}, ["--dtype", "float32"]),
+    # A KV cache of eleven blocks of 128 tokens.
+    "small": (
+        {
+            "learn": {"chunk": 64},
+            "schedule": {"tokens_per_step": 64, "kv_epoch": 10},
+            "sessions": {"resident": 4},
+            "guard": {"every": 0},
+        },
+        ["--dtype", "float32", "--num-gpu-blocks-override", "12", "--max-model-len", "1024"],
+    ),
     "half": ({"adapt": {"preset": "last"}, "learn": SHORT, "sessions": {"resident": 4}}, []),
     # A guard that is stricter than the default, so that a session can be spoiled within a test.
     "server": ({"learn": SHORT, "sessions": {"resident": 6}, "guard": {"max_regression": 0.15}}, []),
@@ -111,6 +121,11 @@ def server(reference: Any, stage: Stage) -> Iterator[Served]:
 @pytest.fixture
 def deep(stage: Stage) -> Iterator[Served]:
     yield from at_rest(stage.get("deep"))
+
+
+@pytest.fixture
+def small(stage: Stage) -> Iterator[Served]:
+    yield from at_rest(stage.get("small"))
 
 
 @pytest.fixture
