@@ -1,9 +1,13 @@
 """Random schedules on a real engine, in this process, step by step; run by test_schedules.py.
 
-    python schedules.py MODEL EXAMPLES
+    python schedules.py MODEL PRESET EXAMPLES
 
 Hypothesis draws arrivals, chat turns, repeats, aborts, n, and how many tokens an iteration may have; the KV cache is so small
 that requests are preempted. `Expected` says in the plainest way what each session should have learned; the oracle learns it.
+
+With `deep`, what a chunk attends to was served under the deltas of the time. The oracle knows that of a prompt that was read
+under one delta and was not computed again under another; deltas are compared where a session has sent nothing else. Where a
+request that was preempted is aborted, what of it waits to be computed again is lost.
 """
 
 from __future__ import annotations
@@ -83,6 +87,7 @@ class Sent:
     left: int = 0
     #: positions that have been computed, at most
     computed: int = 0
+    preempted: bool = False
 
 
 @dataclass
@@ -90,6 +95,8 @@ class Expected:
     """One session, told of its requests in the order in which it sent them."""
 
     oracle: Oracle
+    #: whether the oracle knows what every chunk attended to
+    exact: bool = True
     #: (tokens, pairs learned of them) of prefixes that later prompts may go on from
     prefixes: list[tuple[list[int], int]] = field(default_factory=list)
 
@@ -101,12 +108,15 @@ class Expected:
         start, pairs = max(known, default=0), len(prompt) - 1
         if sent.computed < len(prompt):  # aborted: chunks that were complete are learned
             pairs = start + max(sent.computed - start, 0) // chunk * chunk
+        several = len(self.oracle.B) > 1
+        self.exact &= not (several and (sent.preempted or (sent.turn.interleave and pairs - start > chunk)))
         self.oracle.learn(prompt[: pairs + 1], start)
         rest = (pairs - start) % chunk
         learned = pairs - rest if rest < least else pairs
         self.prefixes.append((prompt, learned))
         if sent.turn.learn_output and sent.answer and pairs == len(prompt) - 1:
             whole = prompt + sent.answer
+            self.exact &= not several
             self.oracle.learn(whole, len(prompt) - 1)
             rest = len(sent.answer) % chunk
             if rest == 0 or rest >= least or len(sent.answer) > rest:
@@ -117,22 +127,24 @@ class Expected:
 
 
 class Driver:
-    def __init__(self, model: str):
+    def __init__(self, model: str, preset: str):
         from vllm import LLM
 
         import vllm_ttt
 
         options: dict[str, Any] = {"block_size": 32, "num_gpu_blocks_override": 13, "max_num_seqs": 6, "dtype": "float32"}
         options |= {"kv_cache_memory_bytes": 2**26, "enforce_eager": True, "max_num_batched_tokens": 128}
-        self.llm = LLM(model, max_model_len=CONTEXT, **options, **vllm_ttt.engine_args(config=CONFIG))
+        self.llm = LLM(model, max_model_len=CONTEXT, **options, **vllm_ttt.engine_args(preset, CONFIG))
+        self.config = parse_config(CONFIG, preset)
         self.engine: Any = self.llm.llm_engine
         self.core: Any = self.engine.engine_core.engine_core
         self.model = load_model(model, torch.float32)
         torch.set_num_threads(1)
         self.text = torch.randint(20, 4000, (6000,), generator=torch.Generator().manual_seed(1)).tolist()
         self.runs = self.names = 0
+        self.preempted: set[str] = set()
         preempt = self.core.scheduler._preempt_request
-        self.core.scheduler._preempt_request = lambda *a, **k: (seen.update(["preempted"]), preempt(*a, **k))[1]
+        self.core.scheduler._preempt_request = lambda r, *a, **k: (self.preempted.add(r.request_id), preempt(r, *a, **k))[1]
 
     def run(self, plan: list[Turn], budget: int) -> None:
         """Serve a schedule, then compare every session with what is expected of it."""
@@ -171,6 +183,8 @@ class Driver:
         while self.engine.has_unfinished_requests():
             self.step(requests)
         self.drain()
+        seen.update({"preempted": len(self.preempted)})
+        self.preempted.clear()
         self.compare(requests)
 
     def prompt(self, turn: Turn, name: str | None, requests: dict[str, Sent]) -> list[int]:
@@ -196,6 +210,7 @@ class Driver:
                 sent.answer = list(first.token_ids)
             sent.finished = output.finished
         for request_id, sent in requests.items():
+            sent.preempted |= any(self.belongs(key, request_id) for key in self.preempted)
             live = [r for key, r in self.core.scheduler.requests.items() if self.belongs(key, request_id)]
             for request in live:
                 sent.computed = max(sent.computed, request.num_computed_tokens)
@@ -214,25 +229,31 @@ class Driver:
 
     def compare(self, requests: dict[str, Sent]) -> None:
         scheduler, worker = self.core.scheduler, self.core.model_executor.driver_worker.worker
-        sessions = {sent.session for sent in requests.values() if sent.session}
+        sessions, deltas = {sent.session for sent in requests.values() if sent.session}, worker.trainer.deltas
         for name in sorted(sessions):
-            expected = Expected(Oracle(self.model, parse_config(CONFIG), torch.float32))
+            expected = Expected(Oracle(self.model, self.config, torch.float32))
             for sent in requests.values():
                 if sent.session == name:
                     expected.learn(sent)
             session = scheduler.ttt_ledger.find(SessionKey("-", name))
             assert session is not None
             learned = expected.oracle.tokens["learned"]
-            assert session.tokens_learned == learned, (name, session.summary(), expected.oracle.tokens)
-            assert session.version == expected.oracle.version
+            lost = session.tokens_skipped["full"]
+            assert not lost or any(s.preempted and s.aborted for s in requests.values() if s.session == name)
+            assert session.tokens_learned == learned or 0 <= learned - session.tokens_learned <= lost, (
+                name, session.summary(), expected.oracle.tokens,
+            )  # fmt: skip
+            assert session.version == expected.oracle.version or lost
             assert not session.open
             seen.update({"sessions": 1, "chunks": session.version, "history": session.tokens_skipped["history"] > 0})
-            deltas = worker.trainer.deltas
+            assert len(deltas.rows) + len(deltas.free) == deltas.spare, "rows have leaked"
+            if not expected.exact or lost:
+                continue
+            seen.update({"compared": session.version})
             wanted = [(i, key, b) for i, layer in enumerate(expected.oracle.B) for key, b in layer.items()]
             for (_, b), (i, key, want) in zip(deltas.read(session.adapter).delta.parts(), wanted, strict=True):
                 assert (b[0] - want).norm() <= 0.02 * want.norm() + 1e-9, (name, i, key)
             assert abs(deltas.session(session.adapter).rate / expected.oracle.rate - 1) < 0.01, name
-            assert len(deltas.rows) + len(deltas.free) == deltas.spare, "rows have leaked"
         assert worker.backlog.room == worker.backlog.t_PC.shape[0], "pages have leaked"
 
 
@@ -254,8 +275,8 @@ def refusal_without_chunks(driver: Driver) -> dict[str, Any]:
 
 
 def main() -> None:
-    model, examples = sys.argv[1], int(sys.argv[2])
-    driver = Driver(model)
+    model, preset, examples = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    driver = Driver(model, preset)
 
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
