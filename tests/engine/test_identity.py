@@ -28,7 +28,8 @@ def test_fresh_session(server: Served, reference: Reference) -> None:
         assert answer["ttt"]["version"] == 0
     prompt = next(iter(reference))
     answer = server.complete(list(prompt), server.fresh(), **SCORED)
-    assert logprobs(answer) == reference[prompt], "the first request of a session that learns, too"
+    first = len(prompt)  # of what follows, the delta may move while it is generated
+    assert logprobs(answer)[:first] == reference[prompt][:first], "the first request of a session that learns, too"
 
 
 def test_reset_session(server: Served, reference: Reference, documents: Documents) -> None:
