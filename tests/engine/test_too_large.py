@@ -31,5 +31,5 @@ def test_buffers_that_do_not_fit_are_refused(stage: Any) -> None:
     error = done.stderr[done.stderr.rindex("ConfigError") :]
     assert "--plugin ttt needs" in error
     assert "leaves 0.00 GiB" in error, error
-    assert "activations of 16,777,728 tokens that may wait to be learned (schedule.backlog_tokens)" in error
+    assert "activations of 16,778,240 tokens that may wait to be learned (schedule.backlog_tokens)" in error
     assert "Raise --gpu-memory-utilization, or lower" in error
