@@ -1,9 +1,12 @@
 """Random schedules on a real engine, in this process, step by step; run by test_schedules.py.
 
-    python schedules.py MODEL EXAMPLES
+    python schedules.py MODEL PRESET EXAMPLES
 
 Hypothesis draws arrivals, chat turns, repeats, aborts, n, and how many tokens an iteration may have; the KV cache is so small
 that requests are preempted. `Expected` says in the plainest way what each session should have learned; the oracle learns it.
+
+With `deep`, what a chunk attends to was served under the deltas of the time. The oracle knows that of a prompt that was read under
+one delta, and deltas are compared where a session has sent nothing else.
 """
 
 from __future__ import annotations
@@ -90,6 +93,8 @@ class Expected:
     """One session, told of its requests in the order in which it sent them."""
 
     oracle: Oracle
+    #: whether the oracle knows what every chunk attended to
+    exact: bool = True
     #: (tokens, pairs learned of them) of prefixes that later prompts may go on from
     prefixes: list[tuple[list[int], int]] = field(default_factory=list)
 
@@ -101,12 +106,15 @@ class Expected:
         start, pairs = max(known, default=0), len(prompt) - 1
         if sent.computed < len(prompt):  # aborted: chunks that were complete are learned
             pairs = start + max(sent.computed - start, 0) // chunk * chunk
+        several = len(self.oracle.B) > 1
+        self.exact &= not (several and sent.turn.interleave and pairs - start > chunk)
         self.oracle.learn(prompt[: pairs + 1], start)
         rest = (pairs - start) % chunk
         learned = pairs - rest if rest < least else pairs
         self.prefixes.append((prompt, learned))
         if sent.turn.learn_output and sent.answer and pairs == len(prompt) - 1:
             whole = prompt + sent.answer
+            self.exact &= not several
             self.oracle.learn(whole, len(prompt) - 1)
             rest = len(sent.answer) % chunk
             if rest == 0 or rest >= least or len(sent.answer) > rest:
@@ -117,14 +125,15 @@ class Expected:
 
 
 class Driver:
-    def __init__(self, model: str):
+    def __init__(self, model: str, preset: str):
         from vllm import LLM
 
         import vllm_ttt
 
         options: dict[str, Any] = {"block_size": 32, "num_gpu_blocks_override": 13, "max_num_seqs": 6, "dtype": "float32"}
         options |= {"kv_cache_memory_bytes": 2**26, "enforce_eager": True, "max_num_batched_tokens": 128}
-        self.llm = LLM(model, max_model_len=CONTEXT, **options, **vllm_ttt.engine_args(config=CONFIG))
+        self.llm = LLM(model, max_model_len=CONTEXT, **options, **vllm_ttt.engine_args(preset, CONFIG))
+        self.config = parse_config(CONFIG, preset)
         self.engine: Any = self.llm.llm_engine
         self.core: Any = self.engine.engine_core.engine_core
         self.model = load_model(model, torch.float32)
@@ -214,9 +223,9 @@ class Driver:
 
     def compare(self, requests: dict[str, Sent]) -> None:
         scheduler, worker = self.core.scheduler, self.core.model_executor.driver_worker.worker
-        sessions = {sent.session for sent in requests.values() if sent.session}
+        sessions, deltas = {sent.session for sent in requests.values() if sent.session}, worker.trainer.deltas
         for name in sorted(sessions):
-            expected = Expected(Oracle(self.model, parse_config(CONFIG), torch.float32))
+            expected = Expected(Oracle(self.model, self.config, torch.float32))
             for sent in requests.values():
                 if sent.session == name:
                     expected.learn(sent)
@@ -227,13 +236,15 @@ class Driver:
             assert session.version == expected.oracle.version
             assert not session.open
             seen.update({"sessions": 1, "chunks": session.version, "history": session.tokens_skipped["history"] > 0})
-            deltas = worker.trainer.deltas
+            assert len(deltas.rows) + len(deltas.free) == deltas.spare, "rows have leaked"
+            if not expected.exact:
+                continue
+            seen.update({"compared": session.version})
             wanted = [(i, key, b) for i, layer in enumerate(expected.oracle.B) for key, b in layer.items()]
             for (_, b), (i, key, want) in zip(deltas.read(session.adapter).delta.parts(), wanted, strict=True):
                 assert (b[0] - want).norm() <= 0.02 * want.norm() + 1e-9, (name, i, key)
             assert abs(deltas.session(session.adapter).rate / expected.oracle.rate - 1) < 0.01, name
-            assert len(deltas.rows) + len(deltas.free) == deltas.spare, "rows have leaked"
-        assert len(worker.backlog.free) == worker.backlog.t_PC.shape[0], "pages have leaked"
+        assert worker.backlog.room == worker.backlog.t_PC.shape[0], "pages have leaked"
 
 
 def refusal_without_chunks(driver: Driver) -> dict[str, Any]:
@@ -254,8 +265,8 @@ def refusal_without_chunks(driver: Driver) -> dict[str, Any]:
 
 
 def main() -> None:
-    model, examples = sys.argv[1], int(sys.argv[2])
-    driver = Driver(model)
+    model, preset, examples = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    driver = Driver(model, preset)
 
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 

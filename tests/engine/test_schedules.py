@@ -18,10 +18,11 @@ HERE = Path(__file__).parent
 EXAMPLES = os.environ.get("TTT_EXAMPLES", "8")
 
 
-def test_random_schedules(stage: Any) -> None:
+@pytest.mark.parametrize("preset", ["last", "deep"])
+def test_random_schedules(stage: Any, preset: str) -> None:
     """In a process of its own: the engine runs inside it, and vLLM's CPU worker binds the process to a core."""
     stage.stop()
-    command = [sys.executable, str(HERE / "schedules.py"), str(HERE.parents[1] / "demo" / "model"), EXAMPLES]
+    command = [sys.executable, str(HERE / "schedules.py"), str(HERE.parents[1] / "demo" / "model"), preset, EXAMPLES]
     # One thread: the oracle and the engine take turns, and threads that spin while the other works would slow both.
     environment = {
         **os.environ,
@@ -32,5 +33,5 @@ def test_random_schedules(stage: Any) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     seen = json.loads(done.stdout[done.stdout.rindex("SEEN ") + 5 :])
-    for what in ("sessions", "chunks", "history", "grow", "repeat", "aborted", "preempted"):
+    for what in ("sessions", "chunks", "history", "grow", "repeat", "aborted", "preempted", "compared"):
         assert seen[what] > 0, f"the schedules were tame: {seen}"
