@@ -5,8 +5,8 @@
 Hypothesis draws arrivals, chat turns, repeats, aborts, n, and how many tokens an iteration may have; the KV cache is so small
 that requests are preempted. `Expected` says in the plainest way what each session should have learned; the oracle learns it.
 
-With `deep`, what a chunk attends to was served under the deltas of the time. The oracle knows that of a prompt that was read under
-one delta, and deltas are compared where a session has sent nothing else.
+With `deep`, what a chunk attends to was served under the deltas of the time. The oracle knows that of a prompt that was read
+under one delta, and deltas are compared where a session has sent nothing else.
 """
 
 from __future__ import annotations
