@@ -6,7 +6,8 @@ Hypothesis draws arrivals, chat turns, repeats, aborts, n, and how many tokens a
 that requests are preempted. `Expected` says in the plainest way what each session should have learned; the oracle learns it.
 
 With `deep`, what a chunk attends to was served under the deltas of the time. The oracle knows that of a prompt that was read
-under one delta, and deltas are compared where a session has sent nothing else.
+under one delta and was not computed again under another; deltas are compared where a session has sent nothing else. Where a
+request that was preempted is aborted, what of it waits to be computed again is lost.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class Sent:
     left: int = 0
     #: positions that have been computed, at most
     computed: int = 0
+    preempted: bool = False
 
 
 @dataclass
@@ -107,7 +109,7 @@ class Expected:
         if sent.computed < len(prompt):  # aborted: chunks that were complete are learned
             pairs = start + max(sent.computed - start, 0) // chunk * chunk
         several = len(self.oracle.B) > 1
-        self.exact &= not (several and sent.turn.interleave and pairs - start > chunk)
+        self.exact &= not (several and (sent.preempted or (sent.turn.interleave and pairs - start > chunk)))
         self.oracle.learn(prompt[: pairs + 1], start)
         rest = (pairs - start) % chunk
         learned = pairs - rest if rest < least else pairs
@@ -140,8 +142,9 @@ class Driver:
         torch.set_num_threads(1)
         self.text = torch.randint(20, 4000, (6000,), generator=torch.Generator().manual_seed(1)).tolist()
         self.runs = self.names = 0
+        self.preempted: set[str] = set()
         preempt = self.core.scheduler._preempt_request
-        self.core.scheduler._preempt_request = lambda *a, **k: (seen.update(["preempted"]), preempt(*a, **k))[1]
+        self.core.scheduler._preempt_request = lambda r, *a, **k: (self.preempted.add(r.request_id), preempt(r, *a, **k))[1]
 
     def run(self, plan: list[Turn], budget: int) -> None:
         """Serve a schedule, then compare every session with what is expected of it."""
@@ -180,6 +183,8 @@ class Driver:
         while self.engine.has_unfinished_requests():
             self.step(requests)
         self.drain()
+        seen.update({"preempted": len(self.preempted)})
+        self.preempted.clear()
         self.compare(requests)
 
     def prompt(self, turn: Turn, name: str | None, requests: dict[str, Sent]) -> list[int]:
@@ -205,6 +210,7 @@ class Driver:
                 sent.answer = list(first.token_ids)
             sent.finished = output.finished
         for request_id, sent in requests.items():
+            sent.preempted |= any(self.belongs(key, request_id) for key in self.preempted)
             live = [r for key, r in self.core.scheduler.requests.items() if self.belongs(key, request_id)]
             for request in live:
                 sent.computed = max(sent.computed, request.num_computed_tokens)
@@ -232,12 +238,16 @@ class Driver:
             session = scheduler.ttt_ledger.find(SessionKey("-", name))
             assert session is not None
             learned = expected.oracle.tokens["learned"]
-            assert session.tokens_learned == learned, (name, session.summary(), expected.oracle.tokens)
-            assert session.version == expected.oracle.version
+            lost = session.tokens_skipped["full"]
+            assert not lost or any(s.preempted and s.aborted for s in requests.values() if s.session == name)
+            assert session.tokens_learned == learned or 0 <= learned - session.tokens_learned <= lost, (
+                name, session.summary(), expected.oracle.tokens,
+            )  # fmt: skip
+            assert session.version == expected.oracle.version or lost
             assert not session.open
             seen.update({"sessions": 1, "chunks": session.version, "history": session.tokens_skipped["history"] > 0})
             assert len(deltas.rows) + len(deltas.free) == deltas.spare, "rows have leaked"
-            if not expected.exact:
+            if not expected.exact or lost:
                 continue
             seen.update({"compared": session.version})
             wanted = [(i, key, b) for i, layer in enumerate(expected.oracle.B) for key, b in layer.items()]

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 EXAMPLES = os.environ.get("TTT_EXAMPLES", "8")
 
 
-@pytest.mark.parametrize("preset", ["last"])
+@pytest.mark.parametrize("preset", ["last", "deep"])
 def test_random_schedules(stage: Any, preset: str) -> None:
     """In a process of its own: the engine runs inside it, and vLLM's CPU worker binds the process to a core."""
     stage.stop()
