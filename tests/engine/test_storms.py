@@ -279,7 +279,7 @@ def test_a_killed_worker(stormy: Served, documents: Documents, disk: Path) -> No
     The last test of this server.
     """
     name = stormy.fresh("killed")
-    stormy.complete(documents["kjv"][0][:1025], name)
+    stormy.complete(documents["kjv"][0][:513], name)
     stormy.settle()
     assert stormy.http.post(f"/v1/ttt/sessions/{name}/save").json()["saved_version"] == 2
     family = psutil.Process(stormy.process.pid).children(recursive=True)
