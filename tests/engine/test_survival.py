@@ -35,7 +35,7 @@ KILLS = int(os.environ.get("TTT_KILLS", "2"))
 KEYS = {"a": "key-of-tenant-a-12345", "b": "key-of-tenant-b-12345", "admin": "key-of-the-admin-12345"}
 NAMES = [f"s{i}" for i in range(10)]
 #: Two slots and room for two more: ten sessions are always on the move.
-CONFIG = {"sessions": {"resident": 2, "host_gib": 0.005, "autosave": 1.0}}
+CONFIG = {"learn": {"chunk": 256}, "sessions": {"resident": 2, "host_gib": 0.005, "autosave": 1.0}}
 
 
 def headers(who: str) -> dict[str, str]:
@@ -45,7 +45,7 @@ def headers(who: str) -> dict[str, str]:
 @contextlib.contextmanager
 def server(folder: Path, log: str) -> Iterator[Served]:
     (folder / "admin").write_text(KEYS["admin"])
-    config = {"sessions": {**CONFIG["sessions"], "admin_key_file": str(folder / "admin")}}
+    config = {**CONFIG, "sessions": {**CONFIG["sessions"], "admin_key_file": str(folder / "admin")}}
     (folder / "ttt.yaml").write_text(yaml.safe_dump(config))
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", str(folder / "state")]
     flags += ["--worker-cls", "faulty_worker.FaultyWorker", "--api-key", KEYS["a"], KEYS["b"]]
