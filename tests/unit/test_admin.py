@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -52,6 +53,16 @@ class Engine:
             self.world.run(answer.done)
             answer = answer.result()
         return answer["result"] if answer["ok"] else answer["status"]
+
+
+@contextlib.contextmanager
+def one_session(folder: Path) -> Iterator[Engine]:
+    """An engine on a state dir, with a session a of version 2, saved; it holds 3."""
+    engine = Engine(World(folder))
+    engine.world.use("a", 1.0, 2.0)
+    engine.world.save("a")
+    yield engine
+    engine.world.end()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_admin import Engine
+from test_admin import Engine, one_session
 from world import World
 
 from vllm_ttt.engine import records
@@ -28,12 +28,8 @@ A = SessionKey("-", "a")
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
-    """A session a of version 2, saved; it holds 3."""
-    engine = Engine(World(tmp_path / "state"))
-    engine.world.use("a", 1.0, 2.0)
-    engine.world.save("a")
-    yield engine
-    engine.world.end()
+    with one_session(tmp_path / "state") as engine:
+        yield engine
 
 
 @pytest.fixture

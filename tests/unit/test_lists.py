@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_admin import Engine
+from test_admin import Engine, one_session
 from test_changes import Held, ask
 from world import World
 
@@ -24,12 +24,8 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
-    """A session a of version 2, saved."""
-    engine = Engine(World(tmp_path / "state"))
-    engine.world.use("a", 1.0, 2.0)
-    engine.world.save("a")
-    yield engine
-    engine.world.end()
+    with one_session(tmp_path / "state") as engine:
+        yield engine
 
 
 def pages(engine: Engine, op: str = "list", limit: int = 7, tenant: str = "-") -> list[dict[str, Any]]:

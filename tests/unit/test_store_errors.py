@@ -9,23 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from test_deep_scheduler import BLOCK, MODEL
 from test_deep_scheduler import Engine as Scheduled
-from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.structured_output import StructuredOutputManager
 from world import World
 
-from vllm_ttt import engine_args
 from vllm_ttt.engine import records
 from vllm_ttt.engine.admin import admin
-from vllm_ttt.engine.scheduler import TTTScheduler
 from vllm_ttt.engine.store import StoreError
 from vllm_ttt.sessions.offline import Offline
-from vllm_ttt.types import SessionKey, StepReport
+from vllm_ttt.types import SessionKey
 
 pytestmark = pytest.mark.unit
 
@@ -34,17 +25,7 @@ class Engine(Scheduled):
     """vLLM's scheduler with a state dir, and the answers that its requests get."""
 
     def __init__(self, folder: Path, **sessions: Any):
-        config = {"sessions": {"resident": 4, "state_dir": str(folder), **sessions}, "guard": {"every": 0}}
-        args = EngineArgs(model=str(MODEL), max_model_len=512, enforce_eager=True, **engine_args("last", config))
-        self.config = args.create_engine_config()
-        self.config.cache_config.num_gpu_blocks = 200
-        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-        blocks = KVCacheConfig(200, [], [KVCacheGroupSpec(["layer"], spec)])
-        self.scheduler = TTTScheduler(self.config, blocks, StructuredOutputManager(self.config), BLOCK)
-        hashing = get_hash_fn_by_name("sha256")
-        init_none_hash(hashing)
-        self.hasher, self.number = get_request_block_hasher(BLOCK, hashing), 0
-        self.report, self.scheduled = StepReport(), dict[str, int]()
+        super().__init__("last", sessions={"resident": 4, "state_dir": str(folder), **sessions})
         self.answers: dict[str, Any] = {}
         update = self.scheduler.update_from_output
 

@@ -67,10 +67,6 @@ class Delta:
         """Another of the same modules."""
         return Delta(self.modules, thin, wide)
 
-    def select(self, rows_S: Tensor) -> Delta:
-        """A copy of the given sessions, in the given order."""
-        return self.by(*(x.index_select(0, rows_S) for x in self.tensors()))
-
     def to(self, dtype: torch.dtype) -> Delta:
         return self.by(*(x.to(dtype) for x in self.tensors()))
 

@@ -101,8 +101,14 @@ class Deltas:
 
     def put(self, key: int, state: State | None) -> None:
         """Make the session's row what ``state`` is, in the stream of the steps; None: fresh."""
-        for own, given in zip(self.read(key).tensors(), (state or self.fresh_state(1)).tensors(), strict=True):
-            own.copy_(given, non_blocking=True)
+        own = self.read(key)
+        if state is None:
+            for x in own.tensors():
+                x.zero_()
+            own.rate_S.fill_(self.rate)
+            return
+        for x, given in zip(own.tensors(), state.tensors(), strict=True):
+            x.copy_(given, non_blocking=True)
 
     def read(self, key: int) -> State:
         """The session's master: a view of its row, or its copy on the host."""

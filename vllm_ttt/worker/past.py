@@ -24,10 +24,6 @@ class Before:
     def rows(self) -> int:
         return sum(chunk.first for chunk in self.chunks)
 
-    def times(self, copies: int) -> Before:
-        """Each chunk so many times."""
-        return Before(self.cache, [chunk for chunk in self.chunks for _ in range(copies)])
-
     def past(self, sessions: int, rows: int, room: int | None = None) -> Past:
         """For a step of so many sessions, the chunks' first and others without a past, and ``rows`` rows of each.
 

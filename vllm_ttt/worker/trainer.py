@@ -29,7 +29,8 @@ from vllm_ttt.worker.versions import Kept, Versions, keep, restore
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
-#: Every so manyth chunk of a session is scored under the base model too, for people to look at: a third of a step.
+#: Every so manyth chunk of a session is scored under the base model too, for people to look at: a third of a step. The first is
+#: not: a session of version 0 is the base model.
 FROZEN_EVERY = 4
 
 
@@ -39,11 +40,6 @@ class Tile:
 
     chunk: Chunk
     row: int
-
-    @property
-    def cost(self) -> int:
-        """In tokens."""
-        return max(self.chunk.rows, SMALLEST_SHARE)
 
 
 @dataclass(slots=True)
@@ -100,7 +96,7 @@ class Trainer:
                 self.failed("a micro-step failed; its chunks are given up and their sessions stay at their last version")
                 for tile in tiles:
                     self._give_up(tile.chunk, "error")
-            left -= sum(tile.cost for tile in tiles)
+            left -= sum(_cost(tile.chunk) for tile in tiles)
         left -= self._try(left)
         return tokens - max(left, 0)
 
@@ -224,25 +220,25 @@ class Trainer:
     def _pick(self, tokens: int) -> list[Tile]:
         """The next chunk of as many sessions as fit, but of one at least; this bounds the workspace of a step, too."""
         tiles: list[Tile] = []
-        overdue = self.guard.overdue()
+        overdue, chosen = self.guard.overdue(), set[int]()
         for chunk in self.backlog.heads():
-            if tiles and max(chunk.rows, SMALLEST_SHARE) > tokens:
+            if tokens <= 0:
+                break
+            if chunk.session in overdue or (tiles and _cost(chunk) > tokens):
                 continue
-            chosen = {tile.chunk.session for tile in tiles}
-            row = None if chunk.session in overdue else self.deltas.row(chunk.session, keep=chosen)
+            row = self.deltas.row(chunk.session, keep=chosen)
             if row is None:
                 continue
             tiles.append(Tile(chunk, row))
-            tokens -= tiles[-1].cost
-            if tokens <= 0:
-                break
+            chosen.add(chunk.session)
+            tokens -= _cost(chunk)
         return tiles
 
     def _step(self, tiles: list[Tile]) -> None:
         chunks, sessions = [tile.chunk for tile in tiles], [self.deltas.session(tile.chunk.session) for tile in tiles]
         self._keep_serving(chunks)
         frozen = torch.full((len(tiles),), math.nan)
-        due = [s for s, session in enumerate(sessions) if session.steps % FROZEN_EVERY == 0]
+        due = [s for s, x in enumerate(sessions) if x.steps % FROZEN_EVERY == 0 and (x.steps or x.version)]
         if due:
             losses = self.compute.frozen(*self._rows([chunks[s] for s in due]))
             frozen = losses.new_full((len(tiles),), math.nan)
@@ -282,6 +278,8 @@ class Trainer:
         self.backlog.settle(chunk)
         if (session := self.deltas.sessions.get(chunk.session)) is None:
             return  # dropped meanwhile
+        if session.version == 0 and math.isfinite(loss):
+            frozen = loss
         session.rate = rate
         if ok:
             session.version += 1
@@ -315,3 +313,8 @@ class Trainer:
                 norm,
             )
         )  # fmt: skip
+
+
+def _cost(chunk: Chunk) -> int:
+    """Of a chunk's step, in tokens."""
+    return max(chunk.rows, SMALLEST_SHARE)
