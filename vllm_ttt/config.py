@@ -146,6 +146,8 @@ class SessionsConfig(_Model):
     """File with an API key that may list the sessions of all keys."""
     per_key: Annotated[int, Field(ge=1, le=10**9)] = 1000
     """Sessions of one API key; one more is refused with 429."""
+    held_per_session: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    """Requests of one session that may wait for it; one more is refused with 429."""
     version_every: Annotated[int, Field(ge=1, le=10**6)] = 16
     """Commits from one version that is kept in memory to the next."""
     versions_gib: Annotated[float, Field(ge=0, le=65536)] = 2.0

@@ -120,6 +120,7 @@ class Admin:
 
         def release(_: Any) -> None:
             target.changing = False
+            self.tiers.on_ready(target)
             if done.exception() is not None and not target.requests:
                 self.tiers.remove(target)
             for session in (source, target):

@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -21,8 +21,10 @@ from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.held import HeldBlocks
+from vllm_ttt.engine.holding import Holding, HoldingScheduler
 from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.meters import Meters
+from vllm_ttt.engine.probe import KEY as PROBE
 from vllm_ttt.engine.probe import ProbeReading, pieces
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
 from vllm_ttt.engine.store import open_store
@@ -35,7 +37,7 @@ from vllm_ttt.types import ChunkReport, Knobs, RequestPlan, SessionKey, StepPlan
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
 
-class TTTScheduler(AsyncScheduler):
+class TTTScheduler(HoldingScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         engine_patches.install()
@@ -55,6 +57,15 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_guard = Guarded()
         tools = self._give_up, self.ttt_meters, self.ttt_guard
         self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, *tools)
+        self.ttt_holding = Holding(
+            self.ttt_tiers,
+            self._may_start,
+            slots=self.lora_config.max_loras,
+            most=config.sessions.held_per_session if self.ttt_http else 0,
+            wait=config.schedule.consistency == "read-your-writes",
+            priority=self.policy == SchedulingPolicy.PRIORITY,
+        )
+        self.ttt_tiers.on_ready = self.ttt_holding.woke
         self.ttt_blocks = BlockKeys(config)
         self.ttt_held = HeldBlocks(self.kv_cache_manager.block_pool)
         self.ttt_trust = Trust(config)
@@ -64,8 +75,6 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = Arrivals()
         self.ttt_interleaved: dict[str, Attached] = {}
-        #: whether a request that this step has passed over waits for nothing but a slot
-        self.ttt_slot_awaited = False
         self.ttt_report = StepReport()
         self.ttt_ended: dict[str, int] = {}
 
@@ -92,7 +101,9 @@ class TTTScheduler(AsyncScheduler):
         if wire is None or params is None:
             return
         knobs = knobs_of(params, self.ttt_config.learn, self.vllm_config)
-        session = self.ttt_ledger.open(SessionKey.from_wire(wire))
+        key = SessionKey.from_wire(wire)
+        self.ttt_holding.admit(key)
+        session = self.ttt_ledger.open(key)
         if not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck:
             self.ttt_tiers.left(session)
             raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)
@@ -116,35 +127,25 @@ class TTTScheduler(AsyncScheduler):
         for reading in self.ttt_probe.begin(request):
             super().add_request(reading)
 
+    def _whose(self, request: Request) -> tuple[SessionKey, Attached | None] | None:
+        if (attached := self.ttt_requests.get(request.request_id)) is not None:
+            return attached.session.key, attached
+        return (PROBE, None) if request.request_id in self.ttt_probe.open else None
+
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         if not super()._handle_blocked_waiting_request(request):
             return False
+        self.ttt_held.asks = request.request_id
         attached = self.ttt_requests.get(request.request_id)
-        if attached is None:
-            ready = request.request_id not in self.ttt_probe.open or self._has_slot(self.ttt_probe.adapter)
-        elif not (ready := self._may_start(attached)):
-            attached.held = attached.held or time.monotonic()
-        self.ttt_held.asks = request.request_id if ready else self.ttt_held.asks
-        return ready
+        if attached is not None and not attached.started:
+            self._look_back(attached)
+        return True
 
     def _may_start(self, attached: Attached) -> bool:
-        session = attached.session
-        if not self.ttt_tiers.ready(session):
-            return False
-        if self.ttt_config.schedule.consistency == "read-your-writes":
-            first = next(iter(session.open.values()), None)
-            if first is not None and first.arrival < attached.arrival:
-                return False
+        """Whether the backlog has room for what the request is to have learned."""
         pending = self.ttt_report.pending
-        if attached.knobs.learn and pending and pending + attached.prompt > self.ttt_config.schedule.backlog_tokens:
-            return False
-        if not self._has_slot(session.adapter):
-            return False
-        if attached.started:
-            return True
-        attached.take_adapter()
-        self._look_back(attached)
-        return True
+        too_many = pending and pending + attached.prompt > self.ttt_config.schedule.backlog_tokens
+        return not (attached.knobs.learn and too_many)
 
     def _look_back(self, attached: Attached) -> None:
         """Before a request starts: what of its prompt is history. Asked in each step in which there is no room for it."""
@@ -157,18 +158,6 @@ class TTTScheduler(AsyncScheduler):
         """The other requests of its session."""
         requests = attached.session.requests
         return (self.ttt_requests[request_id] for request_id in requests if request_id != attached.request.request_id)
-
-    def _has_slot(self, adapter: int) -> bool:
-        # vLLM counts the adapters of requests that this step schedules; one that runs but is not scheduled now keeps its slot.
-        running = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
-        assert self.lora_config is not None
-        if len(running) < self.lora_config.max_loras:
-            return True
-        # A session that has a slot does not keep it by sending more while an older request waits for one.
-        if adapter in running and not self.ttt_slot_awaited:
-            return True
-        self.ttt_slot_awaited = True
-        return False
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """A token read from the prefix cache has no activations to learn from: what is to be learned is computed."""
@@ -197,7 +186,6 @@ class TTTScheduler(AsyncScheduler):
         return tokens
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self.ttt_slot_awaited = False
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended, files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
@@ -245,6 +233,7 @@ class TTTScheduler(AsyncScheduler):
         """A request that was to learn, and has not begun to, is answered and not learned."""
         attached.knobs, attached.prompt_learned = Knobs(learn=False), False
         attached.session.open.pop(attached.request.request_id, None)
+        self.ttt_holding.changed(attached.session)
         self.ttt_interleaved.pop(attached.request.request_id, None)
         attached.session.refuse(pairs := max(0, attached.prompt - 1), reason, seen=True)
         self.ttt_meters.skipped(pairs, reason)
@@ -284,6 +273,7 @@ class TTTScheduler(AsyncScheduler):
             session = by_adapter.get(adapter)
             if session is not None and (opened := session.open.pop(request_id, None)) is not None:
                 session.history.settle(opened.prefixes, opened.learned, session.version)
+                self.ttt_holding.changed(session)
 
     def _count(self, chunks: list[ChunkReport]) -> None:
         for chunk in chunks:
@@ -312,8 +302,8 @@ class TTTScheduler(AsyncScheduler):
 
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""
-        if output.finish_reason is not None:
-            self.ttt_probe.open.pop(output.request_id, None)
+        if output.finish_reason is not None and self.ttt_probe.open.pop(output.request_id, None) is not None:
+            self.ttt_holding.leave(output.request_id)
         attached = self.ttt_requests.get(output.request_id)
         if attached is None:
             return
@@ -347,6 +337,7 @@ class TTTScheduler(AsyncScheduler):
 
     def _detach(self, request_id: str) -> None:
         """The request leaves the engine. One that never started has nothing that could settle."""
+        self.ttt_holding.leave(request_id)
         attached = self.ttt_requests.pop(request_id, None)
         if attached is None:
             return

@@ -61,6 +61,8 @@ class Tiers:
         self.broken: list[tuple[Session, RequestError]] = []
         self.expiry = Expiry(ledger, store, config.ttl_seconds, self.remove)
         self.closing = False
+        #: called with a session that has come into memory, or is not being changed any more
+        self.on_ready: Callable[[Session], None] = lambda session: None
 
     # What the scheduler asks.
 
@@ -73,6 +75,10 @@ class Tiers:
             message = f"session {session.key.name!r} could not be brought in; the server's log says why"
             self.broken.append((session, RequestError(message, 503)))
         return session.place == "memory" and not session.changing
+
+    def homeless(self, session: Session) -> bool:
+        """Whether the session, which is not ready, waits for room in memory; otherwise it is on its way, or being changed."""
+        return session.place in ("new", "disk")
 
     def changes(self, session: Session) -> None:
         """The session was used, or has learned."""
@@ -231,6 +237,7 @@ class Tiers:
                 message = f"session {session.key.name!r} stays as it was: the state dir cannot be written: {error}"
                 future.set_exception(RequestError(message, 507))
             saves.release(session)
+            self.on_ready(session)
             self.left(session)
 
         write(store, written)
@@ -368,6 +375,8 @@ class Tiers:
     def _woken(self, session: Session, error: Exception | None = None) -> None:
         """Tell those who wait for the session to be in memory. While it is being changed, only its changer is told."""
         waiting = self.waking.pop(session.key, [])
+        if error is None:
+            self.on_ready(session)
         if error is None and session.changing and (others := [w for w in waiting if not w[1]]):
             self.waking[session.key] = others
         for future, changing in waiting:
