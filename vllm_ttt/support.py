@@ -143,6 +143,11 @@ def max_sessions(hf: Any, config: TTTConfig) -> int:
     return config.sessions.resident + int(config.sessions.host_gib * 2**30 / size)
 
 
+def max_saved(hf: Any, config: TTTConfig) -> int:
+    """How many sessions fit into ``sessions.disk_gib``, one version of each."""
+    return int(config.sessions.disk_gib * 2**30 / Geometry.of(hf, config.adapt).bytes)
+
+
 def served_name(model_config: Any) -> str:
     """What clients call the model: its served name, or the hub's name where vLLM put the path of its snapshot in its place."""
     name = str(model_config.served_model_name or model_config.model)

@@ -72,7 +72,7 @@ def limits(name: str, field: FieldInfo) -> str:
     if set(bounds) == {"ge", "le"} and bounds["ge"] == bounds["le"]:
         return str(bounds["ge"])
     if set(bounds) == {"ge", "le"}:
-        return f"{bounds['ge']} to {bounds['le']}"
+        return f"{bounds['ge']} to {bounds['le']}" + (", or null" if kind == int | None else "")
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     return ", ".join(f"{signs[b]} {'2^63' if value == 2**63 else value}" for b, value in bounds.items())
 

@@ -184,6 +184,7 @@ class Admin:
 
     def _set_frozen(self, key: SessionKey, frozen: str | None) -> dict[str, Any]:
         session = self._steady(key)
+        self.ledger.claim(session)
         session.frozen = frozen
         self.tiers.changes(session)
         detail = self._detail(session)

@@ -84,9 +84,9 @@ class Saves:
 
     def record(self, session: Session) -> None:
         """Bring what the state dir says of the session, its delta apart, up to date."""
-        if session.touched:
+        if session.touched and not session.blank:
             self.store.note(session.row(session.saved))
-            session.touched = False
+            session.touched, session.recorded = False, True
 
     def hold(self, session: Session) -> None:
         """The session is about to be changed on disk: what is under way for it, and not recorded yet, will not be."""

@@ -26,6 +26,7 @@ from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.probe import KEY as PROBE
 from vllm_ttt.engine.probe import ProbeReading, pieces
+from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.tiers import Tiers
@@ -51,7 +52,10 @@ class TTTScheduler(HoldingScheduler):
         limit = support.max_sessions(self.vllm_config.model_config.hf_text_config, config)
         self.ttt_store = open_store(self.vllm_config, config)
         first = self.lora_config.max_loras + 1
-        self.ttt_ledger = Ledger(first, limit, config.sessions.per_key, config.observe.recent_chunks, self.ttt_store)
+        places = limit if self.ttt_store is None else support.max_saved(self.vllm_config.model_config.hf_text_config, config)
+        share = config.sessions.key_share if additional[plugin.NAME].get("keys", 0) > 1 else 1.0
+        quotas = Quotas(places, config.sessions.per_key, share, self.ttt_store)
+        self.ttt_ledger = Ledger(first, limit, quotas, config.observe.recent_chunks, self.ttt_store)
         self.ttt_meters = Meters()
         #: calls what must not end serving
         self.ttt_guard = Guarded()
@@ -103,7 +107,7 @@ class TTTScheduler(HoldingScheduler):
         knobs = knobs_of(params, self.ttt_config.learn, self.vllm_config)
         key = SessionKey.from_wire(wire)
         self.ttt_holding.admit(key)
-        session = self.ttt_ledger.open(key)
+        session = self.ttt_ledger.open(key, knobs.learn)
         if not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck:
             self.ttt_tiers.left(session)
             raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)
@@ -274,6 +278,7 @@ class TTTScheduler(HoldingScheduler):
             if session is not None and (opened := session.open.pop(request_id, None)) is not None:
                 session.history.settle(opened.prefixes, opened.learned, session.version)
                 self.ttt_holding.changed(session)
+                self.ttt_guard(self.ttt_tiers.left, session)
 
     def _count(self, chunks: list[ChunkReport]) -> None:
         for chunk in chunks:
@@ -348,7 +353,7 @@ class TTTScheduler(HoldingScheduler):
         elif attached.knobs.learn:
             self.ttt_ended[request_id] = attached.prompt - 1 + attached.outputs
             if attached.knobs.learn_output and attached.outputs:
-                attached.session.allowance.spend(attached.outputs)
+                self.ttt_trust.spend(attached.session, attached.outputs)
                 attached.remember_answer()
         self.ttt_guard(self.ttt_tiers.left, attached.session)
         self.ttt_arrivals.leave(attached.request)

@@ -88,6 +88,11 @@ class Tiers:
     def left(self, session: Session) -> None:
         """A request of the session has left the engine, or somebody else is done with it."""
         here = self.ledger.by_adapter.get(session.adapter) is session
+        if here and session.idle and session.blank:
+            for oldest in self.ledger.is_a_name(session):
+                self._drop(oldest)
+                self._forget(oldest)
+            return
         if self.saves is not None and here and session.idle and session.place in ("new", "disk"):
             self.saves.record(session)
             self._forget(session)

@@ -76,7 +76,7 @@ def _from_cli_args(original: Callable) -> Callable:
             from vllm_ttt.patches import frontend
 
             config = plugin.config_from_flags(args)
-            settings = plugin.settings(config, http=True)
+            settings = plugin.settings(config, http=True, keys=len(tenants.known_keys(args)))
             engine_args.additional_config = {**(engine_args.additional_config or {}), plugin.NAME: settings}
             patches.check_all()
             frontend.install()
