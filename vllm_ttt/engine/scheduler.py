@@ -28,6 +28,7 @@ from vllm_ttt.engine.probe import KEY as PROBE
 from vllm_ttt.engine.probe import ProbeReading, pieces
 from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
+from vllm_ttt.engine.stops import Stops
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.engine.trust import Trust
@@ -78,6 +79,7 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = Arrivals()
+        self.ttt_stops = Stops(self.vllm_config.model_config)
         self.ttt_interleaved: dict[str, Attached] = {}
         self.ttt_report = StepReport()
         self.ttt_ended: dict[str, int] = {}
@@ -141,8 +143,8 @@ class TTTScheduler(HoldingScheduler):
             return False
         self.ttt_held.asks = request.request_id
         attached = self.ttt_requests.get(request.request_id)
-        if attached is not None and not attached.started:
-            self._look_back(attached)
+        if attached is not None and not attached.started and self.ttt_config.learn.history == "skip":
+            attached.look_back()
         return True
 
     def _may_start(self, attached: Attached) -> bool:
@@ -150,13 +152,6 @@ class TTTScheduler(HoldingScheduler):
         pending = self.ttt_report.pending
         too_many = pending and pending + attached.prompt > self.ttt_config.schedule.backlog_tokens
         return not (attached.knobs.learn and too_many)
-
-    def _look_back(self, attached: Attached) -> None:
-        """Before a request starts: what of its prompt is history. Asked in each step in which there is no room for it."""
-        session, tokens = attached.session, attached.request.prompt_token_ids or ()
-        learns, skips = attached.request.request_id in session.open, self.ttt_config.learn.history == "skip"
-        if learns and skips and attached.asked != session.history.changes:
-            attached.start, attached.asked = session.history.known(tokens), session.history.changes
 
     def _beside(self, attached: Attached) -> Iterator[Attached]:
         """The other requests of its session."""
@@ -221,9 +216,9 @@ class TTTScheduler(HoldingScheduler):
         if opened is not None:
             opened.learned = opened.done = start
             attached.repetitive = self.ttt_trust.repetitive(tokens, start)
-            opened.prefixes = session.history.add(
-                tokens, [attached.prompt], start + accept(attached.prompt - 1 - start, self.ttt_config.learn)
-            )
+            learned = start + accept(attached.prompt - 1 - start, self.ttt_config.learn)
+            attached.prefixes = session.history.add_prompt(tokens, start, learned)
+            opened.prefixes += attached.prefixes
             if start:
                 session.tokens_skipped["history"] += start
                 self.ttt_meters.skipped(start, "history")
@@ -312,9 +307,11 @@ class TTTScheduler(HoldingScheduler):
         attached = self.ttt_requests.get(output.request_id)
         if attached is None:
             return
+        before = attached.shown
         attached.outputs += len(output.new_token_ids)
         if attached.knobs.learn_output:
-            attached.session.tokens_seen += len(output.new_token_ids)
+            self.ttt_guard(self.ttt_stops.look, attached)
+            attached.session.tokens_seen += attached.shown - before
         answer = {"version": attached.version, "tokens_learned": attached.accepted(self.ttt_config.learn)}
         output.kv_transfer_params = {**(output.kv_transfer_params or {}), "ttt": answer}
         if output.finish_reason is not None:
@@ -351,9 +348,13 @@ class TTTScheduler(HoldingScheduler):
         if not attached.started:
             attached.session.open.pop(request_id, None)
         elif attached.knobs.learn:
-            self.ttt_ended[request_id] = attached.prompt - 1 + attached.outputs
-            if attached.knobs.learn_output and attached.outputs:
-                self.ttt_trust.spend(attached.session, attached.outputs)
+            self.ttt_ended[request_id] = attached.prompt - 1 + attached.shown
+            if attached.request.status == RequestStatus.FINISHED_ABORTED:
+                self.ttt_guard(self.ttt_stops.look, attached)
+                if attached.stopped is None:
+                    attached.session.history.give_up(attached.prefixes)
+            if attached.knobs.learn_output and attached.shown:
+                self.ttt_trust.spend(attached.session, attached.shown)
                 attached.remember_answer()
         self.ttt_guard(self.ttt_tiers.left, attached.session)
         self.ttt_arrivals.leave(attached.request)
