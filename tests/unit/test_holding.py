@@ -146,6 +146,28 @@ def test_let_go_when_what_came_before_is_aborted(begun: bool) -> None:
     assert engine.new() == {second if begun else third}
 
 
+@pytest.mark.parametrize("consistency", ["read-your-writes", "eventual"])
+def test_a_short_request_beside_a_long_one(consistency: str) -> None:
+    """It waits until the long one has been learned, not until it has been answered; with `eventual` it does not wait."""
+    engine = Held(schedule={"consistency": consistency})
+    long = engine.send("a", learn=True, outputs=300)
+    assert engine.new() == {long}
+    short = engine.send("a", other(1)[:20], learn=True)
+    assert engine.new() == (set() if consistency == "read-your-writes" else {short})
+    engine.settle(long, "a")
+    engine.drain() if consistency == "eventual" else None
+    assert engine.new() == ({short} if consistency == "read-your-writes" else set())
+
+
+def test_who_learns_nothing_keeps_nobody_waiting() -> None:
+    engine = Held()
+    reader = engine.send("a", outputs=300)
+    assert engine.new() == {reader}
+    learner = engine.send("a", other(1), learn=True)
+    assert engine.new() == {learner}
+    assert reader in engine.scheduled
+
+
 def test_a_session_waits_and_the_others_do_not() -> None:
     engine = Held()
     engine.send("a", learn=True)

@@ -19,6 +19,7 @@ from vllm_ttt import plugin, support
 from vllm_ttt.engine.admission import check_adapter, knobs_of
 from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.blocks import BlockKeys
+from vllm_ttt.engine.ending import Ending
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.held import HeldBlocks
 from vllm_ttt.engine.holding import Holding, HoldingScheduler
@@ -76,6 +77,7 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_trust = Trust(config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
         self.ttt_alarm: Alarm | None = None
+        self.ttt_ending = Ending(self)
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = Arrivals()
@@ -387,7 +389,7 @@ class TTTScheduler(HoldingScheduler):
         if self.ttt_store is None:
             return
         if not engine.is_running():
-            self.ttt_guard(self.ttt_tiers.close)
+            self.ttt_guard(self.ttt_ending.step)
         elif self.ttt_alarm is None:
             self.ttt_alarm = Alarm(engine, self.ttt_config.sessions.autosave, self.ttt_tiers)
 

@@ -17,7 +17,8 @@ class Stops:
     """``model_config`` is vLLM's."""
 
     def __init__(self, model_config: Any):
-        self.model_config, self._tokenizer = model_config, None
+        self.model_config = model_config
+        self._tokenizer: Any = None
 
     def look(self, attached: Attached) -> None:
         """New tokens of a request have come: note where a stop string begins, if it ends in them."""

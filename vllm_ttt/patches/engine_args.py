@@ -108,8 +108,10 @@ def _create_engine_config(original: Callable) -> Callable:
         if config is None:
             return original(self, *args, **kwargs)
         from vllm_ttt import patches, support
+        from vllm_ttt.patches import offline
 
         patches.check_all()
+        offline.install()
         support.prepare_engine_args(self, config)
         vllm_config = original(self, *args, **kwargs)
         support.finish_vllm_config(vllm_config, config)
