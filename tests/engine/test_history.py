@@ -92,8 +92,8 @@ def test_a_request_that_was_given_up_is_learned_once(exact: Served, documents: D
 def test_an_answer_that_a_stop_string_ends(exact: Served, documents: Documents) -> None:
     name, ids, more = exact.fresh(), documents["man2"][0][:200], documents["man2"][1][:60]
     knobs = {"vllm_xargs": {"ttt_learn_output": 1}, "max_tokens": 60, "ignore_eos": True, "temperature": 0}
-    whole = exact.complete(ids, max_tokens=60, ignore_eos=True, temperature=0, return_token_ids=True)["choices"][0]
-    text = whole["text"]
+    whole = exact.complete(ids, max_tokens=60, ignore_eos=True, temperature=0)
+    text = whole["choices"][0]["text"]
     at = max(i for i in range(len(text) * 3 // 4) if text.find(text[i : i + 10]) == i)
     answer = exact.complete(ids, name, stop=[text[at : at + 10]], return_token_ids=True, **knobs)
     exact.settle()
@@ -101,7 +101,8 @@ def test_an_answer_that_a_stop_string_ends(exact: Served, documents: Documents) 
     assert exact.session(name)["tokens_learned"] == learned, "what it says is what was learned"
     shown = learned - 199
     assert 0 < shown < answer["usage"]["completion_tokens"], "the stop string is not"
-    following = exact.complete([*ids, *whole["token_ids"][:shown], *more], name)
+    said = answer["choices"][0]["token_ids"][:shown]
+    following = exact.complete([*ids, *said, *more], name)
     assert following["ttt"]["tokens_learned"] == 60
 
 
