@@ -22,11 +22,11 @@ from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.held import HeldBlocks
 from vllm_ttt.engine.ledger import Ledger, Open, Session
+from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.probe import ProbeReading, pieces
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
 from vllm_ttt.engine.store import open_store
-from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.engine.trust import Trust
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
@@ -308,7 +308,7 @@ class TTTScheduler(AsyncScheduler):
             if not (attached := self.ttt_requests[request_id]).started:
                 self._learn_not(attached, "frozen")
         if self.ttt_tiers.saves is not None:
-            self.ttt_guard(self.ttt_tiers.saves.save, session)
+            self.ttt_guard(self.ttt_tiers.save, session)
 
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""
