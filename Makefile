@@ -5,6 +5,7 @@
 # make bench   what learning costs a client, on the CPU (loadtests/bench_engine.py: beside stock vLLM, on a GPU)
 # make load    a minute of every kind of user on a server that learns, beside the same without learning (docs/load.md)
 # make format  rewrite the sources as ruff wants them
+# make docs    write docs/reference.md anew from the code
 # make lock    resolve the requirements anew
 # make clean   remove what setup made
 .DEFAULT_GOAL := help
@@ -39,7 +40,7 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-.PHONY: help setup real demo test lint format bench load lock build clean
+.PHONY: help setup real demo test lint format bench load lock docs build clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -99,6 +100,9 @@ lock: | $(UV)
 	$(COMPILE) --extra cuda --output-file requirements/cuda.lock
 	$(UV) pip compile --quiet --no-deps --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command "make lock" \
 		requirements/real.in --output-file requirements/real.lock
+
+docs: setup
+	$(BIN)/python docs/generate.py
 
 build: | $(UV)
 	$(UV) build --quiet

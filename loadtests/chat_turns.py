@@ -22,7 +22,7 @@ from runs import HERE, about, save, served
 
 from vllm_ttt.eval.texts import read_texts
 
-TURNS, WORDS, ANSWER = 20, 40, 32
+TURNS, WORDS, ANSWER = 20, 50, 32
 
 
 def messages(texts: Path) -> list[str]:

@@ -12,14 +12,18 @@ from typing import Any
 
 import requests
 from load.hosts import check_host
+from load.owners import OwnerUser
+from load.person import Person
 from load.shapes import SHAPES, users
 from load.statistics import Statistics
-from load.users import USERS, BaseUser, ChatUser, DocumentUser, HostileUser, RepeatingUser
+from load.users import BaseUser, ChatUser, DocumentUser, HostileUser, RepeatingUser
 from load.world import World
 from locust import LoadTestShape, events
 from locust.env import Environment
 
-__all__ = ["BaseUser", "ChatUser", "DocumentUser", "HostileUser", "RepeatingUser"]
+__all__ = ["BaseUser", "ChatUser", "DocumentUser", "HostileUser", "OwnerUser", "RepeatingUser"]
+
+USERS: list[type[Person]] = [BaseUser, DocumentUser, RepeatingUser, ChatUser, OwnerUser, HostileUser]
 
 #: name: (whether sessions learn, who is there)
 ARMS = {"alone": (False, [BaseUser]), "unlearned": (False, USERS), "learning": (True, USERS)}

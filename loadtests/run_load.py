@@ -43,6 +43,8 @@ FLAGS = [
 CONFIG: dict[str, Any] = {
     "sessions": {"resident": 6, "host_gib": 0.165, "per_key": 10**6, "autosave": 5.0},
     "observe": {"recent_chunks": 4096},
+    # Tried early and strictly, so that the guard has something to do: one document again and again is enough.
+    "guard": {"every": 4, "max_regression": 0.1},
 }
 KEYS = ("key-of-the-users-0123456789", "key-of-a-stranger-0123456789")
 

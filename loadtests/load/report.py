@@ -43,6 +43,7 @@ def _totals(report: dict[str, Any]) -> str:
         ("errors that were not", [sum(f["errors"].values()) for f in arms]),
         ("sessions at exactly the version that their client counted", [f["audit"]["exact"] for f in arms]),
         ("sessions within bounds, some of their requests having been given up", [f["audit"]["bounded"] for f in arms]),
+        ("sessions that were saved, forked, rolled back, reset, frozen and deleted", [f["audit"]["owned"] for f in arms]),
         ("sessions that the guard rolled back", [f["audit"]["rolled_back"] for f in arms]),
         ("sessions that did not agree", [len(f["audit"]["problems"]) for f in arms]),
         ("versions committed", [f["audit"]["versions"] for f in arms]),

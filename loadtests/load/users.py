@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import random
-from typing import Any
+from locust import task
 
-from locust import User, between, task
-
-from load.books import Book
-from load.client import Client
-from load.world import World
+from load.person import Person
 
 #: Of a session of each kind: requests, and tokens or characters of one.
 DOCUMENTS, REPEATS, TURNS = 3, 6, 8
 DOCUMENT, REPEATED, MESSAGE = (300, 1000), 600, (150, 500)
 
-_NUMBERS = itertools.count()
 
-
-class _Person(User):
-    """``world``: what all users share; made before the first of them."""
-
-    abstract = True
-    wait_time = between(0.2, 0.8)
-    kind = ""
-
-    def on_start(self) -> None:
-        self.world: World = self.environment.world  # type: ignore[attr-defined]
-        self.number = next(_NUMBERS)
-        self.rng = random.Random(f"{self.kind} {self.number}")
-        self.client = Client(self.environment, self.world.url, self.world.model, self.world.key)
-        self.book: Book | None = None
-        self.left = 0
-
-    def session(self, requests: int) -> Book:
-        """The session of this user, a new one where the last had its requests."""
-        if self.book is None or self.left == 0:
-            self.book, self.left = self.world.open(f"{self.kind}-{self.number}-{self.rng.randrange(10**6)}"), requests
-            self.begin()
-        self.left -= 1
-        return self.book
-
-    def begin(self) -> None:
-        """A new session begins."""
-
-    def body(self, **body: Any) -> dict[str, Any]:
-        if self.book is not None:
-            body["session_id"] = self.book.name
-            if not self.world.learn:
-                body["vllm_xargs"] = {"ttt_learn": 0}
-        return {"temperature": 0, **body}
-
-
-class BaseUser(_Person):
+class BaseUser(Person):
     """Somebody who never heard of sessions: a prompt of a few hundred tokens, an answer of 24, streamed."""
 
     weight = 3
@@ -67,7 +25,7 @@ class BaseUser(_Person):
             self.world.problems.append(f"a base answer has a ttt object: {answer.ttt}")
 
 
-class DocumentUser(_Person):
+class DocumentUser(Person):
     """A few different documents in a session, each once."""
 
     weight = 2
@@ -82,7 +40,7 @@ class DocumentUser(_Person):
             book.answered(prompt, answer.prompt_tokens, answer.ttt)
 
 
-class RepeatingUser(_Person):
+class RepeatingUser(Person):
     """One document again and again."""
 
     weight = 1
@@ -100,7 +58,7 @@ class RepeatingUser(_Person):
             book.answered(prompt, answer.prompt_tokens, answer.ttt)
 
 
-class ChatUser(_Person):
+class ChatUser(Person):
     """A conversation that is sent whole with every turn, so that all but what is new is history."""
 
     weight = 1
@@ -120,7 +78,7 @@ class ChatUser(_Person):
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
 
 
-class HostileUser(_Person):
+class HostileUser(Person):
     """Bad ids, bad values, bodies that are too large, streams that are left, other people's sessions."""
 
     weight = 1
@@ -177,6 +135,3 @@ class HostileUser(_Person):
         # Without a state dir, save and rollback are refused before anybody looks for the session.
         refusals = (404, 409) if rest in ("/save", "/rollback") else (404,)
         self.client.ask("hostile: not its own", method, f"/v1/ttt/sessions/{name}{rest}", refusals, json=body, headers=headers)
-
-
-USERS: list[type[_Person]] = [BaseUser, DocumentUser, RepeatingUser, ChatUser, HostileUser]

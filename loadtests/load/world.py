@@ -24,6 +24,10 @@ class World:
     hostile_key: str | None = None
     books: dict[str, Book] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    #: sessions of users who manage them: checked as they go
+    owned: list[str] = field(default_factory=list)
+    #: of those, how many the guard has returned to an earlier version
+    guarded: int = 0
 
     def __post_init__(self) -> None:
         self.headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -50,13 +54,26 @@ class World:
         self.books[book.name] = book
         return book
 
+    def own(self, what: str) -> str:
+        """The name of a new session that its user manages, and deletes."""
+        self.owned.append(f"{self.name}-{what}")
+        return self.owned[-1]
+
     def audit(self, patience: float = 120) -> dict[str, Any]:
         """Compare every session with its book, once it has learned what it was sent; then delete it.
 
         Returns: how many were compared, at their version exactly or, where requests were given up, within bounds; versions
         and tokens in all; what does not agree.
         """
-        found: dict[str, Any] = {"exact": 0, "bounded": 0, "rolled_back": 0, "versions": 0, "tokens": 0, "skipped": {}}
+        found: dict[str, Any] = {
+            "exact": 0,
+            "bounded": 0,
+            "rolled_back": self.guarded,
+            "versions": 0,
+            "tokens": 0,
+            "skipped": {},
+        }
+        found["owned"] = len(self.owned)
         problems = list(self.problems)
         for name, book in self.books.items():
             session = self._settled(book, patience)

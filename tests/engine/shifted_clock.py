@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from vllm_ttt.engine import expiry
+from vllm_ttt.engine.life import expiry
 
 _REAL = time.time
 _FILE = Path(os.environ["TTT_TEST_CLOCK"])

@@ -49,8 +49,7 @@ def test_a_script_saves_all_that_it_sent(stage: Any, tmp_path: Path, how: str) -
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     (accepted,) = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("ACCEPTED")]
-    sessions = Offline(folder).list(None)
-    sessions = sessions["sessions"] if isinstance(sessions, dict) else sessions
+    sessions = Offline(folder).list(all_keys=True)
     assert len(sessions) == 12
     assert sum(s["tokens_learned"] + s["tokens_skipped"].get("loss", 0) for s in sessions) == accepted > 8000
     assert "tokens are still to be learned" in done.stdout + done.stderr

@@ -37,12 +37,8 @@ class Engine:
         if method == "ttt_metrics":
             names = ("pending_tokens", "step_seconds", "learning_seconds_total", "serving_seconds_total")
             return [Values(*names).snapshot() | {"slots": {"": []}}]
-        if method == "ttt_copy":
-            self.world.trainer.deltas.copy(*args)
-            return [None]
-        if method == "ttt_roll_back":
-            trainer = self.world.trainer
-            return [None if trainer.roll_back(*args) else trainer.versions.of(args[0])]
+        if method in ("ttt_copy", "ttt_roll_back"):
+            return [self.world.worker(method, *args)]
         tell = lambda key: {"tier": "memory", "bytes": 1, "tokens_pending": 0, "norm": {}}  # noqa: E731
         return [tell(args[0]) if method == "ttt_session" else [tell(key) for key in args[0]]]
 
@@ -117,7 +113,7 @@ def test_a_fork_begins_where_the_other_is(engine: Engine, name: str) -> None:
     assert engine.world.value(name) == value
     assert engine.ask("fork", name, "copy") == 409
     engine.world.run()
-    assert all(s.pins == 0 for s in engine.world.ledger.sessions.values())
+    assert not any(s.life.queue for s in engine.world.ledger.sessions.values())
 
 
 def test_a_session_that_is_used_cannot_be_changed_from_outside(engine: Engine) -> None:
@@ -219,4 +215,4 @@ def test_an_export_is_what_is_served(engine: Engine, name: str) -> None:
     assert all((b == value).all() for key, b in tensors.items() if "lora_B" in key)
     assert len(path.read_bytes()) == done["bytes"]
     engine.world.run()
-    assert all(s.pins == 0 for s in engine.world.ledger.sessions.values())
+    assert not any(s.life.queue for s in engine.world.ledger.sessions.values())

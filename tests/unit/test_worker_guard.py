@@ -227,6 +227,24 @@ def test_it_never_takes_more_than_it_is_given() -> None:
     assert trying.guard.task.done == 12, "a forward costs a third of a step"
 
 
+def test_pieces_that_are_tried_whole_are_tried_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU a piece takes seconds at full depth: who comes meanwhile waits for one, and not for the whole text."""
+    trying = Trying(GuardConfig(every=1))
+    monkeypatch.setattr(trying.probe, "cache", object())  # as at full depth, where the rows of a piece attend to one another
+    monkeypatch.setattr(trying.probe, "loss", lambda tail, delta, rows: torch.zeros(1))
+    for name, first, end in (("p", 0, 24), ("q", 24, ROWS)):
+        trying.probe.start(name, RequestPlan(99, end - first + 1, learn=False, learn_output=False, probe=True))
+        trying.probe.take([Rows(name, 0, 0, trying.t[first:end])], trying.h[first:end], trying.a[first:end])
+        trying.probe.finish(name)
+    trying.learn(1, 1, 0.1)
+    assert trying.run() == 8, "24 rows cost a third of learning them"
+    assert trying.guard.task is not None
+    assert trying.guard.task.done == 24
+    trying.run()
+    assert trying.guard.task is None
+    assert len(trying.guard.outcomes) == 1
+
+
 def test_what_is_reset_meanwhile_is_not_judged() -> None:
     trying = Trying(GuardConfig(every=1, max_regression=0.01))
     trying.read()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ import numpy as np
 import torch
 
 from vllm_ttt.config import GuardConfig, SessionsConfig
+from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.engine.store import Store
-from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.errors import RequestError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.state_dir import StateDir
@@ -97,6 +100,16 @@ class FakeTrainer:
         self.guard.drop(key)
 
 
+class Unguarded(Guarded):
+    """Whatever is wrong in a hook is wrong in the test."""
+
+    def __call__(self, hook: Callable[..., Any], *args: Any) -> Any:
+        return hook(*args)
+
+    def failed(self, what: str) -> None:
+        raise AssertionError(f"{what} failed") from sys.exc_info()[1]
+
+
 class World:
     """A server's sessions on a state dir."""
 
@@ -106,7 +119,7 @@ class World:
         self.store = Store(StateDir(folder), IDENTITY, self.config.keep_versions, disk)
         quotas = Quotas(10**9, self.config.per_key, store=self.store)
         self.ledger = Ledger(100, limit, quotas, 8, self.store)
-        self.tiers = Tiers(self.ledger, self.config, self.store, self.give_up, guard=lambda hook, *args: hook(*args))
+        self.tiers = Tiers(self.ledger, self.config, self.store, self.give_up, guard=Unguarded())
         assert self.tiers.saves is not None
         self.saves = self.tiers.saves
         self.trainer = FakeTrainer(rows)
@@ -168,10 +181,20 @@ class World:
         self.run(future.done)
         return future.result()
 
+    def worker(self, method: str, *args: Any) -> Any:
+        """What the worker answers to an operation."""
+        if method == "ttt_copy":
+            return self.trainer.deltas.copy(*args)
+        assert method == "ttt_roll_back"
+        return None if self.trainer.roll_back(*args) else self.trainer.versions.of(args[0])
+
+    def go_back(self, session: Session, version: int) -> Future:
+        return self.tiers.owner.go_back(session, version, self.worker)
+
     def save(self, name: str) -> Any:
         session = self.ledger.find(SessionKey("-", name))
         assert session is not None
-        saved = self.wait(self.saves.save(session))
+        saved = self.wait(self.tiers.save(session))
         self.tiers.left(session)
         return saved
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from vllm_ttt.engine import lists, meters
 from vllm_ttt.engine.ledger import ASKED_FOR, Ledger, Session
-from vllm_ttt.engine.saves import Saves
-from vllm_ttt.engine.tiers import Tiers
+from vllm_ttt.engine.life.operations import Steps
+from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import FileReport, SessionKey, check_session_id
+from vllm_ttt.types import SessionKey, check_session_id
 
 
 def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) -> Any:
@@ -67,69 +67,37 @@ class Admin:
         return self._detail(self._find(key, self.ledger.peek))
 
     def reset(self, key: SessionKey, _: Any) -> Future:
-        session = self._idle(key)
-        state: dict[str, Any] = {"allowance": session.allowance.to_state()}
-        if session.frozen == ASKED_FOR:  # what the guard found is gone with the delta
-            state["frozen"] = ASKED_FOR
-        return _then(self.tiers.reset(session, state), self._detail)
+        session = self._find(key)
+
+        def keep() -> dict[str, Any]:
+            state: dict[str, Any] = {"allowance": session.allowance.to_state()}
+            return {**state, "frozen": ASKED_FOR} if session.frozen == ASKED_FOR else state  # the guard's goes with the delta
+
+        return _then(self.tiers.owner.reset(session, keep), self._detail)
 
     def delete(self, key: SessionKey, _: Any) -> Future:
-        return _then(self.tiers.remove(self._idle(key)), lambda _: {"session_id": key.name, "deleted": True})
+        return _then(self.tiers.owner.remove(self._find(key)), lambda _: {"session_id": key.name, "deleted": True})
 
-    def freeze(self, key: SessionKey, _: Any) -> dict[str, Any]:
+    def freeze(self, key: SessionKey, _: Any) -> Future:
         return self._set_frozen(key, ASKED_FOR)
 
-    def unfreeze(self, key: SessionKey, _: Any) -> dict[str, Any]:
+    def unfreeze(self, key: SessionKey, _: Any) -> Future:
         return self._set_frozen(key, None)
 
     def save(self, key: SessionKey, _: Any) -> Future:
-        saves = self._need_saves("save")
+        if self.tiers.saves is None:
+            raise RequestError("save needs a state dir; start the server with --ttt-state-dir", 409)
         session = self._find(key)
-
-        def saved(_: Any) -> dict[str, Any]:
-            found = self.ledger.peek(key) or session
-            detail = self._detail(found)
-            self.tiers.left(session)
-            return detail
-
-        return _then(saves.save(session), saved)
+        return _then(self.tiers.save(session), lambda _: self._detail(session))
 
     def rollback(self, key: SessionKey, version: Any) -> Future:
-        session = self._idle(key)
-        if session.open:
-            raise RequestError(f"session {key.name!r} is still learning what it was sent; try again in a moment", 409)
-        if self.store is not None and version in self.store.versions(session.uid):
-            return _then(self.tiers.go_back(session, version), self._returned)
-        return self._awake(session, lambda: self._roll_back(session, version))
+        return _then(self.tiers.owner.go_back(self._find(key), version, self._worker), self._returned)
 
     def fork(self, key: SessionKey, to: Any) -> Future:
-        source, target_key = self._idle(key), SessionKey(key.tenant, check_session_id(to, "to"))
-        if self.ledger.peek(target_key) is not None:
+        source, target = self._find(key), SessionKey(key.tenant, check_session_id(to, "to"))
+        if self.ledger.peek(target) is not None:
             raise RequestError(f"there is a session {to!r} already; delete it first", 409, "to")
-        target = self.ledger.open(target_key)
-        target.changing = True  # a request of that name waits until it is what the source is
-        both = _then(self.tiers.wake(source), lambda _: self.tiers.wake(target, changing=True))
-
-        def copy(_: Any) -> dict[str, Any]:
-            if source.open or source.requests or target.version:
-                raise RequestError(f"session {key.name!r} has been sent something meanwhile; try again", 409)
-            self.rpc("ttt_copy", args=(source.adapter, target.adapter))
-            target.from_state(source.to_state())
-            self.tiers.changes(target)
-            return self._detail(target)
-
-        def release(_: Any) -> None:
-            target.changing = False
-            self.tiers.on_ready(target)
-            if done.exception() is not None and not target.requests:
-                self.tiers.remove(target)
-            for session in (source, target):
-                if session.pins:
-                    self.tiers.unpin(session)
-
-        done = _then(both, copy)
-        done.add_done_callback(release)
-        return done
+        return _then(self.tiers.owner.fork(source, target, self._worker), self._detail)
 
     def export(self, key: SessionKey, _: Any) -> Future:
         session, exports = self._find(key), self.tiers.exports
@@ -137,32 +105,18 @@ class Admin:
         folder = self.store.folder.exports if self.store is not None else Path(tempfile.gettempdir())
         path = str(folder / f"vllm-ttt-{secrets.token_hex(16)}.safetensors")
 
-        def written(report: FileReport) -> dict[str, Any]:
+        def write() -> Steps:
+            yield from self.tiers.bring_in(session)
+            report = yield from exports.write(session, path)
             return {"path": path, "bytes": report.bytes, "version": report.version}
 
-        answer = self._awake(session, lambda: _then(exports.export(session, path), written))
+        answer = self.tiers.run(session, write())
         answer.add_done_callback(lambda _: exports.answered(key.tenant))
         return answer
 
-    def _awake(self, session: Session, function: Callable[[], Any]) -> Future:
-        """What ``function`` returns, called when the session is in memory, where it stays until that is known."""
-        answer = _then(self.tiers.wake(session), lambda _: function())
-        answer.add_done_callback(lambda _: self.tiers.unpin(session))
-        return answer
-
-    def _roll_back(self, session: Session, version: int) -> Any:
-        """To a version that is kept in memory. With a state dir, later ones are forgotten there before this is answered."""
-        if session.open or session.requests:
-            raise RequestError(f"session {session.key.name!r} has been sent something meanwhile; try again", 409)
-        (kept,) = self.rpc("ttt_roll_back", args=(session.adapter, version))
-        if kept is not None:
-            listed = ", ".join(map(str, self._versions(session, kept)))
-            raise RequestError(f"session {session.key.name!r} has no version {version}; kept are: {listed}", 409, "version")
-        session.back_to(version)
-        self.tiers.changes(session)
-        if self.tiers.saves is None:
-            return self._returned(session)
-        return _then(self.tiers.saves.save(session), lambda _: self._returned(session))
+    def _worker(self, method: str, *args: Any) -> Any:
+        (found,) = self.rpc(method, args=args)
+        return found
 
     def _list(self, tenant: str | None, asked: dict[str, Any] | None) -> Future:
         asked = asked or {}
@@ -170,7 +124,7 @@ class Admin:
         return self.tiers.lists.ask(tenant, limit, after, self._here, self._describe)
 
     def _here(self, sessions: Iterable[Session]) -> Any:
-        adapters = [s.adapter for s in sessions if s.place == "memory"]
+        adapters = [s.adapter for s in sessions if s.life.in_memory]
         (found,) = self.rpc("ttt_sessions", args=(adapters,)) if adapters else ([],)
         workers = dict(zip(adapters, found, strict=True))
         return [self._describe(s, workers.get(s.adapter)) for s in sessions]
@@ -182,14 +136,17 @@ class Admin:
         self.tiers.meters.add("rollbacks_total", 1, "request")
         return self._detail(session)
 
-    def _set_frozen(self, key: SessionKey, frozen: str | None) -> dict[str, Any]:
-        session = self._steady(key)
-        self.ledger.claim(session)
-        session.frozen = frozen
-        self.tiers.changes(session)
-        detail = self._detail(session)
-        self.tiers.left(session)
-        return detail
+    def _set_frozen(self, key: SessionKey, frozen: str | None) -> Future:
+        session = self._find(key)
+
+        def write() -> Steps:
+            yield from ()
+            self.ledger.claim(session)
+            session.frozen = frozen
+            self.tiers.changes(session)
+            return session
+
+        return _then(self.tiers.run(session, write()), self._detail)
 
     def _find(self, key: SessionKey, look: Callable[[SessionKey], Session | None] | None = None) -> Session:
         session = (look or self.ledger.find)(key)
@@ -197,36 +154,10 @@ class Admin:
             raise RequestError(f"there is no session {key.name!r}; a request that names it makes it", 404)
         return session
 
-    def _steady(self, key: SessionKey) -> Session:
-        session = self._find(key)
-        if session.changing:
-            raise RequestError(f"session {key.name!r} is being changed by another call; try again in a moment", 409)
-        return session
-
-    def _idle(self, key: SessionKey) -> Session:
-        session = self._steady(key)
-        if session.requests or session.pins:
-            count = len(session.requests) + session.pins
-            message = f"session {key.name!r} has {count} requests in the engine; wait for them, or abort them"
-            raise RequestError(message, 409)
-        return session
-
-    def _need_saves(self, what: str) -> Saves:
-        if self.tiers.saves is None:
-            raise RequestError(f"{what} needs a state dir; start the server with --ttt-state-dir", 409)
-        return self.tiers.saves
-
     def _detail(self, session: Session) -> dict[str, Any]:
-        worker = self._away(session)
-        if session.place == "memory":
-            (worker,) = self.rpc("ttt_session", args=(session.adapter,))
-        versions = self._versions(session, worker.get("versions", ()))
+        worker = self._worker("ttt_session", session.adapter) if session.life.in_memory else self._away(session)
+        versions = self.tiers.versions(session, worker.get("versions", ()))
         return {**self._summary(session), **worker, "losses": list(session.losses), "versions": versions}
-
-    def _versions(self, session: Session, in_memory: Iterable[int]) -> Any:
-        """Those that the session can return to."""
-        on_disk = self.store.versions(session.uid) if self.store is not None else []
-        return sorted({*in_memory, *on_disk})
 
     def _summary(self, session: Session) -> dict[str, Any]:
         saved = session.saved

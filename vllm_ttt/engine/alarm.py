@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.v1.engine import EngineCoreRequestType
 
-from vllm_ttt.engine.tiers import Tiers
+from vllm_ttt.engine.life.tiers import Tiers
 
 #: Seconds after the time of a round, so that it is due then.
 _LATE = 0.01

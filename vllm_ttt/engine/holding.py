@@ -23,8 +23,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.requests import Attached
-from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey
 

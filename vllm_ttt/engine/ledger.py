@@ -7,10 +7,11 @@ import secrets
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from vllm_ttt.engine.blocks import Epoch
 from vllm_ttt.engine.history import History
+from vllm_ttt.engine.life.states import Life, State
 from vllm_ttt.engine.limits import Allowance
 from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.engine.records import Row, Version
@@ -68,50 +69,36 @@ class Session:
     allowance: Allowance = field(default_factory=Allowance)
     #: what the state dir calls it
     uid: str = field(default_factory=lambda: secrets.token_hex(16))
-    #: where the delta is; "new": there is none yet, and no room was given to it
-    place: Literal["new", "disk", "loading", "memory"] = "new"
-    #: the newest version on disk, and `mark` when that was taken
+    #: where it is, its generation, and what is to be done with it
+    life: Life = field(default_factory=Life)
+    #: the newest version on disk
     saved: Version | None = None
-    saved_mark: tuple[int, int] = (0, 0)
-    #: how often it went back to an earlier version
-    returns: int = 0
-    #: its owner has asked for something (delete, reset, roll back, fork) that is not on disk yet: requests of it wait, and no
-    #: save of it is begun. What becomes of it, `Tiers` says
-    changing: bool = False
-    #: whether what the state dir records of it, the delta apart, is out of date
-    touched: bool = True
-    #: operations that need it in memory
-    pins: int = 0
-    #: why it could not be saved or read lately
+    #: why it could not be saved or read lately, for its owner
     error: str | None = None
     #: of its blocks in the prefix cache
     epoch: Epoch = field(default_factory=Epoch)
-    #: whether its last save failed, and the next round of saves has not come yet
-    unsavable: bool = False
     #: whether it takes a place of its key
     claimed: bool = False
-    #: whether the state dir has a row of it
-    recorded: bool = False
-
-    @property
-    def mark(self) -> tuple[int, int]:
-        """Where its delta is in its life: never goes down, whereas its version does when it goes back."""
-        return self.returns, self.version
 
     @property
     def unsaved(self) -> bool:
         """Whether its delta is not, or not like this, on disk."""
-        return self.mark != self.saved_mark
+        return self.life.unsaved
 
     @property
     def idle(self) -> bool:
-        """Whether nobody needs it in memory."""
-        return not (self.requests or self.open or self.pins or self.changing)
+        """Whether nobody needs it."""
+        return not (self.requests or self.open or self.life.queue)
+
+    @property
+    def home(self) -> State:
+        """Where it is while it is not in memory."""
+        return State.ON_DISK if self.saved is not None else State.NEW
 
     @property
     def blank(self) -> bool:
         """Whether it has never learned anything, and its owner has asked for nothing: it is only a name."""
-        return self.mark == (0, 0) and self.saved is None and self.frozen is None and not self.recorded
+        return not self.life.learned_at and self.saved is None and self.frozen is None and self.life.recorded_at < 0
 
     def to_state(self) -> dict[str, Any]:
         """What is kept of the session with each version, for JSON; `from_state` takes it back."""
@@ -149,7 +136,9 @@ class Session:
 
     def record(self, chunk: ChunkReport) -> None:
         """Count a chunk that was learned or skipped, and remember its losses."""
-        self.version = chunk.version
+        if chunk.version != self.version:
+            self.version = chunk.version
+            self.life.learned()
         if (opened := self.open.get(chunk.request)) is not None:
             opened.note(chunk)
         if chunk.skipped is None:
@@ -181,15 +170,20 @@ class Session:
         self.version = version
         self.history.back_to(version)
         self.epoch.begin(version)
-        self.returns += 1
+        self.life.returned()
+
+    def copy(self, source: Session) -> None:
+        """The worker has made its delta what that of ``source`` is."""
+        self.from_state(source.to_state())
+        self.life.learned()
 
     def become(self, state: dict[str, Any], saved: Version | None) -> None:
         """The state dir has it like this now, and its delta is nowhere else. Requests that wait for it stay with it."""
         self.from_state(state)
         self.open = {name: opened for name, opened in self.open.items() if name in self.requests}
-        self.returns += 1
-        self.saved, self.saved_mark = saved, self.mark
-        self.error, self.unsavable = None, False
+        self.life.returned()
+        self.life.saved_at = self.life.generation
+        self.saved, self.error = saved, None
         self.epoch.begin(self.version)
 
     def summary(self) -> dict[str, Any]:
@@ -246,10 +240,11 @@ class Ledger:
         if session is None:
             if learns:
                 self.quotas.check(key.tenant)
-            session = self._enter(Session(key, self.next_adapter, self.recent, place="new" if self.store else "memory"))
+            session = self._enter(Session(key, self.next_adapter, self.recent))
         if learns:
             self.claim(session)
-        session.last_used, session.touched = time.time(), True
+        session.last_used = time.time()
+        session.life.touch()
         self.sessions[key] = self.sessions.pop(key)
         return session
 
@@ -291,7 +286,9 @@ class Ledger:
         self.by_adapter[session.adapter] = session
 
     def forget(self, session: Session) -> None:
-        """It is not in memory any more."""
+        """It is not in memory any more. Of one that has learned nothing, that is all there was."""
+        if session.blank:
+            self.give_back(session)
         del self.sessions[session.key]
         del self.by_adapter[session.adapter]
 
@@ -306,9 +303,8 @@ class Ledger:
         newest = row.newest.state if row.newest else {}
         same = row.state.get("version", 0) == newest.get("version", 0)
         session.from_state({**(row.state if same else newest), **_standing(row.state)})
-        session.saved, session.saved_mark, session.touched = row.newest, session.mark, False
-        session.place = "disk" if row.newest else "new"
-        session.claimed = session.recorded = True
+        session.saved = row.newest
+        session.life, session.claimed = Life(session.home, recorded_at=0), True
         if row.problem:
             session.error = f"what was recorded of it is damaged ({row.problem}); this is what can be read"
         return session

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from vllm_ttt.engine.ledger import ASKED_FOR
+from vllm_ttt.engine.life.states import State
 from vllm_ttt.metrics import Snapshot, Values
 from vllm_ttt.types import ChunkReport, Trial
 
@@ -71,9 +72,9 @@ def snapshot(scheduler: Any, worker: Snapshot) -> Snapshot:
     for name, series in worker.items():
         found.setdefault(name, {}).update(series)
     store, sessions = ledger.store, list(ledger.sessions.values())
-    here = [s for s in sessions if s.place == "memory"]
+    here = [s for s in sessions if s.life.in_memory]
     slots = sum(adapter in ledger.by_adapter for adapter in found.pop("slots")[""])  # the guard's is no session's
-    new, on_disk = sum(s.place == "new" for s in sessions), 0
+    new, on_disk = sum(s.life.state is State.NEW for s in sessions), 0
     if store is not None:
         saved, others = store.totals()
         known = {s.uid for s in sessions}

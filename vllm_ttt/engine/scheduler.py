@@ -24,6 +24,7 @@ from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.held import HeldBlocks
 from vllm_ttt.engine.holding import Holding, HoldingScheduler
 from vllm_ttt.engine.ledger import Ledger, Open, Session
+from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.probe import KEY as PROBE
 from vllm_ttt.engine.probe import ProbeReading, pieces
@@ -31,7 +32,6 @@ from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
 from vllm_ttt.engine.stops import Stops
 from vllm_ttt.engine.store import open_store
-from vllm_ttt.engine.tiers import Tiers
 from vllm_ttt.engine.trust import Trust
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
@@ -300,7 +300,7 @@ class TTTScheduler(HoldingScheduler):
             if not (attached := self.ttt_requests[request_id]).started:
                 self._learn_not(attached, "frozen")
         if self.ttt_tiers.saves is not None:
-            self.ttt_guard(self.ttt_tiers.saves.save, session)
+            self.ttt_guard(self.ttt_tiers.save, session)
 
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""

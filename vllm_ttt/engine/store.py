@@ -1,7 +1,8 @@
 """The state dir as the engine core uses it: reads at once, writes in order on a thread that it never waits for.
 
-What a session that leaves memory is being recorded as is already what `find` answers. Callbacks run on the engine's thread, in
-`poll`. Every method raises StoreError and nothing else: what befalls the state dir is an answer to somebody, never the end.
+What a session that leaves memory is being recorded as is already what `find` answers. Writes are answered on the engine's
+thread, in `poll`. Every method raises StoreError and nothing else: what befalls the state dir is an answer to somebody, never
+the end.
 """
 
 from __future__ import annotations
@@ -42,8 +43,6 @@ class Change:
 
 #: What is done in one transaction.
 Write = Callable[[sqlite3.Connection], Change]
-#: Gets the result of a write, or the error.
-Then = Callable[[Any, RequestError | None], None]
 
 #: Errors of the state dir as a whole: who tries something else there will meet them too.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
@@ -125,7 +124,8 @@ class Store:
         #: sessions whose damaged rows are being mended
         self._mending: set[str] = set()
         self._queue: queue.SimpleQueue[tuple[Write, bool, Future] | None] = queue.SimpleQueue()
-        self._done: deque[tuple[Future, Then]] = deque()
+        #: of each write, in order: what the thread says of it, what the engine is told, and whether it makes room
+        self._done: deque[tuple[Future, Future, bool]] = deque()
         self._thread = threading.Thread(target=self._run, name="ttt-store", daemon=True)
         self._thread.start()
 
@@ -163,7 +163,7 @@ class Store:
 
     # Writes.
 
-    def put(self, row: Row, then: Then) -> None:
+    def put(self, row: Row) -> Future:
         """Record a session, and its version ``row.newest``."""
         version = row.newest
         assert version is not None
@@ -173,7 +173,7 @@ class Store:
             gone += self._make_room(db, version.file, version.bytes, gone)
             return Change(None, {version.file: version.bytes}, gone)
 
-        self.write(write, then)
+        return self.write(write)
 
     def note(self, row: Row) -> None:
         """Record what is known of a session that leaves memory, whose newest version, ``row.newest``, is recorded already."""
@@ -181,13 +181,14 @@ class Store:
         number = self._number
         self._pending[row.key] = (number, row)
 
-        def done(_: Any, error: RequestError | None) -> None:
+        def done(_: Future) -> None:
             if self._pending.get(row.key, (None,))[0] == number:
                 del self._pending[row.key]
 
-        self.write(lambda db: Change(gone=records.put(db, replace(row, newest=None), self.keep)), done)
+        written = self.write(lambda db: Change(gone=records.put(db, replace(row, newest=None), self.keep)))
+        written.add_done_callback(done)
 
-    def replace(self, uid: str, row: Row | None, then: Then) -> None:
+    def replace(self, uid: str, row: Row | None = None) -> Future:
         """Forget the session ``uid``; with a row, record another one in its place."""
 
         def write(db: sqlite3.Connection) -> Change:
@@ -196,33 +197,34 @@ class Store:
                 records.put(db, row, self.keep)
             return Change(gone=gone)
 
-        self.write(write, then, frees=True)
+        return self.write(write, frees=True)
 
-    def back_to(self, row: Row, version: int, standing: dict[str, Any], then: Then) -> None:
-        """Make a recorded version of a session the newest again; ``then`` gets it. ``standing`` holds whatever the version."""
+    def back_to(self, row: Row, version: int, standing: dict[str, Any]) -> Future:
+        """Make a recorded version of a session the newest again. Resolves to it, or to None where it is not recorded.
+
+        Args:
+            standing: what of its state holds whatever the version.
+        """
 
         def write(db: sqlite3.Connection) -> Change:
             found, gone = records.back_to(db, row.uid, version)
-            if found is None:
-                kept = ", ".join(str(v.version) for v in records.versions(db, row.uid) if not v.problem) or "none"
-                raise StoreError(
-                    f"session {row.key.name!r} has no version {version} in the state dir any more; kept there are: {kept}",
-                    409, "version",
-                )  # fmt: skip
-            records.put(db, replace(row, state={**found.state, **standing}, newest=None), self.keep)
+            if found is not None:
+                records.put(db, replace(row, state={**found.state, **standing}, newest=None), self.keep)
             return Change(found, gone=gone)
 
-        self.write(write, then, frees=True)
+        return self.write(write, frees=True)
 
-    def write(self, write: Write, then: Then | None = None, frees: bool = False) -> None:
-        """Run ``write`` after everything that was asked for before; then, in `poll`, ``then(result, error)``.
+    def write(self, write: Write, frees: bool = False) -> Future:
+        """Run ``write`` after everything that was asked for before. Resolves in `poll`, to its result or a StoreError.
 
         Args:
             frees: it makes room, and may use what is kept for that where the disk is full.
         """
-        future: Future = Future()
-        self._done.append((future, then or (lambda _, error: None)))
-        self._queue.put((write, frees, future))
+        written: Future = Future()
+        answer: Future = Future()
+        self._done.append((written, answer, frees))
+        self._queue.put((write, frees, written))
+        return answer
 
     @property
     def busy(self) -> bool:
@@ -231,14 +233,17 @@ class Store:
     def poll(self) -> None:
         """Take in what has been written."""
         while self._done and self._done[0][0].done():
-            future, then = self._done.popleft()
-            error = future.exception()
-            assert error is None or isinstance(error, StoreError)
-            if error is None:
-                self._said = ""
-            elif error.status != 409:
+            written, answer, frees = self._done.popleft()
+            if (error := written.exception()) is not None:
+                assert isinstance(error, StoreError)
                 self.failed(error)
-            then(None if error else future.result(), error)
+                answer.set_exception(error)
+                continue
+            change: Change = written.result()
+            self._said = ""
+            if frees or change.added:
+                self.full = ""
+            answer.set_result(change.result)
 
     def failed(self, error: StoreError) -> None:
         """Something could not be written: say so, once for each reason in a row."""
@@ -283,7 +288,7 @@ class Store:
                 self.folder.set_aside(file)
             return Change(gone=gone)
 
-        self.write(write, lambda _, error: self._mending.discard(row.uid))
+        self.write(write).add_done_callback(lambda _: self._mending.discard(row.uid))
 
     def _make_room(self, db: sqlite3.Connection, file: str, size: int, gone: list[str]) -> list[str]:
         """Older versions that have to go for a file of ``size`` bytes. Raises StoreError where that is not enough."""
@@ -320,7 +325,7 @@ class Store:
         if db is not None:
             db.close()
 
-    def _execute(self, db: sqlite3.Connection, write: Write) -> Any:
+    def _execute(self, db: sqlite3.Connection, write: Write) -> Change:
         try:
             db.execute("BEGIN IMMEDIATE")
             change = write(db)
@@ -333,7 +338,7 @@ class Store:
         self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
         for file in change.gone:
             self.discard(file)
-        return change.result
+        return change
 
     def _recover(self) -> None:
         """After a stop of any kind: remove what was never recorded, and fall back where a file is gone or cut short."""

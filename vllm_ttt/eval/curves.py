@@ -65,7 +65,7 @@ async def main() -> None:
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--protocols", default="p2,p3")
     parser.add_argument("--retrieval", action="store_true")
-    parser.add_argument("--preset", default="last")
+    parser.add_argument("--preset", default="deep", help="`deep` (default) or `last`")
     parser.add_argument("--layers", type=int, help="adapted layers; default: what the preset says")
     parser.add_argument("--float32", action="store_true", help="load the model in float32 instead of its own dtype")
     parser.add_argument("--json")

@@ -41,24 +41,29 @@ def check() -> None:
 def _add_cli_args(original: Callable) -> Callable:
     def add_cli_args(parser: ArgumentParser) -> ArgumentParser:
         parser = original(parser)
-        group = parser.add_argument_group(
-            title="vllm-ttt", description="Test-time training: sessions that keep learning while they are served."
-        )
-        group.add_argument(
-            "--plugin",
-            action="append",
-            default=[],
-            metavar="NAME",
-            help="Use the installed vLLM plugin NAME; can be repeated. `--plugin ttt` switches test-time training on.",
-        )
-        group.add_argument("--ttt-config", metavar="FILE", help="YAML file with vllm-ttt's settings.")
-        group.add_argument(
-            "--ttt-preset", metavar="PRESET", help="What is adapted: `last` (default), or `deep`, several layers."
-        )
-        group.add_argument("--ttt-state-dir", metavar="DIR", help="Folder in which sessions outlive the server.")
+        add_flags(parser)
         return parser
 
     return add_cli_args
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags that `vllm serve` gains."""
+    group = parser.add_argument_group(
+        title="vllm-ttt", description="Test-time training: sessions that keep learning while they are served."
+    )
+    group.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Use the installed vLLM plugin NAME; can be repeated. `--plugin ttt` switches test-time training on.",
+    )
+    group.add_argument("--ttt-config", metavar="FILE", help="YAML file with vllm-ttt's settings.")
+    group.add_argument(
+        "--ttt-preset", metavar="PRESET", help="What is adapted: `deep` (default), every layer, or `last`, the last layer."
+    )
+    group.add_argument("--ttt-state-dir", metavar="DIR", help="Folder in which sessions outlive the server.")
 
 
 def _from_cli_args(original: Callable) -> Callable:

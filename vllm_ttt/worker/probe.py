@@ -64,13 +64,18 @@ class Probe:
         read, piece = self.reading.pop(request, (0, range(0)))
         if not read == len(piece) > 0:
             return
-        if self.cache is None and self.pieces and self.pieces[-1].stop == piece.start:
+        if not self.whole and self.pieces and self.pieces[-1].stop == piece.start:
             piece = range(self.pieces.pop().start, piece.stop)
         self.pieces.append(piece)
 
     @property
     def rows(self) -> int:
         return sum(map(len, self.pieces))
+
+    @property
+    def whole(self) -> bool:
+        """Whether its pieces are tried whole: their rows attend to one another."""
+        return self.cache is not None
 
     @property
     def ready(self) -> bool:
@@ -81,7 +86,7 @@ class Probe:
         """What to try where ``done`` rows have been: at most ``most``, but all that attend to one another."""
         for piece in self.pieces:
             if done < len(piece):
-                return piece[done : done + most] if self.cache is None else piece
+                return piece if self.whole else piece[done : done + most]
             done -= len(piece)
         return range(0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from vllm.logger import init_logger
@@ -12,7 +13,6 @@ from vllm.logger import init_logger
 from vllm_ttt.engine import records
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.store import Change, Store
-from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
@@ -32,14 +32,20 @@ class Expiry:
         self.next_look = time.monotonic()
         #: the clock less the time that has passed: it changes where somebody sets the clock
         self.skew = time.time() - time.monotonic()
+        #: resolves to sessions of the state dir that nobody uses
+        self.found: Future | None = None
 
     @property
     def due(self) -> bool:
-        return time.monotonic() >= self.next_look
+        return self.found is not None or time.monotonic() >= self.next_look
 
     def step(self) -> None:
         """Look, if it is time."""
-        if not self.due:
+        if self.found is not None and self.found.done():
+            found, self.found = self.found, None
+            if found.exception() is None:
+                self._expire(found.result())
+        if self.found is not None or not self.due:
             return
         self.next_look = time.monotonic() + min(SWEEP, self.ttl)
         self._follow_clock()
@@ -49,7 +55,7 @@ class Expiry:
         for session in [s for s in self.ledger.sessions.values() if s.last_used < oldest and s.idle]:
             self.remove(session)
         if self.store is not None:
-            self.store.write(lambda db: Change(records.unused_since(db, oldest, _AT_ONCE)), self._expire)
+            self.found = self.store.write(lambda db: Change(records.unused_since(db, oldest, _AT_ONCE)))
 
     def _follow_clock(self) -> None:
         """Where the clock was set, sessions stay as old as they are: a jump of years must not remove them all."""
@@ -64,9 +70,9 @@ class Expiry:
         if self.store is not None:
             self.store.write(lambda db: Change(records.follow_clock(db, ahead, now)))
 
-    def _expire(self, keys: list[SessionKey] | None, error: RequestError | None) -> None:
-        if keys and len(keys) == _AT_ONCE:
+    def _expire(self, keys: list[SessionKey]) -> None:
+        if len(keys) == _AT_ONCE:
             self.next_look = min(self.next_look, time.monotonic() + _SOON)
-        for key in keys or ():
+        for key in keys:
             if key not in self.ledger.sessions and (session := self.ledger.find(key)) is not None:
                 self.remove(session)

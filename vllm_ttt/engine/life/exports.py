@@ -1,0 +1,58 @@
+"""Adapters on their way to a client: a few at once, since each holds a copy of its session, and so many of each tenant."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from concurrent.futures import Future
+
+from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.life.operations import Steps
+from vllm_ttt.engine.life.orders import Orders
+from vllm_ttt.errors import RequestError
+from vllm_ttt.types import FileOrder
+
+#: Exports that the worker is asked for at once.
+AT_ONCE = 2
+#: Exports of one tenant that wait for their answer.
+PER_TENANT = 4
+
+
+class Exports:
+    def __init__(self, orders: Orders):
+        self.orders = orders
+        #: those whose turn has yet to come
+        self.waiting: deque[Future] = deque()
+        self.under_way = 0
+        self.counts: Counter[str] = Counter()
+
+    def admit(self, tenant: str) -> None:
+        """Count one more of the tenant, until `answered`. Raises RequestError (429) where it has enough."""
+        if self.counts[tenant] >= PER_TENANT:
+            message = f"a key may wait for {PER_TENANT} adapters at once; ask again when one of them has come"
+            raise RequestError(message, 429)
+        self.counts[tenant] += 1
+
+    def answered(self, tenant: str) -> None:
+        self.counts[tenant] -= 1
+        if not self.counts[tenant]:
+            del self.counts[tenant]
+
+    def write(self, session: Session, path: str) -> Steps:
+        """Part of an operation: write the adapter of a session that is in memory; returns the FileReport."""
+        turn: Future = Future()
+        self.waiting.append(turn)
+        yield turn
+        try:
+            order = FileOrder("export", session.adapter, path, metadata={"session_id": session.key.name})
+            report = yield self.orders.ask(order)
+        finally:
+            self.under_way -= 1
+        if report.outcome != "done":
+            raise RequestError(f"session {session.key.name!r} could not be written: {report.error}", 507)
+        return report
+
+    def step(self) -> None:
+        """Let those go on whose turn it is."""
+        while self.waiting and self.under_way < AT_ONCE:
+            self.under_way += 1
+            self.waiting.popleft().set_result(None)

@@ -1,0 +1,185 @@
+"""Which sessions are written to the state dir, and when: every ``autosave`` seconds, when asked, for room, at the end.
+
+A save is an order to the worker, which takes a snapshot and writes the file; then the version is recorded. Only then it exists.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+
+from vllm.logger import init_logger
+
+from vllm_ttt.engine.ledger import Ledger, Session
+from vllm_ttt.engine.life.operations import Operations, Steps
+from vllm_ttt.engine.life.orders import Orders
+from vllm_ttt.engine.life.states import State
+from vllm_ttt.engine.meters import Meters
+from vllm_ttt.engine.records import Version
+from vllm_ttt.engine.store import Store, StoreError, store_error
+from vllm_ttt.errors import RequestError
+from vllm_ttt.types import FileOrder, FileReport, SessionKey
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+
+#: Saves that are under way at once: each holds a copy of its session.
+AT_ONCE = 4
+#: Snapshots of one save: the guard may take a session back while one is written.
+_TRIES = 8
+
+
+class Saves:
+    def __init__(self, ledger: Ledger, store: Store, autosave: float, orders: Orders, operations: Operations, meters: Meters):
+        self.ledger, self.store, self.autosave = ledger, store, autosave
+        self.orders, self.operations, self.meters = orders, operations, meters
+        #: sessions that have changed since the last round; who changed first comes first
+        self.changed: dict[SessionKey, Session] = {}
+        #: sessions to be saved, in order, and the operation that waits for its turn, where there is one
+        self.due: dict[SessionKey, tuple[Session, Future | None]] = {}
+        #: sessions whose last save failed, until the next round
+        self.failing: set[SessionKey] = set()
+        self.under_way = 0
+        self.next_round = time.monotonic() + autosave
+        self.closing = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine must go on stepping although nobody is served."""
+        if self.under_way or self.due:
+            return True
+        return bool(self.changed) and (self.closing or time.monotonic() >= self.next_round)
+
+    def changes(self, session: Session) -> None:
+        """The session was used, or has learned."""
+        session.life.touch()
+        self.changed[session.key] = session
+
+    def asked(self, session: Session) -> Steps:
+        """An operation: save what the session is now. Returns its `Version` on disk, None for one that learned nothing."""
+        if not session.unsaved:
+            self.record(session)
+            return session.saved
+        turn: Future = Future()
+        self.due[session.key] = session, turn
+        yield turn
+        return (yield from self._save(session))
+
+    def record(self, session: Session) -> None:
+        """Bring what the state dir says of the session, its delta apart, up to date."""
+        if session.life.unrecorded and not session.blank:
+            self.store.note(session.row(session.saved))
+            session.life.recorded_at = session.life.generation
+
+    def forget(self, session: Session) -> None:
+        """The session leaves memory, or is no more."""
+        self.changed.pop(session.key, None)
+        self.due.pop(session.key, None)
+        self.failing.discard(session.key)
+
+    def close(self) -> None:
+        """The server is about to end: save what has changed at once; what is in use, again when it is idle."""
+        if not self.closing:
+            self.closing = True
+            self._round()
+            logger.info("vllm-ttt: saving %d sessions before the end", sum(s.unsaved for s, _ in self.due.values()))
+
+    def step(self) -> None:
+        """Begin what is due."""
+        if self.changed and (self.closing or time.monotonic() >= self.next_round):
+            self._round(idle_only=self.closing)
+        for session, turn in list(self.due.values()):
+            if self.under_way == AT_ONCE:
+                return
+            if turn is not None:
+                del self.due[session.key]
+                self.under_way += 1
+                turn.set_result(None)
+            elif not session.life.queue:
+                del self.due[session.key]
+                self._begin(session)
+
+    def make_clean(self, count: int) -> None:
+        """Save up to ``count`` idle sessions whose place may be needed soon; what failed lately waits for its round."""
+        for session in list(self.changed.values()):
+            if len(self.due) >= count:
+                return
+            if session.idle and session.unsaved and session.key not in self.failing:
+                self.due.setdefault(session.key, (session, None))
+
+    def _round(self, idle_only: bool = False) -> None:
+        self.next_round = time.monotonic() + self.autosave
+        for session in list(self.changed.values()):
+            if session.idle or not idle_only:
+                del self.changed[session.key]
+                self.failing.discard(session.key)
+                self.due.setdefault(session.key, (session, None))
+
+    def _begin(self, session: Session) -> None:
+        """Its turn has come, and nobody waits for it."""
+        if session.unsaved and session.life.state is State.IN_MEMORY:
+            self.under_way += 1
+            self.operations.run(session, self._save(session))
+        else:
+            self.record(session)
+
+    def _save(self, session: Session) -> Steps:
+        """One of those that are under way, until it is recorded. Whatever of it fails is an answer, and a line of the log."""
+        began = time.monotonic()
+        try:
+            for _ in range(_TRIES):
+                if (yield from self._write(session)):
+                    break
+            else:
+                raise StoreError("it went back to an earlier version again and again", 507)
+        except (StoreError, OSError) as error:
+            raise self._failed(session, store_error(error)) from None
+        finally:
+            self.under_way -= 1
+        self.meters.add("saves_total", 1, "done")
+        self.meters.observe("save_seconds", time.monotonic() - began)
+        self.failing.discard(session.key)
+        if session.unsaved or session.life.unrecorded:
+            self.changed[session.key] = session
+        else:
+            self.changed.pop(session.key, None)
+        return session.saved
+
+    def _write(self, session: Session) -> Steps:
+        """Write a snapshot, and record it. Returns whether it is still a version of the session: else another is needed."""
+        life, key, taken = session.life, session.key, []
+        file = self.store.folder.new_file(session.uid)
+
+        def take(report: FileReport) -> None:
+            # The ledger has counted what the delta holds, and nothing that came later. But for a rollback of the guard's.
+            if report.version == session.version:
+                taken.append((life.generation, Version(report.version, file, 0, "", time.time(), session.to_state())))
+
+        metadata = {"uid": session.uid, "tenant": key.tenant, "session_id": key.name}
+        order = FileOrder("save", session.adapter, str(self.store.folder.path(file)), metadata=metadata)
+        report: FileReport = yield self.orders.ask(order, take)
+        if report.outcome != "done":
+            raise OSError(report.errno, report.error)
+        if not taken or taken[0][0] < life.returned_at:
+            self.store.discard(file)
+            return False
+        generation, version = taken[0]
+        version, recorded = replace(version, bytes=report.bytes, checksum=report.checksum), life.generation
+        try:
+            yield self.store.put(session.row(version))
+        except StoreError:
+            self.store.discard(file)
+            raise
+        session.saved, session.error = version, None
+        life.saved_at, life.recorded_at = generation, recorded
+        return generation >= life.returned_at
+
+    def _failed(self, session: Session, error: StoreError) -> RequestError:
+        """The session stays as it is, in memory; the next round tries again."""
+        self.meters.add("saves_total", 1, "failed")
+        self.store.failed(error)
+        session.error = why = error.message
+        self.failing.add(session.key)
+        if not self.closing:
+            self.changed[session.key] = session
+        return RequestError(f"session {session.key.name!r} could not be saved: {why}", 507)
