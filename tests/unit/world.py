@@ -184,7 +184,8 @@ class World:
     def worker(self, method: str, *args: Any) -> Any:
         """What the worker answers to an operation."""
         if method == "ttt_copy":
-            return self.trainer.deltas.copy(*args)
+            self.trainer.deltas.copy(*args)
+            return self.trainer.deltas.session(args[1]).version
         assert method == "ttt_roll_back"
         return None if self.trainer.roll_back(*args) else self.trainer.versions.of(args[0])
 

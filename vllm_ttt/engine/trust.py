@@ -41,7 +41,8 @@ class Trust:
         session.probe_regression = trial.regression
         if trial.back_to is None:
             return None
-        session.back_to(trial.back_to)
+        if trial.back_to < session.version:  # else its owner has had it go back further meanwhile
+            session.back_to(trial.back_to)
         session.frozen = (
             f"at version {trial.version} its delta made the guard's text worse by {trial.regression:.3f} nats per token "
             f"(guard.max_regression {self.config.guard.max_regression:g}); it is back at version {trial.back_to}"

@@ -197,10 +197,11 @@ class TTTWorkerMixin:
         return [self.ttt_session(key) for key in keys]
 
     @torch.inference_mode()
-    def ttt_copy(self, key: int, to: int) -> None:
-        """Give the new session ``to`` the delta of ``key``, for which nothing waits to be learned."""
+    def ttt_copy(self, key: int, to: int) -> int:
+        """Give the new session ``to`` the delta of ``key``, for which nothing waits to be learned. Returns its version."""
         self.trainer.collect(wait=True)
         self.trainer.deltas.copy(key, to)
+        return self.trainer.deltas.session(to).version
 
     @torch.inference_mode()
     def ttt_roll_back(self, key: int, version: int) -> list[int] | None:

@@ -102,7 +102,8 @@ class Changes:
                 yield from self.tiers.bring_in(session)
             if source.open or source.requests:
                 raise RequestError(f"session {source.key.name!r} has been sent something meanwhile; try again", 409)
-            worker("ttt_copy", source.adapter, target.adapter)
+            if worker("ttt_copy", source.adapter, target.adapter) != source.version:
+                raise RequestError(f"session {source.key.name!r} is going back to an earlier version; try again", 409)
         except BaseException:
             if target.requests:
                 self.tiers.become(target, {}, None)

@@ -1,0 +1,146 @@
+"""A world whose threads do a piece of work when the test says so, on a disk that fails when the test says so.
+
+The threads, the files and the database are the real ones. Each write waits at a gate until it is let through, so that what one
+thread has done when another goes on is chosen, and not a matter of luck. A kill is a copy of the folder, taken at a moment that
+is chosen too: between two writes, within a transaction, or before the files are removed that it made obsolete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from world import World
+
+from vllm_ttt.engine.store import Change, Write
+from vllm_ttt.types import FileOrder, FileReport
+
+#: Of a kill. At all but the first, a write of the database is begun, and cut off there.
+MOMENTS = ("now", "in a transaction", "after a commit")
+#: What each thread does.
+WORK = {"store": "", "writer": "save", "reader": "load", "exporter": "export"}
+
+
+class Disk:
+    """What is wrong with it: no row can be written, no file, or none can be read."""
+
+    def __init__(self) -> None:
+        self.full = self.files_full = self.unreadable = False
+
+    def check_rows(self) -> None:
+        if self.full:
+            raise sqlite3.OperationalError("database or disk is full")
+
+    def check_files(self, order: FileOrder) -> None:
+        if order.action == "load" and self.unreadable:
+            raise OSError(5, "Input/output error")
+        if order.action != "load" and self.files_full:
+            raise OSError(28, "No space left on device")
+
+
+class Lockstep(World):
+    def __init__(self, folder: Path, **options: Any):
+        self.gates = {thread: threading.Semaphore(0) for thread in WORK}
+        self.disk, self.moment, self.killed = Disk(), "", False
+        self.image = folder.with_name(f"{folder.name}k")
+        super().__init__(folder, **options)
+        write, discard, run = self.store.write, self.store.discard, self.files._run
+        self.store.write = lambda job, frees=False: write(self._row(job), frees)  # type: ignore[method-assign]
+
+        def late(file: str) -> None:
+            self._at("after a commit")
+            discard(file)
+
+        def submit(pool: ThreadPoolExecutor, order: FileOrder, job: Callable[..., Any], *args: Any) -> None:
+            run(pool, order, self._file(order, job), *args)
+
+        self.store.discard, self.files._run = late, submit  # type: ignore[method-assign]
+
+    def let(self, thread: str) -> bool:
+        """Let a thread do one piece of work, and wait until that is done; False where there is none."""
+        if thread == "store":
+            futures = [written for written, _, _ in self.store._done]
+        else:
+            futures = [future for order, future in self.files.running if order.action == WORK[thread]]
+        if (future := next((f for f in futures if not f.done()), None)) is None:
+            return False
+        self.gates[thread].release()
+        with contextlib.suppress(Exception):
+            future.result(timeout=20)
+        return True
+
+    def run(self, until: Callable[[], bool] | None = None) -> None:
+        """Let all threads do what they can, until ``until()``, or until there is nothing to be done."""
+        for _ in range(2000):
+            if until() if until else not self.tiers.busy:
+                return
+            self.step()
+            for thread in WORK:
+                while self.let(thread):
+                    pass
+        raise AssertionError("it does not come to rest")
+
+    def kill(self, moment: str) -> Path:
+        """SIGKILL at one of `MOMENTS`. Returns the folder as it was then."""
+        self.moment = moment
+        if moment != "now":
+            self.let("store")
+        self._copy()
+        self._let_go()
+        self.crash()
+        return self.image
+
+    def end(self) -> None:
+        """As SIGTERM does."""
+        self.tiers.close()
+        self.run()
+        self._let_go()
+        super().end()
+
+    def _let_go(self) -> None:
+        for gate in self.gates.values():
+            gate.release(10_000)
+        self.files.exporter.shutdown(wait=False)
+
+    def _row(self, job: Write) -> Write:
+        passed: list[bool] = []
+
+        def write(db: sqlite3.Connection) -> Change:
+            if not passed:  # else it is tried again, with the room that was kept aside
+                passed.append(self.gates["store"].acquire())
+            self._at("")
+            change = job(db)
+            self._at("in a transaction")
+            self.disk.check_rows()
+            return change
+
+        return write
+
+    def _file(self, order: FileOrder, job: Callable[..., tuple[FileReport, Any]]) -> Callable[..., tuple[FileReport, Any]]:
+        thread = next(thread for thread, action in WORK.items() if action == order.action)
+
+        def work(*args: Any) -> tuple[FileReport, Any]:
+            self.gates[thread].acquire()
+            self._at("")
+            self.disk.check_files(order)
+            return job(*args)
+
+        return work
+
+    def _at(self, moment: str) -> None:
+        """In a thread: this may be the moment of the kill, or it may be past."""
+        if moment and moment == self.moment:
+            self._copy()
+        if self.killed:
+            raise OSError(5, "killed")
+
+    def _copy(self) -> None:
+        if not self.killed:
+            self.killed = True
+            shutil.copytree(self.store.folder.root, self.image)
