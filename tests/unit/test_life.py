@@ -94,6 +94,29 @@ def test_a_generation_never_goes_down(tmp_path: Path) -> None:
     world.end()
 
 
+def test_whoever_holds_requests_is_told_when_they_may_go_on(tmp_path: Path) -> None:
+    """When the session has come into memory, and when nothing more is to be done for it, whatever became of that."""
+    world, told = World(tmp_path / "state", limit=1), []
+    world.use("a", 1.0)
+    world.save("a")
+    world.use("b", 1.0)
+    world.save("b")
+    world.tiers.on_ready = lambda session: told.append((session.key.name, world.tiers.ready(session)))
+    session = world.ledger.open(SessionKey("-", "a"))
+    session.requests.add("r")
+    assert world.tiers.homeless(session)
+    assert not world.tiers.ready(session)
+    assert not world.tiers.homeless(session), "it is on its way"
+    world.run(lambda: world.tiers.ready(session))
+    assert told == [("a", True)] * 2
+    with pytest.raises(RequestError, match="requests in the engine"):
+        world.wait(world.go_back(session, 1))
+    session.requests.clear()
+    world.wait(world.go_back(session, 1))
+    assert told[2:] == [("a", True), ("a", False)], "it is on disk"
+    world.end()
+
+
 def wrong(tiers: Tiers, session: Session) -> Generator[Any, Any, None]:
     yield from ()
     tiers.move(session, State.LOADING)
