@@ -256,9 +256,12 @@ class Lives(RuleBasedStateMachine):
                 self.world.let(thread)
             self.step()
 
-    @rule(name=NAMES, late=st.booleans(), data=st.data())
-    def guard_returns(self, name: str, late: bool, data: st.DataObject) -> None:
-        """The worker has taken a session back; the engine hears of it now, or with the next step."""
+    @rule(name=NAMES, late=st.booleans(), saving=st.booleans(), data=st.data())
+    def guard_returns(self, name: str, late: bool, saving: bool, data: st.DataObject) -> None:
+        """The worker has taken a session back; the engine hears of it now, or with the next step. A save may be under way."""
+        if saving:
+            self.talk(name, chunks=2, save=True)
+            self.step()
         session = self.session(name)
         if session is None or not session.life.in_memory or any(trial.session == session.adapter for trial in self.trials):
             return
