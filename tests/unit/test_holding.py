@@ -412,7 +412,10 @@ def test_a_session_that_is_being_changed_is_waited_for(on_disk: Held) -> None:
 def test_a_fork_is_waited_for(on_disk: Held) -> None:
     engine = on_disk
     engine.scheduler.ttt_ledger.limit = 2
-    rpc = lambda method, args=(): [{"tier": "memory", "bytes": 1, "tokens_pending": 0, "norm": {}}]  # noqa: E731
+
+    def rpc(method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [1 if method == "ttt_copy" else {"tier": "memory", "bytes": 1, "tokens_pending": 0, "norm": {}}]
+
     core = SimpleNamespace(scheduler=engine.scheduler, model_executor=SimpleNamespace(collective_rpc=rpc))
     answer = admin(core, "fork", "-", "a", "c")
     held = engine.send("c", learn=True)
