@@ -147,7 +147,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 def figures_of(world: World) -> dict[str, dict[str, Any]]:
     scheduler = SimpleNamespace(
         ttt_config=TTTConfig(), ttt_tiers=world.tiers, ttt_ledger=world.ledger, ttt_meters=world.tiers.meters,
-        ttt_guard=SimpleNamespace(errors=3),
+        ttt_guard=SimpleNamespace(errors=3), ttt_probe=SimpleNamespace(text=[[1, 2]]),
         ttt_requests={"a": SimpleNamespace(held=1.0, started=False), "b": SimpleNamespace(held=1.0, started=True)},
     )  # fmt: skip
     worker = {
@@ -155,6 +155,7 @@ def figures_of(world: World) -> dict[str, dict[str, Any]]:
         "evictions_total": {"device": 7},
         "errors_total": {"worker": 2},
         "pending_tokens": {"": 5},
+        "guard_active": {"": 1},
     }
     return snapshot(scheduler, worker)
 
@@ -204,7 +205,7 @@ def test_the_admin_operation_asks_the_worker_once(tmp_path: Path) -> None:
     world = World(tmp_path / "state")
     engine = Engine(world)
     engine.scheduler.ttt_meters, engine.scheduler.ttt_requests = world.tiers.meters, {}
-    engine.scheduler.ttt_guard = SimpleNamespace(errors=0)
+    engine.scheduler.ttt_guard, engine.scheduler.ttt_probe = SimpleNamespace(errors=0), SimpleNamespace(text=[])
     found = engine.ask("metrics")
     assert engine.calls == ["ttt_metrics"]
     assert set(found) == set(BY_NAME) - {"snapshot_age_seconds"}, "the whole list of metrics, and nothing else"

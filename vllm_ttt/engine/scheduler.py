@@ -30,7 +30,7 @@ from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.trust import Trust
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
-from vllm_ttt.types import ChunkReport, Knobs, RequestPlan, SessionKey, StepPlan, StepReport, Trial
+from vllm_ttt.types import ChunkReport, Knobs, Reason, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -199,7 +199,7 @@ class TTTScheduler(AsyncScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.ttt_slot_awaited = False
         output = super().schedule(throttle_prefills)
-        plan = StepPlan(ended=self.ttt_ended, files=self.ttt_tiers.take_orders())
+        plan = StepPlan(ended=self.ttt_ended, stopped=self.ttt_trust.take_stopped(), files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
         plan.urgent, plan.lost = self.ttt_held.urgent(output), self.ttt_held.take_lost()
         if self.ttt_requests or self.ttt_probe.open:
@@ -241,7 +241,7 @@ class TTTScheduler(AsyncScheduler):
             repetitive=attached.repetitive,
         )  # fmt: skip
 
-    def _learn_not(self, attached: Attached, reason: str) -> None:
+    def _learn_not(self, attached: Attached, reason: Reason) -> None:
         """A request that was to learn, and has not begun to, is answered and not learned."""
         attached.knobs, attached.prompt_learned = Knobs(learn=False), False
         attached.session.open.pop(attached.request.request_id, None)
@@ -292,12 +292,11 @@ class TTTScheduler(AsyncScheduler):
                 self.ttt_blocks.learned(session, chunk)
                 session.record(chunk)
                 self.ttt_tiers.changes(session)
-                interleaved = self.ttt_interleaved.get(chunk.request)
-                if interleaved is not None and not interleaved.outputs:
-                    interleaved.version = chunk.version
+                if (attached := self.ttt_requests.get(chunk.request)) is not None:
+                    attached.note(chunk)
 
     def _tried(self, session: Session, trial: Trial) -> None:
-        """The guard has tried the session's delta; where it was bad, nothing that has not begun is learned any more."""
+        """The guard has tried the session's delta; where it was bad, nothing more of what it has sent is learned."""
         self.ttt_meters.tried(trial)
         reason = self.ttt_trust.tried(session, trial)
         self.ttt_tiers.changes(session)
@@ -305,7 +304,10 @@ class TTTScheduler(AsyncScheduler):
             return
         logger.warning("vllm-ttt: session %s learns no more: %s", session.key.wire(), reason)
         for request_id in session.requests & set(session.open):
-            if not (attached := self.ttt_requests[request_id]).started:
+            if (attached := self.ttt_requests[request_id]).started:
+                self.ttt_interleaved.pop(request_id, None)
+                attached.stop(session.version)
+            else:
                 self._learn_not(attached, "frozen")
         if self.ttt_tiers.saves is not None:
             self.ttt_guard(self.ttt_tiers.save, session)
@@ -349,6 +351,7 @@ class TTTScheduler(AsyncScheduler):
         """The request leaves the engine. One that never started has nothing that could settle."""
         attached = self.ttt_requests.pop(request_id, None)
         if attached is None:
+            self.ttt_probe.lost(request_id)
             return
         attached.session.requests.discard(request_id)
         self.ttt_interleaved.pop(request_id, None)

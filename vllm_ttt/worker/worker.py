@@ -147,6 +147,7 @@ class TTTWorkerMixin:
         # Guarded one by one: a request whose start or end is missed would keep its session waiting for ever.
         self._guard(self._preempt, (*(scheduler_output.preempted_req_ids or ()), *plan.lost))
         self._guard(self._finish, scheduler_output, plan)
+        self.trainer.stopped.difference_update(plan.stopped)
         learned = self._guard(self._between, serving, plan.urgent) or 0
         self._guard(self._start, plan)
         self._guard(self._note_blocks, scheduler_output)
@@ -198,10 +199,8 @@ class TTTWorkerMixin:
 
     @torch.inference_mode()
     def ttt_copy(self, key: int, to: int) -> int:
-        """Give the new session ``to`` the delta of ``key``, for which nothing waits to be learned. Returns its version."""
-        self.trainer.collect(wait=True)
-        self.trainer.deltas.copy(key, to)
-        return self.trainer.deltas.session(to).version
+        """`Trainer.copy`."""
+        return self.trainer.copy(key, to)
 
     @torch.inference_mode()
     def ttt_roll_back(self, key: int, version: int) -> list[int] | None:
@@ -229,6 +228,7 @@ class TTTWorkerMixin:
             "evictions_total": {"device": trainer.deltas.evictions},
             "errors_total": {"worker": trainer.errors},
             "slots": {"": trainer.slots.held()},
+            "guard_active": {"": int(trainer.guard.on)},
         }
 
     # Between iterations.
@@ -284,7 +284,7 @@ class TTTWorkerMixin:
             if request_plan.probe:
                 self.probe.start(request, request_plan)
                 continue
-            self.backlog.start(request, request_plan)
+            self.trainer.start(request, request_plan)
             self.began[request] = self.trainer.deltas.session(request_plan.session).served
 
     def _between(self, serving: bool, urgent: list[str]) -> int:
