@@ -226,7 +226,8 @@ class StepReport:
     released: list[str] = field(default_factory=list)
     #: what has become of file orders, in the order in which it happened
     files: list[FileReport] = field(default_factory=list)
-    #: captured tokens that wait for their step
+    #: captured tokens that wait for their step, and the pages of those that are complete
     pending: int = 0
+    queued: int = 0
     #: whether the worker has work that needs another step, even where no request does
     busy: bool = False

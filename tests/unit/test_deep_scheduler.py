@@ -32,10 +32,10 @@ PROMPT = list(range(1000, 1100))
 class Engine:
     """A scheduler, and a worker that computes nothing: every step of a whole prompt or answer yields the token 7."""
 
-    def __init__(self, preset: str, **config: Any):
+    def __init__(self, preset: str, max_model_len: int = 512, **config: Any):
         args = EngineArgs(
             model=str(MODEL),
-            max_model_len=512,
+            max_model_len=max_model_len,
             enforce_eager=True,
             **engine_args(preset, {"sessions": {"resident": 4}, "guard": {"every": 0}, **config}),
         )

@@ -11,12 +11,12 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt import plugin, support
-from vllm_ttt.engine.admission import check_adapter, knobs_of
+from vllm_ttt.engine.admission import check_adapter, knobs_of, refusal
 from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.guarded import Guarded
@@ -26,6 +26,7 @@ from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.probe import ProbeReading, pieces
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
+from vllm_ttt.engine.room import Room
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.trust import Trust
 from vllm_ttt.errors import RequestError
@@ -59,6 +60,7 @@ class TTTScheduler(AsyncScheduler):
         self.ttt_held = HeldBlocks(self.kv_cache_manager.block_pool)
         self.ttt_trust = Trust(config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
+        self.ttt_room = Room(config.schedule.backlog_tokens, config.learn.chunk)
         self.ttt_alarm: Alarm | None = None
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
@@ -135,16 +137,14 @@ class TTTScheduler(AsyncScheduler):
             first = next(iter(session.open.values()), None)
             if first is not None and first.arrival < attached.arrival:
                 return False
-        pending = self.ttt_report.pending
-        if attached.knobs.learn and pending and pending + attached.prompt > self.ttt_config.schedule.backlog_tokens:
-            return False
         if not self._has_slot(session.adapter):
             return False
         if attached.started:
             return True
         attached.take_adapter()
         self._look_back(attached)
-        return True
+        name, pairs = attached.request.request_id, attached.prompt - 1 - attached.start
+        return not attached.knobs.learn or self.ttt_room.takes(name, attached.arrival, pairs, self.ttt_report.queued)
 
     def _look_back(self, attached: Attached) -> None:
         """Before a request starts: what of its prompt is history. Asked in each step in which there is no room for it."""
@@ -246,6 +246,7 @@ class TTTScheduler(AsyncScheduler):
         attached.knobs, attached.prompt_learned = Knobs(learn=False), False
         attached.session.open.pop(attached.request.request_id, None)
         self.ttt_interleaved.pop(attached.request.request_id, None)
+        self.ttt_room.leave(attached.request.request_id)
         attached.session.refuse(pairs := max(0, attached.prompt - 1), reason, seen=True)
         self.ttt_meters.skipped(pairs, reason)
 
@@ -320,6 +321,7 @@ class TTTScheduler(AsyncScheduler):
         if attached is None:
             return
         attached.outputs += len(output.new_token_ids)
+        self.ttt_room.leave(output.request_id)
         if attached.knobs.learn_output:
             attached.session.tokens_seen += len(output.new_token_ids)
         answer = {"version": attached.version, "tokens_learned": attached.accepted(self.ttt_config.learn)}
@@ -355,6 +357,7 @@ class TTTScheduler(AsyncScheduler):
             return
         attached.session.requests.discard(request_id)
         self.ttt_interleaved.pop(request_id, None)
+        self.ttt_room.leave(request_id)
         if not attached.started:
             attached.session.open.pop(request_id, None)
         elif attached.knobs.learn:
@@ -367,13 +370,7 @@ class TTTScheduler(AsyncScheduler):
 
     def _refuse(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, error in self.ttt_refused:
-            output = EngineCoreOutput(
-                request_id=request.request_id,
-                new_token_ids=[],
-                finish_reason=FinishReason.ABORT,
-                kv_transfer_params={"ttt": {"status": error.status, "message": error.message}},
-            )
-            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(refusal(request, error))
         self.ttt_refused.clear()
 
     def has_requests(self) -> bool:

@@ -292,6 +292,11 @@ class Backlog:
         queued = sum(c.rows for q in self.queues.values() for c in q)
         return queued + sum(r.open.rows for r in self.readings.values() if r.open)
 
+    @property
+    def queued(self) -> int:
+        """Pages of chunks that wait for their step."""
+        return sum(map(len, self.queues.values()))
+
     def pending_of(self, session: int) -> int:
         """Captured tokens of one session that wait for their step."""
         queued = sum(c.rows for c in self.queues.get(session, ()))

@@ -147,7 +147,7 @@ class Trainer:
                 self.backlog.forget(request)
                 self.report.settled.append((request, key))
         report, self.report = self.report, StepReport()
-        report.pending = self.backlog.pending
+        report.pending, report.queued = self.backlog.pending, self.backlog.queued
         report.busy = bool(self.backlog.queues or self.dirty or self.outcomes or self.guard.busy or self.backlog.settled())
         return report
 
