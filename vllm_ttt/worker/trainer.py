@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.types import ChunkReason, ChunkReport, RequestPlan, StepReport
 from vllm_ttt.worker.backlog import Backlog, Chunk
-from vllm_ttt.worker.clock import Clock, to_device, to_host
+from vllm_ttt.worker.clock import Clock, copy_to_host, to_device, to_host
 from vllm_ttt.worker.compute import Compute
 from vllm_ttt.worker.deltas import Deltas, Session
 from vllm_ttt.worker.guard import Guard
@@ -115,7 +115,12 @@ class Trainer:
             self.clock.wait(outcome.mark)
             values, frozen = outcome.values.T.tolist(), outcome.frozen.tolist()
             for chunk, kept, value, base in zip(outcome.chunks, outcome.kept, values, frozen, strict=True):
-                self._learned(chunk, kept, value, None if math.isnan(base) else base)
+                try:
+                    self._learned(chunk, kept, value, None if math.isnan(base) else base)
+                except Exception:
+                    self.failed("the outcome of a chunk could not be taken in; what its session has waiting is given up")
+                    self._report_chunk(chunk, math.nan, "error")
+                    self.lose(chunk.session, "error")
 
         for trial in self.guard.collect(self.deltas.sessions, wait):
             self.report.trials.append(trial)
@@ -206,12 +211,6 @@ class Trainer:
         self.sync()
         return True
 
-    def abandon(self) -> None:
-        """Give up everything that waits, of all sessions, and the rest of what they are sending now; their masters stay."""
-        reading = {r.plan.session for r in self.backlog.readings.values()}
-        for key in reading | set(self.backlog.queues):
-            self.lose(key, "error")
-
     def failed(self, what: str) -> None:
         """Count an error that serving survives, and log it; call it while the exception is handled."""
         self.errors += 1
@@ -290,7 +289,9 @@ class Trainer:
             session = self.deltas.session(key)
             if session.serving is None:
                 delta = self.deltas.read(key).delta
-                session.serving = delta.by(*(x.clone() for x in delta.tensors()))
+                # Not on the device, where nothing more is allocated for good: its slot holds the same.
+                session.serving = delta.by(*map(copy_to_host, delta.tensors()))
+                session.serving_copied = self.clock.mark()
                 session.serving_version = session.version
 
     def _learned(self, chunk: Chunk, kept: Kept | None, values: list[float], frozen: float | None) -> None:

@@ -159,7 +159,7 @@ class TTTWorkerMixin:
             self.ran = self.ttt_batch(scheduler_output) if plan.sessions else None
         elif output is not None:
             output = copy.copy(output)  # vLLM shares one empty output
-            output.ttt = self._report()
+            output.ttt = self._guard(self._report)
         return output
 
     @torch.inference_mode()
@@ -171,7 +171,7 @@ class TTTWorkerMixin:
         if self.ran is not None:
             self._guard(self._take)
         if output is not None:
-            getattr(output, "model_runner_output", output).ttt = self._report()
+            getattr(output, "model_runner_output", output).ttt = self._guard(self._report)
         return output
 
     # Called through collective_rpc.
@@ -328,6 +328,14 @@ class TTTWorkerMixin:
         wanted = {**self.backlog.wanted(), **self.probe.reading}
         if not wanted:
             return
+        try:
+            self._keep(ran, wanted)
+        except Exception:
+            self.trainer.failed("_take failed; what the sessions of the batch have waiting is given up")
+            for key in {reading.plan.session for reading in self.backlog.wanted().values()}:
+                self.trainer.lose(key, "error")
+
+    def _keep(self, ran: Any, wanted: dict[str, Any]) -> None:
         view = self.ttt_view(ran, wanted)
         if self.probe.reading:
             self.probe.take([r for r in view if r.request in self.probe.reading], self.capture.h_ND, self.capture.a_NQ)
@@ -348,6 +356,5 @@ class TTTWorkerMixin:
         try:
             return hook(*args)
         except Exception:
-            self.trainer.failed(f"{hook.__name__} failed; what waited to be learned is given up")
-            self.trainer.abandon()
+            self.trainer.failed(f"{hook.__name__} failed")
             return None
