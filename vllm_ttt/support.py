@@ -172,7 +172,7 @@ def _quantization(model: str, hf: Any) -> str | None:
 def _check_weights(quantization: str | None) -> None:
     if quantization is not None:
         raise ConfigError(
-            f"quantised weights ({quantization}) are not supported with --plugin ttt, whose step needs numbers of 16 or 32 bits: "
+            f"quantised weights ({quantization}) are not supported with --plugin ttt, whose step needs 16 or 32 bits: "
             "leave --quantization out, name the model that was quantised, or serve without ttt"
         )
 

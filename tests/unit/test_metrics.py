@@ -25,7 +25,7 @@ from vllm_ttt.engine.meters import Meters, snapshot
 from vllm_ttt.frontend import metrics
 from vllm_ttt.frontend.metrics import Figures, MetricsMiddleware
 from vllm_ttt.metrics import BY_NAME, METRICS, PREFIX, REASONS, Values
-from vllm_ttt.types import ChunkReport, Trial
+from vllm_ttt.types import ChunkReason, ChunkReport, Trial
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.meter import Meter
 
@@ -44,7 +44,7 @@ def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
     return found
 
 
-def chunk(skipped: str | None = None, loss: float = 2.0, frozen: float | None = None, tokens: int = 256) -> ChunkReport:
+def chunk(skipped: ChunkReason | None = None, loss: float = 2.0, frozen: float | None = None, tokens: int = 256) -> ChunkReport:
     return ChunkReport(1, "r", tokens, loss, frozen, skipped, tokens, 1, 0.012, None if skipped else 0.12)
 
 

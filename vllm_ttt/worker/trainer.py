@@ -140,9 +140,11 @@ class Trainer:
     def take_report(self) -> StepReport:
         """What has happened since the last report. Requests of which all is learned and served are reported once."""
         self.collect()
-        for chunks, reason in (
-            (self.backlog.short, "short"), (self.backlog.repetitive, "repetition"), (self.backlog.lost, "full"),
-        ):  # fmt: skip
+        backlog = self.backlog
+        closed: dict[ChunkReason, list[Chunk]] = {
+            "short": backlog.short, "repetition": backlog.repetitive, "full": backlog.lost,
+        }  # fmt: skip
+        for reason, chunks in closed.items():
             for chunk in chunks:
                 self._report_chunk(chunk, math.nan, reason)
             chunks.clear()
