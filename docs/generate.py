@@ -68,7 +68,8 @@ def _allowed(name: str, field: FieldInfo) -> str:
         return "`true`, `false`"
     bounds = {b: getattr(m, b) for m in field.metadata for b in ("ge", "gt", "le", "lt") if hasattr(m, b)}
     if set(bounds) == {"ge", "le"}:
-        return str(bounds["ge"]) if bounds["ge"] == bounds["le"] else f"{bounds['ge']} to {bounds['le']}"
+        text = str(bounds["ge"]) if bounds["ge"] == bounds["le"] else f"{bounds['ge']} to {bounds['le']}"
+        return f"{text}, or null" if type(None) in get_args(kind) else text
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     return ", ".join(f"{signs[b]} {'2^63' if value == 2**63 else value}" for b, value in bounds.items())
 

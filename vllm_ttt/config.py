@@ -144,8 +144,12 @@ class SessionsConfig(_Model):
     """A session that was not used for so long is removed, with its files."""
     admin_key_file: str | None = None
     """File with an API key that may list the sessions of all keys."""
-    per_key: Annotated[int, Field(ge=1, le=10**9)] = 1000
-    """Sessions of one API key; one more is refused with 429."""
+    per_key: Annotated[int | None, Field(ge=1, le=10**9)] = None
+    """Sessions of one API key; one more is refused with 429. null: as many as fit, or as `key_share` leaves it."""
+    key_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Several API keys: what one may have of its sessions and the free places (disk_gib, or host_gib) together. 1: all."""
+    held_per_session: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    """Requests of one session that may wait for it; one more is refused with 429."""
     version_every: Annotated[int, Field(ge=1, le=10**6)] = 16
     """Commits from one version that is kept in memory to the next."""
     versions_gib: Annotated[float, Field(ge=0, le=65536)] = 2.0
@@ -173,6 +177,8 @@ class GuardConfig(_Model):
     """A chunk of a prompt whose tokens zlib makes smaller than this share is not learned: it repeats itself; 0: all are."""
     hourly_tokens: Annotated[int, Field(ge=0, le=10**12)] = 1000000
     """Tokens that a session may have learned within an hour; a request beyond is answered and not learned; 0: no limit."""
+    hourly_tokens_per_key: Annotated[int, Field(ge=0, le=10**12)] = 100000000
+    """The same for all sessions of an API key, those that it has deleted or reset among them; 0: no limit."""
 
 
 class ObserveConfig(_Model):

@@ -42,9 +42,10 @@ def engine_args(preset: str | None = None, config: str | dict[str, Any] | TTTCon
     return {"additional_config": {NAME: settings(parsed, http=False)}}
 
 
-def settings(config: TTTConfig, http: bool) -> dict[str, Any]:
-    """What travels in additional_config: the config, and whether a front end checks and scopes session names."""
-    return {"config": config.model_dump(mode="json"), "http": http}
+def settings(config: TTTConfig, http: bool, keys: int = 0) -> dict[str, Any]:
+    """What travels in additional_config: the config, whether a front end checks and scopes session names, and for how many
+    API keys."""
+    return {"config": config.model_dump(mode="json"), "http": http, "keys": keys}
 
 
 def config_of(vllm_config: Any) -> TTTConfig | None:

@@ -19,6 +19,8 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 
 #: Seconds between SIGTERM and SIGKILL with a state dir, where the user sets no --shutdown-timeout.
 SHUTDOWN_TIMEOUT = 60
+#: Seconds for which a script waits at its end until all is learned and saved, where it sets no shutdown_timeout.
+OFFLINE_TIMEOUT = 600
 SCHEDULER = "vllm_ttt.engine.scheduler.TTTScheduler"
 WORKERS = {
     "cpu": "vllm_ttt.worker.cpu_worker.TTTCPUWorker",
@@ -42,6 +44,8 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     from vllm import envs
     from vllm.platforms import current_platform
 
+    from vllm_ttt import plugin
+
     what, supported, why = vllm_release()
     if not supported:
         raise ConfigError(f"{what}: {why}")
@@ -59,7 +63,8 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
         raise ConfigError(f"vllm-ttt serves on {' and '.join(WORKERS)}, not on {current_platform.device_type}")
     if config.sessions.state_dir is not None and engine_args.shutdown_timeout == 0:
         # vLLM's default kills the engine core at once: nothing could be saved.
-        engine_args.shutdown_timeout = SHUTDOWN_TIMEOUT
+        http = engine_args.additional_config[plugin.NAME]["http"]
+        engine_args.shutdown_timeout = SHUTDOWN_TIMEOUT if http else OFFLINE_TIMEOUT
     if engine_args.enable_sleep_mode:
         raise ConfigError(
             "--enable-sleep-mode is not supported with --plugin ttt: the deltas of sessions lie in memory that sleep takes away"
@@ -141,6 +146,11 @@ def max_sessions(hf: Any, config: TTTConfig) -> int:
     """
     size = Geometry.of(hf, config.adapt).bytes * (2 if config.guard.every else 1)
     return config.sessions.resident + int(config.sessions.host_gib * 2**30 / size)
+
+
+def max_saved(hf: Any, config: TTTConfig) -> int:
+    """How many sessions fit into ``sessions.disk_gib``, one version of each."""
+    return int(config.sessions.disk_gib * 2**30 / Geometry.of(hf, config.adapt).bytes)
 
 
 def served_name(model_config: Any) -> str:

@@ -63,6 +63,49 @@ def test_an_answer_that_was_learned_is_history(server: Served, documents: Docume
     assert following["ttt"]["tokens_learned"] == 60 + 40 * (1 - learned)
 
 
+def test_a_chat_whose_template_changes_the_end_of_a_prompt(exact: Served, documents: Documents) -> None:
+    """As with Qwen3 and enable_thinking false: each prompt ends in tokens that are gone in the next turn."""
+    name, text, think = exact.fresh("chat"), [t for ids in documents["man_fr"] for t in ids][:1760], [5, 6, 7, 8]
+    accepted, answer = 0, {}
+    for turn in range(1, 9):
+        answer = exact.complete([*text[: 220 * turn], *think], name)
+        accepted += answer["ttt"]["tokens_learned"]
+    exact.settle()
+    assert accepted == exact.session(name)["tokens_learned"] == 219 + 4 + 7 * 224
+    assert cached(answer) == 220 * 7 // BLOCK * BLOCK
+
+
+def test_a_request_that_was_given_up_is_learned_once(exact: Served, documents: Documents) -> None:
+    name, ids = exact.fresh(), documents["kjv"][0][:300]
+    body = completion(ids, name, max_tokens=1000, ignore_eos=True, stream=True)
+    with exact.http.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    exact.settle()
+    assert exact.session(name)["tokens_learned"] == 299
+    again = exact.complete(ids, name, max_tokens=4)
+    assert again["ttt"]["tokens_learned"] == 0
+    exact.settle()
+    assert exact.session(name)["tokens_learned"] == 299
+    assert exact.complete(ids, name)["ttt"]["tokens_learned"] == 299, "that was answered: sent again, it is sent on purpose"
+
+
+def test_an_answer_that_a_stop_string_ends(exact: Served, documents: Documents) -> None:
+    name, ids, more = exact.fresh(), documents["man2"][0][:200], documents["man2"][1][:60]
+    knobs = {"vllm_xargs": {"ttt_learn_output": 1}, "max_tokens": 60, "ignore_eos": True, "temperature": 0}
+    whole = exact.complete(ids, max_tokens=60, ignore_eos=True, temperature=0)
+    text = whole["choices"][0]["text"]
+    at = max(i for i in range(len(text) * 3 // 4) if text.find(text[i : i + 10]) == i)
+    answer = exact.complete(ids, name, stop=[text[at : at + 10]], return_token_ids=True, **knobs)
+    exact.settle()
+    learned = answer["ttt"]["tokens_learned"]
+    assert exact.session(name)["tokens_learned"] == learned, "what it says is what was learned"
+    shown = learned - 199
+    assert 0 < shown < answer["usage"]["completion_tokens"], "the stop string is not"
+    said = answer["choices"][0]["token_ids"][:shown]
+    following = exact.complete([*ids, *said, *more], name)
+    assert following["ttt"]["tokens_learned"] == 60
+
+
 def test_a_system_prompt_is_computed_once_by_rule(exact: Served, documents: Documents) -> None:
     """`last`: blocks are shared by the base model and all sessions; only what must be learned is computed anew."""
     system = documents["py_dns"][0][:1000]

@@ -98,7 +98,7 @@ def test_a_pause_that_keeps_requests_keeps_learning_still() -> None:
 def test_what_is_refused_from_python_says_why() -> None:
     """There is no front end that would make an error of it: the request ends, with a status and a message."""
     engine = Engine("last", sessions={"resident": 4, "per_key": 1})
-    engine.send("a")
+    engine.send("a", learn=True)
     engine.drain()
     made = Request("r", [1, 2, 3], SamplingParams(extra_args={"session_id": "b"}), None, block_hasher=engine.hasher)
     engine.scheduler.add_request(made)

@@ -169,7 +169,7 @@ def test_a_request_that_comes_meanwhile_meets_the_base_model(engine: Engine, op:
     world.tiers.left(session)
     assert world.value("a") == 5.0
     assert engine.ask("save", "a")["saved_version"] == 1
-    assert world.ledger.tenants["-"] == 1
+    assert world.ledger.quotas.of("-") == 1
 
 
 def test_one_change_at_a_time(engine: Engine, tmp_path: Path) -> None:

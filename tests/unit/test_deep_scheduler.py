@@ -32,28 +32,36 @@ PROMPT = list(range(1000, 1100))
 class Engine:
     """A scheduler, and a worker that computes nothing: every step of a whole prompt or answer yields the token 7."""
 
-    def __init__(self, preset: str, max_model_len: int = 512, **config: Any):
+    def __init__(self, preset: str, flags: dict[str, Any] | None = None, **config: Any):
         args = EngineArgs(
             model=str(MODEL),
-            max_model_len=max_model_len,
             enforce_eager=True,
+            **{"max_model_len": 512, **(flags or {})},
             **engine_args(preset, {"sessions": {"resident": 4}, "guard": {"every": 0}, **config}),
         )
         self.config = args.create_engine_config()
         self.config.cache_config.num_gpu_blocks = 200
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
         blocks = KVCacheConfig(200, [], [KVCacheGroupSpec(["layer"], spec)])
-        self.scheduler = TTTScheduler(self.config, blocks, StructuredOutputManager(self.config), BLOCK)
+        self.scheduler = TTTScheduler(self.config, blocks, StructuredOutputManager(self.config), BLOCK, log_stats=True)
         hashing = get_hash_fn_by_name("sha256")
         init_none_hash(hashing)
         self.hasher, self.number = get_request_block_hasher(BLOCK, hashing), 0
         self.report, self.scheduled = StepReport(), dict[str, int]()
 
-    def send(self, session: str | None, prompt: list[int] = PROMPT, learn: bool = False, outputs: int = 1, **knobs: Any) -> str:
+    def send(
+        self,
+        session: str | None,
+        prompt: list[int] = PROMPT,
+        learn: bool = False,
+        outputs: int = 1,
+        priority: int = 0,
+        **knobs: Any,
+    ) -> str:
         self.number += 1
         extra = {"ttt_learn": int(learn), **knobs} | ({} if session is None else {"session_id": session})
         params = SamplingParams(max_tokens=outputs, ignore_eos=True, extra_args=extra)
-        request = Request(f"r{self.number}", prompt, params, None, block_hasher=self.hasher)
+        request = Request(f"r{self.number}", prompt, params, None, block_hasher=self.hasher, priority=priority)
         self.scheduler.add_request(request)
         return request.request_id
 

@@ -34,7 +34,7 @@ def test_sessions_that_nobody_uses_expire(make: Make) -> None:
     world.run()
     assert sorted(s["session_id"] for s in Offline(world.store.folder.root).list()) == ["s1", "s2"]
     assert len(files(world)) == 2
-    assert world.ledger.tenants["-"] == 2
+    assert world.ledger.quotas.of("-") == 2
 
 
 def test_many_sessions_expire_a_few_at_a_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.operations import ROOM, Operations
 from vllm_ttt.engine.life.states import START, TRANSITIONS, Life, State, TransitionError
 from vllm_ttt.engine.life.tiers import Tiers
+from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey
 
@@ -120,7 +121,7 @@ class Queues:
     def __init__(self) -> None:
         self.settled: list[str] = []
         self.operations = Operations(Guarded(), lambda session: self.settled.append(session.key.name))
-        ledger = Ledger(1, 9, 9, 1)
+        ledger = Ledger(1, 9, Quotas(9), 1)
         self.a, self.b = ledger.open(SessionKey("-", "a")), ledger.open(SessionKey("-", "b"))
         self.trace: list[str] = []
 

@@ -50,7 +50,7 @@ def test_pages_have_every_session_once(tmp_path: Path, limit: int) -> None:
     world.use("theirs", 1.0, tenant="t2")
     held = Held(world)
     for i in range(20, 24):
-        world.ledger.open(SessionKey("-", f"s{i}"))
+        world.ledger.open(SessionKey("-", f"s{i}")).frozen = "asked for"  # so it is more than a name
         world.tiers.left(world.ledger.sessions[SessionKey("-", f"s{i}")])
     assert world.store.noted("-")
     for session in world.ledger.sessions.values():

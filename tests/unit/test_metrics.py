@@ -148,7 +148,7 @@ def figures_of(world: World) -> dict[str, dict[str, Any]]:
     scheduler = SimpleNamespace(
         ttt_config=TTTConfig(), ttt_tiers=world.tiers, ttt_ledger=world.ledger, ttt_meters=world.tiers.meters,
         ttt_guard=SimpleNamespace(errors=3), ttt_probe=SimpleNamespace(text=[[1, 2]]),
-        ttt_requests={"a": SimpleNamespace(held=1.0, started=False), "b": SimpleNamespace(held=1.0, started=True)},
+        ttt_holding=SimpleNamespace(count=1),
     )  # fmt: skip
     worker = {
         "slots": {"": [*list(world.ledger.by_adapter)[-1:], 10**6]},
@@ -174,7 +174,7 @@ def test_sessions_are_counted_where_they_are(world: World) -> None:
     assert sum(found["save_seconds"][""][1:]) == 5
     assert found["evictions_total"] == {"device": 7, "memory": 3}
     assert found["errors_total"] == {"engine": 3, "worker": 2}
-    assert found["held_requests"] == {"": 1}, "one that has been scheduled is not held any more"
+    assert found["held_requests"] == {"": 1}
     assert found["state_dir_bytes"][""] == sum(f.stat().st_size for f in world.store.folder.root.rglob("*.safetensors")) > 0
     world.use("s0")
     assert figures_of(world)["loads_total"] == {"done": 1, "failed": 0, "damaged": 0}
@@ -204,7 +204,7 @@ def test_a_save_that_fails_is_counted(world: World, monkeypatch: pytest.MonkeyPa
 def test_the_admin_operation_asks_the_worker_once(tmp_path: Path) -> None:
     world = World(tmp_path / "state")
     engine = Engine(world)
-    engine.scheduler.ttt_meters, engine.scheduler.ttt_requests = world.tiers.meters, {}
+    engine.scheduler.ttt_meters, engine.scheduler.ttt_holding = world.tiers.meters, SimpleNamespace(count=0)
     engine.scheduler.ttt_guard, engine.scheduler.ttt_probe = SimpleNamespace(errors=0), SimpleNamespace(text=[])
     found = engine.ask("metrics")
     assert engine.calls == ["ttt_metrics"]

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_deep_scheduler import Engine
 from vllm.v1.core.sched.output import SchedulerOutput
-
-from vllm_ttt.engine.room import Room
 
 pytestmark = pytest.mark.unit
 
@@ -23,7 +18,7 @@ class Small(Engine):
     """The worker has so many complete chunks that wait."""
 
     def __init__(self, queued: int = 0) -> None:
-        super().__init__("last", 2048, learn={"chunk": CHUNK}, schedule={"backlog_tokens": TOKENS})
+        super().__init__("last", {"max_model_len": 2048}, learn={"chunk": CHUNK}, schedule={"backlog_tokens": TOKENS})
         self.queued = queued
 
     def step(self) -> SchedulerOutput:
@@ -112,27 +107,3 @@ def test_what_others_answers_leave_open_keeps_nobody_out() -> None:
     engine.report.pending = 200
     engine.step()
     assert long in engine.scheduled
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=12), st.integers(0, 10**6))
-def test_everybody_begins_and_nobody_is_passed(prompts: list[int], seed: int) -> None:
-    """Whatever the order in which they are asked: nobody begins while one who came earlier has found no room."""
-    room, queued, draw = Room(TOKENS, CHUNK), 0, random.Random(seed)
-    waiting, reading, refused = dict(enumerate(prompts)), dict[int, int](), set[int]()
-    for _ in range(200):
-        asked = list(waiting)
-        draw.shuffle(asked)
-        for i in asked:
-            if not room.takes(str(i), i, waiting[i], queued):
-                refused.add(i)
-                continue
-            assert not [j for j in refused & set(waiting) if j < i and str(j) in room.waiting]
-            assert queued + room.total <= room.pages
-            reading[i] = -(-waiting.pop(i) // CHUNK)
-        for i in [i for i in reading if draw.random() < 0.5]:
-            queued += reading.pop(i)
-            room.leave(str(i))
-        queued = max(0, queued - draw.randrange(4))
-    assert not waiting
-    assert not room.total

@@ -201,6 +201,9 @@ def test_no_error_of_a_hook_ends_the_engine(tmp_path: Path, monkeypatch: pytest.
     tiers = engine.scheduler.ttt_tiers
     for name in "wxyz":  # one more needs the room of one of them
         assert engine.status(name) == 0
+        session = engine.scheduler.ttt_ledger.find(SessionKey("-", name))
+        assert session is not None
+        session.frozen = "asked for"  # so it is more than a name
 
     def fail(*_: object) -> None:
         raise RuntimeError("whatever")

@@ -14,6 +14,7 @@ import pytest
 from world import World
 
 from vllm_ttt.engine.alarm import Alarm
+from vllm_ttt.engine.ledger import NAMES
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
@@ -143,6 +144,8 @@ def test_random_lives(make: Make) -> None:
                 version = found.version if found else 0
                 assert version >= acknowledged.get(name, 0), "an acknowledged save is gone"
                 truth[name] = truth[name][: version + 1]
+                if found is None:  # nothing of it had been saved: it is as if nobody had named it
+                    del truth[name]
         if name in truth:
             assert world.value(name) == truth[name][-1]
     world.run()
@@ -324,6 +327,38 @@ def test_a_key_has_so_many_sessions_wherever_they_are(make: Make) -> None:
     assert caught.value.status == 429
     again.use("s3", tenant="other")
     again.use("s1", 1.0)
+
+
+def test_a_name_that_has_learned_nothing_takes_no_place(make: Make) -> None:
+    world = make(per_key=2)
+    for i in range(5):
+        world.use(f"n{i}")
+    assert world.ledger.quotas.of("-") == 0
+    world.use("a", 1.0)
+    world.use("n0", 1.0)
+    with pytest.raises(RequestError, match="per_key"):
+        world.use("b", 1.0)
+    assert world.ledger.peek(SessionKey("-", "b")) is None
+    world.run()
+    assert world.store.count("-") <= 2, "the state dir has none but those that have learned"
+    world.end()
+    again = make(per_key=2)
+    assert again.store.count("-") == again.ledger.quotas.total == 2
+    assert again.ledger.peek(SessionKey("-", "n1")) is None
+    reader = again.ledger.open(SessionKey("-", "n1"), learns=False)
+    again.tiers.left(reader)
+    assert again.ledger.quotas.of("-") == 2
+
+
+def test_names_are_forgotten(make: Make) -> None:
+    world = make(limit=1000)
+    for i in range(NAMES + 40):
+        world.use(f"n{i}")
+    world.use("a", 1.0)
+    assert len(world.ledger.sessions) == NAMES + 1
+    assert world.tiers.placed == NAMES + 1
+    world.step()
+    assert f"n{NAMES}" in {key.name for key in world.ledger.sessions}, "the first are forgotten first"
 
 
 def test_the_end_saves_what_is_still_being_used(make: Make) -> None:

@@ -16,6 +16,7 @@ from vllm_ttt.config import GuardConfig, SessionsConfig
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.tiers import Tiers
+from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.engine.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.geometry import Geometry
@@ -123,7 +124,8 @@ class World:
         settings: dict[str, Any] = {"autosave": 3600.0, **config}
         self.config = SessionsConfig(state_dir=str(folder), **settings)
         self.store = Store(StateDir(folder), IDENTITY, self.config.keep_versions, disk)
-        self.ledger = Ledger(100, limit, self.config.per_key, 8, self.store)
+        quotas = Quotas(10**9, self.config.per_key, store=self.store)
+        self.ledger = Ledger(100, limit, quotas, 8, self.store)
         self.tiers = Tiers(self.ledger, self.config, self.store, self.give_up, guard=Unguarded())
         assert self.tiers.saves is not None
         self.saves = self.tiers.saves

@@ -141,6 +141,7 @@ class Admin:
 
         def write() -> Steps:
             yield from ()
+            self.ledger.claim(session)
             session.frozen = frozen
             self.tiers.changes(session)
             return session

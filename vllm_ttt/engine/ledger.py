@@ -13,13 +13,15 @@ from vllm_ttt.engine.blocks import Epoch
 from vllm_ttt.engine.history import History
 from vllm_ttt.engine.life.states import Life, State
 from vllm_ttt.engine.limits import Allowance
+from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.engine.records import Row, Version
 from vllm_ttt.engine.store import Store
-from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ChunkReport, SessionKey
 
 #: Why a session is frozen by its owner.
 ASKED_FOR = "asked for"
+#: Of so many sessions that have learned nothing it is remembered that somebody named them.
+NAMES = 64
 
 
 @dataclass(slots=True)
@@ -75,6 +77,8 @@ class Session:
     error: str | None = None
     #: of its blocks in the prefix cache
     epoch: Epoch = field(default_factory=Epoch)
+    #: whether it takes a place of its key
+    claimed: bool = False
 
     @property
     def unsaved(self) -> bool:
@@ -90,6 +94,11 @@ class Session:
     def home(self) -> State:
         """Where it is while it is not in memory."""
         return State.ON_DISK if self.saved is not None else State.NEW
+
+    @property
+    def blank(self) -> bool:
+        """Whether it has never learned anything, and its owner has asked for nothing: it is only a name."""
+        return not self.life.learned_at and self.saved is None and self.frozen is None and self.life.recorded_at < 0
 
     def to_state(self) -> dict[str, Any]:
         """What is kept of the session with each version, for JSON; `from_state` takes it back."""
@@ -199,13 +208,13 @@ class Ledger:
     With a store, all others are on disk and come back when they are asked for.
     """
 
-    def __init__(self, first_adapter: int, limit: int, per_key: int, recent: int, store: Store | None = None):
-        """``limit``: sessions in memory. ``per_key``: sessions of one tenant. ``recent``: chunk losses kept of each."""
-        self.next_adapter, self.limit, self.per_key, self.recent, self.store = first_adapter, limit, per_key, recent, store
-        #: sessions of a tenant, wherever they are; of tenants that were asked about
-        self.tenants: Counter[str] = Counter()
+    def __init__(self, first_adapter: int, limit: int, quotas: Quotas, recent: int, store: Store | None = None):
+        """``limit``: sessions in memory. ``quotas``: who may have how many. ``recent``: chunk losses kept of each."""
+        self.next_adapter, self.limit, self.quotas, self.recent, self.store = first_adapter, limit, quotas, recent, store
         self.sessions: dict[SessionKey, Session] = {}
         self.by_adapter: dict[int, Session] = {}
+        #: sessions that were blank when they were last used, in that order
+        self.names: dict[SessionKey, Session] = {}
 
     def find(self, key: SessionKey) -> Session | None:
         """The session of that key, or None; one that is on disk gets its place in the ledger."""
@@ -219,17 +228,46 @@ class Ledger:
         row = self.store.find(key)
         return None if row is None else self.from_row(row)
 
-    def open(self, key: SessionKey) -> Session:
-        """The session of that key, made where there is none; raises RequestError (429) where there is room for no other."""
+    def open(self, key: SessionKey, learns: bool = True) -> Session:
+        """The session of that key, made where there is none.
+
+        Args:
+            learns: whether it may learn something; else a name that is new takes no place of its key.
+        Raises:
+            RequestError: 429, there is no room for another session that learns.
+        """
         session = self.find(key)
         if session is None:
-            self._check_room(key.tenant)
+            if learns:
+                self.quotas.check(key.tenant)
             session = self._enter(Session(key, self.next_adapter, self.recent))
-            self.tenants[key.tenant] += 1
+        if learns:
+            self.claim(session)
         session.last_used = time.time()
         session.life.touch()
         self.sessions[key] = self.sessions.pop(key)
         return session
+
+    def claim(self, session: Session) -> None:
+        """The session takes a place of its key, unless it has one. Raises RequestError (429) where there is none."""
+        if not session.claimed:
+            self.quotas.check(session.key.tenant)
+            self.quotas.add(session.key.tenant)
+            session.claimed = True
+
+    def give_back(self, session: Session) -> None:
+        """The session takes no place of its key any more."""
+        if session.claimed:
+            self.quotas.add(session.key.tenant, -1)
+            session.claimed = False
+
+    def is_a_name(self, session: Session) -> list[Session]:
+        """Nobody uses the session, and it is blank: it takes no place. Returns those whose name need not be remembered now."""
+        self.give_back(session)
+        self.names.pop(session.key, None)
+        self.names[session.key] = session
+        past = [self.names.pop(next(iter(self.names))) for _ in range(len(self.names) - NAMES)]
+        return [s for s in past if self.sessions.get(s.key) is s and s.idle and s.blank]
 
     def reserve(self) -> int:
         """An adapter id that is no session's."""
@@ -239,7 +277,7 @@ class Ledger:
     def remove(self, session: Session) -> None:
         """It is no more."""
         self.forget(session)
-        self.tenants[session.key.tenant] -= 1
+        self.give_back(session)
 
     def renew(self, session: Session) -> None:
         """What the worker knows as its adapter is not the session any more: it gets another one."""
@@ -248,7 +286,9 @@ class Ledger:
         self.by_adapter[session.adapter] = session
 
     def forget(self, session: Session) -> None:
-        """It is not in memory any more."""
+        """It is not in memory any more. Of one that has learned nothing, that is all there was."""
+        if session.blank:
+            self.give_back(session)
         del self.sessions[session.key]
         del self.by_adapter[session.adapter]
 
@@ -264,27 +304,16 @@ class Ledger:
         same = row.state.get("version", 0) == newest.get("version", 0)
         session.from_state({**(row.state if same else newest), **_standing(row.state)})
         session.saved = row.newest
-        session.life = Life(session.home, recorded_at=0)
+        session.life, session.claimed = Life(session.home, recorded_at=0), True
         if row.problem:
             session.error = f"what was recorded of it is damaged ({row.problem}); this is what can be read"
         return session
 
     def _enter(self, session: Session) -> Session:
-        if session.key.tenant not in self.tenants and self.store is not None:
-            self.tenants[session.key.tenant] = self.store.count(session.key.tenant)
+        self.quotas.of(session.key.tenant)  # counted before anything of it can go
         self.next_adapter += 1
         self.sessions[session.key] = self.by_adapter[session.adapter] = session
         return session
-
-    def _check_room(self, tenant: str) -> None:
-        if self.store is None and len(self.sessions) >= self.limit:
-            raise RequestError(f"this server keeps at most {self.limit} sessions (sessions.host_gib); delete one first", 429)
-        if self.store is not None and self.store.full:
-            raise RequestError(f"no room for another session: {self.store.full}", 429)
-        if tenant not in self.tenants and self.store is not None:
-            self.tenants[tenant] = self.store.count(tenant)
-        if self.tenants[tenant] >= self.per_key:
-            raise RequestError(f"a key has at most {self.per_key} sessions (sessions.per_key); delete one first", 429)
 
 
 def _standing(state: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def repetitive(ids: Sequence[int], start: int, chunk: int, min_rows: int, min_ra
 
 
 class Allowance:
-    """Tokens that one session may still have learned; it fills up within an hour."""
+    """Tokens that one session, or one key, may still have learned; it fills up within an hour."""
 
     __slots__ = ("at", "tokens")
 

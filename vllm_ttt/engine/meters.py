@@ -88,7 +88,7 @@ def snapshot(scheduler: Any, worker: Snapshot) -> Snapshot:
         "guard_active": int(bool(scheduler.ttt_probe.text) and found["guard_active"][""]),
         "backlog_limit_tokens": config.schedule.backlog_tokens,
         "slowdown_limit_ratio": config.schedule.max_slowdown - 1.0,
-        "held_requests": sum(a.held is not None and not a.started for a in scheduler.ttt_requests.values()),
+        "held_requests": scheduler.ttt_holding.count,
         "unsaved_sessions": sum(s.unsaved for s in here) if tiers.saves is not None else 0,
         "state_dir_bytes": store.bytes if store is not None else 0,
         "state_dir_limit_bytes": store.limit if store is not None else 0,

@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 
 from vllm_ttt.config import GuardConfig
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.types import ADAPTER_PATH, RequestPlan, StepPlan
+from vllm_ttt.types import ADAPTER_PATH, RequestPlan, SessionKey, StepPlan
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -26,6 +26,8 @@ PIECE = 512
 LEAST = 64
 #: Ids of its requests; those of clients begin with other words.
 PREFIX = "ttt-probe-"
+#: Under which they are held for a slot; no session is called so.
+KEY = SessionKey("", "")
 #: In the installed package, and in a checkout.
 SHIPPED = (Path(__file__).parents[1] / "configs" / "probe.txt", Path(__file__).parents[2] / "configs" / "probe.txt")
 

@@ -161,8 +161,9 @@ def listing(
     return [_listed(found) for found in db.execute(query, (*values, limit))]
 
 
-def count(db: sqlite3.Connection, tenant: str) -> int:
-    return db.execute("SELECT count(*) FROM sessions WHERE tenant = ?", (tenant,)).fetchone()[0]
+def count(db: sqlite3.Connection, tenant: str | None) -> int:
+    """Sessions of a tenant; None: of all."""
+    return db.execute("SELECT count(*) FROM sessions WHERE ?1 IS NULL OR tenant = ?1", (tenant,)).fetchone()[0]
 
 
 def count_saved(db: sqlite3.Connection) -> int:

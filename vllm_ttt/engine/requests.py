@@ -9,7 +9,6 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
 
 from vllm_ttt.config import LearnConfig
-from vllm_ttt.engine.history import BLOCK
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.types import ADAPTER_PATH, ChunkReport, Knobs
 
@@ -36,6 +35,8 @@ class Attached:
     start: int = 0
     #: `History.changes` when it was asked for that
     asked: int = -1
+    #: of its prompt, in the session's history
+    prefixes: list[bytes] = field(default_factory=list)
     #: ranges of its pairs that repeat themselves
     repetitive: list[tuple[int, int]] = field(default_factory=list)
     #: tokens that have been generated
@@ -43,6 +44,8 @@ class Attached:
     #: (version, tokens) of its chunks that have been learned
     learned: list[tuple[int, int]] = field(default_factory=list)
     #: the guard has stopped its session: the tokens of it that the session still has; None: it has not
+    kept: int | None = None
+    #: a stop string has come: tokens before it
     stopped: int | None = None
     #: the version that serves its first token
     version: int = 0
@@ -64,18 +67,29 @@ class Attached:
 
     def stop(self, version: int) -> None:
         """The guard has returned its session to ``version``: nothing more of this request, which has started, is learned."""
-        self.knobs, self.stopped = Knobs(learn=False), sum(tokens for at, tokens in self.learned if at <= version)
+        self.knobs, self.kept = Knobs(learn=False), sum(tokens for at, tokens in self.learned if at <= version)
+
+    def look_back(self) -> None:
+        """Before it starts: what of its prompt is history. Asked in each step in which there is no room for it."""
+        history, tokens = self.session.history, self.request.prompt_token_ids or ()
+        if self.request.request_id in self.session.open and self.asked != history.changes:
+            self.start, self.asked = history.known(tokens), history.changes
 
     def accepted(self, learn: LearnConfig) -> int:
         """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
         if self.first is not None:
             return self.first.accepted(learn)
-        if self.stopped is not None:
-            return self.stopped
+        if self.kept is not None:
+            return self.kept
         tokens = 0
         if self.prompt_learned:
             tokens = accept(self.prompt - 1 - self.start, learn) - sum(end - first for first, end in self.repetitive)
-        return tokens + (accept(self.outputs, learn) if self.knobs.learn_output else 0)
+        return tokens + (accept(self.shown, learn) if self.knobs.learn_output else 0)
+
+    @property
+    def shown(self) -> int:
+        """Tokens that have been generated, up to a stop string."""
+        return self.outputs if self.stopped is None else self.stopped
 
     def readable(self, chunk: int) -> int | None:
         """Tokens of its interleaved prompt that may be read: to the end of the first chunk that is not learned. None: all."""
@@ -90,10 +104,8 @@ class Attached:
         opened = self.session.open.get(self.request.request_id)
         if opened is None:
             return
-        end = self.prompt + self.outputs
-        tokens = list(self.request.all_token_ids)[:end]
-        lengths = [*range(self.prompt + BLOCK, end, BLOCK), end]
-        opened.prefixes += self.session.history.add(tokens, lengths, end - 1)
+        tokens = list(self.request.all_token_ids)[: self.prompt + self.shown]
+        opened.prefixes += self.session.history.add_answer(tokens, self.prompt)
 
 
 class Arrivals:

@@ -1,10 +1,12 @@
-"""Room in the backlog: which prompts may begin to be read, in the order in which they came.
+"""Room in the backlog: whether a prompt may begin to be read. Who asks first, and that nobody is passed, is `holding.py`'s.
 
-Counted in pages, as the worker keeps them: a chunk takes one, however short it is. Who has begun never asks again: nobody waits
-for tokens of its own. While somebody waits for room, nobody who came later takes it.
+Counted in pages, as the worker keeps them: a chunk takes one, however short it is. Open pages do not count: they wait for
+more of their own requests. Nor does a request ask again once it has begun, so that nobody waits for tokens of its own.
 """
 
 from __future__ import annotations
+
+from vllm_ttt.engine.requests import Attached
 
 
 class Room:
@@ -14,29 +16,22 @@ class Room:
         #: by request, pages that its prompt is going to fill
         self.promised: dict[str, int] = {}
         self.total = 0
-        #: by request that found no room, its order of arrival
-        self.waiting: dict[str, int] = {}
 
-    def takes(self, request_id: str, arrival: int, pairs: int, queued: int) -> bool:
-        """Whether a prompt with so many pairs to learn may begin; its room is taken then. More than there is counts as all.
+    def takes(self, attached: Attached, queued: int) -> bool:
+        """Whether the prompt may begin; its room is taken then. What needs more than there is needs all.
 
         Args:
             queued: pages that wait for their step.
         """
+        name, pairs = attached.request.request_id, attached.prompt - 1 - attached.start
+        self.leave(name)
         needed = min(-(-max(pairs, 1) // self.chunk), self.pages)
-        others = self.total - self.promised.get(request_id, 0)
-        first = min(self.waiting.values(), default=arrival)
-        if queued + others + needed > self.pages:
-            self.waiting[request_id] = arrival
+        if queued + self.total + needed > self.pages:
             return False
-        if first < arrival:
-            return False
-        self.leave(request_id)
-        self.promised[request_id] = needed
+        self.promised[name] = needed
         self.total += needed
         return True
 
     def leave(self, request_id: str) -> None:
         """Its prompt has been read, or is not to be learned."""
-        self.waiting.pop(request_id, None)
         self.total -= self.promised.pop(request_id, 0)

@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -19,14 +19,19 @@ from vllm_ttt import plugin, support
 from vllm_ttt.engine.admission import check_adapter, knobs_of, refusal
 from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.blocks import BlockKeys
+from vllm_ttt.engine.ending import Ending
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.held import HeldBlocks
+from vllm_ttt.engine.holding import Holding, HoldingScheduler
 from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.meters import Meters
+from vllm_ttt.engine.probe import KEY as PROBE
 from vllm_ttt.engine.probe import ProbeReading, pieces
+from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
 from vllm_ttt.engine.room import Room
+from vllm_ttt.engine.stops import Stops
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.trust import Trust
 from vllm_ttt.errors import RequestError
@@ -36,7 +41,7 @@ from vllm_ttt.types import ChunkReport, Knobs, Reason, RequestPlan, SessionKey, 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
 
-class TTTScheduler(AsyncScheduler):
+class TTTScheduler(HoldingScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         engine_patches.install()
@@ -50,24 +55,36 @@ class TTTScheduler(AsyncScheduler):
         limit = support.max_sessions(self.vllm_config.model_config.hf_text_config, config)
         self.ttt_store = open_store(self.vllm_config, config)
         first = self.lora_config.max_loras + 1
-        self.ttt_ledger = Ledger(first, limit, config.sessions.per_key, config.observe.recent_chunks, self.ttt_store)
+        places = limit if self.ttt_store is None else support.max_saved(self.vllm_config.model_config.hf_text_config, config)
+        share = config.sessions.key_share if additional[plugin.NAME].get("keys", 0) > 1 else 1.0
+        quotas = Quotas(places, config.sessions.per_key, share, self.ttt_store)
+        self.ttt_ledger = Ledger(first, limit, quotas, config.observe.recent_chunks, self.ttt_store)
         self.ttt_meters = Meters()
         #: calls what must not end serving
         self.ttt_guard = Guarded()
         tools = self._give_up, self.ttt_meters, self.ttt_guard
         self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, *tools)
+        self.ttt_holding = Holding(
+            self.ttt_tiers,
+            self._may_start,
+            slots=self.lora_config.max_loras,
+            most=config.sessions.held_per_session if self.ttt_http else 0,
+            wait=config.schedule.consistency == "read-your-writes",
+            priority=self.policy == SchedulingPolicy.PRIORITY,
+        )
+        self.ttt_tiers.on_ready = self.ttt_holding.woke
         self.ttt_blocks = BlockKeys(config)
         self.ttt_held = HeldBlocks(self.kv_cache_manager.block_pool)
         self.ttt_trust = Trust(config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
         self.ttt_room = Room(config.schedule.backlog_tokens, config.learn.chunk)
         self.ttt_alarm: Alarm | None = None
+        self.ttt_ending = Ending(self)
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = Arrivals()
+        self.ttt_stops = Stops(self.vllm_config.model_config)
         self.ttt_interleaved: dict[str, Attached] = {}
-        #: whether a request that this step has passed over waits for nothing but a slot
-        self.ttt_slot_awaited = False
         self.ttt_report = StepReport()
         self.ttt_ended: dict[str, int] = {}
 
@@ -94,7 +111,9 @@ class TTTScheduler(AsyncScheduler):
         if wire is None or params is None:
             return
         knobs = knobs_of(params, self.ttt_config.learn, self.vllm_config)
-        session = self.ttt_ledger.open(SessionKey.from_wire(wire))
+        key = SessionKey.from_wire(wire)
+        self.ttt_holding.admit(key)
+        session = self.ttt_ledger.open(key, knobs.learn)
         if not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck:
             self.ttt_tiers.left(session)
             raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)
@@ -118,57 +137,30 @@ class TTTScheduler(AsyncScheduler):
         for reading in self.ttt_probe.begin(request):
             super().add_request(reading)
 
+    def _whose(self, request: Request) -> tuple[SessionKey, Attached | None] | None:
+        if (attached := self.ttt_requests.get(request.request_id)) is not None:
+            return attached.session.key, attached
+        return (PROBE, None) if request.request_id in self.ttt_probe.open else None
+
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         if not super()._handle_blocked_waiting_request(request):
             return False
+        self.ttt_held.asks = request.request_id
         attached = self.ttt_requests.get(request.request_id)
-        if attached is None:
-            ready = request.request_id not in self.ttt_probe.open or self._has_slot(self.ttt_probe.adapter)
-        elif not (ready := self._may_start(attached)):
-            attached.held = attached.held or time.monotonic()
-        self.ttt_held.asks = request.request_id if ready else self.ttt_held.asks
-        return ready
+        if attached is not None and not attached.started and self.ttt_config.learn.history == "skip":
+            attached.look_back()
+        return True
 
     def _may_start(self, attached: Attached) -> bool:
-        session = attached.session
-        if not self.ttt_tiers.ready(session):
-            return False
-        if self.ttt_config.schedule.consistency == "read-your-writes":
-            first = next(iter(session.open.values()), None)
-            if first is not None and first.arrival < attached.arrival:
-                return False
-        if not self._has_slot(session.adapter):
-            return False
-        if attached.started:
-            return True
-        attached.take_adapter()
-        self._look_back(attached)
-        name, pairs = attached.request.request_id, attached.prompt - 1 - attached.start
-        return not attached.knobs.learn or self.ttt_room.takes(name, attached.arrival, pairs, self.ttt_report.queued)
-
-    def _look_back(self, attached: Attached) -> None:
-        """Before a request starts: what of its prompt is history. Asked in each step in which there is no room for it."""
-        session, tokens = attached.session, attached.request.prompt_token_ids or ()
-        learns, skips = attached.request.request_id in session.open, self.ttt_config.learn.history == "skip"
-        if learns and skips and attached.asked != session.history.changes:
-            attached.start, attached.asked = session.history.known(tokens), session.history.changes
+        """Whether the backlog has room for what the request is to have learned; it is taken then."""
+        if self.ttt_config.learn.history == "skip":
+            attached.look_back()
+        return not attached.knobs.learn or self.ttt_room.takes(attached, self.ttt_report.queued)
 
     def _beside(self, attached: Attached) -> Iterator[Attached]:
         """The other requests of its session."""
         requests = attached.session.requests
         return (self.ttt_requests[request_id] for request_id in requests if request_id != attached.request.request_id)
-
-    def _has_slot(self, adapter: int) -> bool:
-        # vLLM counts the adapters of requests that this step schedules; one that runs but is not scheduled now keeps its slot.
-        running = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
-        assert self.lora_config is not None
-        if len(running) < self.lora_config.max_loras:
-            return True
-        # A session that has a slot does not keep it by sending more while an older request waits for one.
-        if adapter in running and not self.ttt_slot_awaited:
-            return True
-        self.ttt_slot_awaited = True
-        return False
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """A token read from the prefix cache has no activations to learn from: what is to be learned is computed."""
@@ -197,7 +189,6 @@ class TTTScheduler(AsyncScheduler):
         return tokens
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self.ttt_slot_awaited = False
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended, stopped=self.ttt_trust.take_stopped(), files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
@@ -229,9 +220,9 @@ class TTTScheduler(AsyncScheduler):
         if opened is not None:
             opened.learned = opened.done = start
             attached.repetitive = self.ttt_trust.repetitive(tokens, start)
-            opened.prefixes = session.history.add(
-                tokens, [attached.prompt], start + accept(attached.prompt - 1 - start, self.ttt_config.learn)
-            )
+            learned = start + accept(attached.prompt - 1 - start, self.ttt_config.learn)
+            attached.prefixes = session.history.add_prompt(tokens, start, learned)
+            opened.prefixes += attached.prefixes
             if start:
                 session.tokens_skipped["history"] += start
                 self.ttt_meters.skipped(start, "history")
@@ -245,6 +236,7 @@ class TTTScheduler(AsyncScheduler):
         """A request that was to learn, and has not begun to, is answered and not learned."""
         attached.knobs, attached.prompt_learned = Knobs(learn=False), False
         attached.session.open.pop(attached.request.request_id, None)
+        self.ttt_holding.changed(attached.session)
         self.ttt_interleaved.pop(attached.request.request_id, None)
         self.ttt_room.leave(attached.request.request_id)
         attached.session.refuse(pairs := max(0, attached.prompt - 1), reason, seen=True)
@@ -285,6 +277,8 @@ class TTTScheduler(AsyncScheduler):
             session = by_adapter.get(adapter)
             if session is not None and (opened := session.open.pop(request_id, None)) is not None:
                 session.history.settle(opened.prefixes, opened.learned, session.version)
+                self.ttt_holding.changed(session)
+                self.ttt_guard(self.ttt_tiers.left, session)
 
     def _count(self, chunks: list[ChunkReport]) -> None:
         for chunk in chunks:
@@ -306,7 +300,6 @@ class TTTScheduler(AsyncScheduler):
         logger.warning("vllm-ttt: session %s learns no more: %s", session.key.wire(), reason)
         for request_id in session.requests & set(session.open):
             if (attached := self.ttt_requests[request_id]).started:
-                self.ttt_interleaved.pop(request_id, None)
                 attached.stop(session.version)
             else:
                 self._learn_not(attached, "frozen")
@@ -315,15 +308,17 @@ class TTTScheduler(AsyncScheduler):
 
     def _answer(self, output: EngineCoreOutput) -> None:
         """Every output of a session's request says what the answer's ``ttt`` object needs."""
-        if output.finish_reason is not None:
-            self.ttt_probe.open.pop(output.request_id, None)
+        if output.finish_reason is not None and self.ttt_probe.open.pop(output.request_id, None) is not None:
+            self.ttt_holding.leave(output.request_id)
         attached = self.ttt_requests.get(output.request_id)
         if attached is None:
             return
+        before = attached.shown
         attached.outputs += len(output.new_token_ids)
         self.ttt_room.leave(output.request_id)
         if attached.knobs.learn_output:
-            attached.session.tokens_seen += len(output.new_token_ids)
+            self.ttt_guard(self.ttt_stops.look, attached)
+            attached.session.tokens_seen += attached.shown - before
         answer = {"version": attached.version, "tokens_learned": attached.accepted(self.ttt_config.learn)}
         output.kv_transfer_params = {**(output.kv_transfer_params or {}), "ttt": answer}
         if output.finish_reason is not None:
@@ -351,6 +346,7 @@ class TTTScheduler(AsyncScheduler):
 
     def _detach(self, request_id: str) -> None:
         """The request leaves the engine. One that never started has nothing that could settle."""
+        self.ttt_holding.leave(request_id)
         attached = self.ttt_requests.pop(request_id, None)
         if attached is None:
             self.ttt_probe.lost(request_id)
@@ -361,9 +357,13 @@ class TTTScheduler(AsyncScheduler):
         if not attached.started:
             attached.session.open.pop(request_id, None)
         elif attached.knobs.learn:
-            self.ttt_ended[request_id] = attached.prompt - 1 + attached.outputs
-            if attached.knobs.learn_output and attached.outputs:
-                attached.session.allowance.spend(attached.outputs)
+            self.ttt_ended[request_id] = attached.prompt - 1 + attached.shown
+            if attached.request.status == RequestStatus.FINISHED_ABORTED:
+                self.ttt_guard(self.ttt_stops.look, attached)
+                if attached.stopped is None:
+                    attached.session.history.give_up(attached.prefixes)
+            if attached.knobs.learn_output and attached.shown:
+                self.ttt_trust.spend(attached.session, attached.shown)
                 attached.remember_answer()
         self.ttt_guard(self.ttt_tiers.left, attached.session)
         self.ttt_arrivals.leave(attached.request)
@@ -390,7 +390,7 @@ class TTTScheduler(AsyncScheduler):
         if self.ttt_store is None:
             return
         if not engine.is_running():
-            self.ttt_guard(self.ttt_tiers.close)
+            self.ttt_guard(self.ttt_ending.step)
         elif self.ttt_alarm is None:
             self.ttt_alarm = Alarm(engine, self.ttt_config.sessions.autosave, self.ttt_tiers)
 

@@ -150,7 +150,8 @@ class Store:
         with self._reading():
             return [v.version for v in records.versions(self.reader, uid) if not v.problem]
 
-    def count(self, tenant: str) -> int:
+    def count(self, tenant: str | None = None) -> int:
+        """Sessions of a tenant; without one, of all."""
         with self._reading():
             return records.count(self.reader, tenant)
 

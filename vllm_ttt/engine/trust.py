@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.ledger import Session
-from vllm_ttt.engine.limits import repetitive
+from vllm_ttt.engine.limits import Allowance, repetitive
 from vllm_ttt.types import Trial
 
 
@@ -15,10 +15,23 @@ class Trust:
         self.config = config
         #: sessions that the guard has stopped, of which the worker does not know yet that this is known here
         self.stopped: list[int] = []
+        #: what each key may have learned in this hour, over all its sessions, also those that are no more
+        self.keys: dict[str, Allowance] = {}
 
     def allows(self, session: Session, pairs: int) -> bool:
         """Whether so many more may be learned in this hour; they are taken off then."""
-        return session.allowance.take(pairs, self.config.guard.hourly_tokens)
+        guard, key = self.config.guard, self.keys.setdefault(session.key.tenant, Allowance())
+        if not key.take(pairs, guard.hourly_tokens_per_key):
+            return False
+        if session.allowance.take(pairs, guard.hourly_tokens):
+            return True
+        key.spend(-pairs)
+        return False
+
+    def spend(self, session: Session, tokens: int) -> None:
+        """Take off what could not be known before: generated tokens."""
+        session.allowance.spend(tokens)
+        self.keys.setdefault(session.key.tenant, Allowance()).spend(tokens)
 
     def repetitive(self, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
         """Ranges (first, end) of a prompt's pairs, from ``start`` on, that repeat themselves."""

@@ -68,9 +68,7 @@ def admit_admin(args: Any, file: str | None) -> None:
         key = Path(file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"sessions.admin_key_file {file} cannot be read: {error}") from None
-    from vllm import envs
-
-    known = [k for k in (args.api_key or [envs.VLLM_API_KEY]) if k]
+    known = known_keys(args)
     if not known:
         raise ConfigError("sessions.admin_key_file needs --api-key: without it everybody may do everything")
     if len(key) < 16 or any(c.isspace() for c in key):
@@ -101,8 +99,11 @@ def derive(secret: str, key: bytes) -> str:
 def _api_keys(request: Any | None) -> list[str]:
     """The keys that vLLM's AuthenticationMiddleware accepts (vllm/entrypoints/serve/middleware/register.py)."""
     args = getattr(request.app.state, "args", None) if request is not None else None
-    if args is None:
-        return []
+    return known_keys(args) if args is not None else []
+
+
+def known_keys(args: Any) -> list[str]:
+    """The API keys that vLLM's Namespace ``args``, or else the environment, names."""
     from vllm import envs
 
-    return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    return [key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]) if key]

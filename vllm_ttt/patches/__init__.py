@@ -1,7 +1,8 @@
 """One module per vLLM function that we wrap; patches/README.md lists them for people.
 
 ``engine_args`` is installed by every process that loads the plugin and only adds flags. The others are installed once a
-config asks for ttt: ``frontend`` in the API server, ``engine`` in the engine core. The worker needs none.
+config asks for ttt: ``frontend`` in the API server, ``offline`` in a script, ``engine`` in the engine core. The worker needs
+none.
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ from collections.abc import Callable
 
 def contracts() -> dict[str, Callable[[], None]]:
     """For each group of patches, a function that raises PatchContractError where vLLM is not what they were written for."""
-    from vllm_ttt.patches import endpoint_plugins, engine, engine_args, frontend
+    from vllm_ttt.patches import endpoint_plugins, engine, engine_args, frontend, offline
 
-    modules = {"engine_args": engine_args, "endpoint_plugins": endpoint_plugins, "engine": engine, "frontend": frontend}
+    modules = {
+        "engine_args": engine_args,
+        "endpoint_plugins": endpoint_plugins,
+        "engine": engine,
+        "frontend": frontend,
+        "offline": offline,
+    }
     return {name: module.check for name, module in modules.items()}
 
 

@@ -47,6 +47,9 @@ def check() -> None:
         "_free_request_blocks": "self request",
         "reset_prefix_cache": "self reset_running_requests reset_connector",
         "_handle_blocked_waiting_request": "self request",
+        "_enqueue_waiting_request": "self request",
+        "get_request_counts": "self",
+        "make_stats": "self spec_decoding_stats kv_connector_stats cudagraph_stats perf_stats ec_connector_stats",
         "_get_local_prefix_cache_hit": "self request",
         "_reserve_prefill_lookahead": "self request num_computed_tokens num_new_tokens",
     }.items():

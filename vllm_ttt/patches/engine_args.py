@@ -81,7 +81,7 @@ def _from_cli_args(original: Callable) -> Callable:
             from vllm_ttt.patches import frontend
 
             config = plugin.config_from_flags(args)
-            settings = plugin.settings(config, http=True)
+            settings = plugin.settings(config, http=True, keys=len(tenants.known_keys(args)))
             engine_args.additional_config = {**(engine_args.additional_config or {}), plugin.NAME: settings}
             patches.check_all()
             frontend.install()
@@ -113,8 +113,10 @@ def _create_engine_config(original: Callable) -> Callable:
         if config is None:
             return original(self, *args, **kwargs)
         from vllm_ttt import patches, support
+        from vllm_ttt.patches import offline
 
         patches.check_all()
+        offline.install()
         support.prepare_engine_args(self, config)
         vllm_config = original(self, *args, **kwargs)
         support.finish_vllm_config(vllm_config, config)

@@ -67,7 +67,7 @@ class Saves:
 
     def record(self, session: Session) -> None:
         """Bring what the state dir says of the session, its delta apart, up to date."""
-        if session.life.unrecorded:
+        if session.life.unrecorded and not session.blank:
             self.store.note(session.row(session.saved))
             session.life.recorded_at = session.life.generation
 

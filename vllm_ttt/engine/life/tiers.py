@@ -50,7 +50,7 @@ class Tiers:
         self.ledger, self.store, self.give_up = ledger, store, give_up
         self.meters, self.guard = meters or Meters(), guard or Guarded()
         self.orders = Orders()
-        self.operations = Operations(self.guard, self.left)
+        self.operations = Operations(self.guard, self._settled)
         #: runs an operation on a session, in its turn
         self.run = self.operations.run
         tools = self.orders, self.operations, self.meters
@@ -62,6 +62,8 @@ class Tiers:
         #: sessions whose requests are to be refused, and why
         self.broken: list[tuple[Session, RequestError]] = []
         self.closing = False
+        #: called with a session that has come into memory, or for which nothing is left to do
+        self.on_ready: Callable[[Session], None] = lambda session: None
 
     # What the scheduler asks.
 
@@ -76,17 +78,22 @@ class Tiers:
             self.broken.append((session, RequestError(message, 503)))
         return session.life.state is State.IN_MEMORY
 
+    def homeless(self, session: Session) -> bool:
+        """Whether the session, which is not ready, waits for room in memory; otherwise it is on its way, or being changed."""
+        return session.life.state in (State.NEW, State.ON_DISK) and not session.life.queue
+
     def changes(self, session: Session) -> None:
         """The session was used, or has learned."""
         if self.saves is not None:
             self.saves.changes(session)
 
     def left(self, session: Session) -> None:
-        """A request of the session has left the engine, or nothing is left to do for it."""
-        here = self.ledger.sessions.get(session.key) is session
-        if self.saves is not None and here and session.idle and not session.life.placed:
-            self.saves.record(session)
-            self.forget(session)
+        """A request of the session has left the engine, or has been learned."""
+        if session.idle and session.blank and self.ledger.sessions.get(session.key) is session:
+            for oldest in self.ledger.is_a_name(session):
+                self._put_away(oldest)
+        else:
+            self._rest(session)
 
     def take_orders(self) -> list[FileOrder]:
         """What the worker is to do, with the step that is being scheduled. Never raises."""
@@ -161,6 +168,8 @@ class Tiers:
         before = session.life.placed
         session.life.move(to)
         self.placed += session.life.placed - before
+        if to is State.IN_MEMORY:
+            self.on_ready(session)
         if before and not session.life.placed:
             self.orders.drop(session.adapter)
 
@@ -194,7 +203,8 @@ class Tiers:
         return True
 
     def _has_room(self) -> bool:
-        return self.placed < self.ledger.limit or self._evict()
+        # Without a state dir, so many sessions alone may learn something. Others are names, which need no room.
+        return self.store is None or self.placed < self.ledger.limit or self._evict()
 
     def _evict(self) -> bool:
         """Put the session away that was used longest ago, of those that are idle and saved; False where there is none."""
@@ -204,11 +214,27 @@ class Tiers:
             if session.life.state is State.IN_MEMORY and session.idle and not session.unsaved:
                 self.meters.add("evictions_total", 1, "memory")
                 self.saves.record(session)
-                self.move(session, session.home)
-                self.forget(session)
+                self._put_away(session)
                 return True
         self.saves.make_clean(AT_ONCE)
         return False
+
+    def _put_away(self, session: Session) -> None:
+        if session.life.placed:
+            self.move(session, session.home)
+        self.forget(session)
+
+    def _settled(self, session: Session) -> None:
+        """Nothing is left to do for the session."""
+        self.on_ready(session)
+        self._rest(session)
+
+    def _rest(self, session: Session) -> None:
+        """Where nobody needs the session, and it is not in memory, the state dir alone knows it."""
+        here = self.ledger.sessions.get(session.key) is session
+        if self.saves is not None and here and session.idle and not session.life.placed:
+            self.saves.record(session)
+            self.forget(session)
 
     # Coming in.
 

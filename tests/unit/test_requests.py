@@ -1,0 +1,127 @@
+"""What a session knows of requests that ended early: at a stop string, or because the client left; in vLLM's own scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_deep_scheduler import MODEL, PROMPT, Engine
+from transformers import AutoTokenizer
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.requests import Attached
+from vllm_ttt.engine.stops import Stops
+from vllm_ttt.types import Knobs, SessionKey
+
+pytestmark = pytest.mark.unit
+
+TOKENIZER: Any = AutoTokenizer.from_pretrained(MODEL)
+TEXT = "The quick brown fox, as they say, jumps over the lazy dog; and that was that. Ärger über Öl: 42 €, naïve."
+#: The token that the stand-in for the worker generates.
+SEVEN = TOKENIZER.decode([7])
+
+
+class Asking(Engine):
+    def ask(self, prompt: list[int] = PROMPT, outputs: int = 1, stop: list[str] | None = None, **knobs: int) -> str:
+        """A request of the session a; its prompt's start once it has begun."""
+        self.number += 1
+        extra = {"session_id": "a", **knobs}
+        params = SamplingParams(max_tokens=outputs, ignore_eos=True, stop=stop, extra_args=extra)
+        request = Request(f"r{self.number}", prompt, params, None, block_hasher=self.hasher)
+        self.scheduler.add_request(request)
+        self.step()
+        return request.request_id
+
+    def leave(self, request: str) -> None:
+        self.scheduler.finish_requests(request, RequestStatus.FINISHED_ABORTED)
+
+    def start(self, request: str) -> int:
+        """The first of its pairs to be learned."""
+        return self.scheduler.ttt_requests[request].start
+
+    def settle(self, request: str, pairs: int) -> None:
+        self.learned(request, "a", 1)
+        self.report.chunks[-1].end = self.report.chunks[-1].tokens = pairs
+        self.step()
+
+
+@pytest.mark.parametrize("left", ["before it was learned", "while it was answered"])
+def test_a_request_that_was_given_up_is_learned_once(left: str) -> None:
+    engine = Asking("last")
+    first = engine.ask(outputs=50)
+    if left == "before it was learned":
+        engine.leave(first)
+        engine.settle(first, len(PROMPT) - 1)
+    else:
+        engine.settle(first, len(PROMPT) - 1)
+        engine.leave(first)
+    again = engine.ask(outputs=50)
+    assert engine.start(again) == len(PROMPT) - 1
+    engine.settle(again, len(PROMPT) - 1)
+    engine.drain()
+    third = engine.ask(outputs=50)
+    assert engine.start(third) == 0, "that was answered to its end: this one is sent on purpose"
+
+
+def test_what_was_given_up_halfway_is_learned_from_there() -> None:
+    engine = Asking("last")
+    first = engine.ask(outputs=50)
+    engine.leave(first)
+    engine.settle(first, 64)
+    assert engine.start(engine.ask(outputs=50)) == 64
+
+
+def test_a_stop_string_is_no_giving_up() -> None:
+    """vLLM's API server aborts a request whose answer has come to a stop string, as it does when the client leaves."""
+    engine = Asking("last")
+    first = engine.ask(outputs=50, stop=[SEVEN * 3])
+    engine.settle(first, len(PROMPT) - 1)
+    engine.step()
+    engine.leave(first)
+    assert engine.start(engine.ask(outputs=50)) == 0
+
+
+def test_a_stop_string_is_not_learned() -> None:
+    engine = Asking("last")
+    request = engine.ask(outputs=50, stop=[SEVEN * 3], ttt_learn_output=1)
+    for _ in range(5):
+        engine.step()
+    attached = engine.scheduler.ttt_requests[request]
+    assert (attached.outputs, attached.shown) == (6, 0)
+    assert attached.accepted(engine.scheduler.ttt_config.learn) == len(PROMPT) - 1
+    seen = engine.session("a").tokens_seen
+    engine.leave(request)
+    output = engine.scheduler.schedule()
+    assert output.ttt.ended == {request: len(PROMPT) - 1}  # type: ignore[attr-defined]
+    assert seen == len(PROMPT) - 1
+
+
+@given(st.integers(0, len(TEXT) - 2), st.integers(1, 12), st.booleans(), st.integers(0, 6))
+def test_the_stop_string_is_found_where_it_is(at: int, length: int, included: bool, least: int) -> None:
+    """Token by token, beside the text as it grows."""
+    stop = TEXT[at : at + length]
+    params = SamplingParams(max_tokens=100, stop=[stop], include_stop_str_in_output=included, min_tokens=least)
+    ids = TOKENIZER(TEXT, add_special_tokens=False)["input_ids"]
+    request = Request("r", [1, 2], params, None)
+    attached = Attached(request, Session(SessionKey("-", "s"), 1, 4), Knobs(), True, 1, 2)
+    stops = Stops(Engine("last").config.model_config)
+    for count, token in enumerate(ids, 1):
+        request.append_output_token_ids(token)
+        attached.outputs += 1
+        stops.look(attached)
+        text = TOKENIZER.decode(ids[:count])
+        if count > least and stop in text:
+            assert attached.stopped is not None
+            shown = text[: text.index(stop)]
+            said = TOKENIZER.decode(ids[: attached.stopped])
+            if included:
+                assert attached.stopped == count
+            else:
+                assert shown.startswith(said)
+                assert not shown.startswith(TOKENIZER.decode(ids[: attached.stopped + 1]))
+            return
+        assert attached.stopped is None
