@@ -65,17 +65,27 @@ def lost(worker: Hooks) -> list[tuple[int, str, int]]:
     return [(c.session, c.skipped, c.tokens) for c in worker.trainer.take_report().chunks if c.skipped is not None]
 
 
-def test_a_batch_that_cannot_be_kept_costs_its_own_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begun", [False, True], ids=["nothing was kept", "something was"])
+def test_a_batch_that_cannot_be_kept_costs_its_own_sessions(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
     worker = Hooks()
     worker.start("a", A, 2)
     worker.batch(("a", 0, 33))
     worker.backlog.finish("a", 32)
     worker.start("b", B, 2)
+    take = worker.backlog.take
+
+    def fail(*args: Any) -> None:
+        if begun:
+            take(*args)
+        raise RuntimeError("planted by a test")
+
     with monkeypatch.context() as patch:
-        patch.setattr(worker.backlog, "take", lambda *_: 1 / 0)
-        worker.batch(("b", 0, 20))
+        patch.setattr(worker.backlog, "take", fail)
+        worker.batch(("b", 0, 33))
     assert worker.trainer.errors == 1
-    assert lost(worker) == [(B, "error", 32)]
+    found = lost(worker)
+    assert {(key, why) for key, why, _ in found} == {(B, "error")}
+    assert sum(tokens for *_, tokens in found) == 32
     assert worker.learn()[A] == 2, "what was complete before has nothing to do with it"
     assert worker.backlog.room == 8
 

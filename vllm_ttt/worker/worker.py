@@ -325,14 +325,15 @@ class TTTWorkerMixin:
     def _take(self) -> None:
         """After an iteration: keep the rows that are to be learned, before the next one overwrites them."""
         ran, self.ran = self.ran, None
-        wanted = {**self.backlog.wanted(), **self.probe.reading}
+        captured = self.backlog.wanted()
+        wanted = {**captured, **self.probe.reading}
         if not wanted:
             return
         try:
             self._keep(ran, wanted)
         except Exception:
             self.trainer.failed("_take failed; what the sessions of the batch have waiting is given up")
-            for key in {reading.plan.session for reading in self.backlog.wanted().values()}:
+            for key in {reading.plan.session for reading in captured.values()}:
                 self.trainer.lose(key, "error")
 
     def _keep(self, ran: Any, wanted: dict[str, Any]) -> None:
