@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from world import World
 
+from vllm_ttt.config import SessionsConfig
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.operations import ROOM, Operations
@@ -19,7 +20,7 @@ from vllm_ttt.engine.life.states import START, TRANSITIONS, Life, State, Transit
 from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import SessionKey
+from vllm_ttt.types import ChunkReport, SessionKey
 
 pytestmark = pytest.mark.unit
 
@@ -91,6 +92,29 @@ def test_a_generation_never_goes_down(tmp_path: Path) -> None:
     world.wait(world.tiers.owner.reset(session, dict))
     grew()
     assert session.version == 0
+    world.end()
+
+
+def test_whoever_holds_requests_is_told_when_they_may_go_on(tmp_path: Path) -> None:
+    """When the session has come into memory, and when nothing more is to be done for it, whatever became of that."""
+    world, told = World(tmp_path / "state", limit=1), []
+    world.use("a", 1.0)
+    world.save("a")
+    world.use("b", 1.0)
+    world.save("b")
+    world.tiers.on_ready = lambda session: told.append((session.key.name, world.tiers.ready(session)))
+    session = world.ledger.open(SessionKey("-", "a"))
+    session.requests.add("r")
+    assert world.tiers.homeless(session)
+    assert not world.tiers.ready(session)
+    assert not world.tiers.homeless(session), "it is on its way"
+    world.run(lambda: world.tiers.ready(session))
+    assert told == [("a", True)] * 2
+    with pytest.raises(RequestError, match="requests in the engine"):
+        world.wait(world.go_back(session, 1))
+    session.requests.clear()
+    world.wait(world.go_back(session, 1))
+    assert told[2:] == [("a", True), ("a", False)], "it is on disk"
     world.end()
 
 
@@ -189,3 +213,55 @@ def test_what_is_asked_of_a_session_that_goes_is_answered() -> None:
     with pytest.raises(RequestError, match="removed meanwhile"):
         late.result(timeout=0)
     assert "2 ends" not in queues.trace
+
+
+def test_without_a_state_dir_memory_is_the_only_place(tmp_path: Path) -> None:
+    """Each operation is answered at once, and the session is in memory before and after."""
+    ledger, called = Ledger(1, 2, 9, 1), []
+    tiers = Tiers(ledger, SessionsConfig(), None, lambda *_: None)
+
+    def worker(method: str, *args: int) -> Any:
+        called.append((method, *args))
+        return 3 if method == "ttt_copy" else None if args[1] == 2 else [2, 3]
+
+    session = ledger.open(SessionKey("-", "a"))
+    assert tiers.ready(session)
+    session.record(ChunkReport(session.adapter, "r", 16, 1.0, None, None, 16, 3))
+    assert tiers.owner.fork(session, SessionKey("-", "b"), worker).result(timeout=0).version == 3
+    with pytest.raises(RequestError, match="at most 2 sessions"):
+        tiers.owner.fork(session, SessionKey("-", "c"), worker)
+    with pytest.raises(RequestError, match="kept are: 2, 3"):
+        tiers.owner.go_back(session, 1, worker).result(timeout=0)
+    assert tiers.owner.go_back(session, 2, worker).result(timeout=0).version == 2
+    assert called == [("ttt_copy", 1, 2), ("ttt_roll_back", 1, 1), ("ttt_roll_back", 1, 2)]
+    assert tiers.owner.reset(session, dict).result(timeout=0).version == 0
+    assert session.life.state is State.IN_MEMORY
+    assert [(order.action, order.session) for order in tiers.take_orders()] == [("drop", 1)]
+    tiers.owner.remove(session).result(timeout=0)
+    assert [s.key.name for s in ledger.sessions.values()] == ["b"]
+    assert tiers.placed == 1
+    assert not tiers.busy or tiers.orders.leaving
+    session = ledger.open(SessionKey("-", "c"))
+    assert tiers.ready(session)
+
+
+def test_a_fork_for_which_there_is_no_room_is_answered(tmp_path: Path) -> None:
+    """Its source holds the place that what it makes would need; two forks may hold each other's."""
+    world = World(tmp_path / "state", limit=2)
+    for name in "abxy":
+        world.use(name, 1.0)
+        world.save(name)
+    forks = []
+    for name in "ab":
+        session = world.ledger.find(SessionKey("-", name))
+        assert session is not None
+        forks.append(world.tiers.owner.fork(session, SessionKey("-", f"{name}2"), world.worker))
+        assert session.life.state is State.LOADING
+    world.run(lambda: all(fork.done() for fork in forks))
+    outcomes = [fork.exception() for fork in forks]
+    assert [error.status for error in outcomes if isinstance(error, RequestError)] == [503]
+    assert outcomes.count(None) == 1, "the other has its room then"
+    world.run()
+    assert world.value("a") == world.value("b") == world.value("b2") == 1.0
+    assert world.ledger.peek(SessionKey("-", "a2")) is None
+    world.end()

@@ -105,15 +105,13 @@ class Lives(RuleBasedStateMachine):
     def send(self, name: str) -> None:
         if name in self.requests:
             return
-        tiers, truth = self.world.tiers, self.truths[name]
+        tiers, truth, session, refused = self.world.tiers, self.truths[name], None, 0
         try:
             session = self.world.ledger.open(SessionKey("-", name))
         except RequestError as error:
             refused = error.status
-        else:
-            refused = 0
         assert refused in (0, 429)
-        if refused:
+        if session is None:
             return
         if truth.chain is None and not self.forking(name):
             truth.chain = FRESH
@@ -219,6 +217,7 @@ class Lives(RuleBasedStateMachine):
         if op == "save" and result["saved_version"] is not None:
             assert truth.chain is not None
             truth.found = {truth.back_to(v) for v in range(result["saved_version"], len(truth.chain))}
+            assert truth.found, "it was saved at a version that it went back from"
         elif op == "rollback":
             assert result["version"] == argument == result["saved_version"]
             truth.promise(truth.back_to(argument))
@@ -257,9 +256,12 @@ class Lives(RuleBasedStateMachine):
                 self.world.let(thread)
             self.step()
 
-    @rule(name=NAMES, late=st.booleans(), data=st.data())
-    def guard_returns(self, name: str, late: bool, data: st.DataObject) -> None:
-        """The worker has taken a session back; the engine hears of it now, or with the next step."""
+    @rule(name=NAMES, late=st.booleans(), saving=st.booleans(), data=st.data())
+    def guard_returns(self, name: str, late: bool, saving: bool, data: st.DataObject) -> None:
+        """The worker has taken a session back; the engine hears of it now, or with the next step. A save may be under way."""
+        if saving:
+            self.talk(name, chunks=2, save=True)
+            self.step()
         session = self.session(name)
         if session is None or not session.life.in_memory or any(trial.session == session.adapter for trial in self.trials):
             return

@@ -79,7 +79,7 @@ class Operations:
                 queue.popleft()
                 message = f"session {session.key.name!r}: this failed; the server's log says why"
                 operation.answer.set_exception(RequestError(message, 500))
-                self.guard.failed(operation.steps.gi_code.co_qualname)
+                self.guard.failed(getattr(operation.steps, "__qualname__", "an operation"))
         del self.active[id(session)]
         self.settled(session)
 

@@ -61,6 +61,8 @@ class Tiers:
         self.placed = 0
         #: sessions whose requests are to be refused, and why
         self.broken: list[tuple[Session, RequestError]] = []
+        #: whether an operation has looked for room in this step, and there is none: the others need not look
+        self.crowded = False
         self.closing = False
         #: called with a session that has come into memory, or for which nothing is left to do
         self.on_ready: Callable[[Session], None] = lambda session: None
@@ -72,8 +74,7 @@ class Tiers:
 
         Never raises: a session that cannot be brought in has its requests refused in the next `take_orders`.
         """
-        away = session.life.state in (State.NEW, State.ON_DISK) and not session.life.queue
-        if away and self.guard(self._admit, session) is None:
+        if self.homeless(session) and self.guard(self._admit, session) is None:
             message = f"session {session.key.name!r} could not be brought in; the server's log says why"
             self.broken.append((session, RequestError(message, 503)))
         return session.life.state is State.IN_MEMORY
@@ -97,6 +98,7 @@ class Tiers:
 
     def take_orders(self) -> list[FileOrder]:
         """What the worker is to do, with the step that is being scheduled. Never raises."""
+        self.crowded = False
         if not self.closing:
             self.guard(self.expiry.step)
         if self.store is not None and self.saves is not None:
@@ -156,11 +158,12 @@ class Tiers:
     def bring_in(self, session: Session) -> Steps:
         """Part of an operation: the session is in memory when it goes on, and stays there until the operation ends."""
         while not session.life.in_memory:
-            if self._has_room():
+            if not self.crowded and self._has_room():
                 yield from self._enter(session)
-            elif self.stuck:
+            elif not self.crowded and self.stuck:
                 raise RequestError(f"there is no room to bring session {session.key.name!r} in; try later", 503)
             else:
+                self.crowded = True
                 yield ROOM
 
     def move(self, session: Session, to: State) -> None:
