@@ -108,7 +108,7 @@ class ScheduleConfig(_Model):
     max_slowdown: Annotated[float, Field(ge=1.01, le=100)] = 1.25
     """While requests are being served, learning takes at most this factor less one of the serving time."""
     backlog_tokens: Annotated[int, Field(ge=1024, le=2**24)] = 65536
-    """Captured tokens that may wait for their step, over all sessions; their activations are kept on the device."""
+    """Captured tokens that may wait for their step, over all sessions, a shorter chunk counted as a full one; on the device."""
     consistency: Literal["read-your-writes", "eventual"] = "read-your-writes"
     """Whether a session's next request waits until what its earlier requests sent has been learned."""
     kv_epoch: Annotated[float, Field(ge=0, le=10)] = 0.05

@@ -8,12 +8,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from vllm_ttt.types import ChunkReason, PromptReason
 
 PREFIX = "vllm:ttt_"
 
-#: Why tokens were not learned. A reason that is not here is counted as the last one.
-REASONS = ("loss", "nonfinite", "short", "repetition", "history", "rollback", "frozen", "full", "limit", "error", "other")
+#: Why tokens were not learned: those of a chunk, or of a prompt.
+REASONS = (*get_args(ChunkReason), *get_args(PromptReason))
 
 _LOSS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0)
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -41,7 +43,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("session_requests_total", "counter", "Requests of sessions, by whether they were to learn.", "learn", ("yes", "no")),
     Metric("learned_tokens_total", "counter", "Tokens of chunks that were learned."),
     Metric("skipped_tokens_total", "counter", "Tokens that were sent and not learned.", "reason", REASONS),
-    Metric("chunks_total", "counter", "Chunks that had their turn.", "outcome", ("learned", *REASONS)),
+    Metric("chunks_total", "counter", "Chunks that had their turn.", "outcome", ("learned", *get_args(ChunkReason))),
     Metric("commits_total", "counter", "Updates committed to a session; its version counts them."),
     Metric("chunk_loss_nats", "histogram", "Loss of a chunk before it was learned, nats per token.", buckets=_LOSS),
     Metric(
@@ -56,6 +58,7 @@ METRICS: tuple[Metric, ...] = (
         "rate", "histogram", "Rate of a session after a commit: length of a step relative to the weight's norm.",
         buckets=(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.012, 0.016, 0.025, 0.05, 0.1),
     ),
+    Metric("guard_active", "gauge", "Whether the guard tries deltas; 0: it is off, has no text, or failed three times."),
     Metric("guard_trials_total", "counter", "Deltas that were tried on the guard's text.", "result", ("good", "bad")),
     Metric(
         "rollbacks_total", "counter", "Returns to an earlier version: as the guard had it, or as somebody asked.",

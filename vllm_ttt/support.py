@@ -110,11 +110,11 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--runner pooling": model.runner_type != "generate",
         "--enable-prompt-embeds": model.enable_prompt_embeds,
-        "--quantization": model.quantization is not None,
     }
     for flag, refused in refusals.items():
         if refused:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
+    _check_weights(model.quantization)
     if vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
         raise ConfigError("on CUDA, --plugin ttt needs vLLM's model runner V2; unset VLLM_USE_V2_MODEL_RUNNER")
     if config.guard.every and config.guard.probe is not None and not Path(config.guard.probe).is_file():
@@ -166,8 +166,25 @@ def describe_model(model: str) -> str:
 
     hf = AutoConfig.from_pretrained(model)
     _check_architecture(hf.architectures, hf)
+    _check_weights(_quantization(model, hf))
     kind = (hf.architectures or ["unknown"])[0]
     return f"{kind}, {hf.num_hidden_layers} layers, hidden {hf.hidden_size}, vocabulary {hf.vocab_size}"
+
+
+def _quantization(model: str, hf: Any) -> str | None:
+    """How the model's weights are quantised, as vLLM finds it out; None: they are not."""
+    for name in ("quantization_config", "compression_config"):
+        if found := getattr(hf, name, None):
+            return str(found.get("quant_method") or name if isinstance(found, dict) else name)
+    return "modelopt" if (Path(model) / "hf_quant_config.json").is_file() else None
+
+
+def _check_weights(quantization: str | None) -> None:
+    if quantization is not None:
+        raise ConfigError(
+            f"quantised weights ({quantization}) are not supported with --plugin ttt, whose step needs 16 or 32 bits: "
+            "leave --quantization out, name the model that was quantised, or serve without ttt"
+        )
 
 
 def check_layers(hf: Any, config: TTTConfig, max_model_len: int) -> None:

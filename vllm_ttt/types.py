@@ -102,8 +102,8 @@ class RequestPlan:
     start: int = 0
     #: the slot follows the master while the prompt is being read
     interleave: bool = False
-    #: it reads the guard's text: its activations are kept, and nothing is learned
-    probe: bool = False
+    #: it reads a part of the guard's text, which has so many tokens to predict: they are kept, and nothing is learned; 0: not
+    probe: int = 0
     #: ranges (first, end) of pairs whose tokens repeat themselves: a chunk most of which is in one is not learned
     repetitive: list[tuple[int, int]] = field(default_factory=list)
 
@@ -164,8 +164,17 @@ class StepPlan:
     urgent: list[str] = field(default_factory=list)
     #: requests that have left the engine, and whose blocks others have now: what waits of them is given up
     lost: list[str] = field(default_factory=list)
+    #: sessions of which the engine core has read that the guard has stopped them: from this step on it plans accordingly
+    stopped: list[int] = field(default_factory=list)
     #: sessions to be written, read or forgotten, in this order
     files: list[FileOrder] = field(default_factory=list)
+
+
+#: Why a chunk was not learned.
+ChunkReason = Literal["loss", "nonfinite", "short", "repetition", "rollback", "frozen", "full", "error"]
+#: Why nothing of a prompt, or not its beginning, was to be learned at all.
+PromptReason = Literal["history", "limit"]
+Reason = ChunkReason | PromptReason
 
 
 @dataclass(slots=True)
@@ -179,8 +188,8 @@ class ChunkReport:
     loss: float
     #: the same under the base model, where it was measured; what came before the chunk is as it was served
     frozen_loss: float | None
-    #: None: learned. Otherwise why not: "loss", "nonfinite", "short", "repetition", "rollback", "full" or "error"
-    skipped: str | None
+    #: None: learned. Otherwise why not
+    skipped: ChunkReason | None
     #: the pair of the request that comes after its last one
     end: int
     #: the session's version after the chunk
@@ -217,7 +226,8 @@ class StepReport:
     released: list[str] = field(default_factory=list)
     #: what has become of file orders, in the order in which it happened
     files: list[FileReport] = field(default_factory=list)
-    #: captured tokens that wait for their step
+    #: captured tokens that wait for their step, and the pages of those that are complete
     pending: int = 0
+    queued: int = 0
     #: whether the worker has work that needs another step, even where no request does
     busy: bool = False

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from served import SCORED, Documents, Served, logprobs
+from served import SCORED, Documents, Served, completion, logprobs
 
 from vllm_ttt.eval.oracle import Oracle
 
@@ -65,6 +65,25 @@ def test_a_spoiled_session_returns_to_its_last_good_version_and_learns_no_more(s
     server.complete(documents["kjv"][0][:257], name)
     server.settle()
     assert server.session(name)["version"] == session["version"] + 1
+
+
+def test_what_is_sent_back_to_back_is_not_learned_once_it_is_stopped(server: Served, documents: Documents) -> None:
+    """Nobody waits between the requests: each is released as soon as the one before it has been learned, or is not."""
+    name = server.fresh("hasty")
+    backwards = [texts[i][:1025][::-1] for i in range(3) for texts in documents.values()]
+    answers = server.together(*[completion(prompt, name) for prompt in backwards])
+    learned = [answer.json()["ttt"]["tokens_learned"] for answer in answers]
+    server.settle()
+    session = server.session(name)
+    assert session["frozen"], f"worse by {session['probe_regression']}"
+    good = int(session["frozen_reason"].rpartition("version ")[2])
+    assert good in session["versions"]
+    assert session["version"] == good, "nothing was learned onto the version that it was returned to"
+    assert 0 in learned
+    skipped = session["tokens_skipped"]
+    assert skipped["frozen"] > 0
+    assert skipped["frozen"] + skipped.get("rollback", 0) >= 1024 * learned.count(0)
+    assert session["tokens_learned"] + sum(skipped.values()) == session["tokens_seen"] == 1024 * len(backwards)
 
 
 def test_roll_back(server: Served, documents: Documents) -> None:

@@ -35,7 +35,7 @@ class Engine:
     def rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         self.calls.append(method)
         if method == "ttt_metrics":
-            names = ("pending_tokens", "step_seconds", "learning_seconds_total", "serving_seconds_total")
+            names = ("pending_tokens", "guard_active", "step_seconds", "learning_seconds_total", "serving_seconds_total")
             return [Values(*names).snapshot() | {"slots": {"": []}}]
         if method in ("ttt_copy", "ttt_roll_back"):
             return [self.world.worker(method, *args)]

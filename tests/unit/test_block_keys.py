@@ -10,7 +10,7 @@ import pytest
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.ledger import Session
-from vllm_ttt.types import ChunkReport, SessionKey
+from vllm_ttt.types import ChunkReason, ChunkReport, SessionKey
 
 pytestmark = pytest.mark.unit
 
@@ -51,7 +51,9 @@ def entered(keys: BlockKeys, session: Session, exact: bool = True) -> str:
     return path
 
 
-def learn(keys: BlockKeys, session: Session, tokens: int = 512, skipped: str | None = None, rate: float = 0.012) -> None:
+def learn(
+    keys: BlockKeys, session: Session, tokens: int = 512, skipped: ChunkReason | None = None, rate: float = 0.012
+) -> None:
     version = session.version + (skipped is None)
     chunk = ChunkReport(session.adapter, "r", tokens, 1.0, None, skipped, tokens, version, rate)
     keys.learned(session, chunk)

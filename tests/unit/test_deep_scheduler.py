@@ -35,9 +35,8 @@ class Engine:
     def __init__(self, preset: str, flags: dict[str, Any] | None = None, **config: Any):
         args = EngineArgs(
             model=str(MODEL),
-            max_model_len=512,
             enforce_eager=True,
-            **(flags or {}),
+            **{"max_model_len": 512, **(flags or {})},
             **engine_args(preset, {"sessions": {"resident": 4}, "guard": {"every": 0}, **config}),
         )
         self.config = args.create_engine_config()

@@ -10,14 +10,14 @@ import pkgutil
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from vllm_ttt.config import TTTConfig, load_config
 from vllm_ttt.metrics import METRICS, PREFIX, REASONS
-from vllm_ttt.types import Knobs, check_session_id
+from vllm_ttt.types import ChunkReason, Knobs, check_session_id
 
 pytestmark = pytest.mark.unit
 
@@ -59,7 +59,7 @@ def test_the_reference_is_what_the_code_says() -> None:
     text = reference().render()
     assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == text, "run `make docs`"
     named = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
-    assert set(REASONS) - {"other"} <= named, "each reason has its row"
+    assert set(REASONS) <= named, "each reason has its row"
     for key in ("ttt_learn", "ttt_learn_output", "ttt_interleave"):
         assert key in named
         Knobs.parse({key: 1})
@@ -152,6 +152,17 @@ def test_every_metric_is_in_the_table() -> None:
     expected = metrics_table()
     text = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
     assert expected in text, f"docs/observability.md: replace the table of metrics by\n\n{expected}\n"
+
+
+def test_reasons_are_the_same_everywhere() -> None:
+    """Why something is not learned: the worker's type, the metrics' labels, the reference, the routes."""
+    from vllm_ttt.frontend.models import ChunkLoss
+
+    text = (ROOT / "docs" / "reference.template").read_text(encoding="utf-8")
+    rows = text.partition("| in `tokens_skipped` | what happened |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == set(REASONS)
+    said = ChunkLoss.model_fields["skipped"].description or ""
+    assert set(re.findall(r"`(\w+)`", said)) == set(get_args(ChunkReason))
 
 
 # What the documents promise

@@ -68,3 +68,23 @@ def test_a_fork_that_fails_leaves_a_fresh_session_to_who_asked_for_it(tmp_path: 
     world.tiers.left(target)
     assert world.value("new") == 0.0
     world.end()
+
+
+def test_a_fork_and_a_save_of_it_do_not_escape_the_guard(tmp_path: Path) -> None:
+    """What no trial has seen counts in the copy too, and so does the last version that was good."""
+    world = World(tmp_path / "state", limit=8, rows=4)
+    engine = Engine(world)
+    session = world.use("a", *[1.0] * 15)
+    world.trainer.versions.add_good(session.adapter, 3, world.trainer.versions.kept[session.adapter][15])
+    assert engine.ask("fork", "a", "b")["version"] == 15
+    copied = world.use("b")
+    assert world.trainer.guard.untried(copied.adapter) == 15
+    assert world.trainer.versions.last_good(copied.adapter) == 3
+    assert engine.ask("fork", "b", "c")["version"] == 15
+    world.save("c")
+    world.crash()
+
+    after = World(tmp_path / "state", limit=8, rows=4)
+    again = after.use("c")
+    assert after.trainer.guard.untried(again.adapter) == 15
+    after.end()

@@ -25,7 +25,7 @@ from vllm_ttt.engine.meters import Meters, snapshot
 from vllm_ttt.frontend import metrics
 from vllm_ttt.frontend.metrics import Figures, MetricsMiddleware
 from vllm_ttt.metrics import BY_NAME, METRICS, PREFIX, REASONS, Values
-from vllm_ttt.types import ChunkReport, Trial
+from vllm_ttt.types import ChunkReason, ChunkReport, Trial
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.meter import Meter
 
@@ -44,7 +44,7 @@ def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
     return found
 
 
-def chunk(skipped: str | None = None, loss: float = 2.0, frozen: float | None = None, tokens: int = 256) -> ChunkReport:
+def chunk(skipped: ChunkReason | None = None, loss: float = 2.0, frozen: float | None = None, tokens: int = 256) -> ChunkReport:
     return ChunkReport(1, "r", tokens, loss, frozen, skipped, tokens, 1, 0.012, None if skipped else 0.12)
 
 
@@ -147,7 +147,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 def figures_of(world: World) -> dict[str, dict[str, Any]]:
     scheduler = SimpleNamespace(
         ttt_config=TTTConfig(), ttt_tiers=world.tiers, ttt_ledger=world.ledger, ttt_meters=world.tiers.meters,
-        ttt_guard=SimpleNamespace(errors=3),
+        ttt_guard=SimpleNamespace(errors=3), ttt_probe=SimpleNamespace(text=[[1, 2]]),
         ttt_holding=SimpleNamespace(count=1),
     )  # fmt: skip
     worker = {
@@ -155,6 +155,7 @@ def figures_of(world: World) -> dict[str, dict[str, Any]]:
         "evictions_total": {"device": 7},
         "errors_total": {"worker": 2},
         "pending_tokens": {"": 5},
+        "guard_active": {"": 1},
     }
     return snapshot(scheduler, worker)
 
@@ -204,7 +205,7 @@ def test_the_admin_operation_asks_the_worker_once(tmp_path: Path) -> None:
     world = World(tmp_path / "state")
     engine = Engine(world)
     engine.scheduler.ttt_meters, engine.scheduler.ttt_holding = world.tiers.meters, SimpleNamespace(count=0)
-    engine.scheduler.ttt_guard = SimpleNamespace(errors=0)
+    engine.scheduler.ttt_guard, engine.scheduler.ttt_probe = SimpleNamespace(errors=0), SimpleNamespace(text=[])
     found = engine.ask("metrics")
     assert engine.calls == ["ttt_metrics"]
     assert set(found) == set(BY_NAME) - {"snapshot_age_seconds"}, "the whole list of metrics, and nothing else"

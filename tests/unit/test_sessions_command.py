@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_admin import Engine
 from typer.testing import CliRunner
 from world import GEOMETRY, IDENTITY, World
 
@@ -81,6 +82,51 @@ def test_list_show_rm(state: Path) -> None:
         assert "there is no session 'nobody'" in str(error)
     assert CliRunner().invoke(app, ["sessions", "list", str(state)]).exit_code == 0
     assert CliRunner().invoke(app, ["sessions", "show", str(state), "a"]).exit_code == 0
+
+
+def test_a_state_dir_says_what_its_server_says(tmp_path: Path) -> None:
+    """Of each session that is on disk: one that is frozen, one that is not, and one of which nothing was ever saved."""
+    world = World(tmp_path / "state", limit=1)
+    engine = Engine(world)
+    for name in ("free", "frozen", "other"):
+        world.use(name, 1.0, 2.0)
+        world.save(name)
+        if name == "frozen":
+            engine.ask("freeze", name)
+    world.use("fresh")
+    world.use("last", 1.0)
+    world.run()
+    offline = Offline(tmp_path / "state")
+    listed = {s["session_id"]: s for s in offline.list()}
+    compared = 0
+    for said in engine.ask("list_all")["sessions"]:
+        if said["tier"] in ("disk", "new"):
+            assert listed[said["session_id"]] == said
+            detail = engine.ask("get", said["session_id"])
+            shown = offline.show(said["session_id"])
+            assert {key: shown[key] for key in detail} == detail
+            assert [file["version"] for file in shown["files"]] == detail["versions"]
+            compared += 1
+    assert compared >= 3
+    assert [listed[name]["frozen"] for name in ("free", "frozen")] == [False, True]
+    assert listed["frozen"]["frozen_reason"] == "asked for"
+    world.end()
+
+
+def test_an_export_falls_back_where_the_newest_version_is_damaged(tmp_path: Path) -> None:
+    """As a server does that brings the session back."""
+    world = World(tmp_path / "state")
+    for value in (1.0, 2.0):
+        world.use("a", value)
+        world.save("a")
+    world.end()
+    newest = run("show", tmp_path / "state", "a")["files"][-1]
+    assert newest["version"] == 2
+    (tmp_path / "state" / newest["file"]).write_bytes(b"damaged")
+    assert run("export", tmp_path / "state", "a", tmp_path / "out")["version"] == 1
+    for file in run("show", tmp_path / "state", "a")["files"]:
+        (tmp_path / "state" / file["file"]).unlink()
+    assert "cannot be used" in str(run("export", tmp_path / "state", "a", tmp_path / "out", fails=True))
 
 
 def test_an_api_key_shows_its_own(state: Path) -> None:

@@ -172,8 +172,8 @@ class Trying:
             self.deltas.session(key).version += 1
             self.guard.committed(key)
 
-    def run(self, tokens: int = 10**6, only: set[int] | None = None) -> int:
-        return self.guard.run(tokens, self.deltas, frozenset(), only)
+    def run(self, tokens: int = 10**6) -> int:
+        return self.guard.run(tokens, self.deltas, frozenset())
 
 
 @pytest.mark.parametrize("tokens", [10**6, 5])
@@ -204,18 +204,18 @@ def test_a_delta_that_harms_is_found_and_a_good_version_kept(tokens: int) -> Non
     assert (trials[1].version, trials[1].back_to) == (8, 4)
 
 
-def test_a_session_that_was_never_tried_waits_and_then_the_others_do_not() -> None:
+def test_a_session_that_is_due_waits_and_the_others_do_not() -> None:
     trying = Trying(GuardConfig(every=4))
-    trying.learn(1, 7, 0.1)
-    trying.learn(2, 8, 0.1)
-    assert trying.guard.overdue() == set(), "nothing waits for a text that has not been read"
+    trying.learn(1, 3, 0.1)
+    trying.learn(2, 4, 0.1)
+    assert trying.guard.due() == set(), "nothing waits for a text that has not been read"
     trying.read()
-    assert trying.guard.overdue() == {2}
-    trying.run(only={2})  # the base model first
+    assert trying.guard.due() == {2}
+    trying.run()  # the base model first
     trying.guard.collect(trying.deltas.sessions)
-    trying.run(only={2})
+    trying.run()
     assert [t.session for t in trying.guard.collect(trying.deltas.sessions)] == [2]
-    assert not trying.guard.overdue()
+    assert not trying.guard.due()
 
 
 def test_it_never_takes_more_than_it_is_given() -> None:
@@ -262,11 +262,35 @@ def test_a_guard_that_fails_ends_and_nobody_waits_for_it() -> None:
     trying.probe.t_P.fill_(V + 1)  # a token that does not exist
     for _ in range(3):
         trying.learn(1, 2, 0.1)
+        assert trying.guard.on
         with pytest.raises(RuntimeError):
             trying.run()
     trying.learn(1, 9, 0.1)
-    assert not trying.guard.overdue()
+    assert not trying.guard.due()
     assert not trying.guard.busy
+    assert not trying.guard.on
+
+
+def test_a_session_whose_trial_fails_is_still_due_and_a_trial_that_works_forgives() -> None:
+    trying = Trying(GuardConfig(every=2))
+    trying.read()
+    trying.learn(1, 2, 0.1)
+    trying.run()
+    trying.guard.collect(trying.deltas.sessions)
+    good, trying.probe.t_P = trying.probe.t_P, torch.full_like(trying.probe.t_P, V + 1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            trying.run()
+        assert trying.guard.due() == {1}
+        assert trying.guard.untried(1) == 2
+    trying.probe.t_P = good
+    trying.run()
+    assert [t.session for t in trying.guard.collect(trying.deltas.sessions)] == [1]
+    trying.learn(1, 2, 0.1)
+    trying.probe.t_P = torch.full_like(good, V + 1)
+    with pytest.raises(RuntimeError):
+        trying.run()
+    assert trying.guard.on, "it was the first in a row"
 
 
 def test_off_it_costs_nothing() -> None:
@@ -281,7 +305,7 @@ def test_off_it_costs_nothing() -> None:
 
 
 def test_room_is_made_although_a_session_waits_for_its_trial() -> None:
-    """A session that is overdue is not learned before the base model's loss is known, which only `collect` takes in: whoever
+    """A session that is due is not learned before the base model's loss is known, which only `collect` takes in: whoever
     learns until there is room must collect, and end where nothing moves."""
     tail = make().tail
     config = parse_config(
@@ -298,7 +322,7 @@ def test_room_is_made_although_a_session_waits_for_its_trial() -> None:
     backlog.start("r", RequestPlan(7, 33, True, False))
     backlog.take([Rows("r", 0, 0, tokens[:33])], h, a)
     trainer.guard.commits[7] = 4
-    assert trainer.guard.overdue() == {7}
+    assert trainer.guard.due() == {7}
     trainer.make_room(lambda: False, 512)
     assert not backlog.queues
     assert trainer.deltas.session(7).version == 2

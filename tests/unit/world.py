@@ -30,6 +30,7 @@ from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.guard import Guard
 from vllm_ttt.worker.micro_step import Tail
 from vllm_ttt.worker.probe import Probe
+from vllm_ttt.worker.trainer import Trainer
 from vllm_ttt.worker.versions import Versions, keep, restore
 
 D, Q, F, R = 8, 12, 16, 4
@@ -82,6 +83,12 @@ class FakeTrainer:
 
     def in_flight(self, key: int) -> bool:
         return key in self.flying
+
+    def collect(self, wait: bool = False) -> None:
+        """There is nothing under way."""
+
+    def copy(self, key: int, to: int) -> int:
+        return Trainer.copy(self, key, to)  # type: ignore[arg-type]  # the real one, on these parts
 
     def resume(self, key: int, session: WorkerSession, untried: int) -> None:
         self.deltas.sessions[key] = session
@@ -184,8 +191,7 @@ class World:
     def worker(self, method: str, *args: Any) -> Any:
         """What the worker answers to an operation."""
         if method == "ttt_copy":
-            self.trainer.deltas.copy(*args)
-            return self.trainer.deltas.session(args[1]).version
+            return self.trainer.copy(*args)
         assert method == "ttt_roll_back"
         return None if self.trainer.roll_back(*args) else self.trainer.versions.of(args[0])
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import Request
 
 from vllm_ttt.config import LearnConfig
@@ -36,3 +37,13 @@ def knobs_of(params: SamplingParams, learn: LearnConfig, vllm_config: VllmConfig
         )
         raise RequestError(message, param="ttt_interleave")
     return knobs
+
+
+def refusal(request: Request, error: RequestError) -> EngineCoreOutput:
+    """The whole answer to a request that is refused."""
+    return EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=FinishReason.ABORT,
+        kv_transfer_params={"ttt": {"status": error.status, "message": error.message}},
+    )

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_ttt.engine.ledger import ASKED_FOR
 from vllm_ttt.engine.life.states import State
 from vllm_ttt.metrics import Snapshot, Values
-from vllm_ttt.types import ChunkReport, Trial
+from vllm_ttt.types import ChunkReport, Reason, Trial
 
 #: Nats per token: what differs by less is even.
 EVEN = 0.005
@@ -47,7 +47,7 @@ class Meters(Values):
         self.add("guard_trials_total", 1, "bad" if bad else "good")
         self.add("rollbacks_total", bad, "guard")
 
-    def skipped(self, tokens: int, reason: str) -> None:
+    def skipped(self, tokens: int, reason: Reason) -> None:
         """Tokens that were sent are not learned."""
         self.add("skipped_tokens_total", tokens, reason)
 
@@ -85,6 +85,7 @@ def snapshot(scheduler: Any, worker: Snapshot) -> Snapshot:
     asked_for = sum(s.frozen == ASKED_FOR for s in sessions)
     found["frozen_sessions"] = {"guard": sum(s.frozen is not None for s in sessions) - asked_for, "request": asked_for}
     gauges = {
+        "guard_active": int(bool(scheduler.ttt_probe.text) and found["guard_active"][""]),
         "backlog_limit_tokens": config.schedule.backlog_tokens,
         "slowdown_limit_ratio": config.schedule.max_slowdown - 1.0,
         "held_requests": scheduler.ttt_holding.count,

@@ -1,4 +1,7 @@
-"""Reads the guard's text through the model, once: as requests of nobody, scheduled beside the first session's."""
+"""Reads the guard's text through the model, once: as requests of nobody, scheduled beside the first session's.
+
+Where they are aborted (a pause that aborts, an abort of everything), the text is read again beside the next session's.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,9 @@ class ProbeReading:
 
     def __init__(self, pieces: list[list[int]], adapter: int):
         """``adapter``: an id that is no session's. Its delta is all zero; with it, a batch counts as one with session rows."""
-        self.pieces, self.adapter = pieces, adapter
+        self.text, self.adapter = pieces, adapter
+        #: what is still to be read; requests that have been made for it so far
+        self.pieces, self.number = pieces, 0
         #: requests that have not ended yet, and whether the worker knows them
         self.open: dict[str, bool] = {}
 
@@ -83,9 +88,10 @@ class ProbeReading:
         """The requests, where they have not been made yet; ``like`` is any, for what the engine core gives them all."""
         lora = LoRARequest(f"ttt:{self.adapter}", self.adapter, f"{ADAPTER_PATH}{self.adapter}")
         made = []
-        for i, piece in enumerate(self.pieces):
+        for piece in self.pieces:
+            self.number += 1
             request = Request(
-                f"{PREFIX}{i}",
+                f"{PREFIX}{self.number}",
                 piece,
                 SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False),
                 None,
@@ -104,6 +110,11 @@ class ProbeReading:
         step.sessions = True
         if not self.open[request.request_id]:
             self.open[request.request_id] = True
-            step.started[request.request_id] = RequestPlan(
-                self.adapter, request.num_prompt_tokens, learn=False, learn_output=False, probe=True
-            )
+            tokens, whole = request.num_prompt_tokens, sum(len(piece) - 1 for piece in self.text)
+            step.started[request.request_id] = RequestPlan(self.adapter, tokens, False, False, probe=whole)
+
+    def lost(self, request_id: str) -> None:
+        """A request has left the engine before its end. Where it was one of these, all of the text is to be read again."""
+        if self.open.pop(request_id, None) is not None and not self.pieces:
+            self.pieces = self.text
+            logger.warning("vllm-ttt: the guard's text was aborted; it is read again beside the next request of a session")

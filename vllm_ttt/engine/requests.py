@@ -10,7 +10,7 @@ from vllm.v1.request import Request
 
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.engine.ledger import Session
-from vllm_ttt.types import ADAPTER_PATH, Knobs
+from vllm_ttt.types import ADAPTER_PATH, ChunkReport, Knobs
 
 #: Of so many requests with n > 1 whose first sample has left, it is remembered for those that are still to come.
 _REMEMBERED = 64
@@ -41,6 +41,10 @@ class Attached:
     repetitive: list[tuple[int, int]] = field(default_factory=list)
     #: tokens that have been generated
     outputs: int = 0
+    #: (version, tokens) of its chunks that have been learned
+    learned: list[tuple[int, int]] = field(default_factory=list)
+    #: the guard has stopped its session: the tokens of it that the session still has; None: it has not
+    kept: int | None = None
     #: a stop string has come: tokens before it
     stopped: int | None = None
     #: the version that serves its first token
@@ -54,6 +58,17 @@ class Attached:
         if lora is None or lora.lora_int_id != adapter:
             self.request.lora_request = LoRARequest(f"ttt:{adapter}", adapter, f"{ADAPTER_PATH}{adapter}")
 
+    def note(self, chunk: ChunkReport) -> None:
+        """What became of one of its chunks."""
+        if chunk.skipped is None:
+            self.learned.append((chunk.version, chunk.tokens))
+        if self.knobs.interleave and not self.outputs:
+            self.version = chunk.version
+
+    def stop(self, version: int) -> None:
+        """The guard has returned its session to ``version``: nothing more of this request, which has started, is learned."""
+        self.knobs, self.kept = Knobs(learn=False), sum(tokens for at, tokens in self.learned if at <= version)
+
     def look_back(self) -> None:
         """Before it starts: what of its prompt is history. Asked in each step in which there is no room for it."""
         history, tokens = self.session.history, self.request.prompt_token_ids or ()
@@ -64,6 +79,8 @@ class Attached:
         """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
         if self.first is not None:
             return self.first.accepted(learn)
+        if self.kept is not None:
+            return self.kept
         tokens = 0
         if self.prompt_learned:
             tokens = accept(self.prompt - 1 - self.start, learn) - sum(end - first for first, end in self.repetitive)

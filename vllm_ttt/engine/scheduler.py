@@ -11,12 +11,12 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt import plugin, support
-from vllm_ttt.engine.admission import check_adapter, knobs_of
+from vllm_ttt.engine.admission import check_adapter, knobs_of, refusal
 from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.ending import Ending
@@ -30,12 +30,13 @@ from vllm_ttt.engine.probe import KEY as PROBE
 from vllm_ttt.engine.probe import ProbeReading, pieces
 from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
+from vllm_ttt.engine.room import Room
 from vllm_ttt.engine.stops import Stops
 from vllm_ttt.engine.store import open_store
 from vllm_ttt.engine.trust import Trust
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
-from vllm_ttt.types import ChunkReport, Knobs, RequestPlan, SessionKey, StepPlan, StepReport, Trial
+from vllm_ttt.types import ChunkReport, Knobs, Reason, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 
@@ -76,6 +77,7 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_held = HeldBlocks(self.kv_cache_manager.block_pool)
         self.ttt_trust = Trust(config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
+        self.ttt_room = Room(config.schedule.backlog_tokens, config.learn.chunk)
         self.ttt_alarm: Alarm | None = None
         self.ttt_ending = Ending(self)
         self.ttt_requests: dict[str, Attached] = {}
@@ -150,10 +152,10 @@ class TTTScheduler(HoldingScheduler):
         return True
 
     def _may_start(self, attached: Attached) -> bool:
-        """Whether the backlog has room for what the request is to have learned."""
-        pending = self.ttt_report.pending
-        too_many = pending and pending + attached.prompt > self.ttt_config.schedule.backlog_tokens
-        return not (attached.knobs.learn and too_many)
+        """Whether the backlog has room for what the request is to have learned; it is taken then."""
+        if self.ttt_config.learn.history == "skip":
+            attached.look_back()
+        return not attached.knobs.learn or self.ttt_room.takes(attached, self.ttt_report.queued)
 
     def _beside(self, attached: Attached) -> Iterator[Attached]:
         """The other requests of its session."""
@@ -188,7 +190,7 @@ class TTTScheduler(HoldingScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
-        plan = StepPlan(ended=self.ttt_ended, files=self.ttt_tiers.take_orders())
+        plan = StepPlan(ended=self.ttt_ended, stopped=self.ttt_trust.take_stopped(), files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
         plan.urgent, plan.lost = self.ttt_held.urgent(output), self.ttt_held.take_lost()
         if self.ttt_requests or self.ttt_probe.open:
@@ -230,12 +232,13 @@ class TTTScheduler(HoldingScheduler):
             repetitive=attached.repetitive,
         )  # fmt: skip
 
-    def _learn_not(self, attached: Attached, reason: str) -> None:
+    def _learn_not(self, attached: Attached, reason: Reason) -> None:
         """A request that was to learn, and has not begun to, is answered and not learned."""
         attached.knobs, attached.prompt_learned = Knobs(learn=False), False
         attached.session.open.pop(attached.request.request_id, None)
         self.ttt_holding.changed(attached.session)
         self.ttt_interleaved.pop(attached.request.request_id, None)
+        self.ttt_room.leave(attached.request.request_id)
         attached.session.refuse(pairs := max(0, attached.prompt - 1), reason, seen=True)
         self.ttt_meters.skipped(pairs, reason)
 
@@ -284,12 +287,11 @@ class TTTScheduler(HoldingScheduler):
                 self.ttt_blocks.learned(session, chunk)
                 session.record(chunk)
                 self.ttt_tiers.changes(session)
-                interleaved = self.ttt_interleaved.get(chunk.request)
-                if interleaved is not None and not interleaved.outputs:
-                    interleaved.version = chunk.version
+                if (attached := self.ttt_requests.get(chunk.request)) is not None:
+                    attached.note(chunk)
 
     def _tried(self, session: Session, trial: Trial) -> None:
-        """The guard has tried the session's delta; where it was bad, nothing that has not begun is learned any more."""
+        """The guard has tried the session's delta; where it was bad, nothing more of what it has sent is learned."""
         self.ttt_meters.tried(trial)
         reason = self.ttt_trust.tried(session, trial)
         self.ttt_tiers.changes(session)
@@ -297,7 +299,9 @@ class TTTScheduler(HoldingScheduler):
             return
         logger.warning("vllm-ttt: session %s learns no more: %s", session.key.wire(), reason)
         for request_id in session.requests & set(session.open):
-            if not (attached := self.ttt_requests[request_id]).started:
+            if (attached := self.ttt_requests[request_id]).started:
+                attached.stop(session.version)
+            else:
                 self._learn_not(attached, "frozen")
         if self.ttt_tiers.saves is not None:
             self.ttt_guard(self.ttt_tiers.save, session)
@@ -311,6 +315,7 @@ class TTTScheduler(HoldingScheduler):
             return
         before = attached.shown
         attached.outputs += len(output.new_token_ids)
+        self.ttt_room.leave(output.request_id)
         if attached.knobs.learn_output:
             self.ttt_guard(self.ttt_stops.look, attached)
             attached.session.tokens_seen += attached.shown - before
@@ -344,9 +349,11 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_holding.leave(request_id)
         attached = self.ttt_requests.pop(request_id, None)
         if attached is None:
+            self.ttt_probe.lost(request_id)
             return
         attached.session.requests.discard(request_id)
         self.ttt_interleaved.pop(request_id, None)
+        self.ttt_room.leave(request_id)
         if not attached.started:
             attached.session.open.pop(request_id, None)
         elif attached.knobs.learn:
@@ -363,13 +370,7 @@ class TTTScheduler(HoldingScheduler):
 
     def _refuse(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, error in self.ttt_refused:
-            output = EngineCoreOutput(
-                request_id=request.request_id,
-                new_token_ids=[],
-                finish_reason=FinishReason.ABORT,
-                kv_transfer_params={"ttt": {"status": error.status, "message": error.message}},
-            )
-            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(refusal(request, error))
         self.ttt_refused.clear()
 
     def has_requests(self) -> bool:

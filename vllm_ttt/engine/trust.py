@@ -13,6 +13,8 @@ from vllm_ttt.types import Trial
 class Trust:
     def __init__(self, config: TTTConfig):
         self.config = config
+        #: sessions that the guard has stopped, of which the worker does not know yet that this is known here
+        self.stopped: list[int] = []
         #: what each key may have learned in this hour, over all its sessions, also those that are no more
         self.keys: dict[str, Allowance] = {}
 
@@ -38,6 +40,8 @@ class Trust:
 
     def tried(self, session: Session, trial: Trial) -> str | None:
         """The guard has tried the session's delta. Where it was bad: why the session learns no more."""
+        if trial.back_to is not None:
+            self.stopped.append(trial.session)
         session.probe_regression = trial.regression
         if trial.back_to is None:
             return None
@@ -45,6 +49,11 @@ class Trust:
             session.back_to(trial.back_to)
         session.frozen = (
             f"at version {trial.version} its delta made the guard's text worse by {trial.regression:.3f} nats per token "
-            f"(guard.max_regression {self.config.guard.max_regression:g}); it is back at version {trial.back_to}"
+            f"(guard.max_regression {self.config.guard.max_regression:g}); it is back at version {session.version}"
         )
         return session.frozen
+
+    def take_stopped(self) -> list[int]:
+        """Those since the last call, for `StepPlan.stopped`."""
+        stopped, self.stopped = self.stopped, []
+        return stopped

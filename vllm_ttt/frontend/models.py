@@ -40,7 +40,8 @@ class ChunkLoss(_Model):
     rate: Loss = None
     """The session's rate after the chunk."""
     skipped: str | None = None
-    """Why it was not learned: `loss`, `nonfinite`, `short`, `repetition`, `rollback`, `full` or `error`; null: it was."""
+    """Why it was not learned: `loss`, `nonfinite`, `short`, `repetition`, `rollback`, `frozen`, `full` or `error`; null: it
+    was."""
 
 
 class SessionSummary(_Model):
@@ -55,7 +56,7 @@ class SessionSummary(_Model):
     tokens_learned: int
     """Tokens of chunks that were learned."""
     tokens_skipped: dict[str, int]
-    """Tokens that were not learned, by reason."""
+    """Tokens that were not learned, by reason: those of chunks, and `history` and `limit` of prompts."""
     tokens_pending: int
     """Tokens that wait to be learned."""
     requests_open: int

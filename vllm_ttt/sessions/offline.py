@@ -54,13 +54,14 @@ class Offline:
         return [self._describe(row) for row in records.listing(self.db, None if all_keys else self.tenant)]
 
     def show(self, name: str) -> dict[str, Any]:
+        """As `GET /v1/ttt/sessions/{id}` has it of a session that is on disk; and ``files``, which no route shows."""
         row = self.find(name)
-        versions = [
-            {"version": v.version, "saved": v.saved, "bytes": v.bytes, "file": v.file, "checksum": v.checksum}
-            for v in records.versions(self.db, row.uid)
-            if not v.problem
+        versions = [v for v in records.versions(self.db, row.uid) if not v.problem]
+        files = [
+            {"version": v.version, "saved": v.saved, "bytes": v.bytes, "file": v.file, "checksum": v.checksum} for v in versions
         ]
-        return {**self._describe(row), "losses": row.state.get("losses", []), "versions": versions}
+        shown = {"losses": _state(row).get("losses", []), "versions": [v.version for v in versions], "files": files}
+        return {**self._describe(row), **shown}
 
     def find(self, name: str) -> Row:
         """The session of that name. Raises SessionsError where there is none, or where several tenants have one."""
@@ -74,24 +75,17 @@ class Offline:
         return found[0]
 
     def export(self, name: str, out: Path) -> dict[str, Any]:
-        """Write the newest version as a PEFT adapter: the folder ``out``, as peft and vLLM load it."""
-        row = self.find(name)
-        if row.newest is None:
-            raise SessionsError(f"session {name!r} has learned nothing that was saved")
-        path = self.folder.path(row.newest.file)
-        try:
-            tensors, _ = delta_file.load(path, row.newest.checksum, self.geometry)
-        except (FileError, OSError) as error:
-            raise SessionsError(f"{path} cannot be used: {error}; vllm-ttt sessions fsck says more") from None
+        """Write the newest version that is whole as a PEFT adapter: the folder ``out``, as peft and vLLM load it."""
+        version, tensors = self._newest(name)
         dtype = getattr(torch, self.identity["dtype"])
         tensors = {module: tensors[module] for module in self.geometry.shapes}
-        metadata = {"session_id": name, "version": str(row.newest.version)}
+        metadata = {"session_id": name, "version": str(version)}
         base = self.identity["model"].get("served") or self.identity["model"]["name"]
         data = peft.adapter(tensors, peft.projections(self.geometry, dtype), self.geometry, base, metadata)
         out.mkdir(parents=True, exist_ok=True)
         delta_file.write(out / "adapter_model.safetensors", data)
         (out / "adapter_config.json").write_text(json.dumps(peft.config(self.geometry, base), indent=2) + "\n")
-        return {"session_id": name, "version": row.newest.version, "bytes": len(data), "folder": str(out)}
+        return {"session_id": name, "version": version, "bytes": len(data), "folder": str(out)}
 
     def bring_in(self, name: str, source: Path) -> dict[str, Any]:
         """Make a session from a PEFT adapter: a folder, or one .safetensors whose metadata has the configuration. Without a
@@ -198,6 +192,19 @@ class Offline:
             return f"it holds version {found}; recorded are version {version.version} and the ledger of version {ledger}"
         return None
 
+    def _newest(self, name: str) -> tuple[int, dict[str, torch.Tensor]]:
+        """The newest version that is what was saved, as a server that brings the session back finds it."""
+        problems = []
+        for version in reversed([v for v in records.versions(self.db, self.find(name).uid) if not v.problem]):
+            path = self.folder.path(version.file)
+            try:
+                return version.version, delta_file.load(path, version.checksum, self.geometry)[0]
+            except (FileError, OSError) as error:
+                problems.append(f"{path} cannot be used: {error}")
+        if not problems:
+            raise SessionsError(f"session {name!r} has learned nothing that was saved")
+        raise SessionsError(f"{'; '.join(problems)}. vllm-ttt sessions fsck says more")
+
     def _read_adapter(self, source: Path) -> tuple[dict[str, torch.Tensor], int]:
         inputs = 2 * self.geometry.hidden + self.geometry.feed_forward + self.geometry.attention
         limit = 4 * self.geometry.rank * self.geometry.layers * inputs + self.geometry.bytes + MAX_HEADER
@@ -218,19 +225,31 @@ class Offline:
         version = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 1
         return tensors, max(1, version)
 
-    def _describe(self, row: Row) -> dict[str, Any]:
-        newest = row.newest
-        state = row.state if not newest or row.state.get("version") == newest.version else newest.state
+    @staticmethod
+    def _describe(row: Row) -> dict[str, Any]:
+        """As the server's lists have a session that is on disk (frontend/models.py, SessionSummary)."""
+        newest, state = row.newest, _state(row)
+        problem = f"what was recorded of it is damaged ({row.problem}); this is what can be read" if row.problem else None
         return {
             "session_id": row.key.name,
-            "tenant": row.key.tenant,
-            "version": newest.version if newest else 0,
+            "version": state.get("version", 0),
+            "tokens_seen": state.get("tokens_seen", 0),
             "tokens_learned": state.get("tokens_learned", 0),
-            "frozen": state.get("frozen", False),
-            "bytes": newest.bytes if newest else 0,
+            "tokens_skipped": state.get("tokens_skipped", {}),
+            "frozen": state.get("frozen") is not None,
+            "frozen_reason": state.get("frozen"),
+            "probe_regression": state.get("probe_regression"),
+            "requests_open": 0,
             "created": row.created,
             "last_used": row.last_used,
+            "saved_version": newest.version if newest else None,
             "saved": newest.saved if newest else None,
+            "error": problem,
+            "tier": "disk" if newest else "new",
+            "bytes": newest.bytes if newest else 0,
+            "tokens_pending": 0,
+            "norm": {},
+            "tenant": row.key.tenant,
         }
 
     @contextmanager
@@ -250,6 +269,13 @@ class Offline:
         except BaseException:
             self.db.execute("ROLLBACK")
             raise
+
+
+def _state(row: Row) -> dict[str, Any]:
+    """The session's state as a server takes it up: what was counted beyond the newest version did not happen."""
+    newest = row.newest.state if row.newest else {}
+    state = row.state if row.state.get("version", 0) == newest.get("version", 0) else newest
+    return state | {key: row.state[key] for key in ("frozen",) if key in row.state}
 
 
 def tenant_of(folder: StateDir, api_key: str | None) -> str:

@@ -105,6 +105,8 @@ class Backlog:
     def finish(self, request: str, pairs: int | None = None) -> None:
         """The request has left the engine: close its last chunk. A prompt that was not read to its end loses its open chunk.
 
+        What was captured last is always in the open chunk: one of an answer is closed by the row that follows it.
+
         Args:
             pairs: how many pairs the request has; what was captured beyond (an iteration that ran ahead) is not learned.
         """
@@ -292,6 +294,11 @@ class Backlog:
         queued = sum(c.rows for q in self.queues.values() for c in q)
         return queued + sum(r.open.rows for r in self.readings.values() if r.open)
 
+    @property
+    def queued(self) -> int:
+        """Pages of chunks that wait for their step."""
+        return sum(map(len, self.queues.values()))
+
     def pending_of(self, session: int) -> int:
         """Captured tokens of one session that wait for their step."""
         queued = sum(c.rows for c in self.queues.get(session, ()))
@@ -307,12 +314,14 @@ class Backlog:
             in_prompt = position < last_of_prompt
             part_end = min(end, last_of_prompt) if in_prompt else end
             if plan.learn and (in_prompt or plan.learn_output):
+                if reading.open is not None and reading.open.rows == self.chunk:
+                    self._close(reading)
                 if reading.open is None:
                     reading.open = Chunk(plan.session, rows.request, self.free.pop(), first=position, blocks=reading.blocks)
                 chunk = reading.open
                 part_end = min(part_end, position + self.chunk - chunk.rows)
                 self._copy_rows(rows, position, part_end, chunk, copy)
-                if chunk.rows == self.chunk or part_end == last_of_prompt:
+                if in_prompt and (chunk.rows == self.chunk or part_end == last_of_prompt):
                     self._close(reading)
             position = part_end
         reading.next = max(reading.next, end)
@@ -336,7 +345,7 @@ class Backlog:
             if start == last_of_prompt:
                 filled = 0
             pages += -(-(filled + stop - start) // self.chunk) - (filled > 0)
-            filled = (filled + stop - start) % self.chunk
+            filled = 0
         return pages
 
     def _copy_rows(self, rows: Rows, position: int, end: int, chunk: Chunk, copy: Copy) -> None:

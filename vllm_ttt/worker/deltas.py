@@ -30,8 +30,10 @@ class Session:
     norms: list[float] = field(default_factory=list)
     #: chunks whose step has been launched since the session came to memory
     steps: int = 0
-    #: B of what is being served, [1, ...] float32, while it is not the master: the slot follows when a prompt has been read
+    #: B of what is being served, [1, ...] float32 on the host, while it is not the master: the slot follows when a prompt has
+    #: been read; and the mark before which it must not be read
     serving: Delta | None = None
+    serving_copied: Any = None
     #: the version of ``serving``
     serving_version: int = 0
     #: the master while it has no row, on the host; None: a fresh one

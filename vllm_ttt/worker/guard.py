@@ -1,7 +1,7 @@
 """Tries each session's delta, as it is served, on a text that no session sends; what makes that worse is rolled back.
 
-It runs where nothing else does, or in what the budget leaves. A session that has gone on for twice the interval without a trial
-learns nothing more until it has had one.
+A session is due once it has made so many commits as `guard.every` says: it is tried before anything else is learned, and learns
+nothing more until its trial has begun. So no version is further from a good one than that, however busy the server is.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Task:
     delta: Delta
     kept: Kept | None
     sum_1: Tensor
+    #: commits that it is to judge
+    commits: int = 0
     done: int = 0
 
 
@@ -63,9 +65,8 @@ class Guard:
 
     def untried(self, key: int) -> int:
         """Commits of the session that no trial has seen; kept with its file, so that it does not escape by leaving memory."""
-        tasks = [task for task in (self.task, *(task for task, *_ in self.outcomes)) if task is not None]
-        on_trial = any(task.key == key for task in tasks)
-        return self.commits.get(key, 0) + (self.config.every if on_trial else 0)
+        tasks = (self.task, *(task for task, *_ in self.outcomes))
+        return self.commits.get(key, 0) + sum(task.commits for task in tasks if task is not None and task.key == key)
 
     def resume(self, key: int, untried: int) -> None:
         """The session has come back."""
@@ -73,34 +74,38 @@ class Guard:
             self.commits[key] = untried
 
     def failed(self) -> None:
-        """A trial could not be made. After three of them there are no more: learning must not wait for what cannot be."""
-        self.task = None
+        """A trial could not be made. After three in a row there are no more: learning must not wait for what cannot be."""
+        task, self.task = self.task, None
+        if task is not None and task.key is not None:  # it stays due
+            self.commits[task.key] = self.commits.get(task.key, 0) + task.commits
         self.failures += 1
         if self.failures == 3:
             logger.error("vllm-ttt: the guard does not work and is switched off; deltas are no longer tried")
             self.config = self.config.model_copy(update={"every": 0})
             self.commits.clear()
 
-    def overdue(self) -> set[int]:
-        """Sessions that must not learn before they have been tried."""
-        return {k for k, n in self.commits.items() if n >= 2 * self.config.every} if self.probe.ready else set()
+    @property
+    def on(self) -> bool:
+        """Whether deltas are tried, as soon as there is a text."""
+        return self.config.every > 0
+
+    def due(self) -> set[int]:
+        """Sessions that must not learn before their trial has begun."""
+        return {k for k, n in self.commits.items() if n >= self.config.every} if self.probe.ready else set()
 
     @property
     def busy(self) -> bool:
         """Whether there is something to try, or the outcome of a trial is on its way."""
-        return bool(self.outcomes) or (
-            self.probe.ready and (self.task is not None or self._next(frozenset(), None) is not None)
-        )
+        return bool(self.outcomes) or (self.probe.ready and (self.task is not None or self._next(frozenset()) is not None))
 
-    def run(self, tokens: int, deltas: Deltas, unsettled: frozenset[int], only: set[int] | None = None) -> int:
+    def run(self, tokens: int, deltas: Deltas, unsettled: frozenset[int]) -> int:
         """Try deltas for as long as learning ``tokens`` tokens would take; returns how many that took.
 
         Args:
             deltas: the masters. unsettled: sessions whose version is not known yet; they wait.
-            only: where given, no other session is begun.
         """
         left = tokens
-        while left > 0 and self.probe.ready and (self.task or self._begin(deltas, unsettled, only)):
+        while left > 0 and self.probe.ready and (self.task or self._begin(deltas, unsettled)):
             task = self.task
             assert task is not None
             rows = self.probe.next(task.done, left * ROWS_PER_TOKEN)
@@ -124,7 +129,7 @@ class Guard:
         while self.outcomes and (wait or self.clock.done(self.outcomes[0][2])):
             task, values, mark = self.outcomes.popleft()
             self.clock.wait(mark)
-            loss = values.item() / self.probe.rows
+            loss, self.failures = values.item() / self.probe.rows, 0
             if task.key is None:
                 self.frozen = loss
                 continue
@@ -147,12 +152,12 @@ class Guard:
         if self.task is not None and self.task.key == key:
             self.task = None
 
-    def _next(self, unsettled: frozenset[int], only: set[int] | None) -> int | None:
-        due = [key for key, commits in self.commits.items() if commits >= self.config.every and key not in unsettled]
-        return next((key for key in due if only is None or key in only), None)
+    def _next(self, unsettled: frozenset[int]) -> int | None:
+        due = (key for key, commits in self.commits.items() if commits >= self.config.every and key not in unsettled)
+        return next(due, None)
 
-    def _begin(self, deltas: Deltas, unsettled: frozenset[int], only: set[int] | None) -> bool:
-        key = self._next(unsettled, only)
+    def _begin(self, deltas: Deltas, unsettled: frozenset[int]) -> bool:
+        key = self._next(unsettled)
         if key is None:
             return False
         zero = torch.zeros(1, device=self.probe.t_P.device)
@@ -161,10 +166,9 @@ class Guard:
                 return False  # its outcome is on its way
             self.task = Task(None, None, 0, self.tail.zeros(1, self.tail.wo_DQ.dtype), None, zero)
             return True
-        del self.commits[key]
-        session = deltas.session(key)
+        session, commits = deltas.session(key), self.commits.pop(key)
         dtype, device = self.tail.wo_DQ.dtype, self.tail.wo_DQ.device
         master = deltas.read(key).delta
         delta = master.by(*(x.to(device, dtype, copy=True) for x in master.tensors()))
-        self.task = Task(key, session, session.version, delta, keep(deltas, key), zero)
+        self.task = Task(key, session, session.version, delta, keep(deltas, key), zero, commits)
         return True

@@ -13,7 +13,7 @@ SMALLEST_SHARE = 128
 
 def pages(config: TTTConfig) -> int:
     """Pages of the backlog: those of ``backlog_tokens``, and an open one for each session that may be served."""
-    return config.schedule.backlog_tokens // config.learn.chunk + config.sessions.resident
+    return max(1, config.schedule.backlog_tokens // config.learn.chunk) + config.sessions.resident
 
 
 def begins_at_embedding(geometry: Geometry, config: TTTConfig) -> bool:

@@ -32,14 +32,21 @@ class Probe:
         self.a_PQ = a_NQ.new_zeros(rows, a_NQ.shape[1])
         self.x_P = torch.zeros(rows, dtype=torch.int64, device=h_ND.device)
         self.t_P = torch.zeros_like(self.x_P)
-        #: rows that are a request's
-        self.taken = 0
+        #: rows that are a request's, and those that there will be
+        self.taken = self.wanted = 0
+        #: a part of the text was lost: all of it comes again
+        self.broken = False
         #: requests that are being read: the pair of each that comes next, and their rows, which are consecutive
         self.reading: dict[str, tuple[int, range]] = {}
         #: the rows that have been read, those that are tried together
         self.pieces: list[range] = []
 
     def start(self, request: str, plan: RequestPlan) -> None:
+        if self.broken:
+            self.taken, self.broken = 0, False
+            self.reading.clear()
+            self.pieces.clear()
+        self.wanted = min(plan.probe, len(self.t_P))
         count = min(plan.prompt - 1, len(self.t_P) - self.taken)
         self.reading[request] = 0, range(self.taken, self.taken + count)
         self.taken += count
@@ -60,9 +67,10 @@ class Probe:
                 self.reading[rows.request] = expected + count, place
 
     def finish(self, request: str) -> None:
-        """The request has ended. One that was not read to its end leaves its rows empty, and they are not tried."""
+        """The request has ended. Where one was not read to its end, nothing is tried before all have been read again."""
         read, piece = self.reading.pop(request, (0, range(0)))
         if not read == len(piece) > 0:
+            self.broken = self.broken or read < len(piece)
             return
         if not self.whole and self.pieces and self.pieces[-1].stop == piece.start:
             piece = range(self.pieces.pop().start, piece.stop)
@@ -79,8 +87,8 @@ class Probe:
 
     @property
     def ready(self) -> bool:
-        """Whether it has been read, as far as there is room."""
-        return bool(self.pieces) and not self.reading
+        """Whether all of it has been read, as far as there is room."""
+        return bool(self.pieces) and not self.reading and self.rows >= self.wanted
 
     def next(self, done: int, most: int) -> range:
         """What to try where ``done`` rows have been: at most ``most``, but all that attend to one another."""

@@ -72,6 +72,8 @@ class Slots:
     def adapter(self, key: int) -> LoRAModel:
         """The session's adapter with the delta that is to be served: vLLM copies it into the slot that it chooses."""
         session = self.deltas.session(key)
+        if session.serving is not None:
+            self.deltas.clock.wait(session.serving_copied)
         served = (session.serving or self.deltas.read(key).delta).to(self.dtype)
         tail, rank = self.deltas.tail, self.deltas.tail.rank
         names = (self._names(layer) for layer in self.modules.layers)

@@ -13,9 +13,9 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.types import ChunkReport, StepReport
+from vllm_ttt.types import ChunkReason, ChunkReport, RequestPlan, StepReport
 from vllm_ttt.worker.backlog import Backlog, Chunk
-from vllm_ttt.worker.clock import Clock, to_device, to_host
+from vllm_ttt.worker.clock import Clock, copy_to_host, to_device, to_host
 from vllm_ttt.worker.compute import Compute
 from vllm_ttt.worker.deltas import Deltas, Session
 from vllm_ttt.worker.guard import Guard
@@ -80,15 +80,15 @@ class Trainer:
         self.outcomes: deque[Outcome] = deque()
         #: sessions whose slot does not follow their master yet
         self.dirty: set[int] = set()
+        #: sessions that the guard has stopped, until the engine core plans their requests knowing that
+        self.stopped: set[int] = set()
         self.report = StepReport()
         self.errors = self.nonfinite = self.tokens_learned = 0
 
     def learn(self, tokens: int) -> int:
         """Learn up to ``tokens`` tokens of what waits; returns how many, each chunk counted as its cost in tokens, and at most
         ``tokens``. Never raises: what fails is given up and counted."""
-        left = tokens
-        if overdue := self.guard.overdue():
-            left -= self._try(left, overdue)
+        left = tokens - self._try(tokens)  # first: no session goes on beyond what has not been tried
         while left > 0 and (tiles := self._pick(left)):
             try:
                 self._step(tiles)
@@ -97,7 +97,6 @@ class Trainer:
                 for tile in tiles:
                     self._give_up(tile.chunk, "error")
             left -= sum(_cost(tile.chunk) for tile in tiles)
-        left -= self._try(left)
         return tokens - max(left, 0)
 
     def make_room(self, enough: Callable[[], bool], tokens: int) -> None:
@@ -116,11 +115,17 @@ class Trainer:
             self.clock.wait(outcome.mark)
             values, frozen = outcome.values.T.tolist(), outcome.frozen.tolist()
             for chunk, kept, value, base in zip(outcome.chunks, outcome.kept, values, frozen, strict=True):
-                self._learned(chunk, kept, value, None if math.isnan(base) else base)
+                try:
+                    self._learned(chunk, kept, value, None if math.isnan(base) else base)
+                except Exception:
+                    self.failed("the outcome of a chunk could not be taken in; what its session has waiting is given up")
+                    self._report_chunk(chunk, math.nan, "error")
+                    self.lose(chunk.session, "error")
 
         for trial in self.guard.collect(self.deltas.sessions, wait):
             self.report.trials.append(trial)
             if trial.back_to is not None:
+                self.stopped.add(trial.session)
                 self.roll_back(trial.session, trial.back_to)
 
     def sync(self) -> None:
@@ -135,9 +140,11 @@ class Trainer:
     def take_report(self) -> StepReport:
         """What has happened since the last report. Requests of which all is learned and served are reported once."""
         self.collect()
-        for chunks, reason in (
-            (self.backlog.short, "short"), (self.backlog.repetitive, "repetition"), (self.backlog.lost, "full"),
-        ):  # fmt: skip
+        backlog = self.backlog
+        closed: dict[ChunkReason, list[Chunk]] = {
+            "short": backlog.short, "repetition": backlog.repetitive, "full": backlog.lost,
+        }  # fmt: skip
+        for reason, chunks in closed.items():
             for chunk in chunks:
                 self._report_chunk(chunk, math.nan, reason)
             chunks.clear()
@@ -147,7 +154,7 @@ class Trainer:
                 self.backlog.forget(request)
                 self.report.settled.append((request, key))
         report, self.report = self.report, StepReport()
-        report.pending = self.backlog.pending
+        report.pending, report.queued = self.backlog.pending, self.backlog.queued
         report.busy = bool(self.backlog.queues or self.dirty or self.outcomes or self.guard.busy or self.backlog.settled())
         return report
 
@@ -159,6 +166,27 @@ class Trainer:
         self.guard.drop(key)
         self.slots.drop(key)
         self.dirty.discard(key)
+        self.stopped.discard(key)
+
+    def start(self, request: str, plan: RequestPlan) -> None:
+        """A request of a session begins. Where the engine core did not know yet that the guard has stopped the session, it is
+        served and not learned."""
+        self.backlog.start(request, plan)
+        if plan.learn and plan.session in self.stopped:
+            self.lose(plan.session, "frozen")
+
+    def copy(self, key: int, to: int) -> int:
+        """Make the new session ``to`` what ``key`` is, as far as the guard trusts that. Nothing waits to be learned of either.
+
+        Returns:
+            its version: another one than the engine core knows, where the guard has just returned it.
+        """
+        self.collect(wait=True)
+        self.deltas.copy(key, to)
+        self.guard.resume(to, self.guard.untried(key))
+        if key in self.versions.good:
+            self.versions.add_good(to, *self.versions.good[key])
+        return self.deltas.session(to).version
 
     def resume(self, key: int, session: Session, untried: int) -> None:
         """The session has come back from a file, with so many commits that the guard has not tried; with none, it is good."""
@@ -185,23 +213,17 @@ class Trainer:
         self.sync()
         return True
 
-    def abandon(self) -> None:
-        """Give up everything that waits, of all sessions, and the rest of what they are sending now; their masters stay."""
-        reading = {r.plan.session for r in self.backlog.readings.values()}
-        for key in reading | set(self.backlog.queues):
-            self.lose(key, "error")
-
     def failed(self, what: str) -> None:
         """Count an error that serving survives, and log it; call it while the exception is handled."""
         self.errors += 1
         if self.errors <= 10 or self.errors % 1000 == 0:
             logger.exception("vllm-ttt: %s (error %d)", what, self.errors)
 
-    def _try(self, tokens: int, only: set[int] | None = None) -> int:
+    def _try(self, tokens: int) -> int:
         """Let the guard have the time for ``tokens`` tokens; returns how many it took."""
         unsettled = frozenset(chunk.session for outcome in self.outcomes for chunk in outcome.chunks)
         try:
-            return self.guard.run(tokens, self.deltas, unsettled, only)
+            return self.guard.run(tokens, self.deltas, unsettled)
         except Exception:
             self.failed("a delta could not be tried on the guard's text")
             return tokens
@@ -212,7 +234,7 @@ class Trainer:
         except Exception:
             self.failed("a slot could not be written; vLLM will fill another from the master")
 
-    def lose(self, key: int, reason: str) -> None:
+    def lose(self, key: int, reason: ChunkReason) -> None:
         """Give up what waits of the session, and the rest of what it is sending now; its master stays."""
         for chunk in self.backlog.drop_session(key):
             self._report_chunk(chunk, math.nan, reason)
@@ -220,11 +242,11 @@ class Trainer:
     def _pick(self, tokens: int) -> list[Tile]:
         """The next chunk of as many sessions as fit, but of one at least; this bounds the workspace of a step, too."""
         tiles: list[Tile] = []
-        overdue, chosen = self.guard.overdue(), set[int]()
+        due, chosen = self.guard.due(), set[int]()
         for chunk in self.backlog.heads():
             if tokens <= 0:
                 break
-            if chunk.session in overdue or (tiles and _cost(chunk) > tokens):
+            if chunk.session in due or (tiles and _cost(chunk) > tokens):
                 continue
             row = self.deltas.row(chunk.session, keep=chosen)
             if row is None:
@@ -269,7 +291,9 @@ class Trainer:
             session = self.deltas.session(key)
             if session.serving is None:
                 delta = self.deltas.read(key).delta
-                session.serving = delta.by(*(x.clone() for x in delta.tensors()))
+                # Not on the device, where nothing more is allocated for good: its slot holds the same.
+                session.serving = delta.by(*map(copy_to_host, delta.tensors()))
+                session.serving_copied = self.clock.mark()
                 session.serving_version = session.version
 
     def _learned(self, chunk: Chunk, kept: Kept | None, values: list[float], frozen: float | None) -> None:
@@ -297,14 +321,14 @@ class Trainer:
                 )
         self._report_chunk(chunk, loss, reason, frozen)
 
-    def _give_up(self, chunk: Chunk, reason: str) -> None:
+    def _give_up(self, chunk: Chunk, reason: ChunkReason) -> None:
         queue = self.backlog.queues.get(chunk.session)
         if queue and queue[0] is chunk:
             self._report_chunk(chunk, math.nan, reason)
             self.backlog.advance(chunk)
             self.backlog.settle(chunk)
 
-    def _report_chunk(self, chunk: Chunk, loss: float, skipped: str | None, frozen: float | None = None) -> None:
+    def _report_chunk(self, chunk: Chunk, loss: float, skipped: ChunkReason | None, frozen: float | None = None) -> None:
         session = self.deltas.session(chunk.session)
         norm = max(session.norms) if skipped is None else None
         self.report.chunks.append(

@@ -147,6 +147,7 @@ class TTTWorkerMixin:
         # Guarded one by one: a request whose start or end is missed would keep its session waiting for ever.
         self._guard(self._preempt, (*(scheduler_output.preempted_req_ids or ()), *plan.lost))
         self._guard(self._finish, scheduler_output, plan)
+        self.trainer.stopped.difference_update(plan.stopped)
         learned = self._guard(self._between, serving, plan.urgent) or 0
         self._guard(self._start, plan)
         self._guard(self._note_blocks, scheduler_output)
@@ -158,7 +159,7 @@ class TTTWorkerMixin:
             self.ran = self.ttt_batch(scheduler_output) if plan.sessions else None
         elif output is not None:
             output = copy.copy(output)  # vLLM shares one empty output
-            output.ttt = self._report()
+            output.ttt = self._guard(self._report)
         return output
 
     @torch.inference_mode()
@@ -170,7 +171,7 @@ class TTTWorkerMixin:
         if self.ran is not None:
             self._guard(self._take)
         if output is not None:
-            getattr(output, "model_runner_output", output).ttt = self._report()
+            getattr(output, "model_runner_output", output).ttt = self._guard(self._report)
         return output
 
     # Called through collective_rpc.
@@ -198,10 +199,8 @@ class TTTWorkerMixin:
 
     @torch.inference_mode()
     def ttt_copy(self, key: int, to: int) -> int:
-        """Give the new session ``to`` the delta of ``key``, for which nothing waits to be learned. Returns its version."""
-        self.trainer.collect(wait=True)
-        self.trainer.deltas.copy(key, to)
-        return self.trainer.deltas.session(to).version
+        """`Trainer.copy`."""
+        return self.trainer.copy(key, to)
 
     @torch.inference_mode()
     def ttt_roll_back(self, key: int, version: int) -> list[int] | None:
@@ -229,6 +228,7 @@ class TTTWorkerMixin:
             "evictions_total": {"device": trainer.deltas.evictions},
             "errors_total": {"worker": trainer.errors},
             "slots": {"": trainer.slots.held()},
+            "guard_active": {"": int(trainer.guard.on)},
         }
 
     # Between iterations.
@@ -284,7 +284,7 @@ class TTTWorkerMixin:
             if request_plan.probe:
                 self.probe.start(request, request_plan)
                 continue
-            self.backlog.start(request, request_plan)
+            self.trainer.start(request, request_plan)
             self.began[request] = self.trainer.deltas.session(request_plan.session).served
 
     def _between(self, serving: bool, urgent: list[str]) -> int:
@@ -325,9 +325,18 @@ class TTTWorkerMixin:
     def _take(self) -> None:
         """After an iteration: keep the rows that are to be learned, before the next one overwrites them."""
         ran, self.ran = self.ran, None
-        wanted = {**self.backlog.wanted(), **self.probe.reading}
+        captured = self.backlog.wanted()
+        wanted = {**captured, **self.probe.reading}
         if not wanted:
             return
+        try:
+            self._keep(ran, wanted)
+        except Exception:
+            self.trainer.failed("_take failed; what the sessions of the batch have waiting is given up")
+            for key in {reading.plan.session for reading in captured.values()}:
+                self.trainer.lose(key, "error")
+
+    def _keep(self, ran: Any, wanted: dict[str, Any]) -> None:
         view = self.ttt_view(ran, wanted)
         if self.probe.reading:
             self.probe.take([r for r in view if r.request in self.probe.reading], self.capture.h_ND, self.capture.a_NQ)
@@ -348,6 +357,5 @@ class TTTWorkerMixin:
         try:
             return hook(*args)
         except Exception:
-            self.trainer.failed(f"{hook.__name__} failed; what waited to be learned is given up")
-            self.trainer.abandon()
+            self.trainer.failed(f"{hook.__name__} failed")
             return None

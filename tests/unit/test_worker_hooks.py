@@ -1,0 +1,142 @@
+"""What goes wrong in a hook of the worker costs the sessions that it is about: what others have waiting is learned."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_worker_compute import D, Q, V, make
+
+from vllm_ttt.config import parse_config
+from vllm_ttt.types import RequestPlan
+from vllm_ttt.worker.backlog import Backlog
+from vllm_ttt.worker.budget import Budget
+from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.probe import Probe
+from vllm_ttt.worker.slots import Slots
+from vllm_ttt.worker.step_view import Rows
+from vllm_ttt.worker.trainer import Trainer
+from vllm_ttt.worker.worker import TTTWorkerMixin
+
+pytestmark = pytest.mark.unit
+
+CHUNK = 16
+A, B, C = 7, 8, 9
+
+
+class Hooks(TTTWorkerMixin):
+    """The hooks, on a batch that is given: vLLM's slots and forward are left out."""
+
+    def __init__(self, pages: int = 8):
+        config = parse_config({"learn": {"chunk": CHUNK, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 0}})
+        tail = make().tail
+        h, a = torch.randn(256, D), torch.randn(256, Q)
+        self.tokens = torch.randint(0, V, (256,))
+        self.backlog, deltas = Backlog(pages, CHUNK, 1, h, a), Deltas(tail, 3, config.learn.rate)
+        slots: Any = SimpleNamespace(write=Slots.write, drop=lambda _: None, holds=lambda _: False, deltas=deltas)
+        slots.write = lambda key, session: Slots.write(slots, key, session)
+        self.probe, self.capture = Probe(1, h, a), SimpleNamespace(h_ND=h, a_NQ=a)  # type: ignore[assignment]
+        self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe)
+        self.budget, self.ran = Budget(CHUNK, 1.25), None
+
+    def ttt_view(self, ran: Any, wanted: Any) -> list[Rows]:
+        return [rows for rows in ran if rows.request in wanted]
+
+    def start(self, name: str, key: int, chunks: int, learn_output: bool = False) -> None:
+        self.trainer.start(name, RequestPlan(key, chunks * CHUNK + 1, True, learn_output))
+
+    def batch(self, *parts: tuple[str, int, int]) -> None:
+        """A batch of (request, first position, rows) has run."""
+        self.ran = [Rows(name, 0, first, self.tokens[first : first + rows]) for name, first, rows in parts]
+        self._guard(self._take)
+
+    def learn(self) -> dict[int, int]:
+        """Everything; the versions then."""
+        while self.backlog.queues:
+            self.trainer.learn(CHUNK)
+        self.trainer.sync()
+        return {key: session.version for key, session in self.trainer.deltas.sessions.items()}
+
+
+def lost(worker: Hooks) -> list[tuple[int, str, int]]:
+    """(session, why, tokens) of what has been given up."""
+    return [(c.session, c.skipped, c.tokens) for c in worker.trainer.take_report().chunks if c.skipped is not None]
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["nothing was kept", "something was"])
+def test_a_batch_that_cannot_be_kept_costs_its_own_sessions(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    worker = Hooks()
+    worker.start("a", A, 2)
+    worker.batch(("a", 0, 33))
+    worker.backlog.finish("a", 32)
+    worker.start("b", B, 2)
+    take = worker.backlog.take
+
+    def fail(*args: Any) -> None:
+        if begun:
+            take(*args)
+        raise RuntimeError("planted by a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.backlog, "take", fail)
+        worker.batch(("b", 0, 33))
+    assert worker.trainer.errors == 1
+    found = lost(worker)
+    assert {(key, why) for key, why, _ in found} == {(B, "error")}
+    assert sum(tokens for *_, tokens in found) == 32
+    assert worker.learn()[A] == 2, "what was complete before has nothing to do with it"
+    assert worker.backlog.room == 8
+
+
+def test_an_outcome_that_cannot_be_taken_in_costs_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Hooks()
+    for name, key in (("a", A), ("b", B)):
+        worker.start(name, key, 2)
+        worker.batch((name, 0, 33))
+        worker.backlog.finish(name, 32)
+
+    def fail(key: int) -> None:
+        if key == A:
+            raise RuntimeError("of session A")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.trainer.guard, "committed", fail)
+        worker.trainer.learn(CHUNK)
+        worker.trainer.collect()
+        versions = worker.learn()
+    assert versions[B] == 2
+    assert lost(worker) == [(A, "error", 16), (A, "error", 16)]
+    assert not worker.backlog.closing, "nobody waits for ever"
+
+
+def test_who_finds_no_room_is_asked_again_when_one_has_gone() -> None:
+    """Open chunks are more than the pages: where one session gives its page up, the next has room."""
+    worker = Hooks(pages=2)
+    for name, key in (("a", A), ("b", B), ("c", C), ("d", C)):
+        worker.start(name, key, 2, learn_output=True)
+    worker.batch(("c", 0, 4), ("a", 0, 4))
+    worker.batch(("d", 0, 4), ("b", 0, 4))
+    assert {key for key, *_ in lost(worker)} == {C}, "its page is enough for session B"
+    assert {reading.plan.session for reading in worker.backlog.wanted().values()} == {A, B}
+
+
+def test_what_is_served_while_a_prompt_is_read_is_kept_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of the device are all allocated at the start: a copy of the master there would not be among them."""
+    worker = Hooks()
+    copied = []
+    monkeypatch.setattr("vllm_ttt.worker.trainer.copy_to_host", lambda x: copied.append(x.shape) or x.clone())
+    worker.start("a", A, 3)
+    worker.batch(("a", 0, 20))
+    worker.trainer.learn(CHUNK)
+    worker.trainer.sync()
+    session = worker.trainer.deltas.session(A)
+    assert session.version == 1
+    assert session.served == 0
+    assert session.serving is not None
+    assert not any(x.any() for x in session.serving.tensors()), "it is served with what it began with"
+    assert copied == [x.shape for x in session.serving.tensors()]
+    worker.batch(("a", 20, 29))
+    worker.learn()
+    assert session.served == session.version == 3
