@@ -180,20 +180,20 @@ def test_a_session_waits_and_the_others_do_not() -> None:
 
 def test_the_backlog_is_waited_for_in_order() -> None:
     """Whoever learns nothing needs no room; who needs little does not overtake who needs much."""
-    engine = Held(learn={"chunk": 64}, schedule={"backlog_tokens": 1024})  # sixteen pages
-    engine.report.queued = 15
+    engine = Held(schedule={"backlog_tokens": 1024})
+    engine.report.pending = 950
     engine.report.busy = True
     engine.step()
     much, little = engine.send("a", PROMPT, learn=True), engine.send("b", PROMPT[:20], learn=True)
     reader = engine.send("c", PROMPT)
-    engine.report.queued = 15
+    engine.report.pending = 950
     assert engine.new() == {reader}
-    engine.report.queued = 15
+    engine.report.pending = 950
     assert engine.new() == set()
     assert engine.holding.count == 2
-    engine.report.queued = 13
+    engine.report.pending = 900
     engine.step()
-    engine.report.queued = 13
+    engine.report.pending = 900
     assert engine.new() == {much, little}
 
 
@@ -237,12 +237,12 @@ def test_a_preempted_request_is_vllms() -> None:
     name = engine.send("a", learn=True, outputs=20)
     assert engine.new() == {name}
     engine.scheduler.reset_prefix_cache(reset_running_requests=True)
-    engine.report.queued, engine.report.busy = 2, True
+    engine.report.pending, engine.report.busy = 1000, True
     assert engine.scheduler.requests[name] in engine.scheduler.waiting
     assert (engine.holding.count, engine.holding.taken) == (0, 1)
     engine.step()
     assert name in engine.scheduled
-    engine.report.queued = 2
+    engine.report.pending = 1000
     engine.drain()
     assert engine.holding.taken == 0
 
@@ -412,8 +412,10 @@ def test_a_session_that_is_being_changed_is_waited_for(on_disk: Held) -> None:
 def test_a_fork_is_waited_for(on_disk: Held) -> None:
     engine = on_disk
     engine.scheduler.ttt_ledger.limit = 2
-    told = {"tier": "memory", "bytes": 1, "tokens_pending": 0, "norm": {}}
-    rpc = lambda method, args=(): [1 if method == "ttt_copy" else told]  # noqa: E731
+
+    def rpc(method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [1 if method == "ttt_copy" else {"tier": "memory", "bytes": 1, "tokens_pending": 0, "norm": {}}]
+
     core = SimpleNamespace(scheduler=engine.scheduler, model_executor=SimpleNamespace(collective_rpc=rpc))
     answer = admin(core, "fork", "-", "a", "c")
     held = engine.send("c", learn=True)

@@ -217,7 +217,7 @@ def test_what_is_asked_of_a_session_that_goes_is_answered() -> None:
 
 def test_without_a_state_dir_memory_is_the_only_place(tmp_path: Path) -> None:
     """Each operation is answered at once, and the session is in memory before and after."""
-    ledger, called = Ledger(1, 2, 9, 1), []
+    ledger, called = Ledger(1, 2, Quotas(2), 1), []
     tiers = Tiers(ledger, SessionsConfig(), None, lambda *_: None)
 
     def worker(method: str, *args: int) -> Any:

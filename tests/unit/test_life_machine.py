@@ -313,7 +313,10 @@ class Lives(RuleBasedStateMachine):
         """As SIGTERM does, on a disk that is whole: everything is there afterwards."""
         self.rest()
         self.world.end()
-        self.open_again(self.world.store.folder.root, {n: {truth.chain} for n, truth in self.truths.items()})
+        expected = {name: {truth.chain} for name, truth in self.truths.items()}
+        for chains in expected.values():
+            chains |= {None} if FRESH in chains else set()  # of one that has learned nothing there is no record
+        self.open_again(self.world.store.folder.root, expected)
 
     @rule()
     def rest(self) -> None:
@@ -331,7 +334,7 @@ class Lives(RuleBasedStateMachine):
         for name, truth in self.truths.items():
             found = self.world.ledger.peek(SessionKey("-", name))
             if found is None and truth.chain == FRESH:
-                truth.promise(None)  # it had learned nothing, and its row could not be written
+                truth.promise(None)  # it has learned nothing: it was only a name, or its row could not be written
             assert (None if found is None else found.version) == (None if truth.chain is None else len(truth.chain) - 1)
             if truth.chain is not None:
                 assert self.world.value(name) == truth.chain[-1]
