@@ -51,7 +51,9 @@ class Book:
     past: list[tuple[list[int], int]] = field(default_factory=list)
     #: pairs of requests that were answered and not learned, and pairs of others that were not accepted
     refused: int = 0
-    repetitive: int = 0
+    unaccepted: int = 0
+    #: pairs that earlier prompts began with, and that were learned of those
+    history: int = 0
     requests: int = 0
     #: answers that began before all earlier requests of the session had been learned
     behind: int = 0
@@ -87,7 +89,8 @@ class Book:
         if given == 0 and expected:
             self.refused += pairs
             return
-        self.repetitive += expected - given
+        self.unaccepted += expected - given
+        self.history += start
         self.chunks += -(-given // self.rule.chunk)
         self.past.append((prompt, start + expected))
 
@@ -113,8 +116,10 @@ class Book:
         found, skipped = list(self.problems), Counter(session["tokens_skipped"])
         say = lambda what: found.append(f"{self.name}: {what}")  # noqa: E731
         version, losses = session["version"], session["losses"]
-        if self.refused > sum(skipped[reason] for reason in REFUSED) or self.repetitive > skipped["repetition"]:
-            say(f"{self.refused} and {self.repetitive} tokens were not accepted; the session says why of {dict(skipped)} only")
+        # Where a chat's template or tokenizer changes the end of a prompt, more of it is history than whole prompts tell.
+        more = max(0, skipped["history"] - self.history)
+        if self.refused > sum(skipped[reason] for reason in REFUSED) or self.unaccepted > skipped["repetition"] + more:
+            say(f"{self.refused} and {self.unaccepted} tokens were not accepted; the session says why of {dict(skipped)} only")
         if not self.sent <= session["tokens_seen"] <= self.sent + self.given_up:
             say(f"tokens_seen {session['tokens_seen']}; sent {self.sent}, and {self.given_up} given up")
         settled = session["tokens_learned"] + sum(skipped.values())

@@ -180,21 +180,18 @@ def test_a_session_waits_and_the_others_do_not() -> None:
 
 def test_the_backlog_is_waited_for_in_order() -> None:
     """Whoever learns nothing needs no room; who needs little does not overtake who needs much."""
-    engine = Held(schedule={"backlog_tokens": 1024})
-    engine.report.pending = 950
-    engine.report.busy = True
+    engine = Held(schedule={"backlog_tokens": 1024})  # two pages
+    engine.report.queued, engine.report.busy = 1, True
     engine.step()
-    much, little = engine.send("a", PROMPT, learn=True), engine.send("b", PROMPT[:20], learn=True)
+    engine.report.queued = 1
+    much, little = engine.send("a", [*range(1000, 1900)], learn=True), engine.send("b", PROMPT[:20], learn=True)
     reader = engine.send("c", PROMPT)
-    engine.report.pending = 950
-    assert engine.new() == {reader}
-    engine.report.pending = 950
+    engine.report.queued = 1
+    assert engine.new() == {reader}, "there is room for the second, and not for the first"
+    engine.report.queued = 1
     assert engine.new() == set()
     assert engine.holding.count == 2
-    engine.report.pending = 900
-    engine.step()
-    engine.report.pending = 900
-    assert engine.new() == {much, little}
+    assert engine.begun(2) == [much, little]
 
 
 def test_slots_are_waited_for_in_order() -> None:
@@ -237,12 +234,12 @@ def test_a_preempted_request_is_vllms() -> None:
     name = engine.send("a", learn=True, outputs=20)
     assert engine.new() == {name}
     engine.scheduler.reset_prefix_cache(reset_running_requests=True)
-    engine.report.pending, engine.report.busy = 1000, True
+    engine.report.queued, engine.report.busy = 2, True
     assert engine.scheduler.requests[name] in engine.scheduler.waiting
     assert (engine.holding.count, engine.holding.taken) == (0, 1)
     engine.step()
     assert name in engine.scheduled
-    engine.report.pending = 1000
+    engine.report.queued = 2
     engine.drain()
     assert engine.holding.taken == 0
 
