@@ -83,3 +83,16 @@ def test_a_clock_that_is_set_ends_no_session(make: Make, monkeypatch: pytest.Mon
     monkeypatch.setattr("time.time", lambda: real() + 7200)
     monkeypatch.setattr("time.monotonic", lambda: passed() + 7200)
     assert sweep() == []
+
+
+def test_a_session_that_was_used_since_it_was_found_stays(make: Make) -> None:
+    """Its row was old when the state dir was asked; before the answer came it was used, and put away."""
+    world = make(limit=1, ttl="1h")
+    world.use("a", 1.0)
+    world.save("a")
+    world.use("b", 1.0)
+    world.run()
+    assert SessionKey("-", "a") not in world.ledger.sessions, "it was put away"
+    world.tiers.expiry._expire([SessionKey("-", "a")])
+    world.run()
+    assert world.store.find(SessionKey("-", "a")) is not None

@@ -257,6 +257,24 @@ def test_what_waits_and_what_is_released_when_its_session_is_stopped_is_not_lear
     assert [plan.learn for plan in started] == [False]
 
 
+def test_what_is_given_up_in_the_step_of_the_trial_hides_no_return() -> None:
+    """A request that was planned is given up after the worker went back: its chunk says the earlier version already."""
+    engine = Told()
+    (first,) = engine.ask("one", list(range(400)))
+    engine.step()
+    engine.learned(first, "a", 2)
+    engine.drain()
+    session = engine.session("a")
+    before = session.life.returned_at
+    assert session.history.known(list(range(500))) > 0
+    engine.report.chunks.append(ChunkReport(session.adapter, "planned", 99, math.nan, None, "frozen", 99, 1))
+    engine.stop(2, back_to=1)
+    engine.step()
+    assert session.version == 1
+    assert session.life.returned_at > before, "what was taken of the bad version is none of the session"
+    assert session.history.known(list(range(500))) == 0, "what was learned since is not history"
+
+
 def test_a_session_that_its_owner_has_returned_further_stays_there() -> None:
     engine = Told()
     engine.learn("a", 3)

@@ -394,6 +394,22 @@ def test_a_session_on_disk_is_waited_for(on_disk: Held) -> None:
     assert engine.begun(1) == [other_]
 
 
+def test_who_waits_for_room_that_cannot_come_is_refused(on_disk: Held) -> None:
+    """There is one place, and what has it cannot be saved any more: that begins after the other request has come."""
+    engine = on_disk
+    first = engine.send("a", learn=True)
+    engine.run(lambda: engine.loads)
+    engine.load()
+    assert engine.begun(1) == [first]
+    engine.learned(first, "a", 1)
+    engine.scheduler.ttt_tiers.saves.failing.add(engine.session("a").key)
+    other_ = engine.send("b", other(1))
+    engine.run(lambda: first not in engine.scheduler.requests and not engine.session("a").open)
+    engine.run(lambda: other_ not in engine.scheduler.requests)
+    assert other_ not in engine.scheduled
+    assert engine.holding.count == 0
+
+
 def test_a_session_that_is_being_changed_is_waited_for(on_disk: Held) -> None:
     engine = on_disk
     rpc = lambda method, args=(): [{"tier": "memory", "bytes": 1, "tokens_pending": 0, "norm": {}}]  # noqa: E731

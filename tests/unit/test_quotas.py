@@ -17,6 +17,7 @@ from vllm_ttt.config import parse_config
 from vllm_ttt.engine.admin import admin
 from vllm_ttt.engine.quotas import Quotas
 from vllm_ttt.errors import RequestError
+from vllm_ttt.types import SessionKey
 
 pytestmark = pytest.mark.unit
 
@@ -130,3 +131,31 @@ def test_what_one_session_may_not_have_learned_is_not_taken_from_its_key() -> No
         engine.step()
     engine.drain()
     assert engine.scheduler.ttt_trust.keys["-"].tokens == pytest.approx(250, abs=1)
+
+
+def test_a_name_that_gets_a_row_takes_a_place(tmp_path: Path) -> None:
+    """A session that has learned nothing takes none; one that is reset or rolled back gets a row, and takes one first."""
+    world = World(tmp_path / "state", per_key=1)
+    for name in "abc":
+        session = world.ledger.open(SessionKey("-", name), learns=False)
+        world.tiers.changes(session)
+        world.run(lambda session=session: world.tiers.ready(session))
+        world.tiers.left(session)
+        assert world.ledger.quotas.of("-") == (name != "a")
+        if name == "a":
+            world.wait(world.tiers.owner.reset(session, dict))
+        else:
+            for asked in (world.tiers.owner.reset(session, dict), world.go_back(session, 0)):
+                with pytest.raises(RequestError, match=r"at most 1 sessions \(sessions.per_key\)"):
+                    world.wait(asked)
+    assert (world.store.count(), world.ledger.quotas.of("-"), world.ledger.quotas.total) == (1, 1, 1)
+    session = world.ledger.find(SessionKey("-", "a"))
+    assert session is not None
+    gone = world.tiers.owner.remove(session)
+    session.requests.add("r")  # it is named again while it is being deleted, by a request that learns nothing
+    world.wait(gone)
+    session.requests.discard("r")
+    world.tiers.left(session)
+    world.run()
+    assert (world.store.count(), world.ledger.quotas.of("-"), world.ledger.quotas.total) == (0, 0, 0)
+    world.end()

@@ -367,6 +367,7 @@ def test_the_end_saves_what_is_still_being_used(make: Make) -> None:
     session.requests.add("r2")
     world.tiers.close()
     world.run(lambda: session.saved is not None)
+    world.run()  # it comes to rest although one is in use: a paused engine, too, must end
     world.trainer.learn(session.adapter, 2.0)
     world.step()
     session.requests.clear()

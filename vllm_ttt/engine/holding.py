@@ -207,7 +207,9 @@ class Holding:
             session = next(iter(self.homeless.values()))
             ready = self.tiers.ready(session)
             if not ready and self.tiers.homeless(session):
-                return
+                if not self.tiers.stuck:
+                    return
+                self.tiers.no_room(session)
             self.homeless.pop(session.key, None)
             if ready:
                 self.woke(session)

@@ -45,7 +45,9 @@ class Trust:
         session.probe_regression = trial.regression
         if trial.back_to is None:
             return None
-        if trial.back_to < session.version:  # else its owner has had it go back further meanwhile
+        # Else its owner has had it go back further meanwhile. It may be counted as that version already, by a chunk that was given
+        # up after the worker went back; what it learned since is forgotten here all the same.
+        if trial.back_to <= session.version:
             session.back_to(trial.back_to)
         session.frozen = (
             f"at version {trial.version} its delta made the guard's text worse by {trial.regression:.3f} nats per token "

@@ -59,11 +59,14 @@ class Changes:
         if session.requests:  # it was named again meanwhile: they meet another one
             session.uid, session.created = secrets.token_hex(16), time.time()
             self.tiers.become(session, {}, None)
+            session.life.begin_again()
         else:
             self.tiers.forget(session, gone=True)
         return session
 
     def _reset(self, session: Session, keep: Callable[[], dict[str, Any]]) -> Steps:
+        _need_idle(session)
+        self.ledger.claim(session)  # it gets a row
         uid, state = secrets.token_hex(16), keep()
         row = Row(uid, session.key, session.created, time.time(), state)
         yield from self._write(session, lambda store: store.replace(session.uid, row))
@@ -74,6 +77,8 @@ class Changes:
     def _go_back(self, session: Session, version: int, worker: Worker) -> Steps:
         if session.open:
             raise RequestError(f"session {session.key.name!r} is still learning what it was sent; try again in a moment", 409)
+        _need_idle(session)
+        self.ledger.claim(session)
         write: Callable[[Store], Future] = lambda store: store.back_to(session.row(), version, session.standing())  # noqa: E731
         found = yield from self._write(session, write)
         if found is not None:

@@ -74,5 +74,7 @@ class Expiry:
         if len(keys) == _AT_ONCE:
             self.next_look = min(self.next_look, time.monotonic() + _SOON)
         for key in keys:
-            if key not in self.ledger.sessions and (session := self.ledger.find(key)) is not None:
-                self.remove(session)
+            if key in self.ledger.sessions or (session := self.ledger.peek(key)) is None:
+                continue
+            if session.last_used < time.time() - self.ttl and (session := self.ledger.find(key)) is not None:
+                self.remove(session)  # else it was used, and put away, since it was found

@@ -48,7 +48,9 @@ class Saves:
         """Whether the engine must go on stepping although nobody is served."""
         if self.under_way or self.due:
             return True
-        return bool(self.changed) and (self.closing or time.monotonic() >= self.next_round)
+        if self.closing:  # one in use is saved when it is idle, and its requests see to it that the engine steps until then
+            return any(session.idle for session in self.changed.values())
+        return bool(self.changed) and time.monotonic() >= self.next_round
 
     def changes(self, session: Session) -> None:
         """The session was used, or has learned."""

@@ -112,6 +112,10 @@ class Life:
         self.learned()
         self.returned_at = self.generation
 
+    def begin_again(self) -> None:
+        """It was deleted, and named again: nothing was learned, and the state dir says nothing of it."""
+        self.learned_at, self.recorded_at = 0, -1
+
     @property
     def placed(self) -> bool:
         return self.state in PLACED

@@ -79,6 +79,11 @@ class Tiers:
             self.broken.append((session, RequestError(message, 503)))
         return session.life.state is State.IN_MEMORY
 
+    def no_room(self, session: Session) -> None:
+        """Refuse what waits for the session: there is no room for it, and none can come."""
+        message = f"there is no room to bring session {session.key.name!r} in: {session.error or 'saves fail'}; try later"
+        self.broken.append((session, RequestError(message, 503)))
+
     def homeless(self, session: Session) -> bool:
         """Whether the session, which is not ready, waits for room in memory; otherwise it is on its way, or being changed."""
         return session.life.state in (State.NEW, State.ON_DISK) and not session.life.queue
