@@ -402,7 +402,9 @@ def test_who_waits_for_room_that_cannot_come_is_refused(on_disk: Held) -> None:
     engine.load()
     assert engine.begun(1) == [first]
     engine.learned(first, "a", 1)
-    engine.scheduler.ttt_tiers.saves.failing.add(engine.session("a").key)
+    saves = engine.scheduler.ttt_tiers.saves
+    assert saves is not None
+    saves.failing.add(engine.session("a").key)
     other_ = engine.send("b", other(1))
     engine.run(lambda: first not in engine.scheduler.requests and not engine.session("a").open)
     engine.run(lambda: other_ not in engine.scheduler.requests)
