@@ -45,8 +45,8 @@ class Trust:
         session.probe_regression = trial.regression
         if trial.back_to is None:
             return None
-        # Else its owner has had it go back further meanwhile. A chunk that was given up after the worker went back may have said
-        # that version already: what it learned since is forgotten here all the same.
+        # Else its owner has had it go back further meanwhile. A chunk that was given up after the worker went back may have
+        # said that version already: what it learned since is forgotten here all the same.
         if trial.back_to <= session.version:
             session.back_to(trial.back_to)
         session.frozen = (
