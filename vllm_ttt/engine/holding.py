@@ -209,7 +209,7 @@ class Holding:
             if not ready and self.tiers.homeless(session):
                 if not self.tiers.stuck:
                     return
-                self.tiers.no_room(session)
+                self.tiers.broken.append((session, self.tiers.no_room(session)))
             self.homeless.pop(session.key, None)
             if ready:
                 self.woke(session)

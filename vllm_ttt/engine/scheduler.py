@@ -116,7 +116,7 @@ class TTTScheduler(HoldingScheduler):
         session = self.ttt_ledger.open(key, knobs.learn)
         if not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck:
             self.ttt_tiers.left(session)
-            raise RequestError(f"there is no room to bring the session back: {session.error or 'saves fail'}; try later", 503)
+            raise self.ttt_tiers.no_room(session)
         self.ttt_tiers.changes(session)
         if session.frozen and knobs.learn:
             if (sample_of(request) or (0,))[0] == 0:

@@ -79,10 +79,10 @@ class Tiers:
             self.broken.append((session, RequestError(message, 503)))
         return session.life.state is State.IN_MEMORY
 
-    def no_room(self, session: Session) -> None:
-        """Refuse what waits for the session: there is no room for it, and none can come."""
-        message = f"there is no room to bring session {session.key.name!r} in: {session.error or 'saves fail'}; try later"
-        self.broken.append((session, RequestError(message, 503)))
+    def no_room(self, session: Session) -> RequestError:
+        """What is said where there is no room for the session and none can come (`stuck`)."""
+        why = session.error or "saves fail, or all that have a place wait for another"
+        return RequestError(f"there is no room to bring session {session.key.name!r} in: {why}; try later", 503)
 
     def homeless(self, session: Session) -> bool:
         """Whether the session, which is not ready, waits for room in memory; otherwise it is on its way, or being changed."""
@@ -166,7 +166,7 @@ class Tiers:
             if not self.crowded and self._has_room():
                 yield from self._enter(session)
             elif not self.crowded and self.stuck:
-                raise RequestError(f"there is no room to bring session {session.key.name!r} in; try later", 503)
+                raise self.no_room(session)
             else:
                 self.crowded = True
                 yield ROOM
