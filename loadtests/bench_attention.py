@@ -28,8 +28,8 @@ package = types.ModuleType("vllm_ttt")
 package.__path__ = [str(Path(__file__).resolve().parents[1] / "vllm_ttt")]
 sys.modules["vllm_ttt"] = package
 
-from vllm_ttt.worker.attention import Attention, Layout, SDPAAttention, available  # noqa: E402
 from vllm_ttt.worker.clock import Clock  # noqa: E402
+from vllm_ttt.worker.step.attention import Attention, Layout, SDPAAttention, available  # noqa: E402
 
 NAMES = ("sdpa", "varlen", "xformers")
 

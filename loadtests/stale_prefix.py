@@ -4,7 +4,7 @@ python loadtests/stale_prefix.py demo/model demo/texts
 
 Of each domain a session learns one document, another one's first 512 tokens are cached, and the session learns on. After 1, 2,
 3, 8 and 16 further requests of 256 tokens, each half a chunk, the next 512 tokens are scored with the cached prefix and with a
-prefix computed anew. The oracle does it, without vLLM. Printed: how far the deltas moved at most, as vllm_ttt/engine/blocks.py
+prefix computed anew. The oracle does it, without vLLM. Printed: how far the deltas moved at most, as engine/prefix/keys.py
 counts it, mean of the domains; the mean difference of the loss, the largest of any domain, and how far single tokens move.
 """
 

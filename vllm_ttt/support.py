@@ -14,7 +14,7 @@ from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry, adapted_layers
 from vllm_ttt.types import NO_ADAPTERS
 
-#: Architectures with a tail that worker/tail.py knows, by the name in the model's config.json.
+#: Architectures with a tail that worker/step/tail.py knows, by the name in the model's config.json.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 #: Seconds between SIGTERM and SIGKILL with a state dir, where the user sets no --shutdown-timeout.
@@ -189,7 +189,7 @@ def _check_weights(quantization: str | None) -> None:
 
 def check_layers(hf: Any, config: TTTConfig, max_model_len: int) -> None:
     """Raise ConfigError where the model has not so many layers, or an adapted layer attends in a way that cannot be learned
-    through. What only the loaded model can tell is refused by worker/tail.py."""
+    through. What only the loaded model can tell is refused by worker/step/tail.py."""
     layers = adapted_layers(hf.num_hidden_layers, config.adapt)
     kinds = getattr(hf, "layer_types", None)
     window = getattr(hf, "sliding_window", None) if getattr(hf, "use_sliding_window", True) else None
@@ -212,7 +212,7 @@ def _check_architecture(architectures: list[str] | None, hf: Any) -> None:
     if not architectures or architectures[0] not in ARCHITECTURES:
         raise ConfigError(
             f"architecture {', '.join(architectures or ['unknown'])} is not supported with --plugin ttt: "
-            f"supported are {', '.join(ARCHITECTURES)}. A new one needs a tail in vllm_ttt/worker/tail.py"
+            f"supported are {', '.join(ARCHITECTURES)}. A new one needs a tail in vllm_ttt/worker/step/tail.py"
         )
     if getattr(hf, "hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act {hf.hidden_act!r} is not supported with --plugin ttt: the tail knows silu alone")

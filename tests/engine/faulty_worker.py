@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from vllm_ttt.worker import compute
-from vllm_ttt.worker.cpu_lora import GroupedPunicaCPU
 from vllm_ttt.worker.cpu_worker import TTTCPUWorker
+from vllm_ttt.worker.learn import compute
+from vllm_ttt.worker.serve.cpu_lora import GroupedPunicaCPU
 
 
 class FaultyWorker(TTTCPUWorker):

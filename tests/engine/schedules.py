@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from vllm_ttt.config import parse_config
-from vllm_ttt.engine.history import BLOCK
+from vllm_ttt.engine.prefix.history import BLOCK
 from vllm_ttt.eval.oracle import Oracle, load_model
 from vllm_ttt.types import SessionKey
 

@@ -15,8 +15,8 @@ from conftest import MODEL, Stage, running
 from served import SCORED, Documents, Served, logprobs
 
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.identity import identity
-from vllm_ttt.engine.records import connect, create
+from vllm_ttt.engine.storage.identity import identity
+from vllm_ttt.engine.storage.records import connect, create
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.state_dir import StateDir
 

@@ -11,7 +11,7 @@ from served import Documents, Served, assert_same, relative_error
 from torch import nn
 
 from vllm_ttt.eval.oracle import Oracle
-from vllm_ttt.worker.tail import step_dtype
+from vllm_ttt.worker.step.tail import step_dtype
 
 pytestmark = pytest.mark.engine
 

@@ -27,7 +27,7 @@ from served import Documents, Served, completion
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.sessions.offline import Offline, tenant_of
 from vllm_ttt.state_dir import StateDir
-from vllm_ttt.worker import delta_file
+from vllm_ttt.worker.deltas import delta_file
 
 pytestmark = pytest.mark.engine
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.backlog import Backlog
-from vllm_ttt.worker.step_view import Rows
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.step_view import Rows
 
 pytestmark = [
     pytest.mark.gpu,

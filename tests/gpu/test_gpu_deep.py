@@ -40,11 +40,11 @@ class Worker:
         from vllm_ttt.config import parse_config
         from vllm_ttt.eval.oracle import Oracle
         from vllm_ttt.types import RequestPlan
-        from vllm_ttt.worker.attention import VarlenAttention
-        from vllm_ttt.worker.backlog import Backlog
-        from vllm_ttt.worker.compute import Compute
-        from vllm_ttt.worker.deltas import Deltas
-        from vllm_ttt.worker.step_view import Rows
+        from vllm_ttt.worker.capture.backlog import Backlog
+        from vllm_ttt.worker.capture.step_view import Rows
+        from vllm_ttt.worker.deltas.masters import Deltas
+        from vllm_ttt.worker.learn.compute import Compute
+        from vllm_ttt.worker.step.attention import VarlenAttention
 
         config = parse_config({"adapt": {"layers": layers}, "learn": {"chunk": CHUNK, "max_loss": 2}}, "deep")
         oracle = Oracle(Path(__file__).parents[2] / "demo" / "model", config, dtype=torch.bfloat16)
@@ -82,7 +82,7 @@ class Worker:
         """Of chunk ``which[key]`` of each session: losses under the base model, what a step says, and masters after it."""
         from test_deep_compute import whole
 
-        from vllm_ttt.worker.past import Before
+        from vllm_ttt.worker.capture.past import Before
 
         chunks = [list(self.backlog.queues[key])[i] for key, i in which.items()]
         flat, weight = whole(self.backlog, chunks)
@@ -95,7 +95,7 @@ class Worker:
 
 @pytest.mark.parametrize("layers", [4, "all"])
 def test_a_replayed_step_is_the_launched_one(layers: int | str) -> None:
-    from vllm_ttt.worker.past import Before
+    from vllm_ttt.worker.capture.past import Before
 
     def timed(run: Any) -> float:
         run()

@@ -16,7 +16,7 @@ SLOTS, IN, OUT, RANK = 8, 256, 512, 128
 
 @pytest.mark.parametrize(("rows", "real"), [(1, 1), (64, 64), (128, 100), (256, 256)])
 def test_each_row_gets_its_sessions_delta_and_no_other(rows: int, real: int) -> None:
-    from vllm_ttt.worker import gpu_lora
+    from vllm_ttt.worker.serve import gpu_lora
 
     torch.manual_seed(0)
     cuda = torch.device("cuda")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_ttt.worker.kv_cache import KVCache
+from vllm_ttt.worker.capture.kv_cache import KVCache
 
 #: Tokens of a block.
 BLOCK = 32

@@ -18,7 +18,7 @@ from typing import Any
 
 from world import World
 
-from vllm_ttt.engine.store import Change, Write
+from vllm_ttt.engine.storage.store import Change, Write
 from vllm_ttt.types import FileOrder, FileReport
 
 #: Of a kill. At all but the first, a write of the database is begun, and cut off there.

@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ADAPTER_PATH
 from vllm_ttt.worker.cpu_worker import TTTCPUWorker
-from vllm_ttt.worker.slots import SessionLoRAManager
+from vllm_ttt.worker.serve.slots import SessionLoRAManager
 
 pytestmark = pytest.mark.unit
 

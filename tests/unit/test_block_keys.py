@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from vllm_ttt.config import TTTConfig, parse_config
-from vllm_ttt.engine.blocks import BlockKeys
 from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.prefix.keys import BlockKeys
 from vllm_ttt.types import ChunkReason, ChunkReport, SessionKey
 
 pytestmark = pytest.mark.unit

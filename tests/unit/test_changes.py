@@ -14,10 +14,10 @@ import pytest
 from test_admin import Engine, one_session
 from world import World
 
-from vllm_ttt.engine import records
 from vllm_ttt.engine.admin import admin
 from vllm_ttt.engine.life.states import State
-from vllm_ttt.engine.store import Change
+from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage.store import Change
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey, Trial

@@ -16,13 +16,13 @@ from vllm_ttt.config import parse_config
 from vllm_ttt.eval.oracle import Oracle
 from vllm_ttt.eval.tiny import tiny_model
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.backlog import Backlog, Chunk
-from vllm_ttt.worker.compute import Compute
-from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.micro_step import accumulate
-from vllm_ttt.worker.past import Before
-from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.step_view import Rows
+from vllm_ttt.worker.capture.backlog import Backlog, Chunk
+from vllm_ttt.worker.capture.past import Before
+from vllm_ttt.worker.capture.step_view import Rows
+from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.learn.compute import Compute
+from vllm_ttt.worker.step.micro_step import accumulate
 
 pytestmark = pytest.mark.unit
 

@@ -144,7 +144,7 @@ def test_an_epoch_for_each_commit() -> None:
 
 def test_without_its_key_a_session_reads_stale_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tests above would miss if the epoch were no part of the key."""
-    monkeypatch.setattr("vllm_ttt.engine.blocks.BlockKeys._path", lambda self, session: f"/ttt/{session.adapter}")
+    monkeypatch.setattr("vllm_ttt.engine.prefix.keys.BlockKeys._path", lambda self, session: f"/ttt/{session.adapter}")
     engine = Engine("deep")
     assert engine.read(None) == 0
     engine.learn("a", 3)

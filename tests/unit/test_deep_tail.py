@@ -20,10 +20,10 @@ from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval.oracle import Oracle
 from vllm_ttt.eval.tiny import tiny_model
 from vllm_ttt.geometry import PATHS, Geometry
-from vllm_ttt.worker import peft
-from vllm_ttt.worker import tail as tail_module
-from vllm_ttt.worker.micro_step import accumulate
-from vllm_ttt.worker.tail import LayerModules, TailModules, build_tail, check_attention, find_modules, step_dtype
+from vllm_ttt.worker.deltas import peft
+from vllm_ttt.worker.step import tail as tail_module
+from vllm_ttt.worker.step.micro_step import accumulate
+from vllm_ttt.worker.step.tail import LayerModules, TailModules, build_tail, check_attention, find_modules, step_dtype
 
 pytestmark = pytest.mark.unit
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ttt.engine.history import LIMIT, PLACES, History
 from vllm_ttt.engine.ledger import Open, Session
+from vllm_ttt.engine.prefix.history import LIMIT, PLACES, History
 from vllm_ttt.types import ChunkReport, SessionKey
 
 pytestmark = pytest.mark.unit

@@ -7,7 +7,7 @@ import time
 import pytest
 from test_tiers import Make, files, make
 
-from vllm_ttt.engine.store import Change
+from vllm_ttt.engine.storage.store import Change
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
 

@@ -19,7 +19,7 @@ from world import GEOMETRY
 
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.frontend import tenants
-from vllm_ttt.worker import peft
+from vllm_ttt.worker.deltas import peft
 
 pytestmark = pytest.mark.unit
 

@@ -15,12 +15,12 @@ from torch.nn.functional import cross_entropy, silu
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.eval.oracle import KV, LayerWeights, Oracle, _attention, projection, rms_norm, stack_nll
 from vllm_ttt.eval.tiny import ARCHITECTURES, tiny_model
-from vllm_ttt.worker import micro_step
-from vllm_ttt.worker.attention import Layout, SDPAAttention
-from vllm_ttt.worker.block import Block
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.micro_step import Tail, accumulate
-from vllm_ttt.worker.qkv import QKV, HeadNorm, Past
+from vllm_ttt.worker.step import micro_step
+from vllm_ttt.worker.step.attention import Layout, SDPAAttention
+from vllm_ttt.worker.step.block import Block
+from vllm_ttt.worker.step.micro_step import Tail, accumulate
+from vllm_ttt.worker.step.qkv import QKV, HeadNorm, Past
 
 pytestmark = pytest.mark.unit
 

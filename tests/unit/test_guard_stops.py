@@ -15,13 +15,13 @@ from vllm.v1.request import RequestStatus
 
 from vllm_ttt.config import parse_config
 from vllm_ttt.types import ChunkReport, RequestPlan, SessionKey, StepPlan, StepReport, Trial
-from vllm_ttt.worker.backlog import Backlog
-from vllm_ttt.worker.budget import Budget
-from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.micro_step import accumulate
-from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.step_view import Rows
-from vllm_ttt.worker.trainer import Trainer
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.step_view import Rows
+from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.learn.budget import Budget
+from vllm_ttt.worker.learn.trainer import Trainer
+from vllm_ttt.worker.step.micro_step import accumulate
 from vllm_ttt.worker.worker import TTTWorkerMixin
 
 pytestmark = pytest.mark.unit

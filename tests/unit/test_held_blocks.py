@@ -7,7 +7,7 @@ from test_deep_scheduler import BLOCK, PROMPT, Engine
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import RequestStatus
 
-from vllm_ttt.engine.held import SHARE
+from vllm_ttt.engine.prefix.held_blocks import SHARE
 
 pytestmark = pytest.mark.unit
 

@@ -17,9 +17,9 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_ttt.engine import holding
 from vllm_ttt.engine.admin import admin
-from vllm_ttt.engine.holding import Entry, Lane, Line
+from vllm_ttt.engine.hold import holding
+from vllm_ttt.engine.hold.holding import Entry, Lane, Line
 from vllm_ttt.types import FileOrder, FileReport, SessionKey
 
 pytestmark = pytest.mark.unit

@@ -10,7 +10,7 @@ from caches import Rows, attention, bound, cpu_attention, group, write
 from torch import Tensor
 
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.worker.kv_cache import KVCache
+from vllm_ttt.worker.capture.kv_cache import KVCache
 
 pytestmark = pytest.mark.unit
 

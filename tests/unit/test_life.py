@@ -18,7 +18,7 @@ from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.operations import ROOM, Operations
 from vllm_ttt.engine.life.states import START, TRANSITIONS, Life, State, TransitionError
 from vllm_ttt.engine.life.tiers import Tiers
-from vllm_ttt.engine.quotas import Quotas
+from vllm_ttt.engine.limits.quotas import Quotas
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ChunkReport, SessionKey
 

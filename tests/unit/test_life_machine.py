@@ -24,7 +24,7 @@ from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.admin import admin
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.life.states import State
-from vllm_ttt.engine.trust import Trust
+from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey, Trial
@@ -183,23 +183,24 @@ class Lives(RuleBasedStateMachine):
         if truth.chain is None and not self.forking(name):
             return
         truth.asked.append((op, argument))
-        if op == "fork" and self.truths[argument].chain is None and not self.forking(argument):
+        becomes = op == "fork" and self.truths[argument].chain is None and not self.forking(argument)
+        if becomes:
             self.truths[argument].asked.append(("become", name))
         answer = admin(self.engine, op, "-", name, argument)
         if isinstance(answer, Future):
             self.answers.append(answer)
-            answer.add_done_callback(lambda done: self.answered(name, op, argument, done.result()))
+            answer.add_done_callback(lambda done: self.answered(name, op, argument, done.result(), becomes))
         else:
-            self.answered(name, op, argument, answer)
+            self.answered(name, op, argument, answer, becomes)
 
     def forking(self, name: str) -> bool:
         return any(op == "become" for op, _ in self.truths[name].asked)
 
-    def answered(self, name: str, op: str, argument: Any, answer: dict[str, Any]) -> None:
-        """Called at the moment at which it is answered."""
+    def answered(self, name: str, op: str, argument: Any, answer: dict[str, Any], becomes: bool) -> None:
+        """Called at the moment at which it is answered; ``becomes``: a fork made the session that it asked for."""
         truth = self.truths[name]
         truth.asked.remove((op, argument))
-        if op == "fork" and ("become", name) in self.truths[argument].asked:
+        if becomes:
             target = self.truths[argument]
             target.asked.remove(("become", name))
             fresh = FRESH if self.session(argument) is not None else None

@@ -14,8 +14,8 @@ from test_admin import Engine, one_session
 from test_changes import Held, ask
 from world import World
 
-from vllm_ttt.engine import records
 from vllm_ttt.engine.admin import admin
+from vllm_ttt.engine.storage import records
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
 

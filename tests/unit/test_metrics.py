@@ -27,7 +27,7 @@ from vllm_ttt.frontend.metrics import Figures, MetricsMiddleware
 from vllm_ttt.metrics import BY_NAME, METRICS, PREFIX, REASONS, Values
 from vllm_ttt.types import ChunkReason, ChunkReport, Trial
 from vllm_ttt.worker.clock import Clock
-from vllm_ttt.worker.meter import Meter
+from vllm_ttt.worker.learn.meter import Meter
 
 pytestmark = pytest.mark.unit
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.backlog import Backlog, Chunk
-from vllm_ttt.worker.past import Before
-from vllm_ttt.worker.step_view import Rows
+from vllm_ttt.worker.capture.backlog import Backlog, Chunk
+from vllm_ttt.worker.capture.past import Before
+from vllm_ttt.worker.capture.step_view import Rows
 
 pytestmark = pytest.mark.unit
 

@@ -15,7 +15,7 @@ from world import World
 from vllm_ttt import plugin, support
 from vllm_ttt.config import parse_config
 from vllm_ttt.engine.admin import admin
-from vllm_ttt.engine.quotas import Quotas
+from vllm_ttt.engine.limits.quotas import Quotas
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from vllm_ttt.config import parse_config
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.types import ChunkReport, FileOrder, RequestPlan
-from vllm_ttt.worker import delta_file
-from vllm_ttt.worker.backlog import Backlog
-from vllm_ttt.worker.delta_file import UPDATE
-from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.step_view import Rows
+from vllm_ttt.worker.deltas import delta_file
+from vllm_ttt.worker.deltas.delta_file import UPDATE
+from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.files import Files
-from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.step_view import Rows
-from vllm_ttt.worker.trainer import Trainer
+from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.worker import TTTWorkerMixin
 
 pytestmark = pytest.mark.unit

@@ -13,8 +13,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.limits.stops import Stops
 from vllm_ttt.engine.requests import Attached
-from vllm_ttt.engine.stops import Stops
 from vllm_ttt.types import Knobs, SessionKey
 
 pytestmark = pytest.mark.unit

@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 from world import GEOMETRY, IDENTITY, World
 
 from vllm_ttt.cli import app
-from vllm_ttt.engine.store import Store
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import ConfigError, RequestError, TTTError
 from vllm_ttt.frontend import tenants
 from vllm_ttt.sessions.offline import Offline, SessionsError, tenant_of
 from vllm_ttt.state_dir import StateDir
-from vllm_ttt.worker import delta_file, peft
-from vllm_ttt.worker.delta_file import FileError
+from vllm_ttt.worker.deltas import delta_file, peft
+from vllm_ttt.worker.deltas.delta_file import FileError
 
 pytestmark = pytest.mark.unit
 

@@ -20,7 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ttt import engine_args, plugin, support
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.store import open_store
+from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import ConfigError, PatchContractError
 from vllm_ttt.patches import _contract
 
@@ -245,7 +245,7 @@ def test_what_an_export_calls_the_model(options: dict[str, Any], name: str) -> N
 
 
 def test_a_rank_wider_than_the_model_is_refused_with_the_way_out() -> None:
-    from vllm_ttt.worker.tail import make_projection
+    from vllm_ttt.worker.step.tail import make_projection
 
     with pytest.raises(ConfigError, match="choose a smaller rank"):
         make_projection(64, 128, 0)

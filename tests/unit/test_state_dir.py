@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from world import IDENTITY, World
 
-from vllm_ttt.engine.store import Store
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import ConfigError, TTTError
 from vllm_ttt.sessions.offline import Offline, tenant_of
 from vllm_ttt.state_dir import FORMAT, MARKER, SECRET_VARIABLE, StateDir

@@ -12,9 +12,9 @@ import pytest
 from test_deep_scheduler import Engine as Scheduled
 from world import World
 
-from vllm_ttt.engine import records
 from vllm_ttt.engine.admin import admin
-from vllm_ttt.engine.store import StoreError
+from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage.store import StoreError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
 

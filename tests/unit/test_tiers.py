@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from world import World
 
-from vllm_ttt.engine.alarm import Alarm
 from vllm_ttt.engine.ledger import NAMES
+from vllm_ttt.engine.life.alarm import Alarm
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
@@ -251,7 +251,7 @@ def test_a_file_that_cannot_be_read_refuses_the_request_and_keeps_the_session(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vllm_ttt.worker.delta_file.read", fail)
+        patch.setattr("vllm_ttt.worker.deltas.delta_file.read", fail)
         again.use("a")
     assert "Input/output error" in again.refused.pop().message
     assert again.value("a") == 1.0
@@ -266,7 +266,7 @@ def test_a_disk_that_is_full(make: Make, monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vllm_ttt.worker.delta_file.write", full)
+        patch.setattr("vllm_ttt.worker.deltas.delta_file.write", full)
         with pytest.raises(RequestError, match="No space left") as caught:
             world.save("a")
         assert caught.value.status == 507

@@ -16,8 +16,8 @@ from vllm_ttt.config import LearnConfig
 from vllm_ttt.eval.oracle import Oracle, load_model, newton_schulz
 from vllm_ttt.eval.tiny import tiny_model
 from vllm_ttt.worker.delta import Delta, State
-from vllm_ttt.worker.micro_step import accumulate
-from vllm_ttt.worker.update import LARGEST_MOVE, RATES, Norms, orthogonalise, update
+from vllm_ttt.worker.step.micro_step import accumulate
+from vllm_ttt.worker.step.update import LARGEST_MOVE, RATES, Norms, orthogonalise, update
 
 pytestmark = pytest.mark.unit
 

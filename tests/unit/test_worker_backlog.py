@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.backlog import Backlog, Chunk
-from vllm_ttt.worker.step_view import Rows
+from vllm_ttt.worker.capture.backlog import Backlog, Chunk
+from vllm_ttt.worker.capture.step_view import Rows
 
 pytestmark = pytest.mark.unit
 

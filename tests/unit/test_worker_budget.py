@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ttt.worker.budget import SMALLEST, Budget, tile_sizes
+from vllm_ttt.worker.learn.budget import SMALLEST, Budget, tile_sizes
 
 pytestmark = pytest.mark.unit
 

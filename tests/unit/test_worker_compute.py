@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from vllm_ttt.config import LearnConfig
-from vllm_ttt.worker.backlog import Backlog
-from vllm_ttt.worker.compute import Compute
-from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.micro_step import Tail
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.learn.compute import Compute
+from vllm_ttt.worker.step.micro_step import Tail
 
 pytestmark = pytest.mark.unit
 

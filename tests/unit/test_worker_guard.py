@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 from test_worker_compute import LEARN, D, Q, V, make
 
 from vllm_ttt.config import GuardConfig, parse_config
-from vllm_ttt.engine.limits import Allowance, repetitive
-from vllm_ttt.engine.probe import read_text
+from vllm_ttt.engine.limits.limits import Allowance, repetitive
+from vllm_ttt.engine.limits.probe import read_text
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.backlog import Backlog
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.guard import Guard
-from vllm_ttt.worker.micro_step import accumulate
-from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.step_view import Rows
-from vllm_ttt.worker.trainer import Trainer
-from vllm_ttt.worker.versions import Versions, restore
-from vllm_ttt.worker.versions import keep as keep_session
+from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.deltas.versions import Versions, restore
+from vllm_ttt.worker.deltas.versions import keep as keep_session
+from vllm_ttt.worker.guard.guard import Guard
+from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.learn.trainer import Trainer
+from vllm_ttt.worker.step.micro_step import accumulate
 
 pytestmark = pytest.mark.unit
 

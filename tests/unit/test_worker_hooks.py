@@ -11,13 +11,13 @@ from test_worker_compute import D, Q, V, make
 
 from vllm_ttt.config import parse_config
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.backlog import Backlog
-from vllm_ttt.worker.budget import Budget
-from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.slots import Slots
-from vllm_ttt.worker.step_view import Rows
-from vllm_ttt.worker.trainer import Trainer
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.step_view import Rows
+from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.learn.budget import Budget
+from vllm_ttt.worker.learn.trainer import Trainer
+from vllm_ttt.worker.serve.slots import Slots
 from vllm_ttt.worker.worker import TTTWorkerMixin
 
 pytestmark = pytest.mark.unit
@@ -126,7 +126,7 @@ def test_what_is_served_while_a_prompt_is_read_is_kept_on_the_host(monkeypatch: 
     """The buffers of the device are all allocated at the start: a copy of the master there would not be among them."""
     worker = Hooks()
     copied = []
-    monkeypatch.setattr("vllm_ttt.worker.trainer.copy_to_host", lambda x: copied.append(x.shape) or x.clone())
+    monkeypatch.setattr("vllm_ttt.worker.learn.trainer.copy_to_host", lambda x: copied.append(x.shape) or x.clone())
     worker.start("a", A, 3)
     worker.batch(("a", 0, 20))
     worker.trainer.learn(CHUNK)

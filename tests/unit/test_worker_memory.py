@@ -9,10 +9,10 @@ from vllm_ttt.config import parse_config
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.worker import memory
-from vllm_ttt.worker.backlog import Backlog
-from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.micro_step import Tail
-from vllm_ttt.worker.probe import Probe
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.step.micro_step import Tail
 
 pytestmark = pytest.mark.unit
 

@@ -16,22 +16,22 @@ from vllm_ttt.config import GuardConfig, SessionsConfig
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.tiers import Tiers
-from vllm_ttt.engine.quotas import Quotas
-from vllm_ttt.engine.store import Store
+from vllm_ttt.engine.limits.quotas import Quotas
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.state_dir import StateDir
 from vllm_ttt.types import ChunkReport, SessionKey, StepReport
-from vllm_ttt.worker import peft
 from vllm_ttt.worker.clock import Clock
-from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.deltas import Session as WorkerSession
+from vllm_ttt.worker.deltas import peft
+from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.deltas.masters import Session as WorkerSession
+from vllm_ttt.worker.deltas.versions import Versions, keep, restore
 from vllm_ttt.worker.files import Files
-from vllm_ttt.worker.guard import Guard
-from vllm_ttt.worker.micro_step import Tail
-from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.trainer import Trainer
-from vllm_ttt.worker.versions import Versions, keep, restore
+from vllm_ttt.worker.guard.guard import Guard
+from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.learn.trainer import Trainer
+from vllm_ttt.worker.step.micro_step import Tail
 
 D, Q, F, R = 8, 12, 16, 4
 GEOMETRY = Geometry(layer=1, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)

@@ -12,10 +12,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from vllm_ttt.engine import lists, meters
+from vllm_ttt.engine import meters
 from vllm_ttt.engine.ledger import ASKED_FOR, Ledger, Session
 from vllm_ttt.engine.life.operations import Steps
 from vllm_ttt.engine.life.tiers import Tiers
+from vllm_ttt.engine.storage import lists
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey, check_session_id
 

@@ -9,13 +9,13 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_ttt.engine.blocks import Epoch
-from vllm_ttt.engine.history import History
 from vllm_ttt.engine.life.states import Life, State
-from vllm_ttt.engine.limits import Allowance
-from vllm_ttt.engine.quotas import Quotas
-from vllm_ttt.engine.records import Row, Version
-from vllm_ttt.engine.store import Store
+from vllm_ttt.engine.limits.limits import Allowance
+from vllm_ttt.engine.limits.quotas import Quotas
+from vllm_ttt.engine.prefix.history import History
+from vllm_ttt.engine.prefix.keys import Epoch
+from vllm_ttt.engine.storage.records import Row, Version
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.types import ChunkReport, SessionKey
 
 #: Why a session is frozen by its owner.

@@ -16,24 +16,24 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt import plugin, support
-from vllm_ttt.engine.admission import check_adapter, knobs_of, refusal
-from vllm_ttt.engine.alarm import Alarm
-from vllm_ttt.engine.blocks import BlockKeys
-from vllm_ttt.engine.ending import Ending
 from vllm_ttt.engine.guarded import Guarded
-from vllm_ttt.engine.held import HeldBlocks
-from vllm_ttt.engine.holding import Holding, HoldingScheduler
+from vllm_ttt.engine.hold.holding import Holding, HoldingScheduler
+from vllm_ttt.engine.hold.room import Room
 from vllm_ttt.engine.ledger import Ledger, Open, Session
+from vllm_ttt.engine.life.alarm import Alarm
+from vllm_ttt.engine.life.ending import Ending
 from vllm_ttt.engine.life.tiers import Tiers
+from vllm_ttt.engine.limits.admission import check_adapter, knobs_of, refusal
+from vllm_ttt.engine.limits.probe import KEY as PROBE
+from vllm_ttt.engine.limits.probe import ProbeReading, pieces
+from vllm_ttt.engine.limits.quotas import Quotas
+from vllm_ttt.engine.limits.stops import Stops
+from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.engine.meters import Meters
-from vllm_ttt.engine.probe import KEY as PROBE
-from vllm_ttt.engine.probe import ProbeReading, pieces
-from vllm_ttt.engine.quotas import Quotas
+from vllm_ttt.engine.prefix.held_blocks import HeldBlocks
+from vllm_ttt.engine.prefix.keys import BlockKeys
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
-from vllm_ttt.engine.room import Room
-from vllm_ttt.engine.stops import Stops
-from vllm_ttt.engine.store import open_store
-from vllm_ttt.engine.trust import Trust
+from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.patches import engine as engine_patches
 from vllm_ttt.types import ChunkReport, Knobs, Reason, RequestPlan, SessionKey, StepPlan, StepReport, Trial

@@ -75,7 +75,7 @@ def demo(
 def _slow_in_16_bits() -> bool:
     import torch
 
-    from vllm_ttt.worker.tail import step_dtype
+    from vllm_ttt.worker.step.tail import step_dtype
 
     return not torch.cuda.is_available() and step_dtype(torch.bfloat16, torch.device("cpu")) == torch.float32
 

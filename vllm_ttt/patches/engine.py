@@ -60,7 +60,7 @@ def check() -> None:
 
 def _share_blocks(original: Callable) -> Callable:
     """With `last`, no key or value depends on the delta: sessions share blocks with the base model and each other. With `deep`,
-    a session's epoch is a part of its adapter's path (engine/blocks.py)."""
+    a session's epoch is a part of its adapter's path (engine/prefix/keys.py)."""
 
     def _gen_lora_extra_hash_keys(request: Any) -> list[Any]:
         adapter = request.lora_request

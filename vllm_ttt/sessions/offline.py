@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from vllm_ttt.config import LETTERS
-from vllm_ttt.engine import records
-from vllm_ttt.engine.records import Row, Version
+from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage.records import Row, Version
 from vllm_ttt.errors import TTTError
 from vllm_ttt.frontend import tenants
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.state_dir import MARKER, StateDir
 from vllm_ttt.types import SessionKey, check_session_id
-from vllm_ttt.worker import delta_file, peft
-from vllm_ttt.worker.delta_file import MAX_HEADER, UPDATE, FileError
-from vllm_ttt.worker.deltas import Session as WorkerSession
+from vllm_ttt.worker.deltas import delta_file, peft
+from vllm_ttt.worker.deltas.delta_file import MAX_HEADER, UPDATE, FileError
+from vllm_ttt.worker.deltas.masters import Session as WorkerSession
 
 
 class SessionsError(TTTError):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_ttt.worker.cpu_lora import GroupedPunicaCPU
-from vllm_ttt.worker.step_view import Rows, view_v1
-from vllm_ttt.worker.tail import TailModules
+from vllm_ttt.worker.capture.step_view import Rows, view_v1
+from vllm_ttt.worker.serve.cpu_lora import GroupedPunicaCPU
+from vllm_ttt.worker.step.tail import TailModules
 from vllm_ttt.worker.worker import TTTWorkerMixin
 
 

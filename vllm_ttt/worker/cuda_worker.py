@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_ttt.worker.gpu_lora import SessionPunicaGPU
-from vllm_ttt.worker.step_view import Rows, view_v2
-from vllm_ttt.worker.tail import TailModules
+from vllm_ttt.worker.capture.step_view import Rows, view_v2
+from vllm_ttt.worker.serve.gpu_lora import SessionPunicaGPU
+from vllm_ttt.worker.step.tail import TailModules
 from vllm_ttt.worker.worker import TTTWorkerMixin
 
 

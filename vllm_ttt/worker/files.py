@@ -14,11 +14,11 @@ from vllm.logger import init_logger
 
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.types import FileOrder, FileReport
-from vllm_ttt.worker import delta_file, peft
 from vllm_ttt.worker.delta import Delta, State
-from vllm_ttt.worker.delta_file import UPDATE
-from vllm_ttt.worker.deltas import Session
-from vllm_ttt.worker.trainer import Trainer
+from vllm_ttt.worker.deltas import delta_file, peft
+from vllm_ttt.worker.deltas.delta_file import UPDATE
+from vllm_ttt.worker.deltas.masters import Session
+from vllm_ttt.worker.learn.trainer import Trainer
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
-from vllm_ttt.worker.micro_step import LOSS_ROWS
+from vllm_ttt.worker.step.micro_step import LOSS_ROWS
 
 #: A tile counts as at least so many tokens: reading a session's B and one step of its optimiser cost as much.
 SMALLEST_SHARE = 128

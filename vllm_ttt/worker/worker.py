@@ -19,21 +19,21 @@ from vllm_ttt.plugin import config_of
 from vllm_ttt.support import served_name
 from vllm_ttt.types import NO_ADAPTERS, StepPlan
 from vllm_ttt.worker import memory
-from vllm_ttt.worker.backlog import Backlog
-from vllm_ttt.worker.budget import Budget, tile_sizes
-from vllm_ttt.worker.capture import Capture
-from vllm_ttt.worker.deltas import Deltas
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.capture import Capture
+from vllm_ttt.worker.capture.kv_cache import KVCache
+from vllm_ttt.worker.capture.past import Before
+from vllm_ttt.worker.capture.step_view import Rows
+from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.files import Files
-from vllm_ttt.worker.kv_cache import KVCache
+from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.learn.budget import Budget, tile_sizes
+from vllm_ttt.worker.learn.meter import Meter
+from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.memory import SMALLEST_SHARE
-from vllm_ttt.worker.meter import Meter
-from vllm_ttt.worker.past import Before
-from vllm_ttt.worker.probe import Probe
+from vllm_ttt.worker.serve.slots import Slots
 from vllm_ttt.worker.signals import leave_with_the_engine
-from vllm_ttt.worker.slots import Slots
-from vllm_ttt.worker.step_view import Rows
-from vllm_ttt.worker.tail import TailModules, build_tail, find_modules, step_dtype
-from vllm_ttt.worker.trainer import Trainer
+from vllm_ttt.worker.step.tail import TailModules, build_tail, find_modules, step_dtype
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 

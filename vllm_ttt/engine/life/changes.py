@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.life.operations import Steps
 from vllm_ttt.engine.life.states import State
-from vllm_ttt.engine.records import Row
-from vllm_ttt.engine.store import Store
+from vllm_ttt.engine.storage.records import Row
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_ttt.engine import records
 from vllm_ttt.engine.ledger import Ledger, Session
-from vllm_ttt.engine.store import Change, Store
+from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage.store import Change, Store
 from vllm_ttt.types import SessionKey
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own

@@ -16,8 +16,8 @@ from vllm_ttt.engine.life.operations import Operations, Steps
 from vllm_ttt.engine.life.orders import Orders
 from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.meters import Meters
-from vllm_ttt.engine.records import Version
-from vllm_ttt.engine.store import Store, StoreError, store_error
+from vllm_ttt.engine.storage.records import Version
+from vllm_ttt.engine.storage.store import Store, StoreError, store_error
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import FileOrder, FileReport, SessionKey
 

@@ -12,7 +12,6 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_ttt.config import SessionsConfig
-from vllm_ttt.engine import records
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.changes import Changes
@@ -22,10 +21,11 @@ from vllm_ttt.engine.life.operations import ROOM, Operations, Steps
 from vllm_ttt.engine.life.orders import Orders
 from vllm_ttt.engine.life.saves import AT_ONCE, Saves
 from vllm_ttt.engine.life.states import State
-from vllm_ttt.engine.lists import Lists
 from vllm_ttt.engine.meters import Meters
-from vllm_ttt.engine.records import Version
-from vllm_ttt.engine.store import Change, Store
+from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage.lists import Lists
+from vllm_ttt.engine.storage.records import Version
+from vllm_ttt.engine.storage.store import Change, Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import FileOrder, FileReport
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.ledger import Session
-from vllm_ttt.engine.limits import Allowance, repetitive
+from vllm_ttt.engine.limits.limits import Allowance, repetitive
 from vllm_ttt.types import Trial
 
 

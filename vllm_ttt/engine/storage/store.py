@@ -22,9 +22,9 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine import records
-from vllm_ttt.engine.identity import compare, identity
-from vllm_ttt.engine.records import Row
+from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage.identity import compare, identity
+from vllm_ttt.engine.storage.records import Row
 from vllm_ttt.errors import ConfigError, RequestError
 from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
 from vllm_ttt.types import SessionKey

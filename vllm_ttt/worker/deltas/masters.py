@@ -15,7 +15,7 @@ import torch
 
 from vllm_ttt.worker.clock import Clock, copy_to_host
 from vllm_ttt.worker.delta import Delta, State
-from vllm_ttt.worker.micro_step import Tail
+from vllm_ttt.worker.step.micro_step import Tail
 
 
 @dataclass(slots=True)

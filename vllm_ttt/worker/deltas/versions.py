@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from vllm_ttt.worker.delta import State
-from vllm_ttt.worker.deltas import Deltas, Session
+from vllm_ttt.worker.deltas.masters import Deltas, Session
 
 
 class Kept(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vllm_ttt.engine.store import Store
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import RequestError
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
+from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.clock import to_device
-from vllm_ttt.worker.step_view import Rows
 
 
 @dataclass(slots=True, eq=False)

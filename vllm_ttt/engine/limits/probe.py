@@ -29,7 +29,7 @@ PREFIX = "ttt-probe-"
 #: Under which they are held for a slot; no session is called so.
 KEY = SessionKey("", "")
 #: In the installed package, and in a checkout.
-SHIPPED = (Path(__file__).parents[1] / "configs" / "probe.txt", Path(__file__).parents[2] / "configs" / "probe.txt")
+SHIPPED = (Path(__file__).parents[2] / "configs" / "probe.txt", Path(__file__).parents[3] / "configs" / "probe.txt")
 
 
 def read_text(guard: GuardConfig) -> str:

@@ -17,10 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_ttt.engine import records
 from vllm_ttt.engine.ledger import Ledger, Session
-from vllm_ttt.engine.records import Row
-from vllm_ttt.engine.store import Store, StoreError
+from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage.records import Row
+from vllm_ttt.engine.storage.store import Store, StoreError
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey, shown
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from vllm_ttt.config import AdaptConfig
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.worker import attention
-from vllm_ttt.worker.block import Block
-from vllm_ttt.worker.micro_step import Tail
-from vllm_ttt.worker.qkv import QKV, HeadNorm
+from vllm_ttt.worker.step import attention
+from vllm_ttt.worker.step.block import Block
+from vllm_ttt.worker.step.micro_step import Tail
+from vllm_ttt.worker.step.qkv import QKV, HeadNorm
 
 #: Rotary embeddings of vLLM that are a table of cosines and sines by position, and nothing else.
 ROTARY = ("RotaryEmbedding", "Llama3RotaryEmbedding", "LinearScalingRotaryEmbedding", "YaRNScalingRotaryEmbedding")

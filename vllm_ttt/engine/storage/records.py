@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_ttt.engine.history import History
-from vllm_ttt.engine.limits import Allowance
+from vllm_ttt.engine.limits.limits import Allowance
+from vllm_ttt.engine.prefix.history import History
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.state_dir import FORMAT, SECRET_VARIABLE, fingerprint, is_session_file
 from vllm_ttt.types import SessionKey

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_ttt.worker.attention import Layout
-from vllm_ttt.worker.backlog import Chunk
-from vllm_ttt.worker.kv_cache import KVCache
-from vllm_ttt.worker.qkv import Past
+from vllm_ttt.worker.capture.backlog import Chunk
+from vllm_ttt.worker.capture.kv_cache import KVCache
+from vllm_ttt.worker.step.attention import Layout
+from vllm_ttt.worker.step.qkv import Past
 
 
 @dataclass

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_ttt.worker.attention import Attended, Attention, Layout
-from vllm_ttt.worker.block import rms_backward
 from vllm_ttt.worker.clock import to_device
+from vllm_ttt.worker.step.attention import Attended, Attention, Layout
+from vllm_ttt.worker.step.block import rms_backward
 
 
 @dataclass

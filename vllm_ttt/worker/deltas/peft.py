@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.geometry import Geometry
-from vllm_ttt.worker import delta_file
-from vllm_ttt.worker.delta_file import FileError
+from vllm_ttt.worker.deltas import delta_file
+from vllm_ttt.worker.deltas.delta_file import FileError
 
 #: Adapters of other tools may be in any of these.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,8 +91,8 @@ def read_adapter(data: bytes, settings: dict[str, Any], geometry: Geometry) -> d
 
 @lru_cache(maxsize=4)
 def projections(geometry: Geometry, dtype: torch.dtype) -> dict[int, Tensor]:
-    """A by the number of its inputs, as worker/tail.py draws it; another build of LAPACK may differ in the last digits."""
-    from vllm_ttt.worker.tail import make_projection
+    """A by the number of its inputs, as worker/step/tail.py draws it; another build of LAPACK may differ in the last digits."""
+    from vllm_ttt.worker.step.tail import make_projection
 
     widths = {geometry.attention, geometry.hidden, geometry.feed_forward}
     return {width: make_projection(width, geometry.rank, geometry.seed).to(dtype) for width in widths}

@@ -14,18 +14,18 @@ from vllm.logger import init_logger
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.types import ChunkReason, ChunkReport, RequestPlan, StepReport
-from vllm_ttt.worker.backlog import Backlog, Chunk
+from vllm_ttt.worker.capture.backlog import Backlog, Chunk
+from vllm_ttt.worker.capture.kv_cache import KVCache
+from vllm_ttt.worker.capture.past import Before
 from vllm_ttt.worker.clock import Clock, copy_to_host, to_device, to_host
-from vllm_ttt.worker.compute import Compute
-from vllm_ttt.worker.deltas import Deltas, Session
-from vllm_ttt.worker.guard import Guard
-from vllm_ttt.worker.kv_cache import KVCache
+from vllm_ttt.worker.deltas.masters import Deltas, Session
+from vllm_ttt.worker.deltas.versions import Kept, Versions, keep, restore
+from vllm_ttt.worker.guard.guard import Guard
+from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.learn.compute import Compute
 from vllm_ttt.worker.memory import SMALLEST_SHARE
-from vllm_ttt.worker.micro_step import Tail
-from vllm_ttt.worker.past import Before
-from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.slots import Slots
-from vllm_ttt.worker.versions import Kept, Versions, keep, restore
+from vllm_ttt.worker.serve.slots import Slots
+from vllm_ttt.worker.step.micro_step import Tail
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_ttt.worker.delta import LayerDelta
 
 if TYPE_CHECKING:
-    from vllm_ttt.worker.micro_step import Tail
+    from vllm_ttt.worker.step.micro_step import Tail
 
 
 @dataclass

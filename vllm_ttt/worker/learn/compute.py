@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.config import LearnConfig
-from vllm_ttt.worker.backlog import Backlog
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.past import Before
 from vllm_ttt.worker.clock import to_device
-from vllm_ttt.worker.deltas import Deltas
-from vllm_ttt.worker.micro_step import Tail, accumulate
-from vllm_ttt.worker.past import Before
-from vllm_ttt.worker.qkv import Past
-from vllm_ttt.worker.update import update
+from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.step.micro_step import Tail, accumulate
+from vllm_ttt.worker.step.qkv import Past
+from vllm_ttt.worker.step.update import update
 
 
 @dataclass

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
+from vllm_ttt.worker.capture.kv_cache import KVCache
+from vllm_ttt.worker.capture.past import Before
+from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.kv_cache import KVCache
-from vllm_ttt.worker.micro_step import Tail, accumulate
-from vllm_ttt.worker.past import Before
-from vllm_ttt.worker.step_view import Rows
+from vllm_ttt.worker.step.micro_step import Tail, accumulate
 
 
 class Probe:

@@ -19,10 +19,10 @@ from vllm_ttt.config import GuardConfig
 from vllm_ttt.types import Trial
 from vllm_ttt.worker.clock import Clock, to_host
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.deltas import Deltas, Session
-from vllm_ttt.worker.micro_step import Tail
-from vllm_ttt.worker.probe import Probe
-from vllm_ttt.worker.versions import Kept, Versions, keep
+from vllm_ttt.worker.deltas.masters import Deltas, Session
+from vllm_ttt.worker.deltas.versions import Kept, Versions, keep
+from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.step.micro_step import Tail
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
 

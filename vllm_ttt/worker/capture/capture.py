@@ -16,7 +16,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_ttt.worker.tail import TailModules
+from vllm_ttt.worker.step.tail import TailModules
 
 
 def _capture(x: Tensor, buffer: Tensor, idle: Tensor) -> None:

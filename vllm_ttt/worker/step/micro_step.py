@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vllm_ttt.worker import block, qkv
-from vllm_ttt.worker.attention import Attention, SDPAAttention
-from vllm_ttt.worker.block import Block, Passed
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.qkv import QKV, Past, Rotated
-from vllm_ttt.worker.update import Norms
+from vllm_ttt.worker.step import block, qkv
+from vllm_ttt.worker.step.attention import Attention, SDPAAttention
+from vllm_ttt.worker.step.block import Block, Passed
+from vllm_ttt.worker.step.qkv import QKV, Past, Rotated
+from vllm_ttt.worker.step.update import Norms
 
 #: Rows of logits that exist at once, in float32: the loss is computed in tiles of this many.
 LOSS_ROWS = 256

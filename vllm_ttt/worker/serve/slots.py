@@ -13,8 +13,8 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ADAPTER_PATH, NO_ADAPTERS
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.deltas import Deltas, Session
-from vllm_ttt.worker.tail import LayerModules, TailModules
+from vllm_ttt.worker.deltas.masters import Deltas, Session
+from vllm_ttt.worker.step.tail import LayerModules, TailModules
 
 
 class SessionLoRAManager(LRUCacheWorkerLoRAManager):

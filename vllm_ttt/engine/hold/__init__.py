@@ -1,0 +1,1 @@
+"""Requests that may not begin yet."""

@@ -1,0 +1,1 @@
+"""The state dir as the engine core uses it."""

@@ -1,0 +1,1 @@
+"""Tries what a session has learned on a text that no session sends."""

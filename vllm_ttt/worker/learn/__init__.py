@@ -1,0 +1,1 @@
+"""When steps run, for whom, and how long they take."""

@@ -1,0 +1,1 @@
+"""The deltas in vLLM's multi-LoRA slots, and vLLM's LoRA as sessions need it."""
