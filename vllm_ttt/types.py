@@ -18,6 +18,8 @@ from vllm_ttt.errors import RequestError
 SESSION_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:\-]{1,128}\Z")
 #: Where the in-memory adapters of sessions pretend to lie: ADAPTER_PATH + adapter id. Nothing is ever read there.
 ADAPTER_PATH = "/ttt/"
+#: Key of ``extra_args`` that says of a sample of a request with n > 1 how many there are (patches/samples.py).
+SAMPLES = "vllm_ttt.samples"
 #: Why an adapter that is not a session's is refused, wherever it comes in.
 NO_ADAPTERS = (
     "no LoRA adapter is served beside --plugin ttt: ttt uses vLLM's multi-LoRA slots for its sessions, and an adapter would "
@@ -166,6 +168,8 @@ class StepPlan:
     lost: list[str] = field(default_factory=list)
     #: sessions of which the engine core has read that the guard has stopped them: from this step on it plans accordingly
     stopped: list[int] = field(default_factory=list)
+    #: sessions whose slots do not change before this step's batch: samples of one request answer from one version
+    still: list[int] = field(default_factory=list)
     #: sessions to be written, read or forgotten, in this order
     files: list[FileOrder] = field(default_factory=list)
 

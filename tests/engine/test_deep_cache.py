@@ -49,6 +49,21 @@ def test_what_is_kept_for_learning_yields_to_who_is_served(small: Served, docume
     small.complete(texts[2][:1000], None, max_tokens=20, ignore_eos=True)  # which takes eight of the eleven blocks
 
 
+def test_samples_that_begin_apart_answer_from_one_version(small: Served, documents: Documents) -> None:
+    """Eight samples, blocks for two of them: the last begin when the prompt has long been learned, and know nothing of it."""
+    name, prompt = small.fresh("samples"), documents["kjv"][2][:513]
+    answer = small.complete(prompt, name, n=8, max_tokens=1, temperature=1, logprobs=5, return_tokens_as_token_ids=True)
+    small.settle()
+    assert answer["ttt"]["version"] == 0
+    assert small.session(name)["version"] == 8
+    after = small.complete(prompt, name, max_tokens=1, logprobs=5, return_tokens_as_token_ids=True)["choices"]
+    likely = [choice["logprobs"]["top_logprobs"][0] for choice in answer["choices"] + after]
+    most = max(likely[0], key=lambda token: likely[0][token])
+    *samples, learned = (found.get(most, -10.0) for found in likely)
+    assert max(samples) - min(samples) < 1e-3
+    assert abs(learned - samples[0]) > 0.02, "what was learned is to be seen, or the test proves nothing"
+
+
 def test_a_chat_reads_its_history_and_learns_its_turns(small: Served, documents: Documents) -> None:
     """20 turns, each of which goes on from the one before, within an epoch: what was learned is read from the cache."""
     name, text, cached = small.fresh("chat"), documents["legal_a"][0], []

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from test_deep_scheduler import PROMPT, Engine
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 pytestmark = pytest.mark.unit
 
@@ -112,3 +113,58 @@ def test_a_sample_that_comes_when_the_first_has_left() -> None:
     first, second = engine.said.values()
     assert first == second == {"version": 0, "tokens_learned": len(PROMPT) - 1}
     assert engine.session("a").tokens_seen == len(PROMPT) - 1
+
+
+def arriving_one_by_one(engine: Answering, name: str, n: int, outputs: int = 1) -> list[Request]:
+    """The first is in the engine, the others are still to come."""
+    scheduler: Any = engine.scheduler
+    add, late = scheduler.add_request, list[Request]()
+    scheduler.add_request = lambda request: add(request) if request.request_id.startswith("0_") else late.append(request)
+    engine.ask(name, PROMPT, n, (outputs,) * n)
+    scheduler.add_request = add
+    return late
+
+
+def still(output: Any) -> list[int]:
+    return output.ttt.still
+
+
+def test_the_session_is_served_as_it_is_until_all_samples_have_begun() -> None:
+    engine = Answering()
+    second, third = arriving_one_by_one(engine, "abc", 3)
+    assert still(engine.step()) == [], "what was sent before may be served with what it has taught"
+    session = engine.session("a").adapter
+    assert still(engine.step()) == [session], "the others have not arrived"
+    engine.scheduler.add_request(second)
+    assert still(engine.step()) == [session]
+    assert still(engine.step()) == [session]
+    engine.scheduler.add_request(third)
+    assert still(engine.step()) == [session], "before the batch with which the last begins, too"
+    assert still(engine.step()) == []
+
+
+def test_nobody_waits_for_samples_whose_client_has_left() -> None:
+    engine = Answering()
+    arriving_one_by_one(engine, "abc", 3, outputs=9)
+    engine.step()
+    assert still(engine.step()) == [engine.session("a").adapter]
+    engine.scheduler.finish_requests(list(engine.scheduler.requests), RequestStatus.FINISHED_ABORTED)
+    assert still(engine.step()) == []
+
+
+def test_a_sample_that_is_refused_is_not_waited_for() -> None:
+    engine = Answering()
+    (second,) = arriving_one_by_one(engine, "abc", 2)
+    engine.step()
+    second.lora_request = LoRARequest("mine", 7, "/mine")
+    engine.scheduler.add_request(second)
+    engine.step()
+    assert still(engine.step()) == []
+
+
+def test_samples_do_not_read_and_learn_in_turns() -> None:
+    engine = Answering()
+    (request,) = engine.ask("abc", PROMPT, 2, (1, 1), ttt_interleave=1)[:1]
+    engine.step()
+    assert engine.said[request]["status"] == 400
+    assert "one version" in engine.said[request]["message"]

@@ -140,3 +140,17 @@ def test_what_is_served_while_a_prompt_is_read_is_kept_on_the_host(monkeypatch: 
     worker.batch(("a", 20, 29))
     worker.learn()
     assert session.served == session.version == 3
+
+
+def test_a_session_is_served_as_it_is_while_samples_are_to_begin() -> None:
+    worker = Hooks()
+    for key in (A, B):
+        worker.start(f"r{key}", key, 1)
+        worker.batch((f"r{key}", 0, CHUNK + 1))
+    worker.trainer.still = {A}
+    assert worker.learn() == {A: 1, B: 1}
+    sessions = worker.trainer.deltas.sessions
+    assert (sessions[A].served, sessions[B].served) == (0, 1)
+    worker.trainer.still = set()
+    worker.trainer.sync()
+    assert sessions[A].served == 1

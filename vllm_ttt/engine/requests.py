@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vllm.lora.request import LoRARequest
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.engine.ledger import Session
-from vllm_ttt.types import ADAPTER_PATH, ChunkReport, Knobs
+from vllm_ttt.types import ADAPTER_PATH, SAMPLES, ChunkReport, Knobs
 
 #: Of so many requests with n > 1 whose first sample has left, it is remembered for those that are still to come.
 _REMEMBERED = 64
@@ -108,46 +109,98 @@ class Attached:
         opened.prefixes += self.session.history.add_answer(tokens, self.prompt)
 
 
+class Sample(NamedTuple):
+    """Which sample of which request with n > 1 a request is."""
+
+    index: int
+    parent: str
+    n: int
+
+
+@dataclass(slots=True)
+class Samples:
+    """n samples of one prompt, which answer from one version: none is served with another until all have begun."""
+
+    first: Attached
+    #: those that have neither begun nor left
+    waiting: set[int]
+    #: how many have not arrived
+    missing: int
+    begun: bool = False
+
+
 class Arrivals:
-    """Numbers requests in the order in which they arrive."""
+    """Numbers requests in the order in which they arrive, and keeps samples of one request together."""
 
     def __init__(self) -> None:
         self.number = 0
-        #: parent of n samples -> the first of them
-        self.firsts: dict[str, Attached] = {}
-        #: those of ``firsts`` that have left; with short answers, before the second arrives
+        #: by parent
+        self.samples: dict[str, Samples] = {}
+        #: those of ``samples`` whose first has left; with short answers, before the second arrives
         self.left: deque[str] = deque()
+        #: those of which some have begun and others have not
+        self.beginning: dict[str, Samples] = {}
 
     def attach(self, request: Request, session: Session, knobs: Knobs) -> Attached:
         """The request with its number; of n samples the first alone learns."""
         self.number += 1
         attached = Attached(request, session, knobs, knobs.learn, self.number, request.num_prompt_tokens)
-        index, parent = sample_of(request) or (0, None)
-        if index:
-            attached.knobs, attached.prompt_learned = Knobs(learn=False), False
-            if (first := self.firsts.get(parent or "")) is not None:
-                attached.first, attached.arrival = first, first.arrival
-        elif parent is not None:
-            self.firsts[parent] = attached
+        if (sample := sample_of(request)) is None:
+            return attached
+        if sample.index == 0:
+            self.samples[sample.parent] = Samples(attached, set(range(sample.n)), sample.n - 1)
+            return attached
+        attached.knobs, attached.prompt_learned = Knobs(learn=False), False
+        if (together := self.samples.get(sample.parent)) is not None:
+            attached.first, attached.arrival = together.first, together.first.arrival
+            together.missing -= 1
         return attached
 
+    def begin(self, attached: Attached) -> None:
+        """The request is scheduled for the first time."""
+        if (sample := sample_of(attached.request)) is not None and (together := self.samples.get(sample.parent)) is not None:
+            together.begun = True
+            self._begins_no_more(sample, together)
+
     def leave(self, request: Request) -> None:
-        index, parent = sample_of(request) or (0, None)
-        if parent is not None and index == 0:
-            self.left.append(parent)
+        """The request has left the engine, or was refused."""
+        if (sample := sample_of(request)) is None or (together := self.samples.get(sample.parent)) is None:
+            return
+        if together.missing and request.status == RequestStatus.FINISHED_ABORTED:
+            together.waiting.clear()  # its client has left: the others need not come
+        self._begins_no_more(sample, together)
+        if sample.index == 0:
+            self.left.append(sample.parent)
             if len(self.left) > _REMEMBERED:
-                self.firsts.pop(self.left.popleft(), None)
+                forgotten = self.left.popleft()
+                self.samples.pop(forgotten, None)
+                self.beginning.pop(forgotten, None)
+
+    def _begins_no_more(self, sample: Sample, together: Samples) -> None:
+        together.waiting.discard(sample.index)
+        if together.begun and together.waiting:
+            self.beginning[sample.parent] = together
+        else:
+            self.beginning.pop(sample.parent, None)
+
+    def still(self) -> list[int]:
+        """Sessions that are to be served as they are, until all samples of a request have begun."""
+        return [together.first.session.adapter for together in self.beginning.values()]
 
 
-def sample_of(request: Request) -> tuple[int, str] | None:
-    """For a sample of a request with n > 1: its index, and the request. None: it is a request of its own.
+def sample_of(request: Request) -> Sample | None:
+    """None: the request is one of its own.
 
     vLLM calls sample i of a request ``i_REQUEST`` (v1/engine/parallel_sampling.py), and a request by what its client calls it
     and a suffix. A client may use any name, also one of that form: the client's name alone tells the two apart.
     """
     named = getattr(request, "ttt_named", None)  # patches/engine.py
     index, _, parent = request.request_id.partition("_")
-    return (int(index), parent) if named is not None and index.isdecimal() and parent.startswith(named) else None
+    if named is None or not index.isdecimal() or not parent.startswith(named):
+        return None
+    params = request.sampling_params
+    n = ((params.extra_args if params is not None else None) or {}).get(SAMPLES)
+    return None if n is None else Sample(int(index), parent, n)
 
 
 def accept(pairs: int, learn: LearnConfig) -> int:

@@ -54,11 +54,10 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_http: bool = additional[plugin.NAME]["http"]
         limit = support.max_sessions(self.vllm_config.model_config.hf_text_config, config)
         self.ttt_store = open_store(self.vllm_config, config)
-        first = self.lora_config.max_loras + 1
         places = limit if self.ttt_store is None else support.max_saved(self.vllm_config.model_config.hf_text_config, config)
         share = config.sessions.key_share if additional[plugin.NAME].get("keys", 0) > 1 else 1.0
         quotas = Quotas(places, config.sessions.per_key, share, self.ttt_store)
-        self.ttt_ledger = Ledger(first, limit, quotas, config.observe.recent_chunks, self.ttt_store)
+        self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, limit, quotas, config.observe.recent_chunks, self.ttt_store)
         self.ttt_meters = Meters()
         #: calls what must not end serving
         self.ttt_guard = Guarded()
@@ -96,6 +95,7 @@ class TTTScheduler(HoldingScheduler):
                 # The front end checks names and knobs; this is for what only the engine can know, and for offline use.
                 error = self.ttt_guard.refusal(failure)
                 self._detach(request.request_id)
+                self.ttt_arrivals.leave(request)
                 self.ttt_meters.add("refused_requests_total", 1, str(error.status))
                 self.ttt_refused.append((request, error))
                 return
@@ -119,19 +119,18 @@ class TTTScheduler(HoldingScheduler):
             raise self.ttt_tiers.no_room(session)
         self.ttt_tiers.changes(session)
         if session.frozen and knobs.learn:
-            if (sample_of(request) or (0,))[0] == 0:
+            if (sample := sample_of(request)) is None or sample.index == 0:
                 session.refuse(pairs := max(0, request.num_prompt_tokens - 1), "frozen")
                 self.ttt_meters.skipped(pairs, "frozen")
             knobs = Knobs(learn=False)
         attached = self.ttt_arrivals.attach(request, session, knobs)
         attached.take_adapter()
-        knobs, arrival = attached.knobs, attached.arrival
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
-        self.ttt_meters.add("session_requests_total", 1, "yes" if knobs.learn else "no")
-        if knobs.learn:
-            session.open[request.request_id] = Open(arrival)
-            if knobs.interleave:
+        self.ttt_meters.add("session_requests_total", 1, "yes" if attached.knobs.learn else "no")
+        if attached.knobs.learn:
+            session.open[request.request_id] = Open(attached.arrival)
+            if attached.knobs.interleave:
                 self.ttt_interleaved[request.request_id] = attached
             session.tokens_seen += max(0, attached.prompt - 1)
         for reading in self.ttt_probe.begin(request):
@@ -192,7 +191,7 @@ class TTTScheduler(HoldingScheduler):
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended, stopped=self.ttt_trust.take_stopped(), files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
-        plan.urgent, plan.lost = self.ttt_held.urgent(output), self.ttt_held.take_lost()
+        plan.urgent, plan.lost, plan.still = self.ttt_held.urgent(output), self.ttt_held.take_lost(), self.ttt_arrivals.still()
         if self.ttt_requests or self.ttt_probe.open:
             for request_id in output.num_scheduled_tokens:
                 attached = self.ttt_requests.get(request_id)
@@ -203,6 +202,7 @@ class TTTScheduler(HoldingScheduler):
                 plan.sessions = True
                 if not attached.started:
                     attached.started = True
+                    self.ttt_arrivals.begin(attached)
                     if attached.held is not None:
                         self.ttt_meters.observe("held_seconds", time.monotonic() - attached.held)
                     plan.started[request_id] = self._plan(attached)
@@ -287,8 +287,8 @@ class TTTScheduler(HoldingScheduler):
                 self.ttt_blocks.learned(session, chunk)
                 session.record(chunk)
                 self.ttt_tiers.changes(session)
-                if (attached := self.ttt_requests.get(chunk.request)) is not None:
-                    attached.note(chunk)
+                if chunk.request in self.ttt_requests:
+                    self.ttt_requests[chunk.request].note(chunk)
 
     def _tried(self, session: Session, trial: Trial) -> None:
         """The guard has tried the session's delta; where it was bad, nothing more of what it has sent is learned."""

@@ -20,11 +20,8 @@ class Call:
     refused: RequestError | None = None
 
     def note(self, ttt: dict[str, Any]) -> None:
-        """Take over what the engine says with an output: ``{"version": int, "tokens_learned": int}``.
-
-        Of several samples the version is that of the first to begin.
-        """
-        self.version = ttt["version"] if self.version is None else min(self.version, ttt["version"])
+        """Take over what the engine says with an output: ``{"version": int, "tokens_learned": int}``."""
+        self.version = ttt["version"]
         self.tokens_learned = ttt["tokens_learned"]
 
 

@@ -1,8 +1,8 @@
 """One module per vLLM function that we wrap; patches/README.md lists them for people.
 
 ``engine_args`` is installed by every process that loads the plugin and only adds flags. The others are installed once a
-config asks for ttt: ``frontend`` in the API server, ``offline`` in a script, ``engine`` in the engine core. The worker needs
-none.
+config asks for ttt: ``frontend`` in the API server, ``offline`` in a script, ``samples`` in both, ``engine`` in the engine core. The
+worker needs none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 def contracts() -> dict[str, Callable[[], None]]:
     """For each group of patches, a function that raises PatchContractError where vLLM is not what they were written for."""
-    from vllm_ttt.patches import endpoint_plugins, engine, engine_args, frontend, offline
+    from vllm_ttt.patches import endpoint_plugins, engine, engine_args, frontend, offline, samples
 
     modules = {
         "engine_args": engine_args,
@@ -20,6 +20,7 @@ def contracts() -> dict[str, Callable[[], None]]:
         "engine": engine,
         "frontend": frontend,
         "offline": offline,
+        "samples": samples,
     }
     return {name: module.check for name, module in modules.items()}
 

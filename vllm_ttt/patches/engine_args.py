@@ -113,10 +113,11 @@ def _create_engine_config(original: Callable) -> Callable:
         if config is None:
             return original(self, *args, **kwargs)
         from vllm_ttt import patches, support
-        from vllm_ttt.patches import offline
+        from vllm_ttt.patches import offline, samples
 
         patches.check_all()
         offline.install()
+        samples.install()
         support.prepare_engine_args(self, config)
         vllm_config = original(self, *args, **kwargs)
         support.finish_vllm_config(vllm_config, config)

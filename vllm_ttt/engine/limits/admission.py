@@ -11,7 +11,7 @@ from vllm.v1.request import Request
 
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import NO_ADAPTERS, Knobs
+from vllm_ttt.types import NO_ADAPTERS, SAMPLES, Knobs
 
 
 def check_adapter(request: Request) -> None:
@@ -26,9 +26,13 @@ def knobs_of(params: SamplingParams, learn: LearnConfig, vllm_config: VllmConfig
     # The CPU runner moves the generator of a seeded request back when a part of a prompt has been read (vLLM's
     # GPUModelRunner._bookkeeping_sync), and torch's CPU generator cannot be moved: the engine core would end.
     seeded = params.sampling_type == SamplingType.RANDOM_SEED and vllm_config.device_config.device_type == "cpu"
-    knobs = Knobs.parse(extra, learn_output=learn.tokens == "all", interleave=learn.interleave and not seeded)
+    several = SAMPLES in extra
+    knobs = Knobs.parse(extra, learn_output=learn.tokens == "all", interleave=learn.interleave and not (seeded or several))
     if knobs.interleave and not vllm_config.scheduler_config.enable_chunked_prefill:
         message = "ttt_interleave reads a prompt in chunks, and this server runs with --no-enable-chunked-prefill"
+        raise RequestError(message, param="ttt_interleave")
+    if knobs.interleave and several:
+        message = "ttt_interleave answers from what its prompt has taught, and n samples answer from one version; leave one out"
         raise RequestError(message, param="ttt_interleave")
     if knobs.interleave and seeded:
         message = (

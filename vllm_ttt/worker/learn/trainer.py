@@ -82,6 +82,8 @@ class Trainer:
         self.dirty: set[int] = set()
         #: sessions that the guard has stopped, until the engine core plans their requests knowing that
         self.stopped: set[int] = set()
+        #: sessions some of whose samples have begun: what is served stays until the others have, too
+        self.still: set[int] = set()
         self.report = StepReport()
         self.errors = self.nonfinite = self.tokens_learned = 0
 
@@ -129,9 +131,9 @@ class Trainer:
                 self.roll_back(trial.session, trial.back_to)
 
     def sync(self) -> None:
-        """Write the slots of sessions whose master has moved, except where a prompt has been read in part."""
+        """Write the slots of sessions whose master has moved, except where a prompt, or its samples, have begun in part."""
         self.collect()
-        for key in self.dirty - self.backlog.reading_sessions():
+        for key in self.dirty - self._kept_still():
             self.dirty.discard(key)
             if (session := self.deltas.sessions.get(key)) is None:
                 continue
@@ -284,10 +286,14 @@ class Trainer:
             weight[s, : chunk.rows] = 1.0 / chunk.rows
         return flat, weight, None if self.cache is None else Before(self.cache, chunks)
 
+    def _kept_still(self) -> set[int]:
+        """Sessions that are served as they are for now."""
+        return self.backlog.reading_sessions() | self.still
+
     def _keep_serving(self, chunks: list[Chunk]) -> None:
-        """While a prompt is being read, what is served stays as it was when it began: a copy, since the master moves."""
-        reading = self.backlog.reading_sessions()
-        for key in {chunk.session for chunk in chunks} & reading:
+        """While a prompt is being read, and until all its samples are, what is served stays as it was when it began: a copy,
+        since the master moves."""
+        for key in {chunk.session for chunk in chunks} & self._kept_still():
             session = self.deltas.session(key)
             if session.serving is None:
                 delta = self.deltas.read(key).delta
