@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_ttt.engine.admin import admin
 from vllm_ttt.engine.hold import holding
 from vllm_ttt.engine.hold.holding import Entry, Lane, Line
-from vllm_ttt.types import FileOrder, FileReport, SessionKey
+from vllm_ttt.types import SAMPLES, FileOrder, FileReport, SessionKey
 
 pytestmark = pytest.mark.unit
 
@@ -305,14 +305,13 @@ def test_samples_of_one_request_are_let_go_together() -> None:
     engine = Held()
     before = engine.send("a", learn=True)
     engine.step()
-    key, params = "-/a", SamplingParams(max_tokens=1, ignore_eos=True, extra_args={"session_id": "a"})
-    made = []
     for name in ("0_x-1", "between", "1_x-1"):
+        extra = {"session_id": "a"} | ({} if name == "between" else {SAMPLES: 2})
+        params = SamplingParams(max_tokens=1, ignore_eos=True, extra_args=extra)
         request = Request(name, PROMPT, params, None, block_hasher=engine.hasher, session_id=None)
         request.ttt_named = "between" if name == "between" else "x"  # type: ignore[attr-defined]
-        made.append(request)
         engine.scheduler.add_request(request)
-    assert engine.new() == set(), key
+    assert engine.new() == set()
     engine.settle(before, "a")
     assert engine.new() == {"0_x-1", "1_x-1"}
     engine.settle("0_x-1", "a")

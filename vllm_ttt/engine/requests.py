@@ -112,7 +112,7 @@ class Attached:
 class Sample(NamedTuple):
     """Which sample of which request with n > 1 a request is."""
 
-    index: int
+    number: int
     parent: str
     n: int
 
@@ -147,7 +147,7 @@ class Arrivals:
         attached = Attached(request, session, knobs, knobs.learn, self.number, request.num_prompt_tokens)
         if (sample := sample_of(request)) is None:
             return attached
-        if sample.index == 0:
+        if sample.number == 0:
             self.samples[sample.parent] = Samples(attached, set(range(sample.n)), sample.n - 1)
             return attached
         attached.knobs, attached.prompt_learned = Knobs(learn=False), False
@@ -169,7 +169,7 @@ class Arrivals:
         if together.missing and request.status == RequestStatus.FINISHED_ABORTED:
             together.waiting.clear()  # its client has left: the others need not come
         self._begins_no_more(sample, together)
-        if sample.index == 0:
+        if sample.number == 0:
             self.left.append(sample.parent)
             if len(self.left) > _REMEMBERED:
                 forgotten = self.left.popleft()
@@ -177,7 +177,7 @@ class Arrivals:
                 self.beginning.pop(forgotten, None)
 
     def _begins_no_more(self, sample: Sample, together: Samples) -> None:
-        together.waiting.discard(sample.index)
+        together.waiting.discard(sample.number)
         if together.begun and together.waiting:
             self.beginning[sample.parent] = together
         else:

@@ -119,7 +119,7 @@ class TTTScheduler(HoldingScheduler):
             raise self.ttt_tiers.no_room(session)
         self.ttt_tiers.changes(session)
         if session.frozen and knobs.learn:
-            if (sample := sample_of(request)) is None or sample.index == 0:
+            if (sample := sample_of(request)) is None or sample.number == 0:
                 session.refuse(pairs := max(0, request.num_prompt_tokens - 1), "frozen")
                 self.ttt_meters.skipped(pairs, "frozen")
             knobs = Knobs(learn=False)
