@@ -1,8 +1,8 @@
 """One module per vLLM function that we wrap; patches/README.md lists them for people.
 
 ``engine_args`` is installed by every process that loads the plugin and only adds flags. The others are installed once a
-config asks for ttt: ``frontend`` in the API server, ``offline`` in a script, ``samples`` in both, ``engine`` in the engine core.
-The worker needs none.
+config asks for ttt: ``frontend`` in the API server, ``offline`` in a script, ``samples`` in both, ``engine`` in the engine
+core. The worker needs none.
 """
 
 from __future__ import annotations
