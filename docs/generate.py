@@ -13,7 +13,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from vllm_ttt.config import RANKS, TTTConfig
+from vllm_ttt.config import RANKS, TTTConfig, constants
 from vllm_ttt.types import SESSION_ID_RULE
 
 FOLDER = Path(__file__).parent
@@ -22,7 +22,8 @@ FOLDER = Path(__file__).parent
 def render() -> str:
     """The whole page."""
     parts = {
-        "settings": settings(), "flags": flags(), "commands": commands(), "routes": routes(), "id": SESSION_ID_RULE,
+        "settings": settings(), "constants": settings(constant=True),
+        "flags": flags(), "commands": commands(), "routes": routes(), "id": SESSION_ID_RULE,
         "session": fields("Session"), "chunk": fields("ChunkLoss"),
     }  # fmt: skip
     text = (FOLDER / "reference.template").read_text(encoding="utf-8")
@@ -37,12 +38,15 @@ def table(*rows: tuple[str, ...]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]])
 
 
-def settings() -> str:
-    rows = [("key", "default", "allowed", "meaning")]
+def settings(constant: bool = False) -> str:
+    rows, fixed = [("key", "default", "allowed", "meaning")], constants()
     for section, outer in TTTConfig.model_fields.items():
         for name, field in type(outer.default).model_fields.items():
-            rows.append((f"`{section}.{name}`", _default(field), _allowed(name, field), field.description or ""))
-    return table(*rows)
+            if (key := f"{section}.{name}") in fixed and constant:
+                rows.append((f"`{key}`", _default(field), field.description or ""))
+            elif key not in fixed and not constant:
+                rows.append((f"`{key}`", _default(field), _allowed(name, field), field.description or ""))
+    return table(("key", "value", "meaning"), *rows[1:]) if constant else table(*rows)
 
 
 def _default(field: FieldInfo) -> str:

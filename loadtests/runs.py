@@ -16,8 +16,10 @@ from typing import Any
 
 import yaml
 
+from vllm_ttt.config import EXPERIMENTS
 from vllm_ttt.eval import server
 
+os.environ[EXPERIMENTS] = "1"  # servers that load tests start may be given constants
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo"
 #: Arguments of a server of the demo's model.

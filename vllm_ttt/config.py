@@ -6,6 +6,7 @@ It travels to the engine core and the workers in ``VllmConfig.additional_config[
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,12 @@ Module = Literal["o_proj", "gate_up_proj", "down_proj"]
 LETTERS: dict[str, str] = {"o_proj": "o", "gate_up_proj": "gu", "down_proj": "d"}
 
 
+#: What only the experiments of this project can choose. The code and the oracle read it as they read settings; a config file
+#: may not name it, unless EXPERIMENTS is set.
+CONSTANT = Field(json_schema_extra={"constant": True})
+EXPERIMENTS = "VLLM_TTT_EXPERIMENTS"
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -45,7 +52,7 @@ class AdaptConfig(_Model):
     """The linear layers that get a delta: some of o_proj, gate_up_proj and down_proj."""
     rank: int = 64
     """Rank of a delta; one of the ranks that vLLM's LoRA slots can have."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), CONSTANT] = 0
     """Seed of the fixed projections A. Deltas learned under one seed mean nothing under another."""
 
     @field_validator("rank")
@@ -82,19 +89,19 @@ class LearnConfig(_Model):
     """What is learned where a request does not say: its prompt, or (`all`) the answer too (`ttt_learn_output`)."""
     chunk: Annotated[int, Field(ge=16, le=4096)] = 512
     """Tokens per step of the optimiser."""
-    rate: Annotated[float, Field(ge=1e-5, le=0.1)] = 0.012
+    rate: Annotated[float, Field(ge=1e-5, le=0.1), CONSTANT] = 0.012
     """Length of a session's first step, relative to the norm of the weight; from then on the rate sets itself."""
-    adapt_rate: Annotated[float, Field(ge=0, le=1000)] = 20.0
+    adapt_rate: Annotated[float, Field(ge=0, le=1000), CONSTANT] = 20.0
     """How decidedly the rate follows the agreement of one chunk's gradient with the update before it; 0: it stays as it is."""
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.015
+    decay: Annotated[float, Field(ge=0, lt=1), CONSTANT] = 0.015
     """Share of the delta that is forgotten at each step."""
-    max_norm: Annotated[float, Field(gt=0, le=10)] = 0.35
+    max_norm: Annotated[float, Field(gt=0, le=10), CONSTANT] = 0.35
     """Trust region: the delta's norm relative to the weight's never exceeds this."""
-    max_loss: Annotated[float, Field(gt=0, le=2)] = 0.7
+    max_loss: Annotated[float, Field(gt=0, le=2), CONSTANT] = 0.7
     """A chunk whose loss exceeds this times ln(vocabulary) is not learned: it is noise."""
-    min_chunk: Annotated[int, Field(ge=1, le=1024)] = 8
+    min_chunk: Annotated[int, Field(ge=1, le=1024), CONSTANT] = 8
     """A remainder of a prompt shorter than this is not learned."""
-    history: Literal["skip", "learn"] = "skip"
+    history: Annotated[Literal["skip", "learn"], CONSTANT] = "skip"
     """Where a prompt goes on from an earlier one of its session: whether what they share is skipped, or learned again."""
     interleave: bool = False
     """Whether a prompt is read chunk by chunk, each learned before the next is scored, where a request does not say."""
@@ -111,7 +118,7 @@ class ScheduleConfig(_Model):
     """Captured tokens that may wait for their step, over all sessions, a shorter chunk counted as a full one; on the device."""
     consistency: Literal["read-your-writes", "eventual"] = "read-your-writes"
     """Whether a session's next request waits until what its earlier requests sent has been learned."""
-    kv_epoch: Annotated[float, Field(ge=0, le=10)] = 0.05
+    kv_epoch: Annotated[float, Field(ge=0, le=10), CONSTANT] = 0.05
     """`deep`: how far a delta may move, relative to its weights, while the session reads what it had cached; 0: not at all."""
 
     @field_validator("max_slowdown", mode="before")
@@ -150,9 +157,9 @@ class SessionsConfig(_Model):
     """Several API keys: what one may have of its sessions and the free places (disk_gib, or host_gib) together. 1: all."""
     held_per_session: Annotated[int, Field(ge=1, le=10**6)] = 1000
     """Requests of one session that may wait for it; one more is refused with 429."""
-    version_every: Annotated[int, Field(ge=1, le=10**6)] = 16
+    version_every: Annotated[int, Field(ge=1, le=10**6), CONSTANT] = 16
     """Commits from one version that is kept in memory to the next."""
-    versions_gib: Annotated[float, Field(ge=0, le=65536)] = 2.0
+    versions_gib: Annotated[float, Field(ge=0, le=65536), CONSTANT] = 2.0
     """GiB of memory for kept versions; where it is full, the session that has most gives up its oldest. 0: none are."""
 
     @property
@@ -171,9 +178,9 @@ class GuardConfig(_Model):
     """A delta that makes the probe worse than this, in nats per token, is rolled back, and its session learns no more."""
     probe: str | None = None
     """File of the probe, plain text; null: the one that comes with vllm-ttt."""
-    probe_tokens: Annotated[int, Field(ge=64, le=65536)] = 2048
+    probe_tokens: Annotated[int, Field(ge=64, le=65536), CONSTANT] = 2048
     """At most so many tokens of it are tried; their activations are kept on the device."""
-    min_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    min_ratio: Annotated[float, Field(ge=0, lt=1), CONSTANT] = 0.15
     """A chunk of a prompt whose tokens zlib makes smaller than this share is not learned: it repeats itself; 0: all are."""
     hourly_tokens: Annotated[int, Field(ge=0, le=10**12)] = 1000000
     """Tokens that a session may have learned within an hour; a request beyond is answered and not learned; 0: no limit."""
@@ -184,7 +191,7 @@ class GuardConfig(_Model):
 class ObserveConfig(_Model):
     """What is measured for people to look at."""
 
-    recent_chunks: Annotated[int, Field(ge=1, le=4096)] = 64
+    recent_chunks: Annotated[int, Field(ge=1, le=4096), CONSTANT] = 64
     """How many chunk losses `GET /v1/ttt/sessions/{id}` shows."""
 
 
@@ -248,7 +255,28 @@ def load_config(path: str | Path, preset: str | None = None) -> TTTConfig:
         raise ConfigError(f"--ttt-config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--ttt-config {path} is not YAML: {error}") from None
+    named = [name for name in constants() if _names(data, *name.split("."))]
+    if named and not os.environ.get(EXPERIMENTS):
+        raise ConfigError(
+            f"--ttt-config {path}: {', '.join(named)} cannot be set: experiments have settled it, and docs/algorithm.md says "
+            f"which (to run your own, start with {EXPERIMENTS}=1)"
+        )
     return parse_config(data, preset, source=f"--ttt-config {path}")
+
+
+def constants() -> list[str]:
+    """``section.name`` of what no config file may name."""
+    return [
+        f"{section}.{name}"
+        for section, outer in TTTConfig.model_fields.items()
+        for name, field in type(outer.default).model_fields.items()
+        if (field.json_schema_extra or {}) == {"constant": True}
+    ]
+
+
+def _names(data: Any, section: str, name: str) -> bool:
+    part = data.get(section) if isinstance(data, dict) else None
+    return isinstance(part, dict) and name in part
 
 
 def _explain(error: Any) -> str:

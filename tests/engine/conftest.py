@@ -22,7 +22,7 @@ import yaml
 from served import SCORED, Documents, Served, answers_beside, logprobs
 from torch import nn
 
-from vllm_ttt.config import TTTConfig, parse_config
+from vllm_ttt.config import EXPERIMENTS, TTTConfig, parse_config
 from vllm_ttt.eval import server as processes
 from vllm_ttt.eval.oracle import Oracle, load_model
 
@@ -61,7 +61,7 @@ def running(log: Path, module: str, flags: list[str], environment: dict[str, str
     port = processes.free_port()
     command = [sys.executable, "-m", module, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in environment.items():
+        for key, value in {EXPERIMENTS: "1", **environment}.items():
             patch.setenv(key, value)
         with processes.process_group(command, log) as process:
             processes.wait_healthy(process, port, log)

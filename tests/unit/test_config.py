@@ -10,22 +10,12 @@ import pytest
 from pydantic import ValidationError
 
 from vllm_ttt import engine_args
-from vllm_ttt.config import PRESETS, TTTConfig, load_config, parse_config
+from vllm_ttt.config import EXPERIMENTS, PRESETS, TTTConfig, load_config, parse_config
 from vllm_ttt.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def test_the_file_in_configs_shows_the_defaults() -> None:
-    file = REPOSITORY / "configs" / "default.yaml"
-    assert file.is_file(), "the file that shows every key must exist"
-    assert load_config(file) == TTTConfig()
-    text = file.read_text()
-    for section, fields in TTTConfig().model_dump().items():
-        assert f"{section}:" in text
-        assert all(f"{field}:" in text for field in fields), f"{section} lacks a key"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -129,11 +119,20 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_engine_args_take_what_users_have(tmp_path: Path) -> None:
     file = tmp_path / "ttt.yaml"
-    file.write_text("learn: {rate: 0.02}")
-    expected = engine_args(config={"learn": {"rate": 0.02}})
-    assert expected["additional_config"]["ttt"]["config"]["learn"]["rate"] == 0.02
-    assert engine_args(config=str(file)) == engine_args(config=parse_config({"learn": {"rate": 0.02}})) == expected
+    file.write_text("learn: {chunk: 64}")
+    expected = engine_args(config={"learn": {"chunk": 64}})
+    assert expected["additional_config"]["ttt"]["config"]["learn"]["chunk"] == 64
+    assert engine_args(config=str(file)) == engine_args(config=parse_config({"learn": {"chunk": 64}})) == expected
     with pytest.raises(ConfigError, match="unknown key"):
         engine_args(config={"learn": {"rte": 1}})
     with pytest.raises(ConfigError, match="allowed: deep, last"):
         engine_args(preset="everything")
+
+
+def test_a_config_file_cannot_name_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "ttt.yaml").write_text("learn: {decay: 0.5, chunk: 64}\nguard: {min_ratio: 0}\n")
+    with pytest.raises(ConfigError, match=r"learn\.decay, guard\.min_ratio cannot be set") as refused:
+        load_config(file)
+    assert "learn.chunk" not in str(refused.value)
+    monkeypatch.setenv(EXPERIMENTS, "1")
+    assert load_config(file).learn.decay == 0.5

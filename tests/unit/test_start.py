@@ -147,7 +147,7 @@ def test_a_state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("lern: {}", "lern: unknown key"), ("learn: {rate: 5}", "learn.rate: Input should be less than")]
+    ("text", "says"), [("lern: {}", "lern: unknown key"), ("learn: {chunk: 5}", "learn.chunk: Input should be greater than")]
 )
 def test_config_files_that_are_refused(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "ttt.yaml"
