@@ -80,7 +80,7 @@ class FaultyWorker(TTTCPUWorker):
             "rows_known": len(deltas.rows) + len(deltas.free),
             "rows": deltas.spare,
             "evictions": deltas.evictions,
-            "errors": self.trainer.errors,
+            "errors": self.trainer.errors.count,
         }
 
     def test_recorded(self) -> dict[str, list]:

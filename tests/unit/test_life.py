@@ -132,7 +132,7 @@ def test_a_wrong_transition_is_one_calls_answer(tmp_path: Path, caplog: pytest.L
         answer.result(timeout=0)
     assert caught.value.status == 500
     assert "cannot be loading next" in caplog.text
-    assert world.tiers.guard.errors == 1
+    assert world.tiers.guard.errors.count == 1
     assert session.life.state is State.IN_MEMORY
     assert world.save("a").version == 1, "the next operation has its turn"
     assert world.value("a") == 1.0

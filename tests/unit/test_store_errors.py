@@ -214,6 +214,6 @@ def test_no_error_of_a_hook_ends_the_engine(tmp_path: Path, monkeypatch: pytest.
         assert refused == (503 if hook in ("a request waits", "rows") else 0)
         assert engine.status(None) is None
         assert not engine.scheduler.requests
-    assert engine.scheduler.ttt_guard.errors > 0
+    assert engine.scheduler.ttt_guard.errors.count > 0
     assert engine.status("c") == 0
     engine.scheduler.shutdown()

@@ -82,7 +82,7 @@ def test_a_batch_that_cannot_be_kept_costs_its_own_sessions(monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(worker.backlog, "take", fail)
         worker.batch(("b", 0, 33))
-    assert worker.trainer.errors == 1
+    assert worker.trainer.errors.count == 1
     found = lost(worker)
     assert {(key, why) for key, why, _ in found} == {(B, "error")}
     assert sum(tokens for *_, tokens in found) == 32

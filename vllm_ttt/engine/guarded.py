@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm.logger import init_logger
-
 from vllm_ttt.errors import RequestError
+from vllm_ttt.log import Rarely, logger_of
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 
 class Guarded:
     """Called with a hook and its arguments: what it returns, or None where it raised, which is counted and logged."""
 
     def __init__(self) -> None:
-        self.errors = 0
+        self.errors = Rarely()
 
     def __call__(self, hook: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -33,7 +32,6 @@ class Guarded:
         return RequestError("the session could not be brought in; the server's log says why", 503)
 
     def failed(self, what: str) -> None:
-        """Count the exception that is being handled, and log it: the first ten, and every thousandth."""
-        self.errors += 1
-        if self.errors <= 10 or self.errors % 1000 == 0:
-            logger.exception("vllm-ttt: %s failed (error %d)", what, self.errors)
+        """Count the exception that is being handled, and log it, but rarely."""
+        if self.errors.again():
+            logger.exception("vllm-ttt: %s failed (error %d)", what, self.errors.count)

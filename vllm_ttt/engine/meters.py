@@ -81,7 +81,7 @@ def snapshot(scheduler: Any, worker: Snapshot) -> Snapshot:
         new += sum(uid not in known for uid in others)
         on_disk = saved - sum(s.saved is not None for s in here)
     found["sessions"] = {"slot": slots, "memory": max(0, len(here) - slots), "disk": max(0, on_disk), "new": new}
-    found["errors_total"]["engine"] = scheduler.ttt_guard.errors
+    found["errors_total"]["engine"] = scheduler.ttt_guard.errors.count
     asked_for = sum(s.frozen == ASKED_FOR for s in sessions)
     found["frozen_sessions"] = {"guard": sum(s.frozen is not None for s in sessions) - asked_for, "request": asked_for}
     gauges = {

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -35,10 +34,11 @@ from vllm_ttt.engine.prefix.keys import BlockKeys
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
 from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import RequestError
+from vllm_ttt.log import logger_of
 from vllm_ttt.patches import engine as engine_patches
 from vllm_ttt.types import ChunkReport, Knobs, Reason, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 
 class TTTScheduler(HoldingScheduler):

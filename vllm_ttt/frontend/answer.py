@@ -10,6 +10,7 @@ from vllm_ttt.errors import RequestError
 from vllm_ttt.frontend import receipt, refusals
 from vllm_ttt.frontend.body import EventStream, insert_ttt
 from vllm_ttt.frontend.naming import HEADER
+from vllm_ttt.frontend.paths import path_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -39,7 +40,7 @@ class AnswerMiddleware:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = path_of(scope)
         if path in UNLEARNED:
             headers = dict(scope["headers"])
             named = HEADER.lower().encode() in headers

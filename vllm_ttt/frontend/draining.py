@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_ttt.errors import RequestError
 from vllm_ttt.frontend.answer import send_error
+from vllm_ttt.frontend.paths import path_of
 
 #: Attribute of vLLM's engine client, once its shutdown has begun (patches/async_llm.py).
 MARK = "ttt_draining"
@@ -26,7 +27,7 @@ class DrainMiddleware:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "http" and getattr(getattr(scope["app"].state, "engine_client", None), MARK, False):
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            path = path_of(scope)
             if scope["method"] == "POST" or path in HEALTH:
                 error = RequestError("the server is shutting down; send the request to another, or again later", status=503)
                 return await send_error(error, send, [(b"connection", b"close")])

@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from vllm_ttt.frontend.paths import path_of
 from vllm_ttt.metrics import BY_NAME, METRICS, PREFIX, Snapshot
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class MetricsMiddleware:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Any, send: Callable[[Message], Awaitable[None]]) -> None:
-        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) not in ("/metrics", "/metrics/"):
+        if scope["type"] != "http" or path_of(scope) not in ("/metrics", "/metrics/"):
             return await self.app(scope, receive, send)
         figures: Figures | None = getattr(scope["app"].state, "ttt_figures", None)
         if figures is None or scope["method"] != "GET":

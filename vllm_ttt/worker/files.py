@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 
 from vllm_ttt.geometry import Geometry
+from vllm_ttt.log import logger_of
 from vllm_ttt.types import FileOrder, FileReport
 from vllm_ttt.worker.delta import Delta, State
 from vllm_ttt.worker.deltas import delta_file, peft
@@ -20,7 +20,7 @@ from vllm_ttt.worker.deltas.delta_file import UPDATE
 from vllm_ttt.worker.deltas.masters import Session
 from vllm_ttt.worker.learn.trainer import Trainer
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 
 @dataclass(slots=True)

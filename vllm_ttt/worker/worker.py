@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import RequestError
 from vllm_ttt.geometry import Geometry
+from vllm_ttt.log import logger_of
 from vllm_ttt.metrics import Snapshot
 from vllm_ttt.plugin import config_of
 from vllm_ttt.support import served_name
@@ -35,7 +35,7 @@ from vllm_ttt.worker.serve.slots import Slots
 from vllm_ttt.worker.signals import leave_with_the_engine
 from vllm_ttt.worker.step.tail import TailModules, build_tail, find_modules, step_dtype
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 
 class TTTWorkerMixin:
@@ -217,7 +217,7 @@ class TTTWorkerMixin:
             "trying": self.trainer.guard.busy,
             "updates": sum(session.version for session in self.trainer.deltas.sessions.values()),
             "tokens_learned": self.trainer.tokens_learned,
-            "errors": self.trainer.errors,
+            "errors": self.trainer.errors.count,
             "tile_ms": {tokens: 1e3 * seconds for tokens, seconds in self.budget.costs.items()},
         }
 
@@ -227,7 +227,7 @@ class TTTWorkerMixin:
         return self.meter.snapshot() | {
             "pending_tokens": {"": self.backlog.pending},
             "evictions_total": {"device": trainer.deltas.evictions},
-            "errors_total": {"worker": trainer.errors},
+            "errors_total": {"worker": trainer.errors.count},
             "slots": {"": trainer.slots.held()},
             "guard_active": {"": int(trainer.guard.on)},
         }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from vllm.logger import init_logger
+from vllm_ttt.log import logger_of
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 #: Seconds from one word on what is left to the next.
 _PAUSE = 5.0

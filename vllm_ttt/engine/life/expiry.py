@@ -8,14 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from vllm.logger import init_logger
-
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.storage import records
 from vllm_ttt.engine.storage.store import Change, Store
+from vllm_ttt.log import logger_of
 from vllm_ttt.types import SessionKey
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 #: Seconds between two looks.
 SWEEP = 60.0

@@ -9,8 +9,6 @@ import time
 from concurrent.futures import Future
 from dataclasses import replace
 
-from vllm.logger import init_logger
-
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.operations import Operations, Steps
 from vllm_ttt.engine.life.orders import Orders
@@ -19,9 +17,10 @@ from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.storage.records import Version
 from vllm_ttt.engine.storage.store import Store, StoreError, store_error
 from vllm_ttt.errors import RequestError
+from vllm_ttt.log import logger_of
 from vllm_ttt.types import FileOrder, FileReport, SessionKey
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 #: Saves that are under way at once: each holds a copy of its session.
 AT_ONCE = 4

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
-from vllm.logger import init_logger
-
 from vllm_ttt.config import SessionsConfig
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
@@ -27,9 +25,10 @@ from vllm_ttt.engine.storage.lists import Lists
 from vllm_ttt.engine.storage.records import Version
 from vllm_ttt.engine.storage.store import Change, Store
 from vllm_ttt.errors import RequestError
+from vllm_ttt.log import logger_of
 from vllm_ttt.types import FileOrder, FileReport
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 #: Above this share of the limit, sessions are saved before their place is needed.
 _HIGH_WATER = 0.75

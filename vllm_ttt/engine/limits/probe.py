@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from vllm_ttt.config import GuardConfig
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.log import logger_of
 from vllm_ttt.types import ADAPTER_PATH, RequestPlan, SessionKey, StepPlan
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 #: Tokens of a piece of the text: its context.
 PIECE = 512

@@ -19,17 +19,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm.logger import init_logger
-
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.storage import records
 from vllm_ttt.engine.storage.identity import compare, identity
 from vllm_ttt.engine.storage.records import Row
 from vllm_ttt.errors import ConfigError, RequestError
+from vllm_ttt.log import logger_of
 from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
 from vllm_ttt.types import SessionKey
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 
 @dataclass

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
 from vllm_ttt.config import GuardConfig
+from vllm_ttt.log import logger_of
 from vllm_ttt.types import Trial
 from vllm_ttt.worker.clock import Clock, to_host
 from vllm_ttt.worker.delta import Delta
@@ -24,7 +24,7 @@ from vllm_ttt.worker.deltas.versions import Kept, Versions, keep
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.step.micro_step import Tail
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 #: Rows of a forward that take as long as learning a row: a forward and a backward.
 ROWS_PER_TOKEN = 3

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
 from vllm_ttt.config import TTTConfig
+from vllm_ttt.log import Rarely, logger_of
 from vllm_ttt.types import ChunkReason, ChunkReport, RequestPlan, StepReport
 from vllm_ttt.worker.capture.backlog import Backlog, Chunk
 from vllm_ttt.worker.capture.kv_cache import KVCache
@@ -27,7 +27,7 @@ from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.serve.slots import Slots
 from vllm_ttt.worker.step.micro_step import Tail
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 #: Every so manyth chunk of a session is scored under the base model too, for people to look at: a third of a step. The first is
 #: not: a session of version 0 is the base model.
@@ -85,7 +85,7 @@ class Trainer:
         #: sessions some of whose samples have begun: what is served stays until the others have, too
         self.still: set[int] = set()
         self.report = StepReport()
-        self.errors = self.nonfinite = self.tokens_learned = 0
+        self.errors, self.nonfinite, self.tokens_learned = Rarely(), Rarely(), 0
 
     def learn(self, tokens: int) -> int:
         """Learn up to ``tokens`` tokens of what waits; returns how many, each chunk counted as its cost in tokens, and at most
@@ -217,9 +217,8 @@ class Trainer:
 
     def failed(self, what: str) -> None:
         """Count an error that serving survives, and log it; call it while the exception is handled."""
-        self.errors += 1
-        if self.errors <= 10 or self.errors % 1000 == 0:
-            logger.exception("vllm-ttt: %s (error %d)", what, self.errors)
+        if self.errors.again():
+            logger.exception("vllm-ttt: %s (error %d)", what, self.errors.count)
 
     def _try(self, tokens: int) -> int:
         """Let the guard have the time for ``tokens`` tokens; returns how many it took."""
@@ -319,12 +318,9 @@ class Trainer:
         if kept is not None:
             self.versions.add(chunk.session, session.version, kept._replace(rate=rate, norms=session.norms))
         reason = None if ok else ("loss" if self.compute.max_loss < loss < math.inf else "nonfinite")
-        if reason == "nonfinite":
-            self.nonfinite += 1
-            if self.nonfinite <= 10 or self.nonfinite % 1000 == 0:
-                logger.warning(
-                    "vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", self.nonfinite
-                )
+        if reason == "nonfinite" and self.nonfinite.again():
+            count = self.nonfinite.count
+            logger.warning("vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", count)
         self._report_chunk(chunk, loss, reason, frozen)
 
     def _give_up(self, chunk: Chunk, reason: ChunkReason) -> None:
