@@ -179,7 +179,7 @@ def test_one_change_at_a_time(engine: Engine, tmp_path: Path) -> None:
     answers = [ask(engine, op, argument=argument) for op, argument in asked]
     for _ in range(5):
         engine.world.step()
-    assert [answer.done() for answer in answers] == [True] + 6 * [False]
+    assert not any(answer.done() for answer in answers)
     held.release()
     engine.world.run(lambda: all(answer.done() for answer in answers))
     found = [answer.result() for answer in answers]
@@ -188,7 +188,6 @@ def test_one_change_at_a_time(engine: Engine, tmp_path: Path) -> None:
     assert "has no version 1" in found[2]["message"]
     assert (found[3]["result"]["session_id"], found[3]["result"]["version"]) == ("b", 0)
     assert "was removed meanwhile" in found[6]["message"]
-    engine.ask("save", "b")
     assert on_disk(engine, tmp_path) == {"b": 0}
 
 
@@ -217,7 +216,7 @@ def test_a_rollback_to_a_version_that_is_being_dropped_costs_none(engine: Engine
     for value in (4.0, 8.0):
         world.use("a", value)
         world.save("a")
-    assert engine.ask("get", "a")["versions"] == [2, 3, 4]
+    assert engine.ask("get", "a")["versions"] == [0, 2, 3, 4]
     session = world.use("a", 16.0)
     held = Held(world)
     save = world.tiers.save(session)

@@ -49,6 +49,8 @@ class Trust:
         # said that version already: what it learned since is forgotten here all the same.
         if trial.back_to <= session.version:
             session.back_to(trial.back_to)
+        else:
+            session.life.learned()  # that it is frozen is saved with it, as where it goes back
         session.frozen = (
             f"at version {trial.version} its delta made the guard's text worse by {trial.regression:.3f} nats per token "
             f"(guard.max_regression {self.config.guard.max_regression:g}); it is back at version {session.version}"
