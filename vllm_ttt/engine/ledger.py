@@ -14,7 +14,7 @@ from vllm_ttt.engine.limits.limits import Allowance
 from vllm_ttt.engine.limits.quotas import Quotas
 from vllm_ttt.engine.prefix.history import History
 from vllm_ttt.engine.prefix.keys import Epoch
-from vllm_ttt.engine.storage.records import Row, Version
+from vllm_ttt.engine.storage.records import STANDING, Row, Version
 from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.types import ChunkReport, SessionKey
 
@@ -326,4 +326,4 @@ class Ledger:
 
 
 def _standing(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: state[key] for key in ("frozen", "allowance") if key in state}
+    return {key: state[key] for key in STANDING if key in state}

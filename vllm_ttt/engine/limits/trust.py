@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.limits.limits import Allowance, repetitive
-from vllm_ttt.types import Trial
+from vllm_ttt.engine.requests import Attached
+from vllm_ttt.types import ChunkReport, Trial
+
+#: Why a chunk was not learned, where no step was made of it.
+_NO_STEP = ("short", "repetition", "rollback", "frozen", "full", "error")
 
 
 class Trust:
@@ -32,6 +36,16 @@ class Trust:
         """Take off what could not be known before: generated tokens."""
         session.allowance.spend(tokens)
         self.keys.setdefault(session.key.tenant, Allowance()).spend(tokens)
+
+    def counted(self, session: Session, chunk: ChunkReport, attached: Attached | None) -> None:
+        """What has not been learned, and cost no step, is given back: also where the guard has stopped its session.
+
+        Args:
+            attached: its request, while that is in the engine: what it generates is not taken off yet.
+        """
+        if chunk.skipped in _NO_STEP:
+            first, end = chunk.end - chunk.tokens, chunk.end if attached is None else min(chunk.end, attached.prompt - 1)
+            self.spend(session, -max(0, end - first))
 
     def repetitive(self, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
         """Ranges (first, end) of a prompt's pairs, from ``start`` on, that repeat themselves."""
