@@ -126,6 +126,8 @@ class FileOrder:
     checksum: str = ""
     #: save: further entries of the file's metadata
     metadata: dict[str, str] = field(default_factory=dict)
+    #: save: an earlier version that the worker keeps; None: what the session is
+    version: int | None = None
 
 
 @dataclass(slots=True)

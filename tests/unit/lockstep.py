@@ -48,6 +48,8 @@ class Lockstep(World):
     def __init__(self, folder: Path, **options: Any):
         self.gates = {thread: threading.Semaphore(0) for thread in WORK}
         self.disk, self.moment, self.killed = Disk(), "", False
+        #: the gates are open: nothing waits at them any more
+        self.open = False
         self.image = folder.with_name(f"{folder.name}k")
         super().__init__(folder, **options)
         write, discard, run = self.store.write, self.store.discard, self.files._run
@@ -104,8 +106,9 @@ class Lockstep(World):
         super().end()
 
     def _let_go(self) -> None:
+        self.open = True
         for gate in self.gates.values():
-            gate.release(10_000)
+            gate.release()  # of one thread each
         self.files.exporter.shutdown(wait=False)
 
     def _row(self, job: Write) -> Write:
@@ -113,7 +116,7 @@ class Lockstep(World):
 
         def write(db: sqlite3.Connection) -> Change:
             if not passed:  # else it is tried again, with the room that was kept aside
-                passed.append(self.gates["store"].acquire())
+                passed.append(self._wait("store"))
             self._at("")
             change = job(db)
             self._at("in a transaction")
@@ -126,12 +129,16 @@ class Lockstep(World):
         thread = next(thread for thread, action in WORK.items() if action == order.action)
 
         def work(*args: Any) -> tuple[FileReport, Any]:
-            self.gates[thread].acquire()
+            self._wait(thread)
             self._at("")
             self.disk.check_files(order)
             return job(*args)
 
         return work
+
+    def _wait(self, thread: str) -> bool:
+        """In a thread: wait to be let through."""
+        return self.open or self.gates[thread].acquire()
 
     def _at(self, moment: str) -> None:
         """In a thread: this may be the moment of the kill, or it may be past."""

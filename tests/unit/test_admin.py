@@ -37,10 +37,9 @@ class Engine:
         if method == "ttt_metrics":
             names = ("pending_tokens", "guard_active", "step_seconds", "learning_seconds_total", "serving_seconds_total")
             return [Values(*names).snapshot() | {"slots": {"": []}}]
-        if method in ("ttt_copy", "ttt_roll_back"):
-            return [self.world.worker(method, *args)]
-        tell = lambda key: {"tier": "memory", "bytes": 1, "tokens_pending": 0, "norm": {}}  # noqa: E731
-        return [tell(args[0]) if method == "ttt_session" else [tell(key) for key in args[0]]]
+        if method == "ttt_sessions":
+            return [[self.world.worker("ttt_session", key) for key in args[0]]]
+        return [self.world.worker(method, *args)]
 
     def ask(self, op: str, name: str = "", argument: Any = None, tenant: str = "-") -> Any:
         """The result; where it is refused, the status."""
@@ -159,7 +158,7 @@ def test_a_version_in_memory_is_returned_to_and_is_what_the_disk_has(engine: Eng
     later = session.history.add(range(100), [100], 99)
     session.history.settle(later, 99, version=5)
     back = engine.ask("rollback", "s19", 3)
-    assert (back["version"], back["saved_version"], back["versions"]) == (3, 3, [2, 3])
+    assert (back["version"], back["saved_version"], back["versions"]) == (3, 3, [0, 2, 3])
     assert session.history.known(range(200)) == 0, "what it forgot may be learned again"
     assert world.value("s19") == 25.0
     world.use("s19", 1.0, 1.0)

@@ -14,13 +14,16 @@ import pytest
 from test_admin import Engine, one_session
 from world import World
 
+from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.admin import admin
 from vllm_ttt.engine.life.states import State
+from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.engine.storage import records
 from vllm_ttt.engine.storage.store import Change
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey, Trial
+from vllm_ttt.worker.deltas import delta_file
 
 pytestmark = pytest.mark.unit
 
@@ -179,7 +182,7 @@ def test_one_change_at_a_time(engine: Engine, tmp_path: Path) -> None:
     answers = [ask(engine, op, argument=argument) for op, argument in asked]
     for _ in range(5):
         engine.world.step()
-    assert [answer.done() for answer in answers] == [True] + 6 * [False]
+    assert not any(answer.done() for answer in answers)
     held.release()
     engine.world.run(lambda: all(answer.done() for answer in answers))
     found = [answer.result() for answer in answers]
@@ -188,7 +191,6 @@ def test_one_change_at_a_time(engine: Engine, tmp_path: Path) -> None:
     assert "has no version 1" in found[2]["message"]
     assert (found[3]["result"]["session_id"], found[3]["result"]["version"]) == ("b", 0)
     assert "was removed meanwhile" in found[6]["message"]
-    engine.ask("save", "b")
     assert on_disk(engine, tmp_path) == {"b": 0}
 
 
@@ -217,7 +219,7 @@ def test_a_rollback_to_a_version_that_is_being_dropped_costs_none(engine: Engine
     for value in (4.0, 8.0):
         world.use("a", value)
         world.save("a")
-    assert engine.ask("get", "a")["versions"] == [2, 3, 4]
+    assert engine.ask("get", "a")["versions"] == [0, 2, 3, 4]
     session = world.use("a", 16.0)
     held = Held(world)
     save = world.tiers.save(session)
@@ -361,3 +363,146 @@ def test_exports_are_a_few_at_once_and_stand_before_nobodys_saves(engine: Engine
     assert all(answer.result()["ok"] for answer in waiting)
     assert engine.ask("export", "a")["version"] == 2
     assert not world.tiers.exports.counts
+
+
+# What is in memory alone
+
+
+def test_a_rollback_that_cannot_be_written_has_not_happened(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a version that the worker has and the state dir has not: the answer and the session agree, in memory and on disk."""
+    world = engine.world
+    world.use("a", 4.0, 8.0)
+    real = records.put
+    for attribute, failing in (("put", records), ("encode", delta_file)):
+
+        def fail(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(failing, attribute, fail)
+        assert engine.ask("rollback", "a", 3) == 507
+        monkeypatch.undo()
+        shown = engine.ask("get", "a")
+        assert (shown["version"], shown["saved_version"], shown["versions"]) == (4, 2, [0, 2, 3, 4])
+        assert on_disk(engine, tmp_path) == {"a": 2}
+    assert records.put is real
+    assert world.value("a") == 15.0
+    assert engine.ask("rollback", "a", 3)["saved_version"] == 3
+    assert on_disk(engine, tmp_path) == {"a": 3}
+    assert world.value("a") == 7.0
+
+
+@pytest.mark.parametrize("version", [0, 2, 3])
+def test_a_request_that_comes_while_a_rollback_is_written_meets_that_version(engine: Engine, version: int) -> None:
+    """It begins when the rollback is answered, and not before: the answer says what was asked for."""
+    world = engine.world
+    session = world.use("a", 4.0, 8.0)
+    held = Held(world)
+    rollback = ask(engine, "rollback", argument=version)
+    session.requests.add("r")
+    for _ in range(5):
+        world.step()
+        assert not world.tiers.ready(session)
+    held.release()
+    world.run(lambda: world.tiers.ready(session))
+    answer = rollback.result()["result"]
+    assert (answer["version"], answer["saved_version"]) == (version, version)
+    world.trainer.learn(session.adapter, 16.0)
+    world.step()
+    session.requests.clear()
+    world.tiers.left(session)
+    assert (session.version, world.value("a")) == (version + 1, sum((1.0, 2.0, 4.0)[:version]) + 16.0)
+
+
+def test_the_guard_returns_a_session_further_while_its_rollback_is_written(engine: Engine, tmp_path: Path) -> None:
+    """What was asked for and is answered is what it is, and it is frozen all the same."""
+    world = engine.world
+    session = world.use("a", 4.0, 8.0)
+    gate, write = threading.Event(), world.files._save
+    world.files._save = lambda *args: (gate.wait(), write(*args))[1]
+    rollback = ask(engine, "rollback", argument=3)
+    world.run(lambda: bool(world.files.running))
+    assert world.trainer.roll_back(session.adapter, 2)
+    Trust(TTTConfig()).tried(session, Trial(session.adapter, 4, 1.0, 2))
+    world.tiers.changes(session)
+    world.tiers.save(session)
+    gate.set()
+    world.run(rollback.done)
+    answer = rollback.result()["result"]
+    assert (answer["version"], answer["saved_version"]) == (3, 3)
+    world.run()
+    assert on_disk(engine, tmp_path) == {"a": 3}
+    assert Offline(tmp_path / "killed").list()[0]["frozen"]
+    assert world.value("a") == 7.0
+
+
+# Frozen
+
+
+@pytest.mark.parametrize("op", ["freeze", "unfreeze"])
+def test_an_answered_freeze_outlives_a_kill(engine: Engine, tmp_path: Path, op: str) -> None:
+    frozen = op == "freeze"
+    if not frozen:
+        engine.ask("freeze", "a")
+    engine.world.use("a", 4.0)
+    held = Held(engine.world)
+    answer = ask(engine, op)
+    for _ in range(5):
+        engine.world.step()
+    assert not answer.done(), "it is not on disk"
+    assert engine.ask("get", "a")["frozen"] is not frozen
+    held.release()
+    engine.world.run(answer.done)
+    assert answer.result()["result"]["frozen"] is frozen
+    assert on_disk(engine, tmp_path) == {"a": 2}
+    assert Offline(tmp_path / "killed").list()[0]["frozen"] is frozen
+
+
+def test_a_freeze_that_cannot_be_written_has_not_happened(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(records, "put", fail)
+    assert engine.ask("freeze", "a") == 507
+    assert not engine.ask("get", "a")["frozen"]
+    monkeypatch.undo()
+    assert engine.ask("freeze", "a")["frozen"]
+
+
+def test_what_the_guard_freezes_while_an_unfreeze_is_written_stays_frozen(engine: Engine, tmp_path: Path) -> None:
+    world = engine.world
+    session = world.use("a", 4.0)
+    engine.ask("freeze", "a")
+    held = Held(world)
+    answer = ask(engine, "unfreeze")
+    assert world.trainer.roll_back(session.adapter, 0)
+    Trust(TTTConfig()).tried(session, Trial(session.adapter, 3, 1.0, 0))
+    world.tiers.changes(session)
+    world.tiers.save(session)
+    held.release()
+    world.run(answer.done)
+    assert answer.result()["result"]["frozen_reason"].startswith("at version 3 its delta")
+    world.run()
+    assert on_disk(engine, tmp_path) == {"a": 0}
+    assert Offline(tmp_path / "killed").list()[0]["frozen"]
+
+
+def test_a_frozen_session_whose_file_is_damaged_stays_frozen(engine: Engine, tmp_path: Path) -> None:
+    """It falls back to a version that was saved before it was frozen: at once, and after a kill."""
+    world = engine.world
+    session = world.use("a", 4.0)
+    engine.ask("save", "a")
+    engine.ask("freeze", "a")
+    for name in "xyz":
+        world.use(name, 1.0)
+        world.save(name)
+    assert session.key not in world.ledger.sessions
+    newest = world.ledger.peek(A)
+    assert newest is not None
+    assert newest.saved is not None
+    world.store.folder.path(newest.saved.file).write_bytes(b"damaged")
+    assert world.value("a") == 3.0
+    assert engine.ask("get", "a")["frozen"]
+    assert on_disk(engine, tmp_path)["a"] == 2
+    assert {s["session_id"] for s in Offline(tmp_path / "killed").list() if s["frozen"]} == {"a"}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from pathlib import Path
 
 import pytest
 from test_admin import Engine
-from test_changes import ask
+from test_changes import Held, ask, on_disk
 from world import World
 
+from vllm_ttt.engine.storage import records
 from vllm_ttt.types import SessionKey
 
 pytestmark = pytest.mark.unit
@@ -67,6 +69,57 @@ def test_a_fork_that_fails_leaves_a_fresh_session_to_who_asked_for_it(tmp_path: 
     target.requests.clear()
     world.tiers.left(target)
     assert world.value("new") == 0.0
+    world.end()
+
+
+def test_an_answered_fork_outlives_a_kill(tmp_path: Path) -> None:
+    """It is what its source was when the copy was made, saved or not; and it is answered when the state dir has it."""
+    engine = Engine(World(tmp_path / "state"))
+    world = engine.world
+    world.use("a", 10.0, 20.0)
+    engine.ask("freeze", "a")
+    held = Held(world)
+    fork = ask(engine, "fork", argument="b")
+    for _ in range(5):
+        world.step()
+    assert not fork.done()
+    assert on_disk(engine, tmp_path) == {"a": 0}
+    target = world.ledger.open(SessionKey("-", "b"))
+    target.requests.add("r")
+    assert not world.tiers.ready(target), "what it is to meet is not on disk"
+    held.release()
+    world.run(fork.done)
+    assert world.tiers.ready(target)
+    answer = fork.result()["result"]
+    assert (answer["version"], answer["saved_version"], answer["frozen"]) == (2, 2, True)
+    assert on_disk(engine, tmp_path) == {"a": 0, "b": 2}
+    target.requests.clear()
+    world.crash()
+    after = World(tmp_path / "state")
+    assert after.value("b") == 30.0
+    assert after.use("b").frozen
+    after.end()
+
+
+def test_a_fork_that_cannot_be_written_has_not_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(World(tmp_path / "state"))
+    world = engine.world
+    world.use("a", 10.0)
+    real = records.put
+
+    def fail(db: sqlite3.Connection, row: records.Row, keep: int) -> list[str]:
+        if row.key.name == "b":
+            raise sqlite3.OperationalError("database or disk is full")
+        return real(db, row, keep)
+
+    monkeypatch.setattr(records, "put", fail)
+    assert engine.ask("fork", "a", "b") == 507
+    assert engine.ask("get", "b") == 404
+    assert world.ledger.quotas.of("-") == 1, "it takes no place of its key"
+    assert world.tiers.placed == 1
+    monkeypatch.undo()
+    assert engine.ask("fork", "a", "b")["version"] == 1
+    assert world.value("b") == 10.0
     world.end()
 
 

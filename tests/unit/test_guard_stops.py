@@ -13,7 +13,9 @@ from test_samples import Answering
 from test_worker_compute import D, Q, V, make
 from vllm.v1.request import RequestStatus
 
-from vllm_ttt.config import parse_config
+from vllm_ttt.config import TTTConfig, parse_config
+from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.types import ChunkReport, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.step_view import Rows
@@ -255,6 +257,46 @@ def test_what_waits_and_what_is_released_when_its_session_is_stopped_is_not_lear
     assert [plan.stopped for plan in told] == [[engine.session("a").adapter]], "once"
     started = [plan.started[third] for plan in engine.plans if third in plan.started]
     assert [plan.learn for plan in started] == [False]
+
+
+def test_what_is_not_learned_is_given_back() -> None:
+    """Of what a session and its key may have learned in an hour: what the guard has stopped was taken off as it began."""
+    engine = Told()
+    (first,) = engine.ask("one", list(range(400)))
+    (second,) = engine.ask("two", list(range(400, 800)))
+    engine.step()
+    engine.learned(first, "a", 1)
+    engine.step()
+    engine.stop(1)
+    engine.step()
+    session, trust = engine.session("a"), engine.scheduler.ttt_trust
+    full, key = float(trust.config.guard.hourly_tokens), trust.keys["-"].tokens
+    assert session.allowance.tokens is not None
+    assert key is not None
+    assert session.allowance.tokens < full - 700, "both have been taken off"
+    left = session.allowance.tokens
+    for skipped, tokens in (("frozen", 300), ("loss", 50), ("short", 49)):
+        engine.report.chunks.append(ChunkReport(session.adapter, second, tokens, math.nan, None, skipped, 399, 0))
+    engine.report.settled.append((second, session.adapter))
+    for _ in range(3):
+        engine.step()
+    assert session.allowance.tokens == left + 349, "a step was made of what the gate refused"
+    assert trust.keys["-"].tokens == key + 349
+
+
+def test_an_answer_that_is_not_learned_is_given_back_once_it_has_been_taken_off() -> None:
+    """What is generated is taken off as the request leaves."""
+    trust, session = Trust(TTTConfig()), Session(SessionKey("-", "a"), 1, 8)
+    assert trust.allows(session, 100)
+    before = session.allowance.tokens
+    assert before is not None
+    chunk = ChunkReport(1, "r", 40, math.nan, None, "frozen", 120, 0)
+    running: Any = SimpleNamespace(prompt=101)
+    trust.counted(session, chunk, running)
+    assert session.allowance.tokens == before + 20, "of the pairs 80 to 119, the prompt has 20"
+    trust.spend(session, 40)
+    trust.counted(session, chunk, None)
+    assert session.allowance.tokens == before + 20
 
 
 def test_what_is_given_up_in_the_step_of_the_trial_hides_no_return() -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_admin import Engine
 from world import World
 
 from vllm_ttt.config import SessionsConfig
+from vllm_ttt.engine.admin import admin
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.operations import ROOM, Operations
@@ -222,7 +224,7 @@ def test_without_a_state_dir_memory_is_the_only_place(tmp_path: Path) -> None:
 
     def worker(method: str, *args: int) -> Any:
         called.append((method, *args))
-        return 3 if method == "ttt_copy" else None if args[1] == 2 else [2, 3]
+        return {"ttt_copy": 3, "ttt_session": {"versions": [2, 3]}, "ttt_roll_back": None}[method]
 
     session = ledger.open(SessionKey("-", "a"))
     assert tiers.ready(session)
@@ -233,7 +235,7 @@ def test_without_a_state_dir_memory_is_the_only_place(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="kept are: 2, 3"):
         tiers.owner.go_back(session, 1, worker).result(timeout=0)
     assert tiers.owner.go_back(session, 2, worker).result(timeout=0).version == 2
-    assert called == [("ttt_copy", 1, 2), ("ttt_roll_back", 1, 1), ("ttt_roll_back", 1, 2)]
+    assert called == [("ttt_copy", 1, 2), ("ttt_session", 1), ("ttt_session", 1), ("ttt_roll_back", 1, 2)]
     assert tiers.owner.reset(session, dict).result(timeout=0).version == 0
     assert session.life.state is State.IN_MEMORY
     assert [(order.action, order.session) for order in tiers.take_orders()] == [("drop", 1)]
@@ -243,6 +245,49 @@ def test_without_a_state_dir_memory_is_the_only_place(tmp_path: Path) -> None:
     assert not tiers.busy or tiers.orders.leaving
     session = ledger.open(SessionKey("-", "c"))
     assert tiers.ready(session)
+
+
+def test_who_waits_for_room_lets_the_engine_rest(tmp_path: Path) -> None:
+    """While nothing happens that could make room, as in a pause that keeps requests: the pause waits until the engine rests."""
+    world = World(tmp_path / "state", limit=1)
+    for name in "ab":
+        world.use(name, 1.0)
+        world.save(name)
+    session = world.ledger.open(SessionKey("-", "b"))
+    session.requests.add("r")
+    world.run(lambda: world.tiers.ready(session))
+    engine = Engine(world)
+    asked: list[Any] = [admin(engine, *call) for call in (("export", "-", "a"), ("save", "-", "b"), ("freeze", "-", "a"))]
+    world.run()
+    assert [answer.done() for answer in asked] == [False, True, False], "who does not wait for room is answered"
+    world.trainer.learn(session.adapter, 1.0)
+    world.saves.next_round = 0.0
+    world.run()
+    session.requests.clear()
+    world.tiers.left(session)
+    assert world.tiers.busy, "there may be room now"
+    world.run()
+    assert all(answer.result()["ok"] for answer in asked)
+    world.end()
+
+
+def test_a_session_that_waits_for_room_holds_up_no_round_of_saves(tmp_path: Path) -> None:
+    """It is unsaved, a fork of it waits for a place, and its round is due: that waits too, and keeps nobody awake."""
+    world = World(tmp_path / "state", limit=2)
+    world.use("a", 1.0)
+    session = world.use("b", 1.0)
+    session.requests.add("r")
+    fork: Any = admin(Engine(world), "fork", "-", "a", "c")
+    world.saves.next_round = 0.0
+    world.run()
+    assert not fork.done()
+    assert world.saves.due
+    session.requests.clear()
+    world.tiers.left(session)
+    world.run()
+    assert fork.result()["ok"]
+    assert not world.saves.due
+    world.end()
 
 
 def test_a_fork_for_which_there_is_no_room_is_answered(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Lives of sessions with all that may befall them, in any order: what was promised holds, whenever it is killed.
 
-Promised is: what was acknowledged is there after a kill; what was deleted does not come back; no session is ever at a version
-that it never had; whoever asks is answered; and when nothing fails any more, it comes to rest.
+Promised is: what was acknowledged is there after a kill; what was deleted does not come back; what is refused has not happened;
+no session is ever at a version that it never had; whoever asks is answered; and when nothing fails any more, it comes to rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from test_admin import Engine
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.admin import admin
-from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.ledger import ASKED_FOR, Session
 from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.errors import RequestError
@@ -35,6 +35,9 @@ NAMES = st.sampled_from("abc")
 #: What a session's delta held at version 0, 1, 2, ...; None: there is no such session.
 Chain = tuple[float, ...] | None
 FRESH: Chain = (0.0,)
+#: Why a session is frozen; None: it is not.
+Frozen = str | None
+GUARD = "by the guard"
 
 
 class Truth:
@@ -43,8 +46,17 @@ class Truth:
     def __init__(self) -> None:
         self.chain: Chain = None
         self.found: set[Chain] = {None}
-        #: what was asked of it and is not answered, in order
+        self.frozen: Frozen = None
+        #: the same of ``frozen``
+        self.found_frozen: set[Frozen] = {None}
+        #: what was asked of it and is not answered, in order; a fork no longer than until its copy is made
         self.asked: list[tuple[str, Any]] = []
+        #: what a fork that is under way has made of it
+        self.copied: tuple[Chain, Frozen] | None = None
+        #: what it was before the guard returned it, while it is to be rolled back
+        self.before: Chain = None
+        #: how often the guard has stopped it
+        self.stops = 0
 
     def learn(self, value: float) -> None:
         assert self.chain is not None
@@ -52,21 +64,52 @@ class Truth:
         self.found.add(self.chain)
 
     def back_to(self, version: int) -> Chain:
+        """What it was at a version, also where the guard has returned it further since it was asked to go back."""
+        chain = max(self.chain or (), self.before or (), key=len)
+        assert version < len(chain)
+        return chain[: version + 1]
+
+    def stop(self, version: int) -> None:
+        """The guard has frozen it, and it is at ``version``."""
         assert self.chain is not None
-        return self.chain[: version + 1]
+        if any(op == "rollback" for op, _ in self.asked):
+            self.before = max(self.chain, self.before or (), key=len)
+        self.chain = self.chain[: version + 1]
+        self.found.add(self.chain)
+        self.frozen, self.stops = GUARD, self.stops + 1
+        self.found_frozen.add(GUARD)
 
     def promise(self, chain: Chain) -> None:
         """It is that, on disk."""
         self.chain, self.found = chain, {chain}
 
-    def after_a_kill(self) -> set[Chain]:
-        """The first of what is asked may have been written and not answered."""
-        found = set(self.found)
-        if self.asked and self.chain is not None:
-            op, argument = self.asked[0]
-            changed = {"delete": None, "reset": FRESH, "rollback": self.back_to(argument) if op == "rollback" else None}
-            found |= {changed[op]} if op in changed else set()
-        return found
+    def promise_frozen(self, frozen: Frozen, unless: set[Frozen] = frozenset()) -> None:  # type: ignore[assignment]
+        """It is that, on disk; or it is one of ``unless``, which is not."""
+        self.frozen, self.found_frozen = frozen, {frozen} | unless
+
+    def after_reset(self) -> Frozen:
+        return ASKED_FOR if self.frozen == ASKED_FOR else None  # the guard's goes with the delta
+
+    def after_a_kill(self) -> tuple[set[Chain], set[Frozen]]:
+        """What may be found. The first of what is asked may have been written and not answered."""
+        found, frozen = set(self.found), set(self.found_frozen)
+        op, argument = self.asked[0] if self.asked else ("", None)
+        if op == "become" and self.copied is not None:
+            found.add(self.copied[0])
+            frozen.add(self.copied[1])
+        elif self.chain is not None:
+            if op == "rollback" and argument < len(max(self.chain, self.before or (), key=len)):
+                found.add(self.back_to(argument))
+            elif op in ("reset", "delete"):
+                found.add(FRESH if op == "reset" else None)
+                frozen |= {ASKED_FOR, None}
+            elif op in ("freeze", "unfreeze"):
+                frozen.add(ASKED_FOR if op == "freeze" else None)
+        return found, frozen
+
+
+def frozen(session: Session) -> Frozen:
+    return session.frozen if session.frozen in (None, ASKED_FOR) else GUARD
 
 
 class Lives(RuleBasedStateMachine):
@@ -91,10 +134,26 @@ class Lives(RuleBasedStateMachine):
         #: of each session, as it was seen last
         self.generations: dict[int, tuple[Session, int]] = {}
         self.world.give_up = self.world.tiers.give_up = self.give_up  # type: ignore[method-assign]
+        worker = self.world.worker
+
+        def copies(method: str, *args: Any) -> Any:
+            answer = worker(method, *args)
+            if method == "ttt_copy":
+                self.copied(*(self.world.ledger.by_adapter[adapter] for adapter in args), version=answer)
+            return answer
+
+        self.world.worker = copies  # type: ignore[method-assign]
 
     def give_up(self, session: Session, error: RequestError) -> None:
         session.requests.clear()
         self.requests.pop(session.key.name, None)
+
+    def copied(self, source: Session, target: Session, version: int) -> None:
+        """Called at the moment at which the worker has made a copy."""
+        if version == source.version:
+            truth = self.truths[source.key.name]
+            truth.asked.remove(("fork", target.key.name))
+            self.truths[target.key.name].copied = truth.chain, truth.frozen
 
     def session(self, name: str) -> Session | None:
         return self.world.ledger.sessions.get(SessionKey("-", name))
@@ -165,7 +224,7 @@ class Lives(RuleBasedStateMachine):
     def save(self, name: str) -> None:
         self.ask(name, "save")
 
-    @rule(name=NAMES, op=st.sampled_from(("delete", "reset", "export", "freeze")))
+    @rule(name=NAMES, op=st.sampled_from(("delete", "reset", "export", "freeze", "unfreeze")))
     def change(self, name: str, op: str) -> None:
         self.ask(name, op)
 
@@ -186,51 +245,83 @@ class Lives(RuleBasedStateMachine):
         becomes = op == "fork" and self.truths[argument].chain is None and not self.forking(argument)
         if becomes:
             self.truths[argument].asked.append(("become", name))
+        stops = truth.stops
         answer = admin(self.engine, op, "-", name, argument)
         if isinstance(answer, Future):
             self.answers.append(answer)
-            answer.add_done_callback(lambda done: self.answered(name, op, argument, done.result(), becomes))
+            answer.add_done_callback(lambda done: self.answered(name, op, argument, done.result(), becomes, stops))
         else:
-            self.answered(name, op, argument, answer, becomes)
+            self.answered(name, op, argument, answer, becomes, stops)
 
     def forking(self, name: str) -> bool:
         return any(op == "become" for op, _ in self.truths[name].asked)
 
-    def answered(self, name: str, op: str, argument: Any, answer: dict[str, Any], becomes: bool) -> None:
-        """Called at the moment at which it is answered; ``becomes``: a fork made the session that it asked for."""
+    def answered(self, name: str, op: str, argument: Any, answer: dict[str, Any], becomes: bool, stops: int) -> None:
+        """Called at the moment at which it is answered.
+
+        Args:
+            becomes: a fork made the session that it asked for.
+            stops: how often the guard had stopped the session when it was asked.
+        """
         truth = self.truths[name]
-        truth.asked.remove((op, argument))
+        if (op, argument) in truth.asked:
+            truth.asked.remove((op, argument))
         if becomes:
-            target = self.truths[argument]
-            target.asked.remove(("become", name))
-            fresh = FRESH if self.session(argument) is not None else None
-            target.chain = truth.chain if answer["ok"] else fresh
-            target.found |= {None, target.chain}
+            self.forked(self.truths[argument], name, argument, answer)
         if not answer["ok"]:
             assert answer["status"] in (404, 409, 429, 503, 507), answer
-            session = self.session(name)
-            if op == "rollback" and answer["status"] == 507 and session is not None and session.version == argument:
-                truth.chain = truth.back_to(argument)  # it is that in memory, and the answer says that it could not be saved
-                truth.found.add(truth.chain)
-            return
-        result = answer["result"]
+        elif op != "fork":
+            self.done(truth, name, op, argument, answer["result"], stops)
+        if not any(op == "rollback" for op, _ in truth.asked):
+            truth.before = None
+
+    def forked(self, target: Truth, name: str, to: str, answer: dict[str, Any]) -> None:
+        target.asked.remove(("become", name))
+        if answer["ok"]:
+            assert target.copied is not None
+            chain, frozen = target.copied
+            assert answer["result"]["version"] == len(chain or ()) - 1
+            target.promise(chain)
+            target.promise_frozen(frozen)
+        else:
+            target.chain = FRESH if self.session(to) is not None else None
+            target.found = {None, target.chain}
+        target.copied = None
+
+    def done(self, truth: Truth, name: str, op: str, argument: Any, result: dict[str, Any], stops: int) -> None:
         assert truth.chain is not None or op == "delete"
-        if op == "save" and result["saved_version"] is not None:
+        session = self.session(name)
+        is_frozen = None if session is None else frozen(session)
+        meanwhile = {GUARD} if truth.stops != stops else set()
+        if op == "save":
             assert truth.chain is not None
-            truth.found = {truth.back_to(v) for v in range(result["saved_version"], len(truth.chain))}
-            assert truth.found, "it was saved at a version that it went back from"
+            if result["saved_version"] is not None:
+                truth.found = {truth.back_to(v) for v in range(result["saved_version"], len(truth.chain))}
+                assert truth.found, "it was saved at a version that it went back from"
+                truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else set())
         elif op == "rollback":
             assert result["version"] == argument == result["saved_version"]
             truth.promise(truth.back_to(argument))
+            truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else set())
         elif op == "reset":
             truth.promise(FRESH)
+            assert is_frozen in ({ASKED_FOR, None} if meanwhile else {truth.after_reset()})
+            truth.promise_frozen(is_frozen)
         elif op == "delete":
             truth.promise(None)
+            truth.promise_frozen(None)
             if name in self.requests:  # it was named again meanwhile
                 truth.chain, truth.found = FRESH, {None, FRESH}
+        elif op in ("freeze", "unfreeze"):
+            why = ASKED_FOR if op == "freeze" else None
+            assert is_frozen in {why} | meanwhile
+            truth.promise_frozen(why, meanwhile)
+            truth.frozen = is_frozen
+            if op == "freeze":
+                truth.found.discard(None)
         elif op == "export":
             Path(result["path"]).unlink()
-        if op in ("fork", "rollback", "reset"):
+        if op in ("rollback", "reset"):
             assert result["version"] == len(truth.chain or ()) - 1
 
     # What the engine does.
@@ -283,11 +374,8 @@ class Lives(RuleBasedStateMachine):
         session = self.world.ledger.by_adapter.get(trial.session)
         if session is None:
             return
-        truth, before = self.truths[session.key.name], session.version
         self.trust.tried(session, trial)
-        if session.version != before:
-            truth.chain = truth.back_to(session.version)
-            truth.found.add(truth.chain)
+        self.truths[session.key.name].stop(session.version)
         self.world.tiers.changes(session)
         self.world.tiers.save(session)
 
@@ -314,9 +402,9 @@ class Lives(RuleBasedStateMachine):
         """As SIGTERM does, on a disk that is whole: everything is there afterwards."""
         self.rest()
         self.world.end()
-        expected = {name: {truth.chain} for name, truth in self.truths.items()}
-        for chains in expected.values():
-            chains |= {None} if FRESH in chains else set()  # of one that has learned nothing there is no record
+        expected = {name: ({truth.chain}, {truth.frozen}) for name, truth in self.truths.items()}
+        for chains, frozen_ in expected.values():
+            chains |= {None} if FRESH in chains and None in frozen_ else set()  # of a mere name there is no record
         self.open_again(self.world.store.folder.root, expected)
 
     @rule()
@@ -334,22 +422,27 @@ class Lives(RuleBasedStateMachine):
         self.answers.clear()
         for name, truth in self.truths.items():
             found = self.world.ledger.peek(SessionKey("-", name))
-            if found is None and truth.chain == FRESH:
+            if found is None and truth.chain == FRESH and truth.frozen is None:
                 truth.promise(None)  # it has learned nothing: it was only a name, or its row could not be written
             assert (None if found is None else found.version) == (None if truth.chain is None else len(truth.chain) - 1)
+            if found is not None:
+                assert frozen(found) == truth.frozen
             if truth.chain is not None:
                 assert self.world.value(name) == truth.chain[-1]
         self.world.run()
 
-    def open_again(self, folder: Path, expected: dict[str, set[Chain]]) -> None:
+    def open_again(self, folder: Path, expected: dict[str, tuple[set[Chain], set[Frozen]]]) -> None:
         assert Offline(folder).fsck()["problems"] == []
         self.start(folder)
-        for name, chains in expected.items():
+        for name, (chains, frozen_) in expected.items():
             found = self.world.ledger.peek(SessionKey("-", name))
             if found is None:
                 assert None in chains, f"{name} is gone; it must be one of {chains}"
                 self.truths[name].promise(None)
+                self.truths[name].promise_frozen(None)
                 continue
+            assert frozen(found) in frozen_, f"{name} is frozen {found.frozen}; it must be one of {frozen_}"
+            self.truths[name].promise_frozen(frozen(found))
             held = self.world.value(name)
             same = [chain for chain in chains if chain is not None and (len(chain) - 1, chain[-1]) == (found.version, held)]
             assert same, f"{name} is at version {found.version} and holds {held}; it must be one of {chains}"
@@ -376,6 +469,7 @@ class Lives(RuleBasedStateMachine):
         for name, truth in self.truths.items():
             if truth.chain is not None and self.session(name) is None and len(truth.chain) > 1:
                 truth.found = {truth.chain}  # it was put away: it is on disk as it was
+                truth.found_frozen = {truth.frozen}
 
     def teardown(self) -> None:
         with contextlib.ExitStack() as stack:

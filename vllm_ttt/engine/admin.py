@@ -138,16 +138,7 @@ class Admin:
         return self._detail(session)
 
     def _set_frozen(self, key: SessionKey, frozen: str | None) -> Future:
-        session = self._find(key)
-
-        def write() -> Steps:
-            yield from ()
-            self.ledger.claim(session)
-            session.frozen = frozen
-            self.tiers.changes(session)
-            return session
-
-        return _then(self.tiers.run(session, write()), self._detail)
+        return _then(self.tiers.owner.freeze(self._find(key), frozen), self._detail)
 
     def _find(self, key: SessionKey, look: Callable[[SessionKey], Session | None] | None = None) -> Session:
         session = (look or self.ledger.find)(key)

@@ -14,7 +14,7 @@ from vllm_ttt.engine.limits.limits import Allowance
 from vllm_ttt.engine.limits.quotas import Quotas
 from vllm_ttt.engine.prefix.history import History
 from vllm_ttt.engine.prefix.keys import Epoch
-from vllm_ttt.engine.storage.records import Row, Version
+from vllm_ttt.engine.storage.records import STANDING, Row, Version
 from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.types import ChunkReport, SessionKey
 
@@ -130,6 +130,12 @@ class Session:
         self.allowance = Allowance.from_state(state["allowance"]) if "allowance" in state else Allowance()
         self.history = History.from_state(state.get("history", ()), self.version)
 
+    def state_at(self, version: int) -> dict[str, Any]:
+        """`to_state` as it is where the session, of which nothing is being learned, returns to ``version``."""
+        history = History.from_state(self.history.to_state(), self.version)
+        history.back_to(version)
+        return {**self.to_state(), "version": version, "history": history.to_state()}
+
     def row(self, newest: Version | None = None) -> Row:
         """As the state dir records it now."""
         return Row(self.uid, self.key, self.created, self.last_used, self.to_state(), newest)
@@ -165,12 +171,15 @@ class Session:
         self.tokens_seen += 0 if seen else tokens
         self.tokens_skipped[reason] += tokens
 
-    def back_to(self, version: int) -> None:
-        """The worker has made its delta what it was at ``version``."""
+    def back_to(self, version: int, saved: Version | None = None) -> None:
+        """The worker has made its delta what it was at ``version``; ``saved``: the state dir has it like this."""
         self.version = version
         self.history.back_to(version)
         self.epoch.begin(version)
         self.life.returned()
+        if saved is not None:
+            self.saved, self.error = saved, None
+            self.life.saved_at = self.life.generation
 
     def copy(self, source: Session) -> None:
         """The worker has made its delta what that of ``source`` is."""
@@ -317,4 +326,4 @@ class Ledger:
 
 
 def _standing(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: state[key] for key in ("frozen", "allowance") if key in state}
+    return {key: state[key] for key in STANDING if key in state}

@@ -158,8 +158,7 @@ class TTTScheduler(HoldingScheduler):
 
     def _beside(self, attached: Attached) -> Iterator[Attached]:
         """The other requests of its session."""
-        requests = attached.session.requests
-        return (self.ttt_requests[request_id] for request_id in requests if request_id != attached.request.request_id)
+        return (self.ttt_requests[name] for name in attached.session.requests if name != attached.request.request_id)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """A token read from the prefix cache has no activations to learn from: what is to be learned is computed."""
@@ -287,8 +286,9 @@ class TTTScheduler(HoldingScheduler):
                 self.ttt_blocks.learned(session, chunk)
                 session.record(chunk)
                 self.ttt_tiers.changes(session)
-                if chunk.request in self.ttt_requests:
-                    self.ttt_requests[chunk.request].note(chunk)
+                self.ttt_trust.counted(session, chunk, attached := self.ttt_requests.get(chunk.request))
+                if attached is not None:
+                    attached.note(chunk)
 
     def _tried(self, session: Session, trial: Trial) -> None:
         """The guard has tried the session's delta; where it was bad, nothing more of what it has sent is learned."""

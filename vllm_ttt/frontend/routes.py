@@ -133,15 +133,15 @@ async def delete_session(session_id: SessionId, request: Request) -> Any:
     return models.Deleted(session_id=session_id)
 
 
-@router.post(_SESSION + "/freeze", response_model=models.Session, responses=_ERRORS)
+@router.post(_SESSION + "/freeze", response_model=models.Session, responses=_ERRORS | _FULL)
 async def freeze_session(session_id: SessionId, request: Request) -> Any:
-    """Serve with the delta as it is, and learn nothing from now on."""
+    """Serve with the delta as it is, and learn nothing from now on. Answered when the state dir has it."""
     return await _ask(request, "freeze", session_id)
 
 
-@router.post(_SESSION + "/unfreeze", response_model=models.Session, responses=_ERRORS)
+@router.post(_SESSION + "/unfreeze", response_model=models.Session, responses=_ERRORS | _FULL)
 async def unfreeze_session(session_id: SessionId, request: Request) -> Any:
-    """Learn again."""
+    """Learn again. Answered when the state dir has it."""
     return await _ask(request, "unfreeze", session_id)
 
 
@@ -157,9 +157,9 @@ async def roll_back_session(session_id: SessionId, body: models.Rollback, reques
     return await _ask(request, "rollback", session_id, body.version)
 
 
-@router.post(_SESSION + "/fork", response_model=models.Session, responses=_ERRORS | _CONFLICT)
+@router.post(_SESSION + "/fork", response_model=models.Session, responses=_ERRORS | _CONFLICT | _FULL)
 async def fork_session(session_id: SessionId, body: models.Fork, request: Request) -> Any:
-    """Make another session that begins where this one is. The answer is about the new one."""
+    """Make another session that begins where this one is. The answer is about the new one, when the state dir has it."""
     return await _ask(request, "fork", session_id, _checked(body.to, "to"))
 
 

@@ -81,9 +81,10 @@ class Files:
             self.waiting.append(order)
         else:
             session = self.deltas.sessions.get(order.session)
-            if session is None and order.action == "save":
+            if session is None and order.action == "save" and order.version != 0:
                 raise RuntimeError("the session is not in memory")
-            snapshot = self._snapshot(order.session, session or self.deltas.fresh())
+            session = session or self.deltas.fresh()
+            snapshot = self._snapshot(order.session, session) if order.version is None else self._kept(order, session)
             version = snapshot.state["version"]
             counted = len(self.trainer.report.chunks)
             self.reports.append(FileReport(order.action, order.session, order.path, "taken", version, counted))
@@ -100,6 +101,17 @@ class Files:
         # Copied in the stream of the steps: before any later step, and without waiting for it.
         tensors = self.deltas.to_host(key)
         return Snapshot(tensors, self.clock.mark() if key in self.deltas.rows else session.copied, state)
+
+    def _kept(self, order: FileOrder, session: Session) -> Snapshot:
+        """The session as it was at an earlier version. Raises RuntimeError where that is not kept, or not any more."""
+        assert order.version is not None
+        if (kept := self.trainer.versions.find(order.session, order.version)) is None:
+            raise RuntimeError(f"version {order.version} is not kept any more")
+        state, since = self.deltas.fresh().to_state() | {"version": order.version}, session.version - order.version
+        if kept.rate is not None:
+            state |= {"rate": kept.rate, "norms": kept.norms}
+        state["untried"] = max(0, self.trainer.guard.untried(order.session) - since)
+        return Snapshot(kept.state, self.clock.mark(), state)
 
     def _end(self, order: FileOrder, future: Future) -> None:
         error = future.exception()

@@ -1,7 +1,8 @@
-"""What an owner asks for: delete, reset, roll back, fork. Each is one operation, and one transaction of the state dir.
+"""What an owner asks for: delete, reset, roll back, fork, freeze. Each is an operation, and one transaction of the state dir.
 
 It is written first, and what is in memory follows: what is answered is on disk, and what cannot be written has not happened. In
-between the session is changing: its requests wait, and meet what it is afterwards.
+between the session is changing: its requests wait, and meet what it is afterwards. One that is being frozen is not: what its
+requests learn until then, it has learned.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_ttt.engine.ledger import Session
@@ -47,12 +49,17 @@ class Changes:
 
     def fork(self, source: Session, key: SessionKey, worker: Worker) -> Future:
         """Make a session ``key``, which there is not yet, of what ``source`` is. Raises RequestError where none may be made."""
-        target, done = self.ledger.open(key), Future()
+        target, copied = self.ledger.open(key), Future()
         self.tiers.move(target, State.CHANGING)
-        self.tiers.run(target, _until(done))  # whatever is asked of it meanwhile comes after
-        copied = self.tiers.run(source, self._copy(source, target, worker))
-        copied.add_done_callback(lambda _: done.set_result(None))
-        return copied
+        answer = self.tiers.run(target, self._be_a_copy(target, copied))  # whatever is asked of it meanwhile comes after
+        copying = self.tiers.run(source, self._copy(source, target, worker))
+        copying.add_done_callback(lambda done: _pass_on(done, copied))
+        copied.add_done_callback(lambda _: self.tiers.operations.go_on(target))
+        return answer
+
+    def freeze(self, session: Session, why: str | None) -> Future:
+        """Let it learn nothing from now on, or, with None, learn again."""
+        return self.tiers.run(session, self._freeze(session, why))
 
     def _remove(self, session: Session) -> Steps:
         yield from self._write(session, lambda store: store.replace(session.uid))
@@ -79,46 +86,69 @@ class Changes:
             raise RequestError(f"session {session.key.name!r} is still learning what it was sent; try again in a moment", 409)
         _need_idle(session)
         self.ledger.claim(session)
+        if self.store is None:
+            yield from self.tiers.bring_in(session)
         write: Callable[[Store], Future] = lambda store: store.back_to(session.row(), version, session.standing())  # noqa: E731
         found = yield from self._write(session, write)
         if found is not None:
             self.tiers.become(session, {**found.state, **session.standing()}, found)
             return session
-        if not session.life.in_memory:
-            self._unchanged(session)
-            yield from self.tiers.bring_in(session)
-        try:  # nothing has run since it was idle
-            kept = worker("ttt_roll_back", session.adapter, version)
-            if kept is not None:
+        try:
+            kept = worker("ttt_session", session.adapter)["versions"]
+            if version not in kept:
                 listed = ", ".join(map(str, self.tiers.versions(session, kept))) or "none"
                 raise RequestError(f"session {session.key.name!r} has no version {version}; kept are: {listed}", 409, "version")
-            session.back_to(version)
-            self.tiers.changes(session)
-        finally:
+            newest = None
+            if self.tiers.saves is not None:
+                newest = yield from self._written(session, self.tiers.saves.earlier(session, version))
+        except Exception:
             self._unchanged(session)
-        if self.tiers.saves is not None:
-            yield from self.tiers.saves.asked(session)
+            raise
+        if session.life.in_memory and worker("ttt_roll_back", session.adapter, version) is None:
+            session.back_to(version, newest)
+            self.tiers.changes(session)
+            self._unchanged(session)
+        else:  # it was not in memory; or the guard has returned it further, or the worker has given that version up
+            assert newest is not None
+            self.tiers.become(session, {**newest.state, **session.standing()}, newest)
         return session
 
     def _copy(self, source: Session, target: Session, worker: Worker) -> Steps:
+        _need_idle(source)
+        for session in (source, target):
+            yield from self.tiers.bring_in(session)
+        if source.open or source.requests:
+            raise RequestError(f"session {source.key.name!r} has been sent something meanwhile; try again", 409)
+        if worker("ttt_copy", source.adapter, target.adapter) != source.version:
+            raise RequestError(f"session {source.key.name!r} is going back to an earlier version; try again", 409)
+        target.copy(source)
+
+    def _be_a_copy(self, target: Session, copied: Future) -> Steps:
         try:
-            _need_idle(source)
-            for session in (source, target):
-                yield from self.tiers.bring_in(session)
-            if source.open or source.requests:
-                raise RequestError(f"session {source.key.name!r} has been sent something meanwhile; try again", 409)
-            if worker("ttt_copy", source.adapter, target.adapter) != source.version:
-                raise RequestError(f"session {source.key.name!r} is going back to an earlier version; try again", 409)
-        except BaseException:
+            yield copied
+            if self.tiers.saves is not None:
+                yield from self.tiers.saves.asked(target)
+        except Exception:
             if target.requests:
                 self.tiers.become(target, {}, None)
             else:
                 self.tiers.forget(target, gone=True)
             raise
-        target.copy(source)
-        self.tiers.changes(target)
         self._unchanged(target)
         return target
+
+    def _freeze(self, session: Session, why: str | None) -> Steps:
+        self.ledger.claim(session)
+        before = session.frozen
+        if why == before:
+            return session
+        if self.store is not None:
+            row, now = session.row(), session.life.generation
+            yield from self._written(session, _wait(self.store.record(replace(row, state={**row.state, "frozen": why}))))
+            session.life.recorded_at = max(session.life.recorded_at, now)
+        if session.frozen == before:  # else the guard has frozen it meanwhile
+            session.frozen = why
+        return session
 
     def _write(self, session: Session, write: Callable[[Store], Future]) -> Steps:
         """The session is changing from here on; returns what was written. Where it cannot be, the session is as it was."""
@@ -127,11 +157,17 @@ class Changes:
         if self.store is None:
             return None
         try:
-            return (yield write(self.store))
-        except BaseException as error:
+            return (yield from self._written(session, _wait(write(self.store))))
+        except Exception:
             self._unchanged(session)
-            if not isinstance(error, RequestError):
-                raise
+            raise
+
+    @staticmethod
+    def _written(session: Session, steps: Steps) -> Steps:
+        """What ``steps`` return; what they cannot write is the answer."""
+        try:
+            return (yield from steps)
+        except RequestError as error:
             message = f"session {session.key.name!r} stays as it was: the state dir cannot be written: {error}"
             raise RequestError(message, 507) from None
 
@@ -149,5 +185,12 @@ def _need_idle(session: Session) -> None:
         raise RequestError(f"session {name!r} has {count} requests in the engine; wait for them, or abort them", 409)
 
 
-def _until(done: Future) -> Steps:
-    yield done
+def _wait(future: Future) -> Steps:
+    return (yield future)
+
+
+def _pass_on(done: Future, to: Future) -> None:
+    if (error := done.exception()) is not None:
+        to.set_exception(error)
+    else:
+        to.set_result(None)

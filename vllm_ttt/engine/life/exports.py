@@ -51,6 +51,11 @@ class Exports:
             raise RequestError(f"session {session.key.name!r} could not be written: {report.error}", 507)
         return report
 
+    @property
+    def busy(self) -> bool:
+        """Whether it is the turn of one that waits."""
+        return bool(self.waiting) and self.under_way < AT_ONCE
+
     def step(self) -> None:
         """Let those go on whose turn it is."""
         while self.waiting and self.under_way < AT_ONCE:

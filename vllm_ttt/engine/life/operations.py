@@ -51,16 +51,30 @@ class Operations:
         session.life.queue.append(operation)
         self.active[id(session)] = session
         if len(session.life.queue) == 1:
-            self._go_on(session)
+            self.go_on(session)
         return operation.answer
+
+    def can_go_on(self, crowded: bool) -> bool:
+        """Whether one need not wait any more. ``crowded``: there is no room, and what could make some has not happened.
+
+        Whom an operation waits for, but for room, is busy until it need not.
+        """
+        for session in self.active.values():
+            waits = session.life.queue[0].waits
+            if waits.done() if isinstance(waits, Future) else not (waits is ROOM and crowded):
+                return True
+        return False
 
     def step(self) -> None:
         """Go on with all that need not wait any more."""
         for session in list(self.active.values()):
-            self._go_on(session)
+            self.go_on(session)
 
-    def _go_on(self, session: Session) -> None:
+    def go_on(self, session: Session) -> None:
+        """Go on with what is to be done with a session, if it need not wait any more."""
         queue = session.life.queue
+        if not queue:
+            return
         while queue:
             operation = queue[0]
             gone = operation.waits is Pause.TURN and session.life.state is State.GONE

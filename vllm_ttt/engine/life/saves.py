@@ -6,6 +6,7 @@ A save is an order to the worker, which takes a snapshot and writes the file; th
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from vllm_ttt.engine.life.operations import Operations, Steps
 from vllm_ttt.engine.life.orders import Orders
 from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.meters import Meters
-from vllm_ttt.engine.storage.records import Version
+from vllm_ttt.engine.storage.records import Row, Version
 from vllm_ttt.engine.storage.store import Store, StoreError, store_error
 from vllm_ttt.errors import RequestError
 from vllm_ttt.log import logger_of
@@ -45,7 +46,7 @@ class Saves:
     @property
     def busy(self) -> bool:
         """Whether the engine must go on stepping although nobody is served."""
-        if self.under_way or self.due:
+        if self.under_way or any(turn is not None or not session.life.queue for session, turn in self.due.values()):
             return True
         if self.closing:  # one in use is saved when it is idle, and its requests see to it that the engine steps until then
             return any(session.idle for session in self.changed.values())
@@ -59,12 +60,41 @@ class Saves:
     def asked(self, session: Session) -> Steps:
         """An operation: save what the session is now. Returns its `Version` on disk, None for one that learned nothing."""
         if not session.unsaved:
-            self.record(session)
+            if session.life.unrecorded and not session.blank:
+                now = session.life.generation
+                try:
+                    yield self.store.record(session.row())
+                except StoreError as error:
+                    raise self._failed(session, error) from None
+                session.life.recorded_at = now
             return session.saved
         turn: Future = Future()
         self.due[session.key] = session, turn
         yield turn
         return (yield from self._save(session))
+
+    def earlier(self, session: Session, version: int) -> Steps:
+        """Part of an operation: have a version written that the worker keeps, and make it the newest of an idle session.
+
+        Returns it. Raises StoreError: the session is, in memory and on disk, what it was.
+        """
+        turn: Future = Future()
+        self.due[session.key] = session, turn
+        yield turn
+        try:
+            file = self.store.folder.new_file(session.uid)
+            report = yield from self._file(session, file, version=version)
+            state = {**session.state_at(version), **session.standing()}
+            newest = Version(version, file, report.bytes, report.checksum, time.time(), state)
+            yield from self._put(replace(session.row(newest), state=state))
+        except (StoreError, OSError) as error:
+            self.meters.add("saves_total", 1, "failed")
+            self.store.failed(found := store_error(error))
+            raise found from None
+        finally:
+            self.under_way -= 1
+        self.meters.add("saves_total", 1, "done")
+        return newest
 
     def record(self, session: Session) -> None:
         """Bring what the state dir says of the session, its delta apart, up to date."""
@@ -148,7 +178,7 @@ class Saves:
 
     def _write(self, session: Session) -> Steps:
         """Write a snapshot, and record it. Returns whether it is still a version of the session: else another is needed."""
-        life, key, taken = session.life, session.key, []
+        life, taken = session.life, []
         file = self.store.folder.new_file(session.uid)
 
         def take(report: FileReport) -> None:
@@ -156,24 +186,40 @@ class Saves:
             if report.version == session.version:
                 taken.append((life.generation, Version(report.version, file, 0, "", time.time(), session.to_state())))
 
-        metadata = {"uid": session.uid, "tenant": key.tenant, "session_id": key.name}
-        order = FileOrder("save", session.adapter, str(self.store.folder.path(file)), metadata=metadata)
-        report: FileReport = yield self.orders.ask(order, take)
-        if report.outcome != "done":
-            raise OSError(report.errno, report.error)
+        report = yield from self._file(session, file, take)
         if not taken or taken[0][0] < life.returned_at:
             self.store.discard(file)
             return False
         generation, version = taken[0]
         version, recorded = replace(version, bytes=report.bytes, checksum=report.checksum), life.generation
-        try:
-            yield self.store.put(session.row(version))
-        except StoreError:
-            self.store.discard(file)
-            raise
+        yield from self._put(session.row(version))
         session.saved, session.error = version, None
         life.saved_at, life.recorded_at = generation, recorded
         return generation >= life.returned_at
+
+    def _file(
+        self,
+        session: Session,
+        file: str,
+        taken: Callable[[FileReport], None] | None = None,
+        version: int | None = None,
+    ) -> Steps:
+        """Have the session, or an earlier version of it, written to a file; returns the FileReport. Raises OSError."""
+        metadata = {"uid": session.uid, "tenant": session.key.tenant, "session_id": session.key.name}
+        path = str(self.store.folder.path(file))
+        report = yield self.orders.ask(FileOrder("save", session.adapter, path, metadata=metadata, version=version), taken)
+        if report.outcome != "done":
+            raise OSError(report.errno, report.error)
+        return report
+
+    def _put(self, row: Row) -> Steps:
+        """Record the newest version of a session, whose file is there. Raises StoreError: then the file is not."""
+        assert row.newest is not None
+        try:
+            yield self.store.put(row)
+        except StoreError:
+            self.store.discard(row.newest.file)
+            raise
 
     def _failed(self, session: Session, error: StoreError) -> RequestError:
         """The session stays as it is, in memory; the next round tries again."""

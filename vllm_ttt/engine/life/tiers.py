@@ -60,7 +60,8 @@ class Tiers:
         self.placed = 0
         #: sessions whose requests are to be refused, and why
         self.broken: list[tuple[Session, RequestError]] = []
-        #: whether an operation has looked for room in this step, and there is none: the others need not look
+        #: whether an operation has looked for room, and nothing has happened since that could have made some: the others need
+        #: not look in this step, nor need there be another step for them
         self.crowded = False
         self.closing = False
         #: called with a session that has come into memory, or for which nothing is left to do
@@ -94,6 +95,7 @@ class Tiers:
 
     def left(self, session: Session) -> None:
         """A request of the session has left the engine, or has been learned."""
+        self.crowded = False
         if session.idle and session.blank and self.ledger.sessions.get(session.key) is session:
             for oldest in self.ledger.is_a_name(session):
                 self._put_away(oldest)
@@ -123,7 +125,9 @@ class Tiers:
     @property
     def busy(self) -> bool:
         """Whether the engine must go on stepping although nobody is served."""
-        if self.orders.busy or self.operations.active or self.lists.busy or self.broken:
+        if self.orders.busy or self.exports.busy or self.lists.busy or self.broken:
+            return True
+        if self.operations.can_go_on(self.crowded):
             return True
         if self.store is None or self.saves is None:
             return False
@@ -161,13 +165,14 @@ class Tiers:
 
     def bring_in(self, session: Session) -> Steps:
         """Part of an operation: the session is in memory when it goes on, and stays there until the operation ends."""
+        waits = False
         while not session.life.in_memory:
             if not self.crowded and self._has_room():
                 yield from self._enter(session)
             elif not self.crowded and self.stuck:
                 raise self.no_room(session)
-            else:
-                self.crowded = True
+            else:  # that it waits, from now on, may be why there can be no room: it has to be looked at once more
+                self.crowded, waits = waits, True
                 yield ROOM
 
     def move(self, session: Session, to: State) -> None:
@@ -178,6 +183,7 @@ class Tiers:
         if to is State.IN_MEMORY:
             self.on_ready(session)
         if before and not session.life.placed:
+            self.crowded = False
             self.orders.drop(session.adapter)
 
     def become(self, session: Session, state: dict[str, Any], saved: Version | None) -> None:
@@ -233,6 +239,7 @@ class Tiers:
 
     def _settled(self, session: Session) -> None:
         """Nothing is left to do for the session."""
+        self.crowded = False
         self.on_ready(session)
         self._rest(session)
 

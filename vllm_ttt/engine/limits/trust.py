@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.limits.limits import Allowance, repetitive
-from vllm_ttt.types import Trial
+from vllm_ttt.engine.requests import Attached
+from vllm_ttt.types import ChunkReport, Trial
+
+#: Why a chunk was not learned, where no step was made of it.
+_NO_STEP = ("short", "repetition", "rollback", "frozen", "full", "error")
 
 
 class Trust:
@@ -33,6 +37,16 @@ class Trust:
         session.allowance.spend(tokens)
         self.keys.setdefault(session.key.tenant, Allowance()).spend(tokens)
 
+    def counted(self, session: Session, chunk: ChunkReport, attached: Attached | None) -> None:
+        """What has not been learned, and cost no step, is given back: also where the guard has stopped its session.
+
+        Args:
+            attached: its request, while that is in the engine: what it generates is not taken off yet.
+        """
+        if chunk.skipped in _NO_STEP:
+            first, end = chunk.end - chunk.tokens, chunk.end if attached is None else min(chunk.end, attached.prompt - 1)
+            self.spend(session, -max(0, end - first))
+
     def repetitive(self, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
         """Ranges (first, end) of a prompt's pairs, from ``start`` on, that repeat themselves."""
         learn = self.config.learn
@@ -49,6 +63,8 @@ class Trust:
         # said that version already: what it learned since is forgotten here all the same.
         if trial.back_to <= session.version:
             session.back_to(trial.back_to)
+        else:
+            session.life.learned()  # that it is frozen is saved with it, as where it goes back
         session.frozen = (
             f"at version {trial.version} its delta made the guard's text worse by {trial.regression:.3f} nats per token "
             f"(guard.max_regression {self.config.guard.max_regression:g}); it is back at version {session.version}"

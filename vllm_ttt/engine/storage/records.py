@@ -40,6 +40,8 @@ CREATE INDEX IF NOT EXISTS versions_saved ON versions (saved);
 """
 #: What of a state is large, and no list shows.
 _DETAIL = ("losses", "history")
+#: What of it holds whichever version the session has.
+STANDING = ("frozen", "allowance")
 _KINDS: dict[str, tuple[type, ...]] = {
     "version": (int,), "tokens_seen": (int,), "tokens_learned": (int,), "tokens_skipped": (dict,), "losses": (list,),
     "frozen": (str, type(None)), "probe_regression": (int, float, type(None)),
@@ -238,7 +240,8 @@ def without(db: sqlite3.Connection, uid: str, file: str) -> Row | None:
     if found is None:
         return None
     row = _row(db, found)
-    row = replace(row, state=row.newest.state if row.newest else {})
+    standing = {key: row.state[key] for key in STANDING if key in row.state}
+    row = replace(row, state={**(row.newest.state if row.newest else {}), **standing})
     db.execute("UPDATE sessions SET summary = ?, detail = ? WHERE uid = ?", (*_write(row.state), uid))
     return row
 

@@ -184,8 +184,11 @@ class Store:
             if self._pending.get(row.key, (None,))[0] == number:
                 del self._pending[row.key]
 
-        written = self.write(lambda db: Change(gone=records.put(db, replace(row, newest=None), self.keep)))
-        written.add_done_callback(done)
+        self.record(row).add_done_callback(done)
+
+    def record(self, row: Row) -> Future:
+        """Record what is known of a session, but for its versions."""
+        return self.write(lambda db: Change(gone=records.put(db, replace(row, newest=None), self.keep)))
 
     def replace(self, uid: str, row: Row | None = None) -> Future:
         """Forget the session ``uid``; with a row, record another one in its place."""
