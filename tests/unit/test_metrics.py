@@ -147,7 +147,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 def figures_of(world: World) -> dict[str, dict[str, Any]]:
     scheduler = SimpleNamespace(
         ttt_config=TTTConfig(), ttt_tiers=world.tiers, ttt_ledger=world.ledger, ttt_meters=world.tiers.meters,
-        ttt_guard=SimpleNamespace(errors=3), ttt_probe=SimpleNamespace(text=[[1, 2]]),
+        ttt_guard=SimpleNamespace(errors=SimpleNamespace(count=3)), ttt_probe=SimpleNamespace(text=[[1, 2]]),
         ttt_holding=SimpleNamespace(count=1),
     )  # fmt: skip
     worker = {
@@ -205,7 +205,7 @@ def test_the_admin_operation_asks_the_worker_once(tmp_path: Path) -> None:
     world = World(tmp_path / "state")
     engine = Engine(world)
     engine.scheduler.ttt_meters, engine.scheduler.ttt_holding = world.tiers.meters, SimpleNamespace(count=0)
-    engine.scheduler.ttt_guard, engine.scheduler.ttt_probe = SimpleNamespace(errors=0), SimpleNamespace(text=[])
+    engine.scheduler.ttt_guard, engine.scheduler.ttt_probe = SimpleNamespace(errors=SimpleNamespace(count=0)), SimpleNamespace(text=[])
     found = engine.ask("metrics")
     assert engine.calls == ["ttt_metrics"]
     assert set(found) == set(BY_NAME) - {"snapshot_age_seconds"}, "the whole list of metrics, and nothing else"
