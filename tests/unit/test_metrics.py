@@ -205,7 +205,10 @@ def test_the_admin_operation_asks_the_worker_once(tmp_path: Path) -> None:
     world = World(tmp_path / "state")
     engine = Engine(world)
     engine.scheduler.ttt_meters, engine.scheduler.ttt_holding = world.tiers.meters, SimpleNamespace(count=0)
-    engine.scheduler.ttt_guard, engine.scheduler.ttt_probe = SimpleNamespace(errors=SimpleNamespace(count=0)), SimpleNamespace(text=[])
+    engine.scheduler.ttt_guard, engine.scheduler.ttt_probe = (
+        SimpleNamespace(errors=SimpleNamespace(count=0)),
+        SimpleNamespace(text=[]),
+    )
     found = engine.ask("metrics")
     assert engine.calls == ["ttt_metrics"]
     assert set(found) == set(BY_NAME) - {"snapshot_age_seconds"}, "the whole list of metrics, and nothing else"
