@@ -51,8 +51,8 @@ class Truth:
         self.found_frozen: set[Frozen] = {None}
         #: what was asked of it and is not answered, in order; a fork no longer than until its copy is made
         self.asked: list[tuple[str, Any]] = []
-        #: what a fork that is under way has made of it
-        self.copied: tuple[Chain, Frozen] | None = None
+        #: what a fork that is under way has made of it, and what the guard has made of that
+        self.copied: list[tuple[Chain, Frozen]] = []
         #: what it was before the guard returned it, while it is to be rolled back
         self.before: Chain = None
         #: how often the guard has stopped it
@@ -71,6 +71,9 @@ class Truth:
 
     def stop(self, version: int) -> None:
         """The guard has frozen it, and it is at ``version``."""
+        if self.copied:
+            self.copied.append(((self.copied[-1][0] or ())[: version + 1], GUARD))
+            return
         assert self.chain is not None
         if any(op == "rollback" for op, _ in self.asked):
             self.before = max(self.chain, self.before or (), key=len)
@@ -94,9 +97,9 @@ class Truth:
         """What may be found. The first of what is asked may have been written and not answered."""
         found, frozen = set(self.found), set(self.found_frozen)
         op, argument = self.asked[0] if self.asked else ("", None)
-        if op == "become" and self.copied is not None:
-            found.add(self.copied[0])
-            frozen.add(self.copied[1])
+        if op == "become":
+            found |= {chain for chain, _ in self.copied}
+            frozen |= {why for _, why in self.copied}
         elif self.chain is not None:
             if op == "rollback" and argument < len(max(self.chain, self.before or (), key=len)):
                 found.add(self.back_to(argument))
@@ -120,6 +123,8 @@ class Lives(RuleBasedStateMachine):
         self.truths = {name: Truth() for name in "abc"}
         self.numbers = itertools.count(1)
         self.answers: list[Future] = []
+        #: what was wrong with an answer
+        self.wrong: list[Exception] = []
         self.start(Path(self.folder.name) / "s")
         for name in "ab":
             self.talk(name, chunks=2, save=name == "a")
@@ -153,7 +158,7 @@ class Lives(RuleBasedStateMachine):
         if version == source.version:
             truth = self.truths[source.key.name]
             truth.asked.remove(("fork", target.key.name))
-            self.truths[target.key.name].copied = truth.chain, truth.frozen
+            self.truths[target.key.name].copied = [(truth.chain, truth.frozen)]
 
     def session(self, name: str) -> Session | None:
         return self.world.ledger.sessions.get(SessionKey("-", name))
@@ -246,12 +251,19 @@ class Lives(RuleBasedStateMachine):
         if becomes:
             self.truths[argument].asked.append(("become", name))
         stops = truth.stops
+
+        def answered(answer: dict[str, Any]) -> None:
+            try:
+                self.answered(name, op, argument, answer, becomes, stops)
+            except Exception as error:  # a Future swallows what its callbacks raise
+                self.wrong.append(error)
+
         answer = admin(self.engine, op, "-", name, argument)
         if isinstance(answer, Future):
             self.answers.append(answer)
-            answer.add_done_callback(lambda done: self.answered(name, op, argument, done.result(), becomes, stops))
+            answer.add_done_callback(lambda done: answered(done.result()))
         else:
-            self.answered(name, op, argument, answer, becomes, stops)
+            answered(answer)
 
     def forking(self, name: str) -> bool:
         return any(op == "become" for op, _ in self.truths[name].asked)
@@ -278,15 +290,14 @@ class Lives(RuleBasedStateMachine):
     def forked(self, target: Truth, name: str, to: str, answer: dict[str, Any]) -> None:
         target.asked.remove(("become", name))
         if answer["ok"]:
-            assert target.copied is not None
-            chain, frozen = target.copied
+            chain, frozen = target.copied[-1]
             assert answer["result"]["version"] == len(chain or ()) - 1
             target.promise(chain)
             target.promise_frozen(frozen)
         else:
             target.chain = FRESH if self.session(to) is not None else None
             target.found = {None, target.chain}
-        target.copied = None
+        target.copied = []
 
     def done(self, truth: Truth, name: str, op: str, argument: Any, result: dict[str, Any], stops: int) -> None:
         assert truth.chain is not None or op == "delete"
@@ -347,6 +358,16 @@ class Lives(RuleBasedStateMachine):
             for thread in WORK:
                 self.world.let(thread)
             self.step()
+
+    @rule()
+    def pause(self) -> None:
+        """Requests stay where they are: the engine comes to rest, and who is not answered waits for a place that they hold."""
+        while self.trials:
+            self.step()
+        self.world.run()
+        if not all(answer.done() for answer in self.answers):
+            assert any(s.requests for s in self.world.ledger.sessions.values() if s.life.placed)
+            assert self.world.tiers.placed == self.world.ledger.limit
 
     @rule(name=NAMES, late=st.booleans(), saving=st.booleans(), data=st.data())
     def guard_returns(self, name: str, late: bool, saving: bool, data: st.DataObject) -> None:
@@ -418,6 +439,8 @@ class Lives(RuleBasedStateMachine):
         self.round()
         self.world.run()
         assert all(answer.done() for answer in self.answers), "somebody is not answered"
+        if self.wrong:
+            raise self.wrong[0]
         assert not any(truth.asked for truth in self.truths.values())
         self.answers.clear()
         for name, truth in self.truths.items():
@@ -455,6 +478,8 @@ class Lives(RuleBasedStateMachine):
     def whole(self) -> None:
         if not hasattr(self, "world"):
             return
+        if self.wrong:
+            raise self.wrong[0]
         world, sessions = self.world, list(self.world.ledger.sessions.values())
         assert world.tiers.placed == sum(s.life.placed for s in sessions) <= world.ledger.limit
         assert set(world.ledger.by_adapter) == {s.adapter for s in sessions}
