@@ -111,8 +111,8 @@ class Truth:
         return found, frozen
 
 
-def frozen(session: Session) -> Frozen:
-    return session.frozen if session.frozen in (None, ASKED_FOR) else GUARD
+def kind(frozen: str | None) -> Frozen:
+    return frozen if frozen in (None, ASKED_FOR) else GUARD
 
 
 class Lives(RuleBasedStateMachine):
@@ -301,8 +301,7 @@ class Lives(RuleBasedStateMachine):
 
     def done(self, truth: Truth, name: str, op: str, argument: Any, result: dict[str, Any], stops: int) -> None:
         assert truth.chain is not None or op == "delete"
-        session = self.session(name)
-        is_frozen = None if session is None else frozen(session)
+        is_frozen = kind(result.get("frozen_reason"))
         meanwhile = {GUARD} if truth.stops != stops else set()
         if op == "save":
             assert truth.chain is not None
@@ -449,7 +448,7 @@ class Lives(RuleBasedStateMachine):
                 truth.promise(None)  # it has learned nothing: it was only a name, or its row could not be written
             assert (None if found is None else found.version) == (None if truth.chain is None else len(truth.chain) - 1)
             if found is not None:
-                assert frozen(found) == truth.frozen
+                assert kind(found.frozen) == truth.frozen
             if truth.chain is not None:
                 assert self.world.value(name) == truth.chain[-1]
         self.world.run()
@@ -464,8 +463,8 @@ class Lives(RuleBasedStateMachine):
                 self.truths[name].promise(None)
                 self.truths[name].promise_frozen(None)
                 continue
-            assert frozen(found) in frozen_, f"{name} is frozen {found.frozen}; it must be one of {frozen_}"
-            self.truths[name].promise_frozen(frozen(found))
+            assert kind(found.frozen) in frozen_, f"{name} is frozen {found.frozen}; it must be one of {frozen_}"
+            self.truths[name].promise_frozen(kind(found.frozen))
             held = self.world.value(name)
             same = [chain for chain in chains if chain is not None and (len(chain) - 1, chain[-1]) == (found.version, held)]
             assert same, f"{name} is at version {found.version} and holds {held}; it must be one of {chains}"
