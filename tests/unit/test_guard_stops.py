@@ -16,7 +16,7 @@ from vllm.v1.request import RequestStatus
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.limits.trust import Trust
-from vllm_ttt.types import ChunkReport, RequestPlan, SessionKey, StepPlan, StepReport, Trial
+from vllm_ttt.types import ChunkReason, ChunkReport, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.deltas.masters import Deltas
@@ -294,7 +294,8 @@ def test_what_is_not_learned_is_given_back() -> None:
     assert key is not None
     assert session.allowance.tokens < full - 700, "both have been taken off"
     left = session.allowance.tokens
-    for skipped, tokens in (("frozen", 300), ("loss", 50), ("short", 49)):
+    reasons: tuple[tuple[ChunkReason, int], ...] = (("frozen", 300), ("loss", 50), ("short", 49))
+    for skipped, tokens in reasons:
         engine.report.chunks.append(ChunkReport(session.adapter, second, tokens, math.nan, None, skipped, 399, 0))
     engine.report.settled.append((second, session.adapter))
     for _ in range(3):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,9 @@ class Truth:
         """It is that, on disk."""
         self.chain, self.found = chain, {chain}
 
-    def promise_frozen(self, frozen: Frozen, unless: set[Frozen] = frozenset()) -> None:  # type: ignore[assignment]
+    def promise_frozen(self, frozen: Frozen, unless: Iterable[Frozen] = ()) -> None:
         """It is that, on disk; or it is one of ``unless``, which is not."""
-        self.frozen, self.found_frozen = frozen, {frozen} | unless
+        self.frozen, self.found_frozen = frozen, {frozen, *unless}
 
     def after_reset(self) -> Frozen:
         return ASKED_FOR if self.frozen == ASKED_FOR else None  # the guard's goes with the delta
@@ -96,7 +97,7 @@ class Truth:
     def after_a_kill(self) -> tuple[set[Chain], set[Frozen]]:
         """What may be found. The first of what is asked may have been written and not answered."""
         found, frozen = set(self.found), set(self.found_frozen)
-        op, argument = self.asked[0] if self.asked else ("", None)
+        op, argument = self.asked[0] if self.asked else ("", 0)
         if op == "become":
             found |= {chain for chain, _ in self.copied}
             frozen |= {why for _, why in self.copied}
@@ -302,17 +303,17 @@ class Lives(RuleBasedStateMachine):
     def done(self, truth: Truth, name: str, op: str, argument: Any, result: dict[str, Any], stops: int) -> None:
         assert truth.chain is not None or op == "delete"
         is_frozen = kind(result.get("frozen_reason"))
-        meanwhile = {GUARD} if truth.stops != stops else set()
+        meanwhile: set[Frozen] = {GUARD} if truth.stops != stops else set()
         if op == "save":
             assert truth.chain is not None
             if result["saved_version"] is not None:
                 truth.found = {truth.back_to(v) for v in range(result["saved_version"], len(truth.chain))}
                 assert truth.found, "it was saved at a version that it went back from"
-                truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else set())
+                truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else ())
         elif op == "rollback":
             assert result["version"] == argument == result["saved_version"]
             truth.promise(truth.back_to(argument))
-            truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else set())
+            truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else ())
         elif op == "reset":
             truth.promise(FRESH)
             assert is_frozen in ({ASKED_FOR, None} if meanwhile else {truth.after_reset()})

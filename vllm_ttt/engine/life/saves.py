@@ -64,7 +64,7 @@ class Saves:
             try:
                 yield self.store.record(session.row())
             except StoreError as error:
-                raise self._failed(session, error) from None
+                raise RequestError(f"session {session.key.name!r} could not be saved: {error}", 507) from None
             session.life.recorded_at = now
         if not session.unsaved:  # nor has the guard returned it meanwhile
             return session.saved
