@@ -437,6 +437,25 @@ def test_the_guard_returns_a_session_further_while_its_rollback_is_written(engin
     assert world.value("a") == 7.0
 
 
+def test_a_rollback_that_the_worker_cannot_do_is_done_from_the_file(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is on disk by then: the call is a 500, and the session is what the state dir says, in no state between two."""
+    world, worker = engine.world, engine.world.worker
+    session = world.use("a", 4.0, 8.0)
+
+    def fail(method: str, *args: Any) -> Any:
+        if method == "ttt_roll_back":
+            raise RuntimeError("CUDA error")
+        return worker(method, *args)
+
+    monkeypatch.setattr(world, "worker", fail)
+    monkeypatch.setattr(world.tiers.guard, "failed", lambda _: None)
+    assert engine.ask("rollback", "a", 3) == 500
+    monkeypatch.undo()
+    assert session.life.state is not State.CHANGING_IN_MEMORY
+    assert world.value("a") == 7.0
+    assert engine.ask("get", "a")["version"] == 3
+
+
 # Frozen
 
 

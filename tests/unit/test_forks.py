@@ -141,3 +141,16 @@ def test_a_fork_and_a_save_of_it_do_not_escape_the_guard(tmp_path: Path) -> None
     again = after.use("c")
     assert after.trainer.guard.untried(again.adapter) == 15
     after.end()
+
+
+def test_a_version_that_is_saved_to_return_to_it_does_not_escape_the_guard(tmp_path: Path) -> None:
+    """Of what no trial has seen, what had been committed by then counts in its file too."""
+    world = World(tmp_path / "state", limit=8, rows=4)
+    world.use("a", *[1.0] * 15)
+    assert Engine(world).ask("rollback", "a", 14)["saved_version"] == 14
+    world.crash()
+    after = World(tmp_path / "state", limit=8, rows=4)
+    session = after.use("a")
+    assert after.trainer.guard.untried(session.adapter) == 14
+    assert after.value("a") == 14.0
+    after.end()

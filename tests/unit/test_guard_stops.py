@@ -16,10 +16,11 @@ from vllm.v1.request import RequestStatus
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.limits.trust import Trust
-from vllm_ttt.types import ChunkReport, RequestPlan, SessionKey, StepPlan, StepReport, Trial
+from vllm_ttt.types import ChunkReason, ChunkReport, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.deltas.versions import keep
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.budget import Budget
 from vllm_ttt.worker.learn.trainer import Trainer
@@ -122,6 +123,24 @@ def test_who_is_spoiled_after_the_first_interval_keeps_what_it_learned_in_it() -
     worker.harm(A)
     (trial,) = [trial for _ in range(12) for trial in worker.between().trials]
     assert (trial.session, trial.back_to) == (A, EVERY)
+
+
+def test_to_go_back_does_not_escape_the_guard() -> None:
+    """What was committed before that version, and no trial has seen, counts on; where it is a good one, there is none."""
+    worker = Worker()
+    trainer = worker.trainer
+    worker.learn(A, EVERY)
+    worker.learn(A, EVERY - 2)
+    trainer.versions.add(A, 2 * EVERY - 2, keep(worker.deltas, A))
+    worker.learn(A, 1)
+    assert trainer.guard.untried(A) == EVERY - 1
+    assert trainer.roll_back(A, 2 * EVERY - 2)
+    assert trainer.guard.untried(A) == EVERY - 2
+    worker.learn(A, 2)
+    assert trainer.versions.last_good(A) == 2 * EVERY, "it was due"
+    worker.learn(A, 1)
+    assert trainer.roll_back(A, 2 * EVERY)
+    assert trainer.guard.untried(A) == 0
 
 
 # The worker's half
@@ -275,7 +294,8 @@ def test_what_is_not_learned_is_given_back() -> None:
     assert key is not None
     assert session.allowance.tokens < full - 700, "both have been taken off"
     left = session.allowance.tokens
-    for skipped, tokens in (("frozen", 300), ("loss", 50), ("short", 49)):
+    reasons: tuple[tuple[ChunkReason, int], ...] = (("frozen", 300), ("loss", 50), ("short", 49))
+    for skipped, tokens in reasons:
         engine.report.chunks.append(ChunkReport(session.adapter, second, tokens, math.nan, None, skipped, 399, 0))
     engine.report.settled.append((second, session.adapter))
     for _ in range(3):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ class Truth:
         self.found_frozen: set[Frozen] = {None}
         #: what was asked of it and is not answered, in order; a fork no longer than until its copy is made
         self.asked: list[tuple[str, Any]] = []
-        #: what a fork that is under way has made of it
-        self.copied: tuple[Chain, Frozen] | None = None
+        #: what a fork that is under way has made of it, and what the guard has made of that
+        self.copied: list[tuple[Chain, Frozen]] = []
         #: what it was before the guard returned it, while it is to be rolled back
         self.before: Chain = None
         #: how often the guard has stopped it
@@ -71,6 +72,9 @@ class Truth:
 
     def stop(self, version: int) -> None:
         """The guard has frozen it, and it is at ``version``."""
+        if self.copied:
+            self.copied.append(((self.copied[-1][0] or ())[: version + 1], GUARD))
+            return
         assert self.chain is not None
         if any(op == "rollback" for op, _ in self.asked):
             self.before = max(self.chain, self.before or (), key=len)
@@ -83,9 +87,9 @@ class Truth:
         """It is that, on disk."""
         self.chain, self.found = chain, {chain}
 
-    def promise_frozen(self, frozen: Frozen, unless: set[Frozen] = frozenset()) -> None:  # type: ignore[assignment]
+    def promise_frozen(self, frozen: Frozen, unless: Iterable[Frozen] = ()) -> None:
         """It is that, on disk; or it is one of ``unless``, which is not."""
-        self.frozen, self.found_frozen = frozen, {frozen} | unless
+        self.frozen, self.found_frozen = frozen, {frozen, *unless}
 
     def after_reset(self) -> Frozen:
         return ASKED_FOR if self.frozen == ASKED_FOR else None  # the guard's goes with the delta
@@ -93,10 +97,10 @@ class Truth:
     def after_a_kill(self) -> tuple[set[Chain], set[Frozen]]:
         """What may be found. The first of what is asked may have been written and not answered."""
         found, frozen = set(self.found), set(self.found_frozen)
-        op, argument = self.asked[0] if self.asked else ("", None)
-        if op == "become" and self.copied is not None:
-            found.add(self.copied[0])
-            frozen.add(self.copied[1])
+        op, argument = self.asked[0] if self.asked else ("", 0)
+        if op == "become":
+            found |= {chain for chain, _ in self.copied}
+            frozen |= {why for _, why in self.copied}
         elif self.chain is not None:
             if op == "rollback" and argument < len(max(self.chain, self.before or (), key=len)):
                 found.add(self.back_to(argument))
@@ -108,8 +112,8 @@ class Truth:
         return found, frozen
 
 
-def frozen(session: Session) -> Frozen:
-    return session.frozen if session.frozen in (None, ASKED_FOR) else GUARD
+def kind(frozen: str | None) -> Frozen:
+    return frozen if frozen in (None, ASKED_FOR) else GUARD
 
 
 class Lives(RuleBasedStateMachine):
@@ -120,6 +124,8 @@ class Lives(RuleBasedStateMachine):
         self.truths = {name: Truth() for name in "abc"}
         self.numbers = itertools.count(1)
         self.answers: list[Future] = []
+        #: what was wrong with an answer
+        self.wrong: list[Exception] = []
         self.start(Path(self.folder.name) / "s")
         for name in "ab":
             self.talk(name, chunks=2, save=name == "a")
@@ -153,7 +159,7 @@ class Lives(RuleBasedStateMachine):
         if version == source.version:
             truth = self.truths[source.key.name]
             truth.asked.remove(("fork", target.key.name))
-            self.truths[target.key.name].copied = truth.chain, truth.frozen
+            self.truths[target.key.name].copied = [(truth.chain, truth.frozen)]
 
     def session(self, name: str) -> Session | None:
         return self.world.ledger.sessions.get(SessionKey("-", name))
@@ -246,12 +252,19 @@ class Lives(RuleBasedStateMachine):
         if becomes:
             self.truths[argument].asked.append(("become", name))
         stops = truth.stops
+
+        def answered(answer: dict[str, Any]) -> None:
+            try:
+                self.answered(name, op, argument, answer, becomes, stops)
+            except Exception as error:  # a Future swallows what its callbacks raise
+                self.wrong.append(error)
+
         answer = admin(self.engine, op, "-", name, argument)
         if isinstance(answer, Future):
             self.answers.append(answer)
-            answer.add_done_callback(lambda done: self.answered(name, op, argument, done.result(), becomes, stops))
+            answer.add_done_callback(lambda done: answered(done.result()))
         else:
-            self.answered(name, op, argument, answer, becomes, stops)
+            answered(answer)
 
     def forking(self, name: str) -> bool:
         return any(op == "become" for op, _ in self.truths[name].asked)
@@ -278,31 +291,29 @@ class Lives(RuleBasedStateMachine):
     def forked(self, target: Truth, name: str, to: str, answer: dict[str, Any]) -> None:
         target.asked.remove(("become", name))
         if answer["ok"]:
-            assert target.copied is not None
-            chain, frozen = target.copied
+            chain, frozen = target.copied[-1]
             assert answer["result"]["version"] == len(chain or ()) - 1
             target.promise(chain)
             target.promise_frozen(frozen)
         else:
             target.chain = FRESH if self.session(to) is not None else None
             target.found = {None, target.chain}
-        target.copied = None
+        target.copied = []
 
     def done(self, truth: Truth, name: str, op: str, argument: Any, result: dict[str, Any], stops: int) -> None:
         assert truth.chain is not None or op == "delete"
-        session = self.session(name)
-        is_frozen = None if session is None else frozen(session)
-        meanwhile = {GUARD} if truth.stops != stops else set()
+        is_frozen = kind(result.get("frozen_reason"))
+        meanwhile: set[Frozen] = {GUARD} if truth.stops != stops else set()
         if op == "save":
             assert truth.chain is not None
             if result["saved_version"] is not None:
                 truth.found = {truth.back_to(v) for v in range(result["saved_version"], len(truth.chain))}
                 assert truth.found, "it was saved at a version that it went back from"
-                truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else set())
+                truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else ())
         elif op == "rollback":
             assert result["version"] == argument == result["saved_version"]
             truth.promise(truth.back_to(argument))
-            truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else set())
+            truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else ())
         elif op == "reset":
             truth.promise(FRESH)
             assert is_frozen in ({ASKED_FOR, None} if meanwhile else {truth.after_reset()})
@@ -347,6 +358,16 @@ class Lives(RuleBasedStateMachine):
             for thread in WORK:
                 self.world.let(thread)
             self.step()
+
+    @rule()
+    def pause(self) -> None:
+        """Requests stay where they are: the engine comes to rest, and who is not answered waits for a place that they hold."""
+        while self.trials:
+            self.step()
+        self.world.run()
+        if not all(answer.done() for answer in self.answers):
+            assert any(s.requests for s in self.world.ledger.sessions.values() if s.life.placed)
+            assert self.world.tiers.placed == self.world.ledger.limit
 
     @rule(name=NAMES, late=st.booleans(), saving=st.booleans(), data=st.data())
     def guard_returns(self, name: str, late: bool, saving: bool, data: st.DataObject) -> None:
@@ -418,6 +439,8 @@ class Lives(RuleBasedStateMachine):
         self.round()
         self.world.run()
         assert all(answer.done() for answer in self.answers), "somebody is not answered"
+        if self.wrong:
+            raise self.wrong[0]
         assert not any(truth.asked for truth in self.truths.values())
         self.answers.clear()
         for name, truth in self.truths.items():
@@ -426,7 +449,7 @@ class Lives(RuleBasedStateMachine):
                 truth.promise(None)  # it has learned nothing: it was only a name, or its row could not be written
             assert (None if found is None else found.version) == (None if truth.chain is None else len(truth.chain) - 1)
             if found is not None:
-                assert frozen(found) == truth.frozen
+                assert kind(found.frozen) == truth.frozen
             if truth.chain is not None:
                 assert self.world.value(name) == truth.chain[-1]
         self.world.run()
@@ -441,8 +464,8 @@ class Lives(RuleBasedStateMachine):
                 self.truths[name].promise(None)
                 self.truths[name].promise_frozen(None)
                 continue
-            assert frozen(found) in frozen_, f"{name} is frozen {found.frozen}; it must be one of {frozen_}"
-            self.truths[name].promise_frozen(frozen(found))
+            assert kind(found.frozen) in frozen_, f"{name} is frozen {found.frozen}; it must be one of {frozen_}"
+            self.truths[name].promise_frozen(kind(found.frozen))
             held = self.world.value(name)
             same = [chain for chain in chains if chain is not None and (len(chain) - 1, chain[-1]) == (found.version, held)]
             assert same, f"{name} is at version {found.version} and holds {held}; it must be one of {chains}"
@@ -455,6 +478,8 @@ class Lives(RuleBasedStateMachine):
     def whole(self) -> None:
         if not hasattr(self, "world"):
             return
+        if self.wrong:
+            raise self.wrong[0]
         world, sessions = self.world, list(self.world.ledger.sessions.values())
         assert world.tiers.placed == sum(s.life.placed for s in sessions) <= world.ledger.limit
         assert set(world.ledger.by_adapter) == {s.adapter for s in sessions}

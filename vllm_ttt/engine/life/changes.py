@@ -104,13 +104,17 @@ class Changes:
         except Exception:
             self._unchanged(session)
             raise
-        if session.life.in_memory and worker("ttt_roll_back", session.adapter, version) is None:
-            session.back_to(version, newest)
-            self.tiers.changes(session)
-            self._unchanged(session)
-        else:  # it was not in memory; or the guard has returned it further, or the worker has given that version up
-            assert newest is not None
-            self.tiers.become(session, {**newest.state, **session.standing()}, newest)
+        here = False
+        try:
+            here = session.life.in_memory and worker("ttt_roll_back", session.adapter, version) is None
+        finally:
+            if here:
+                session.back_to(version, newest)
+                self.tiers.changes(session)
+            if here or newest is None:
+                self._unchanged(session)
+            else:  # it was not in memory; or the guard has returned it further, or the worker has given that version up
+                self.tiers.become(session, {**newest.state, **session.standing()}, newest)
         return session
 
     def _copy(self, source: Session, target: Session, worker: Worker) -> Steps:

@@ -59,14 +59,14 @@ class Saves:
 
     def asked(self, session: Session) -> Steps:
         """An operation: save what the session is now. Returns its `Version` on disk, None for one that learned nothing."""
-        if not session.unsaved:
-            if session.life.unrecorded and not session.blank:
-                now = session.life.generation
-                try:
-                    yield self.store.record(session.row())
-                except StoreError as error:
-                    raise self._failed(session, error) from None
-                session.life.recorded_at = now
+        if not session.unsaved and session.life.unrecorded and not session.blank:
+            now = session.life.generation
+            try:
+                yield self.store.record(session.row())
+            except StoreError as error:
+                raise RequestError(f"session {session.key.name!r} could not be saved: {error}", 507) from None
+            session.life.recorded_at = now
+        if not session.unsaved:  # nor has the guard returned it meanwhile
             return session.saved
         turn: Future = Future()
         self.due[session.key] = session, turn

@@ -208,9 +208,11 @@ class Trainer:
         if kept is None or version > self.deltas.session(key).version:
             return False
         self.lose(key, "rollback")
+        untried = self.guard.untried(key) - (self.deltas.session(key).version - version)
         restore(self.deltas, key, version, kept)
         self.versions.cut(key, version)
         self.guard.drop(key)
+        self.guard.resume(key, max(0, untried))  # to go back by one does not escape the guard
         self.dirty.add(key)
         self.sync()
         return True
