@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vllm_ttt import audit_log
 from vllm_ttt.audit_log import Log, entry
 from vllm_ttt.cli import app
 from vllm_ttt.config import SessionsConfig, parse_config
+from vllm_ttt.engine.admin import admin
 from vllm_ttt.errors import ConfigError, RequestError
 from vllm_ttt.types import SessionKey
 
@@ -207,6 +209,40 @@ def test_what_is_answered_is_in_the_log(tmp_path: Path, op: str) -> None:
     world.save("a")
     engine.ask(op, "a", {"fork": "b", "rollback": 2}.get(op))
     assert told(path)[-1] == f"{op} a", "it is there when the answer is"
+    world.end()
+
+
+def test_the_engine_does_not_rest_while_an_operation_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path / "state", audit_log=str(tmp_path / "audit.jsonl"))
+    world.use("a", 1.0)
+    world.run()
+    log, gate = world.tiers.audit.log, threading.Event()
+    assert log is not None
+    append = log.append
+
+    def slow(*args: Any) -> None:
+        gate.wait(20)
+        append(*args)
+
+    monkeypatch.setattr(log, "append", slow)
+    answer = admin(Engine(world), "delete", "-", "a")
+    deadline = time.monotonic() + 20
+    while not world.tiers.audit.busy:
+        assert time.monotonic() < deadline
+        world.step()
+    for _ in range(20):
+        world.step()
+        assert world.tiers.busy, "nobody would ever answer"
+        assert not answer.done()
+    gate.set()
+    while not answer.done():
+        assert world.tiers.busy or answer.done()
+        world.step()
+    assert answer.result()["ok"]
+    world.run()
+    assert not world.tiers.busy
     world.end()
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.engine.ledger import Session
-from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.types import ADAPTER_PATH, SAMPLES, ChunkReport, Knobs
+
+if TYPE_CHECKING:
+    from vllm_ttt.engine.limits.trust import Trust
 
 #: Of so many requests with n > 1 whose first sample has left, it is remembered for those that are still to come.
 _REMEMBERED = 64

@@ -71,8 +71,8 @@ class Exports:
 
     @property
     def busy(self) -> bool:
-        """Whether it is the turn of one that waits."""
-        return bool(self.waiting) and self.under_way < AT_ONCE
+        """Whether it is the turn of one that waits, or it is still to be said which model this is."""
+        return (bool(self.waiting) and self.under_way < AT_ONCE) or (self.identity is not None and not self.identity.done())
 
     def step(self) -> None:
         """Let those go on whose turn it is."""

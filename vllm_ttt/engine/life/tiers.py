@@ -127,7 +127,7 @@ class Tiers:
     @property
     def busy(self) -> bool:
         """Whether the engine must go on stepping although nobody is served."""
-        if self.orders.busy or self.exports.busy or self.lists.busy or self.broken:
+        if self.orders.busy or self.exports.busy or self.lists.busy or self.audit.busy or self.broken:
             return True
         if self.operations.can_go_on(self.crowded):
             return True

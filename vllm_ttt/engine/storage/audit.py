@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ class Audit:
         #: why the log cannot be written; "" while it can
         self.failing = ""
         self._queue: queue.SimpleQueue[tuple[dict[str, Any], Future | None] | None] = queue.SimpleQueue()
+        #: what operations wait for, in order
+        self._awaited: deque[Future] = deque()
         self._thread = threading.Thread(target=self._run, name="ttt-audit", daemon=True)
         if log is not None:
             self._thread.start()
@@ -67,7 +70,15 @@ class Audit:
         """Part of an operation: the same, and it is on the disk when the operation goes on."""
         if self.log is not None:
             self._put(session, event, fields, done := Future())
+            self._awaited.append(done)
             yield done
+
+    @property
+    def busy(self) -> bool:
+        """Whether an operation waits for the disk."""
+        while self._awaited and self._awaited[0].done():
+            self._awaited.popleft()
+        return bool(self._awaited)
 
     def check(self) -> None:
         """Raise RequestError (503) where the log cannot be written: what it cannot tell of is not done."""
