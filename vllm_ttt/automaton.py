@@ -168,9 +168,12 @@ class Automaton:
                 self._sequence(branch, start, end, flags)
         elif op is _constants.SUBPATTERN:
             _, add, remove, tree = argument
+            if add & (re.MULTILINE | re.LOCALE):
+                raise ValueError("the flags m and L are not supported")
             self._sequence(tree, start, end, (flags | add) & ~remove)
         elif op in (_constants.MAX_REPEAT, _constants.MIN_REPEAT):
-            self._repeat(*argument, start, end, flags)
+            least, most, tree = argument
+            self._repeat(least, most, tree, start, end, flags)
         elif op is _constants.AT:
             self.free[start].append((end, _AT[argument]))
         elif op in (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN):
