@@ -52,13 +52,14 @@ def settings(constant: bool = False) -> str:
 def _default(field: FieldInfo) -> str:
     default: Any = field.default
     if isinstance(default, tuple):
-        return ", ".join(default)
+        return ", ".join(default) or "[]"
     return json.dumps(default) if default is None or isinstance(default, bool) else str(default)
 
 
 def _allowed(name: str, field: FieldInfo) -> str:
     """What the field may be, in words."""
     kind, words = field.annotation, {"rank": ", ".join(map(str, RANKS)), "layers": "1 to 1024, or `all`"}
+    words["filter"] = "up to 64 regular expressions"
     words["ttl"] = "a number and `s`, `m`, `h` or `d`; `never`"
     if name in words:
         return words[name]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_ttt.errors import TTTError
+from vllm_ttt.sessions.audit import app as audit
 from vllm_ttt.sessions.commands import app as sessions
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(sessions, name="sessions")
+app.add_typer(audit, name="audit")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from vllm_ttt.automaton import Automaton
 from vllm_ttt.errors import ConfigError
 
 #: The ranks that vLLM's LoRA configuration can hold (vllm/config/lora.py, MaxLoRARanks).
@@ -101,10 +102,20 @@ class LearnConfig(_Model):
     """A chunk whose loss exceeds this times ln(vocabulary) is not learned: it is noise."""
     min_chunk: Annotated[int, Field(ge=1, le=1024), CONSTANT] = 8
     """A remainder of a prompt shorter than this is not learned."""
+    filter: tuple[str, ...] = ()
+    """Regular expressions: what of a prompt's text is part of a match is not learned ([operators.md](operators.md#filter))."""
     history: Annotated[Literal["skip", "learn"], CONSTANT] = "skip"
     """Where a prompt goes on from an earlier one of its session: whether what they share is skipped, or learned again."""
     interleave: bool = False
     """Whether a prompt is read chunk by chunk, each learned before the next is scored, where a request does not say."""
+
+    @field_validator("filter")
+    @classmethod
+    def _filter(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        if len(patterns) > 64 or any(not 0 < len(p) <= 500 for p in patterns):
+            raise ValueError("filter takes up to 64 patterns of 1 to 500 characters")
+        Automaton(patterns)
+        return patterns
 
 
 class ScheduleConfig(_Model):
@@ -161,6 +172,19 @@ class SessionsConfig(_Model):
     """Commits from one version that is kept in memory to the next."""
     versions_gib: Annotated[float, Field(ge=0, le=65536), CONSTANT] = 2.0
     """GiB of memory for kept versions; where it is full, the session that has most gives up its oldest. 0: none are."""
+    key_file: str | None = None
+    """File with the 32 bytes with which the state dir is encrypted; null: it is not. Who loses them loses the sessions."""
+    audit_log: str | None = None
+    """File in which is noted what becomes of each session; a name without a folder is in the state dir. null: nowhere."""
+
+    @property
+    def audit_path(self) -> Path | None:
+        """Where the audit log is. Raises ConfigError where that is a state dir, and there is none."""
+        if self.audit_log is None or Path(self.audit_log).is_absolute():
+            return None if self.audit_log is None else Path(self.audit_log)
+        if self.state_dir is None:
+            raise ConfigError(f"sessions.audit_log {self.audit_log} is in the state dir, and there is none: name a full path")
+        return Path(self.state_dir).absolute() / self.audit_log
 
     @property
     def ttl_seconds(self) -> float:

@@ -108,14 +108,19 @@ class RequestPlan:
     probe: int = 0
     #: ranges (first, end) of pairs whose tokens repeat themselves: a chunk most of which is in one is not learned
     repetitive: list[tuple[int, int]] = field(default_factory=list)
+    #: ranges (first, end) of pairs whose next token is not to be learned: their loss weighs nothing
+    filtered: list[tuple[int, int]] = field(default_factory=list)
 
 
-FileAction = Literal["save", "load", "export", "drop"]
+FileAction = Literal["save", "load", "export", "digest", "drop"]
 
 
 @dataclass(slots=True)
 class FileOrder:
-    """Engine to worker: move a session between the worker's memory and a file. Each but "drop" gets one final FileReport."""
+    """Engine to worker: move a session between the worker's memory and a file, or say its digest.
+
+    Each but "drop" gets one final FileReport.
+    """
 
     action: FileAction
     #: the session's adapter id
@@ -128,6 +133,8 @@ class FileOrder:
     metadata: dict[str, str] = field(default_factory=dict)
     #: save: an earlier version that the worker keeps; None: what the session is
     version: int | None = None
+    #: export: what the file is sealed with, drawn for it alone, hexadecimal; "": it is not
+    key: str = ""
 
 
 @dataclass(slots=True)
@@ -147,6 +154,8 @@ class FileReport:
     bytes: int = 0
     #: sha256 of the file, hexadecimal
     checksum: str = ""
+    #: save, export, digest: of the delta, whatever its file (worker/deltas/delta_file.py)
+    digest: str = ""
     error: str = ""
     #: failed: the number of the system's error, where it was one
     errno: int = 0
@@ -177,7 +186,7 @@ class StepPlan:
 
 
 #: Why a chunk was not learned.
-ChunkReason = Literal["loss", "nonfinite", "short", "repetition", "rollback", "frozen", "full", "error"]
+ChunkReason = Literal["loss", "nonfinite", "short", "repetition", "filter", "rollback", "frozen", "full", "error"]
 #: Why nothing of a prompt, or not its beginning, was to be learned at all.
 PromptReason = Literal["history", "limit"]
 Reason = ChunkReason | PromptReason

@@ -70,8 +70,9 @@ def running(log: Path, module: str, flags: list[str], environment: dict[str, str
 
 @contextlib.contextmanager
 def running_ttt(folder: Path, config: dict[str, Any], flags: list[str]) -> Iterator[Served]:
-    """A server with the plugin, whose worker the tests can watch and break."""
+    """A server with the plugin, whose worker the tests can watch and break. Its audit log is beside its own."""
     folder.mkdir(parents=True, exist_ok=True)
+    config = {**config, "sessions": {"audit_log": str(folder / "audit.jsonl"), **config.get("sessions", {})}}
     file = folder / "ttt.yaml"
     file.write_text(yaml.safe_dump(config))
     flags = ["--ttt-config", str(file), "--worker-cls", "faulty_worker.FaultyWorker", *flags]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from conftest import MODEL, Stage, running
 from served import SCORED, Documents, Served, logprobs
 
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.storage.identity import identity
-from vllm_ttt.engine.storage.records import connect, create
+from vllm_ttt.engine.storage.database import connect, create
+from vllm_ttt.engine.storage.identity import config_hash, identity, weights_hash
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.state_dir import StateDir
+from vllm_ttt.worker.deltas import delta_file
 
 pytestmark = pytest.mark.engine
 
@@ -55,16 +57,33 @@ def exported(stage: Stage, documents: Documents, tmp_path_factory: pytest.TempPa
 
 def test_the_tar_and_the_file_are_the_same_adapter(deep: Served, exported: dict[str, Any]) -> None:
     folder: Path = exported["folder"]
-    assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "one.safetensors"}
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "provenance.json",
+        "one.safetensors",
+    }
     one, two = (safetensors.torch.load((folder / f"{n}.safetensors").read_bytes()) for n in ("one", "adapter_model"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
     with safetensors.safe_open(folder / "one.safetensors", "pt") as file:
         metadata = json.dumps(file.metadata())
         assert json.loads(file.metadata()["adapter_config"]) == json.loads((folder / "adapter_config.json").read_text())
+        told = [json.loads(file.metadata()["provenance"]), json.loads((folder / "provenance.json").read_text())]
     assert exported["again"] == exported["served"], "to export it changes nothing"
     for text in ((folder / "adapter_config.json").read_text(), metadata):
         assert str(MODEL.parent) not in text, "the server's folders are nobody's business"
+    assert all(t.pop("exported").endswith("Z") for t in told)
+    session = deep.session(told[0]["session_id"])
+    for t in told:
+        assert (t["version"], t["tokens_learned"]) == (exported["version"], session["tokens_learned"])
+        assert t["digest_sha256"] == delta_file.digest(exported["delta"])
+        assert t["rate"] == pytest.approx(session["rate"], abs=1e-7)
+        assert t["base_model"]["weights_sample_sha256"] == weights_hash(MODEL)
+        assert t["base_model"]["config_sha256"] == config_hash(MODEL)
+        assert (t["base_model"]["name"], t["base_model"]["dtype"]) == ("demo", "float32")
+        assert (t["vllm_ttt"], t["adapt"]["rank"]) == (version("vllm-ttt"), 64)
+    assert [t["requests"] for t in told] == [4, 4], "three that were learned, and the probe"
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "demo", "what clients call the model"
 

@@ -178,7 +178,9 @@ def test_list_get_reset_delete_config(server: Served, documents: Documents) -> N
     assert not any(part.any() for part in server.delta(name).values())
     assert server.complete(documents["kjv"][0][:257], name)["ttt"]["version"] == 0
     server.settle()
-    assert http.delete(route).json() == {"session_id": name, "deleted": True}
+    receipt = http.delete(route).json()
+    assert (receipt["session_id"], receipt["deleted"], receipt["files"]) == (name, True, []), "there is no state dir"
+    assert (receipt["version"], receipt["tokens_learned"], len(receipt["digest"])) == (1, 256, 64)
     assert http.get(route).status_code == 404
     assert name not in [s["session_id"] for s in http.get("/v1/ttt/sessions").json()["sessions"]]
     assert server.complete(documents["kjv"][0][:257], name)["ttt"]["version"] == 0, "the name is free again"

@@ -12,6 +12,8 @@ import pytest
 from load.logs import unexpected
 from served import Served
 
+from vllm_ttt import audit_log
+
 pytestmark = pytest.mark.engine
 
 LOAD = Path(__file__).parents[2] / "loadtests" / "run_load.py"
@@ -41,3 +43,6 @@ def test_soak(server: Served, tmp_path: Path) -> None:
     assert done.stdout.strip() == dated.with_suffix(".md").read_text().strip()
     assert unexpected(server.logged()[logged:]) == []
     assert {s["session_id"] for s in server.http.get("/v1/ttt/sessions").json()["sessions"]} == before, "it leaves no session"
+    told = audit_log.verify(server.log.parent / "audit.jsonl")
+    assert told.problem is None
+    assert min(told.events[event] for event in ("create", "learn", "serve", "fork", "rollback", "freeze", "delete")) > 0

@@ -24,6 +24,7 @@ import yaml
 from conftest import HERE, Stage, running
 from served import Documents, Served, completion
 
+from vllm_ttt import audit_log
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.sessions.offline import Offline, tenant_of
 from vllm_ttt.state_dir import StateDir
@@ -35,7 +36,7 @@ KILLS = int(os.environ.get("TTT_KILLS", "2"))
 KEYS = {"a": "key-of-tenant-a-12345", "b": "key-of-tenant-b-12345", "admin": "key-of-the-admin-12345"}
 NAMES = [f"s{i}" for i in range(10)]
 #: Two slots and room for two more: ten sessions are always on the move.
-CONFIG = {"learn": {"chunk": 256}, "sessions": {"resident": 2, "host_gib": 0.005, "autosave": 1.0}}
+CONFIG = {"learn": {"chunk": 256}, "sessions": {"resident": 2, "host_gib": 0.005, "autosave": 1.0, "audit_log": "audit.jsonl"}}
 
 
 def headers(who: str) -> dict[str, str]:
@@ -43,9 +44,10 @@ def headers(who: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def server(folder: Path, log: str) -> Iterator[Served]:
+def server(folder: Path, log: str, key: Path | None = None) -> Iterator[Served]:
     (folder / "admin").write_text(KEYS["admin"])
-    config = {**CONFIG, "sessions": {**CONFIG["sessions"], "admin_key_file": str(folder / "admin")}}
+    files = {"admin_key_file": str(folder / "admin"), "key_file": None if key is None else str(key)}
+    config = {**CONFIG, "sessions": {**CONFIG["sessions"], **files}}
     (folder / "ttt.yaml").write_text(yaml.safe_dump(config))
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", str(folder / "state")]
     flags += ["--worker-cls", "faulty_worker.FaultyWorker", "--api-key", KEYS["a"], KEYS["b"]]
@@ -93,9 +95,9 @@ class Load:
         assert self.errors == []
 
 
-def check(served: Served, folder: Path, documents: Documents, acknowledged: dict[str, int]) -> dict[str, int]:
+def check(served: Served, folder: Path, documents: Documents, acknowledged: dict[str, int], key: Path | None) -> dict[str, int]:
     """Every session is at a version that was saved, no older than acknowledged, and holds what the file of it holds."""
-    offline = Offline(folder)
+    offline = Offline(folder, key_file=key)
     offline.tenant = tenant_of(offline.folder, KEYS["a"])
     versions = {}
     for name in NAMES:
@@ -111,7 +113,7 @@ def check(served: Served, folder: Path, documents: Documents, acknowledged: dict
             newest = offline.find(name).newest
             assert newest is not None
             assert newest.version == version
-            tensors, _ = delta_file.load(offline.folder.path(newest.file), newest.checksum, offline.geometry)
+            tensors, _ = delta_file.load(offline.folder.path(newest.file), newest.checksum, offline.geometry, offline.vault)
             assert_same_delta(served.delta(name), tensors, offline.geometry)
     return versions
 
@@ -122,13 +124,18 @@ def assert_same_delta(delta: dict[str, torch.Tensor], tensors: dict[str, torch.T
     assert torch.equal(torch.cat([x.flatten() for x in delta.values()]), torch.cat(expected))
 
 
-def test_kill_9_at_random_moments(stage: Stage, tmp_path: Path, documents: Documents) -> None:
+@pytest.mark.parametrize("sealed", [False, True])
+def test_kill_9_at_random_moments(stage: Stage, tmp_path: Path, documents: Documents, sealed: bool) -> None:
     stage.stop()
+    key = tmp_path / "key" if sealed else None
+    if key is not None:
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(32))
     rng, acknowledged, last = random.Random(KILLS), {}, {}
     state = tmp_path / "state"
     for cycle in range(KILLS):
-        with server(tmp_path, f"server-{cycle}.log") as served:
-            found = check(served, state, documents, acknowledged) if cycle else {}
+        with server(tmp_path, f"server-{cycle}.log", key) as served:
+            found = check(served, state, documents, acknowledged, key) if cycle else {}
             assert all(found.get(name, 0) >= version for name, version in last.items()), "what had been recovered is gone"
             last = found
             load = Load(served, documents, 100 * cycle, acknowledged)
@@ -142,19 +149,30 @@ def test_kill_9_at_random_moments(stage: Stage, tmp_path: Path, documents: Docum
                 os.killpg(served.process.pid, signal.SIGKILL)
             served.process.wait()
             load.end()
-        report = Offline(state).fsck()
+        report = Offline(state, key_file=key).fsck()
         assert report["problems"] == [], f"after kill {cycle}"
+        assert audit_log.verify(state / "audit.jsonl").problem is None, f"after kill {cycle}"
         versions, leftovers = report["versions"], len(report["leftovers"])
         print(f"kill {cycle}: {len(acknowledged)} acknowledged, {versions} versions, {leftovers} leftovers", flush=True)
-    with server(tmp_path, "server-last.log") as served:
-        check(served, state, documents, acknowledged)
+    with server(tmp_path, "server-last.log", key) as served:
+        check(served, state, documents, acknowledged, key)
         before = ask_around(served, documents)
         # As `systemctl stop` does: every process gets the signal.
         os.killpg(served.process.pid, signal.SIGTERM)
         served.process.wait(timeout=60)
-    rows = {row["session_id"]: row for row in Offline(state, tenant_of(StateDir(state), KEYS["a"])).list()}
+    tenant = tenant_of(StateDir(state), KEYS["a"])
+    rows = {row["session_id"]: row for row in Offline(state, tenant, key).list()}
     assert {name: rows[name]["version"] for name in before} == before, "what was learned last was not saved at the end"
-    assert Offline(state).fsck()["leftovers"] == []
+    assert Offline(state, key_file=key).fsck()["leftovers"] == []
+    if sealed:  # names and losses are nowhere, but for names in the audit log
+        for file in (path for path in state.rglob("*") if path.is_file() and path.name != "audit.jsonl"):
+            data = file.read_bytes()
+            assert not any(text in data for text in (b"__metadata__", b"frozen_loss", b"tokens_learned")), file
+    told = audit_log.verify(state / "audit.jsonl").to_json()
+    assert (told["ok"], told["torn_bytes"], told["events"]["start"]) == (True, 0, KILLS + 1)
+    assert min(told["events"][event] for event in ("create", "learn", "serve", "stop")) > 0
+    log = (state / "audit.jsonl").read_text()
+    assert not any(key in log for key in KEYS.values())
 
 
 def ask_around(served: Served, documents: Documents) -> dict[str, int]:

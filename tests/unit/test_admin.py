@@ -130,7 +130,8 @@ def test_reset_and_delete(engine: Engine, name: str) -> None:
     fresh = engine.ask("reset", name)
     assert (fresh["version"], fresh["saved_version"], fresh["created"]) == (0, None, created)
     assert engine.world.value(name) == 0.0
-    assert engine.ask("delete", name) == {"session_id": name, "deleted": True}
+    receipt = engine.ask("delete", name)
+    assert (receipt["session_id"], receipt["deleted"], receipt["version"], receipt["files"]) == (name, True, 0, [])
     engine.world.run()
     offline = Offline(engine.world.store.folder.root)
     assert name not in {s["session_id"] for s in offline.list()}

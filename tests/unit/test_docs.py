@@ -185,10 +185,10 @@ def test_bodies_of_the_examples_are_accepted(file: Path) -> None:
 def test_make_targets_and_commands_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     commands = set(re.findall(r"^def (\w+)\(|command\(\"(\w+)\"", (ROOT / "vllm_ttt/cli.py").read_text(), re.MULTILINE))
-    commands = {a or b for a, b in commands} | {"sessions"}
+    commands = {a or b for a, b in commands} | {"sessions", "audit"}
     from vllm_ttt.cli import app
 
-    assert "sessions" in {group.name for group in app.registered_groups}
+    assert {group.name for group in app.registered_groups} == {"sessions", "audit"}
     for file in documents():
         text = file.read_text(encoding="utf-8")
         code = "\n".join([*re.findall(r"^```sh\n(.+?)^```", text, re.MULTILINE | re.DOTALL), *re.findall(r"`([^`\n]+)`", text)])

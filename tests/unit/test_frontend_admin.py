@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from fastapi.testclient import TestClient
-from test_frontend_http import SESSION, FakeServing, build, refused
+from test_frontend_http import RECEIPT, SESSION, FakeServing, build, refused
 from world import GEOMETRY
 
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.frontend import tenants
-from vllm_ttt.worker.deltas import peft
+from vllm_ttt.worker.deltas import delta_file, peft
 
 pytestmark = pytest.mark.unit
 
@@ -65,7 +66,7 @@ def bearer(key: str) -> dict[str, str]:
 def test_each_route_asks_for_the_callers_session(
     keyed: TestClient, serving: FakeServing, method: str, rest: str, body: Any, asked: tuple[Any, ...]
 ) -> None:
-    serving.admin = {"ok": True, "result": SESSION}
+    serving.admin = {"ok": True, "result": SESSION | RECEIPT}
     tenants_seen = []
     for key in ("key-a", "key-b"):
         answer = keyed.request(method, "/v1/ttt/sessions/s" + rest, json=body, headers=bearer(key))
@@ -137,28 +138,40 @@ def test_refusals_of_the_engine(keyed: TestClient, serving: FakeServing, status:
         refused(answer, "says why", status=status)
 
 
+def assert_adapter(sent: bytes, written: bytes, told: dict[str, Any]) -> None:
+    """What the worker has written, and in its metadata where it comes from."""
+    header, before = delta_file.read_header(sent), delta_file.read_header(written)
+    assert header["__metadata__"] == before["__metadata__"] | {"provenance": json.dumps(told)}
+    found, expected = safetensors.torch.load(sent), safetensors.torch.load(written)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
 def test_an_adapter_is_streamed_and_its_file_is_gone(keyed: TestClient, serving: FakeServing, tmp_path: Path) -> None:
     tensors = {name: torch.ones(shape) for name, shape in GEOMETRY.shapes.items()}
     data = peft.adapter(tensors, peft.projections(GEOMETRY, torch.bfloat16), GEOMETRY, "tiny", {"version": "3"})
     for format in ("safetensors", "tar"):
         path = tmp_path / "x.safetensors"
         path.write_bytes(data)
-        serving.admin = {"ok": True, "result": {"path": str(path), "bytes": len(data), "version": 3}}
+        told = {"session_id": "s", "version": 3, "base_model": {"name": "tiny"}}
+        serving.admin = {
+            "ok": True,
+            "result": {"path": str(path), "bytes": len(data), "version": 3, "provenance": told, "key": ""},
+        }
         answer = keyed.get(f"/v1/ttt/sessions/s/adapter?format={format}", headers=bearer("key-a"))
         assert answer.status_code == 200
         assert not path.exists()
         assert int(answer.headers["content-length"]) == len(answer.content)
         assert f's.{format}"' in answer.headers["content-disposition"]
         if format == "safetensors":
-            assert answer.content == data
+            assert_adapter(answer.content, data, told)
             continue
         with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
-            assert tar.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
-            model, config = tar.extractfile("adapter_model.safetensors"), tar.extractfile("adapter_config.json")
-            assert model is not None
-            assert config is not None
-            assert model.read() == data
+            assert tar.getnames() == ["adapter_config.json", "provenance.json", "adapter_model.safetensors"]
+            config, origin, model = (file for name in tar.getnames() if (file := tar.extractfile(name)) is not None)
+            assert_adapter(model.read(), data, told)
             assert json.loads(config.read()) == peft.config(GEOMETRY, "tiny")
+            assert json.loads(origin.read()) == told
     refused(keyed.get("/v1/ttt/sessions/s/adapter?format=pickle", headers=bearer("key-a")), status=422)
 
 
@@ -235,7 +248,7 @@ SAME: list[dict[str, str]] = [
 def test_a_page_of_another_site_changes_nothing(
     openly: TestClient, keyed: TestClient, serving: FakeServing, method: str, rest: str, body: Any, asked: Any
 ) -> None:
-    serving.admin = {"ok": True, "result": SESSION}
+    serving.admin = {"ok": True, "result": SESSION | RECEIPT}
     path = "/v1/ttt/sessions/s" + rest
     for headers in OTHERS:
         before = len(serving.asked)

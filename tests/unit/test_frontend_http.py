@@ -47,6 +47,10 @@ SESSION = {
     "tokens_pending": 0, "requests_open": 0, "created": 1.5, "last_used": 2.5,
     "norm": {"o_proj": 0.1, "down_proj": float("nan")}, "rate": 0.0125, "tier": "slot", "bytes": 10, "losses": [LOSS],
 }  # fmt: skip
+RECEIPT = {
+    "session_id": "s", "deleted": True, "version": 3, "tokens_learned": 9, "digest": "d", "bytes": 9,
+    "files": [{"version": 3, "bytes": 9, "sha256": "f", "digest": "d"}], "files_left": [], "database_wiped": True, "time": 1.5,
+}  # fmt: skip
 
 
 class FakeServing:
@@ -296,7 +300,9 @@ def test_admin_answers(client: TestClient, serving: FakeServing) -> None:
         assert serving.asked[-1] == ("ttt_admin", op, "-", "s")
     assert client.post("/v1/ttt/sessions/s/rollback", json={"version": 16}).json()["version"] == 1
     assert serving.asked[-1] == ("ttt_admin", "rollback", "-", "s", 16)
-    assert client.delete("/v1/ttt/sessions/s").json() == {"session_id": "s", "deleted": True}
+    serving.admin = {"ok": True, "result": RECEIPT}
+    assert client.delete("/v1/ttt/sessions/s").json() == RECEIPT
+    assert serving.asked[-1] == ("ttt_admin", "delete", "-", "s")
     serving.admin = {"ok": True, "result": {"adapt": {"rank": 128}}}
     assert client.get("/v1/ttt/config").json() == {"adapt": {"rank": 128}}
 

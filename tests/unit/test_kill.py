@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from test_audit import events
+from test_vault import make_key
 from world import World
 
+from vllm_ttt import audit_log
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
 
@@ -24,7 +27,7 @@ KILLS = 30
 NAMES = [f"s{i}" for i in range(12)]
 
 
-def live(folder: Path, seed: int, pipe: int) -> NoReturn:
+def live(folder: Path, seed: int, pipe: int, key: str | None) -> NoReturn:
     """Learn, save, evict, roll back, delete; sometimes end, and begin anew. Never returns.
 
     A session's chunks have the values 1, 2, 4, ..., so that what it holds at version n is 2 ** n - 1.
@@ -34,7 +37,8 @@ def live(folder: Path, seed: int, pipe: int) -> NoReturn:
         os.write(pipe, f"{text}\n".encode())
 
     rng = random.Random(seed)
-    world = World(folder, limit=4, rows=2, autosave=0.1, keep_versions=2)
+    settings = {"autosave": 0.1, "keep_versions": 2, "audit_log": "audit.jsonl", "key_file": key}
+    world = World(folder, limit=4, rows=2, **settings)
     say("up")
     while True:
         name, act = rng.choice(NAMES), rng.random()
@@ -49,25 +53,28 @@ def live(folder: Path, seed: int, pipe: int) -> NoReturn:
             say(f"saved {back.uid} {back.version}")
         elif act < 0.9:
             say(f"removing {session.uid}")
-            world.tiers.owner.remove(session)
-            world.run()
+            uid = session.uid
+            world.wait(world.tiers.owner.remove(session))
+            say(f"removed {uid}")
         elif act < 0.92:
             world.end()
-            world = World(folder, limit=4, rows=2, autosave=0.1, keep_versions=2)
+            world = World(folder, limit=4, rows=2, **settings)
 
 
-def test_thirty_kills(tmp_path: Path) -> None:
-    folder = tmp_path / "state"
+@pytest.mark.parametrize("sealed", [False, True])
+def test_thirty_kills(tmp_path: Path, sealed: bool) -> None:
+    folder, key = tmp_path / "state", make_key(tmp_path / "key") if sealed else None
     rng = random.Random(9)
     acknowledged: dict[str, int] = {}
     before: dict[str, int] = {}
+    told: set[str] = set()
     leftovers = 0
     for cycle in range(KILLS):
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(read)
-            live(folder, cycle, write)
+            live(folder, cycle, write, key)
         os.close(write)
         with os.fdopen(read) as said:
             assert said.readline() == "up\n"
@@ -82,11 +89,13 @@ def test_thirty_kills(tmp_path: Path) -> None:
                     case ["removing", uid]:
                         removed.add(uid)
                         acknowledged.pop(uid, None)
-        report = Offline(folder).fsck()
+                    case ["removed", uid]:
+                        told.add(uid)
+        report = Offline(folder, key_file=key).fsck()
         assert report["problems"] == [], f"after kill {cycle}"
         leftovers += len(report["leftovers"])
-        world = World(folder)
-        rows = {row["session_id"]: row for row in Offline(folder).list()}
+        world = World(folder, audit_log="audit.jsonl", key_file=key)
+        rows = {row["session_id"]: row for row in Offline(folder, key_file=key).list()}
         found = {}
         for name, row in rows.items():
             assert world.value(name) == 2.0 ** row["version"] - 1, "the delta is not that of its version"
@@ -99,7 +108,13 @@ def test_thirty_kills(tmp_path: Path) -> None:
             assert found.get(uid, -1) >= version, f"kill {cycle}: a save that was acknowledged is gone"
         assert all(uid in found or uid in removed or before[uid] == 0 for uid in before), "a session is gone"
         world.end()
+        log = audit_log.verify(folder / "audit.jsonl")
+        assert (log.problem, log.torn) == (None, 0), f"after kill {cycle}"
+        assert told <= {e["uid"] for e in events(folder / "audit.jsonl") if e["event"] == "delete"}, (
+            "an answer that is not told"
+        )
         before = found
     assert acknowledged
+    assert told
     assert sum(before.values()) > 20
     print(f"{KILLS} kills, {leftovers} leftovers of saves that were cut off, {len(before)} sessions")

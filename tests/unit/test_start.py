@@ -136,6 +136,21 @@ def test_a_state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         other.write_text(f"adapt: {{{changed}}}")
         with pytest.raises(ConfigError, match=says):
             from_flags(*flags, str(state), "--ttt-config", str(other)).create_engine_config()
+    key, sealed = tmp_path / "key", str(tmp_path / "sealed")
+    key.touch(mode=0o600)
+    key.write_bytes(bytes(32))
+    other.write_text(f"sessions: {{key_file: {key}}}")
+    made = from_flags(*flags, sealed, "--ttt-config", str(other)).create_engine_config()
+    config = plugin.config_of(made)
+    assert config is not None
+    store = open_store(made, config)
+    assert store is not None
+    store.close()
+    with pytest.raises(ConfigError, match=r"is encrypted: sessions\.key_file"):
+        from_flags(*flags, sealed).create_engine_config()
+    other.write_text("sessions: {audit_log: audit.jsonl}")
+    with pytest.raises(ConfigError, match="name a full path"):
+        from_flags("--plugin", "ttt", "--enforce-eager", "--ttt-config", str(other)).create_engine_config()
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     weights = next(iter(sorted(model.glob("*.safetensors"))))

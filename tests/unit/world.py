@@ -17,11 +17,13 @@ from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.limits.quotas import Quotas
+from vllm_ttt.engine.storage import database
 from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.state_dir import StateDir
 from vllm_ttt.types import ChunkReport, SessionKey, StepReport
+from vllm_ttt.vault import Vault
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.deltas import peft
 from vllm_ttt.worker.deltas.masters import Deltas
@@ -123,14 +125,16 @@ class World:
     def __init__(self, folder: Path, limit: int = 3, disk: int = 2**40, rows: int = 2, **config: Any):
         settings: dict[str, Any] = {"autosave": 3600.0, **config}
         self.config = SessionsConfig(state_dir=str(folder), **settings)
-        self.store = Store(StateDir(folder), IDENTITY, self.config.keep_versions, disk)
+        vault = Vault.of(self.config.key_file)
+        self.store = Store(StateDir(folder), IDENTITY, self.config.keep_versions, disk, vault=vault)
+        database.name_audit_log(self.store.reader, self.config.audit_log)
         quotas = Quotas(10**9, self.config.per_key, store=self.store)
         self.ledger = Ledger(100, limit, quotas, 8, self.store)
         self.tiers = Tiers(self.ledger, self.config, self.store, self.give_up, guard=Unguarded())
         assert self.tiers.saves is not None
         self.saves = self.tiers.saves
         self.trainer = FakeTrainer(rows)
-        self.files: Any = Files(self.trainer, GEOMETRY, "tiny")  # type: ignore[arg-type]
+        self.files: Any = Files(self.trainer, GEOMETRY, "tiny", vault)  # type: ignore[arg-type]
         self.refused: list[RequestError] = []
 
     def give_up(self, session: Session, error: RequestError) -> None:
@@ -213,6 +217,7 @@ class World:
         self.store._thread.join()
         self.store.reader.close()
         self.store.folder.unlock()
+        self.tiers.audit.close()
         self.files.writer.shutdown()
         self.files.reader.shutdown()
 
@@ -220,13 +225,13 @@ class World:
         """As SIGTERM does."""
         self.tiers.close()
         self.run()
-        self.store.close()
+        self.tiers.end()
         self.files.writer.shutdown()
         self.files.reader.shutdown()
 
     def _count(self, chunks: list[ChunkReport]) -> None:
         for chunk in chunks:
             if (session := self.ledger.by_adapter.get(chunk.session)) is not None:
-                session.record(chunk)
+                self.ledger.record(session, chunk)
                 session.version = chunk.version
                 self.tiers.changes(session)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,8 +18,10 @@ from vllm_ttt.engine.ledger import ASKED_FOR, Ledger, Session
 from vllm_ttt.engine.life.operations import Steps
 from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.storage import lists
+from vllm_ttt.engine.storage.identity import identity
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey, check_session_id
+from vllm_ttt.vault import KEY
 
 
 def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) -> Any:
@@ -33,6 +36,8 @@ def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) ->
         ``{"ok": True, "result": ...}`` or ``{"ok": False, "status": 4xx or 5xx, "message": ...}``, or a Future of it.
     """
     try:
+        if op in _AUDITED:
+            engine.scheduler.ttt_tiers.audit.check()
         answer = OPERATIONS[op](Admin(engine), SessionKey(tenant, name), argument)
     except RequestError as error:
         return _refusal(error)
@@ -77,7 +82,8 @@ class Admin:
         return _then(self.tiers.owner.reset(session, keep), self._detail)
 
     def delete(self, key: SessionKey, _: Any) -> Future:
-        return _then(self.tiers.owner.remove(self._find(key)), lambda _: {"session_id": key.name, "deleted": True})
+        removed = self.tiers.owner.remove(self._find(key))
+        return _then(removed, lambda receipt: {"session_id": key.name, "deleted": True, **receipt, "time": time.time()})
 
     def freeze(self, key: SessionKey, _: Any) -> Future:
         return self._set_frozen(key, ASKED_FOR)
@@ -105,15 +111,24 @@ class Admin:
         exports.admit(key.tenant)
         folder = self.store.folder.exports if self.store is not None else Path(tempfile.gettempdir())
         path = str(folder / f"vllm-ttt-{secrets.token_hex(16)}.safetensors")
+        seal = secrets.token_hex(KEY) if self.store is not None and self.store.vault.on else ""
 
         def write() -> Steps:
             yield from self.tiers.bring_in(session)
-            report = yield from exports.write(session, path)
-            return {"path": path, "bytes": report.bytes, "version": report.version}
+            written = yield from exports.write(session, path, self._identity, seal)
+            told = {key: written[key] for key in ("version", "bytes")}
+            yield from self.tiers.audit.durable("export", session, **told, digest=written["provenance"]["digest_sha256"])
+            return written
 
         answer = self.tiers.run(session, write())
         answer.add_done_callback(lambda _: exports.answered(key.tenant))
         return answer
+
+    def _identity(self) -> dict[str, Any]:
+        """In a thread."""
+        if self.store is not None:
+            return self.store.identity
+        return identity(self.scheduler.vllm_config, self.scheduler.ttt_config)
 
     def _worker(self, method: str, *args: Any) -> Any:
         (found,) = self.rpc(method, args=args)
@@ -181,6 +196,9 @@ OPERATIONS: dict[str, Callable[[Admin, SessionKey, Any], Any]] = {
     "fork": Admin.fork,
     "export": Admin.export,
 }
+
+#: What is not done where the audit log cannot tell of it. What is forgotten makes room on a disk that is full: it may be.
+_AUDITED = {"freeze", "unfreeze", "rollback", "fork", "export"}
 
 
 def _then(future: Future, function: Callable[[Any], Any], catch: bool = False) -> Future:

@@ -14,6 +14,7 @@ from vllm_ttt.engine.limits.limits import Allowance
 from vllm_ttt.engine.limits.quotas import Quotas
 from vllm_ttt.engine.prefix.history import History
 from vllm_ttt.engine.prefix.keys import Epoch
+from vllm_ttt.engine.storage.audit import Audit
 from vllm_ttt.engine.storage.records import STANDING, Row, Version
 from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.types import ChunkReport, SessionKey
@@ -53,6 +54,8 @@ class Session:
     tokens_seen: int = 0
     tokens_learned: int = 0
     tokens_skipped: Counter[str] = field(default_factory=Counter)
+    #: that have named it
+    asked: int = 0
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     losses: deque[dict[str, Any]] = field(default_factory=deque)
@@ -79,6 +82,8 @@ class Session:
     epoch: Epoch = field(default_factory=Epoch)
     #: whether it takes a place of its key
     claimed: bool = False
+    #: the uid under which the audit log knows it
+    noted: str = ""
 
     @property
     def unsaved(self) -> bool:
@@ -107,6 +112,7 @@ class Session:
             "tokens_seen": self.tokens_seen,
             "tokens_learned": self.tokens_learned,
             "tokens_skipped": dict(self.tokens_skipped),
+            "requests": self.asked,
             "losses": list(self.losses),
             "frozen": self.frozen,
             "probe_regression": self.probe_regression,
@@ -124,6 +130,7 @@ class Session:
         self.tokens_seen = state.get("tokens_seen", 0)
         self.tokens_learned = state.get("tokens_learned", 0)
         self.tokens_skipped = Counter(state.get("tokens_skipped", {}))
+        self.asked = state.get("requests", 0)
         self.losses = deque(state.get("losses", ()), maxlen=self.recent)
         self.frozen = state.get("frozen")
         self.probe_regression = state.get("probe_regression")
@@ -220,6 +227,7 @@ class Ledger:
     def __init__(self, first_adapter: int, limit: int, quotas: Quotas, recent: int, store: Store | None = None):
         """``limit``: sessions in memory. ``quotas``: who may have how many. ``recent``: chunk losses kept of each."""
         self.next_adapter, self.limit, self.quotas, self.recent, self.store = first_adapter, limit, quotas, recent, store
+        self.audit = Audit()
         self.sessions: dict[SessionKey, Session] = {}
         self.by_adapter: dict[int, Session] = {}
         #: sessions that were blank when they were last used, in that order
@@ -243,8 +251,9 @@ class Ledger:
         Args:
             learns: whether it may learn something; else a name that is new takes no place of its key.
         Raises:
-            RequestError: 429, there is no room for another session that learns.
+            RequestError: 429, there is no room for another session that learns; 503, the audit log cannot be written.
         """
+        self.audit.check()
         session = self.find(key)
         if session is None:
             if learns:
@@ -252,10 +261,16 @@ class Ledger:
             session = self._enter(Session(key, self.next_adapter, self.recent))
         if learns:
             self.claim(session)
-        session.last_used = time.time()
+        session.last_used, session.asked = time.time(), session.asked + 1
         session.life.touch()
         self.sessions[key] = self.sessions.pop(key)
         return session
+
+    def record(self, session: Session, chunk: ChunkReport) -> None:
+        """Count a chunk of the session that was learned or skipped."""
+        session.record(chunk)
+        if chunk.skipped is None:
+            self.audit.note("learn", session, request=chunk.request, tokens=chunk.tokens, version=chunk.version)
 
     def claim(self, session: Session) -> None:
         """The session takes a place of its key, unless it has one. Raises RequestError (429) where there is none."""
@@ -263,6 +278,7 @@ class Ledger:
             self.quotas.check(session.key.tenant)
             self.quotas.add(session.key.tenant)
             session.claimed = True
+            self.audit.created(session)
 
     def give_back(self, session: Session) -> None:
         """The session takes no place of its key any more."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request, RequestStatus
@@ -12,6 +13,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.types import ADAPTER_PATH, SAMPLES, ChunkReport, Knobs
+
+if TYPE_CHECKING:
+    from vllm_ttt.engine.limits.trust import Trust
 
 #: Of so many requests with n > 1 whose first sample has left, it is remembered for those that are still to come.
 _REMEMBERED = 64
@@ -40,6 +44,10 @@ class Attached:
     prefixes: list[bytes] = field(default_factory=list)
     #: ranges of its pairs that repeat themselves
     repetitive: list[tuple[int, int]] = field(default_factory=list)
+    #: ranges of its pairs whose next token a pattern of the operator's matches
+    filtered: list[tuple[int, int]] = field(default_factory=list)
+    #: pairs that are in one of those ranges
+    left_out: int = 0
     #: tokens that have been generated
     outputs: int = 0
     #: (version, tokens) of its chunks that have been learned
@@ -70,6 +78,11 @@ class Attached:
         """The guard has returned its session to ``version``: nothing more of this request, which has started, is learned."""
         self.knobs, self.kept = Knobs(learn=False), sum(tokens for at, tokens in self.learned if at <= version)
 
+    def look_at(self, trust: Trust, tokens: Sequence[int], start: int) -> None:
+        """Before it is learned: what of its prompt, from pair ``start`` on, is not."""
+        self.repetitive, self.filtered = trust.repetitive(tokens, start), trust.filtered(tokens, start)
+        self.left_out = len({pair for ends in (*self.repetitive, *self.filtered) for pair in range(*ends)})
+
     def look_back(self) -> None:
         """Before it starts: what of its prompt is history. Asked in each step in which there is no room for it."""
         history, tokens = self.session.history, self.request.prompt_token_ids or ()
@@ -84,7 +97,7 @@ class Attached:
             return self.kept
         tokens = 0
         if self.prompt_learned:
-            tokens = accept(self.prompt - 1 - self.start, learn) - sum(end - first for first, end in self.repetitive)
+            tokens = accept(self.prompt - 1 - self.start, learn) - self.left_out
         return tokens + (accept(self.shown, learn) if self.knobs.learn_output else 0)
 
     @property

@@ -61,8 +61,7 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_meters = Meters()
         #: calls what must not end serving
         self.ttt_guard = Guarded()
-        tools = self._give_up, self.ttt_meters, self.ttt_guard
-        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, *tools)
+        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up, self.ttt_meters, self.ttt_guard)
         self.ttt_holding = Holding(
             self.ttt_tiers,
             self._may_start,
@@ -74,7 +73,7 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_tiers.on_ready = self.ttt_holding.woke
         self.ttt_blocks = BlockKeys(config)
         self.ttt_held = HeldBlocks(self.kv_cache_manager.block_pool)
-        self.ttt_trust = Trust(config)
+        self.ttt_trust = Trust(config, self.vllm_config.model_config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
         self.ttt_room = Room(config.schedule.backlog_tokens, config.learn.chunk)
         self.ttt_alarm: Alarm | None = None
@@ -218,7 +217,7 @@ class TTTScheduler(HoldingScheduler):
             opened = self._learn_not(attached, "limit")
         if opened is not None:
             opened.learned = opened.done = start
-            attached.repetitive = self.ttt_trust.repetitive(tokens, start)
+            attached.look_at(self.ttt_trust, tokens, start)
             learned = start + accept(attached.prompt - 1 - start, self.ttt_config.learn)
             attached.prefixes = session.history.add_prompt(tokens, start, learned)
             opened.prefixes += attached.prefixes
@@ -228,7 +227,7 @@ class TTTScheduler(HoldingScheduler):
         knobs = attached.knobs
         return RequestPlan(
             session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave,
-            repetitive=attached.repetitive,
+            repetitive=attached.repetitive, filtered=attached.filtered,
         )  # fmt: skip
 
     def _learn_not(self, attached: Attached, reason: Reason) -> None:
@@ -284,7 +283,7 @@ class TTTScheduler(HoldingScheduler):
             self.ttt_meters.chunk(chunk)
             if (session := self.ttt_ledger.by_adapter.get(chunk.session)) is not None:
                 self.ttt_blocks.learned(session, chunk)
-                session.record(chunk)
+                self.ttt_ledger.record(session, chunk)
                 self.ttt_tiers.changes(session)
                 self.ttt_trust.counted(session, chunk, attached := self.ttt_requests.get(chunk.request))
                 if attached is not None:
@@ -298,6 +297,7 @@ class TTTScheduler(HoldingScheduler):
         if reason is None:
             return
         logger.warning("vllm-ttt: session %s learns no more: %s", session.key.wire(), reason)
+        self.ttt_tiers.audit.note("freeze", session, by="guard", tried=trial.version, version=session.version)
         for request_id in session.requests & set(session.open):
             if (attached := self.ttt_requests[request_id]).started:
                 attached.stop(session.version)
@@ -352,6 +352,7 @@ class TTTScheduler(HoldingScheduler):
             self.ttt_probe.lost(request_id)
             return
         attached.session.requests.discard(request_id)
+        self.ttt_tiers.audit.served(attached)
         self.ttt_interleaved.pop(request_id, None)
         self.ttt_room.leave(request_id)
         if not attached.started:
@@ -395,6 +396,5 @@ class TTTScheduler(HoldingScheduler):
             self.ttt_alarm = Alarm(engine, self.ttt_config.sessions.autosave, self.ttt_tiers)
 
     def shutdown(self) -> None:
-        if self.ttt_store is not None:
-            self.ttt_guard(self.ttt_store.close)
+        self.ttt_guard(self.ttt_tiers.end)
         super().shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -10,56 +11,71 @@ from typing import IO, Any
 
 from fastapi.responses import StreamingResponse
 
+from vllm_ttt.vault import Vault
+
 _PIECE = 2**20
 
 
-def answer(path: str, session_id: str, format: str) -> StreamingResponse:
+def answer(path: str, session_id: str, format: str, provenance: dict[str, Any], key: str) -> StreamingResponse:
     """Stream the adapter at ``path``, which the worker has written and nobody else reads, and remove it.
 
     Args:
-        format: "safetensors": the file; "tar": adapter_model.safetensors and adapter_config.json, as peft and vLLM want them
-            in one folder.
+        format: "safetensors": the file; "tar": adapter_model.safetensors, adapter_config.json, as peft and vLLM want them
+            in one folder, and provenance.json.
+        provenance: where it comes from; put into the metadata of the file, too.
+        key: what the file is sealed with, hexadecimal; "": it is not.
     """
-    stream = open(path, "rb")  # noqa: PTH123, SIM115  # closed when it has been sent
+    stream: IO[bytes] = open(path, "rb")  # noqa: PTH123, SIM115  # closed when it has been sent
     os.unlink(path)  # noqa: PTH108  # whatever becomes of the client, nothing is left behind
-    size = os.fstat(stream.fileno()).st_size
+    if key:
+        with stream:
+            sealed = stream.read()
+        stream = io.BytesIO(Vault(bytes.fromhex(key)).open(sealed, os.path.basename(path)))  # noqa: PTH119
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    size -= stream.tell()
+    metadata = header["__metadata__"]
+    metadata["provenance"] = json.dumps(provenance)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
     if format == "tar":
-        config = adapter_config(stream)
-        parts, length = _tar(stream, size, config)
+        members = {"adapter_config.json": json.loads(metadata["adapter_config"]), "provenance.json": provenance}
+        parts, length = _tar(stream, head, size, {k: json.dumps(v, indent=2).encode() for k, v in members.items()})
         kind, name = "application/x-tar", f"{session_id}.tar"
     else:
-        parts, length = _pieces(stream), size
+        parts, length = _pieces(stream, head), len(head) + size
         kind, name = "application/octet-stream", f"{session_id}.safetensors"
     headers = {"Content-Length": str(length), "Content-Disposition": f'attachment; filename="{name}"'}
     return StreamingResponse(parts, media_type=kind, headers=headers)
 
 
-def adapter_config(stream: IO[bytes]) -> bytes:
-    """The text of adapter_config.json, from the metadata of the file. Leaves the stream at its beginning."""
-    header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    stream.seek(0)
-    return json.dumps(json.loads(header["__metadata__"]["adapter_config"]), indent=2).encode()
-
-
-def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
+def _pieces(stream: IO[bytes], head: bytes) -> Iterator[bytes]:
     with stream:
+        yield head
         while piece := stream.read(_PIECE):
             yield piece
 
 
-def _tar(stream: IO[bytes], size: int, config: bytes) -> tuple[Iterator[bytes], int]:
-    """The parts of a tar archive, and its length. Members are padded to blocks; two empty blocks are its end."""
+def _tar(stream: IO[bytes], head: bytes, size: int, members: dict[str, bytes]) -> tuple[Iterator[bytes], int]:
+    """The parts of a tar archive, and its length. Members are padded to blocks; two empty blocks are its end.
+
+    Args:
+        head, size: of the adapter, what comes first, and how much of the stream comes then.
+    """
     block = tarfile.BLOCKSIZE
-    head = _member("adapter_config.json", len(config)) + config + bytes(-len(config) % block)
-    head += _member("adapter_model.safetensors", size)
+    before = b"".join(_member(name, len(text)) + text + bytes(-len(text) % block) for name, text in members.items())
+    size += len(head)
+    before += _member("adapter_model.safetensors", size)
     end = bytes(-size % block + 2 * block)
 
     def parts() -> Iterator[bytes]:
-        yield head
-        yield from _pieces(stream)
+        yield before
+        yield from _pieces(stream, head)
         yield end
 
-    return parts(), len(head) + size + len(end)
+    return parts(), len(before) + size + len(end)
 
 
 def _member(name: str, size: int) -> bytes:

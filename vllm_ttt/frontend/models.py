@@ -40,8 +40,8 @@ class ChunkLoss(_Model):
     rate: Loss = None
     """The session's rate after the chunk."""
     skipped: str | None = None
-    """Why it was not learned: `loss`, `nonfinite`, `short`, `repetition`, `rollback`, `frozen`, `full` or `error`; null: it
-    was."""
+    """Why it was not learned: `loss`, `nonfinite`, `short`, `repetition`, `filter`, `rollback`, `frozen`, `full` or `error`;
+    null: it was."""
 
 
 class SessionSummary(_Model):
@@ -121,13 +121,42 @@ class Sessions(_Model):
     """What to send as `after` for the next page; null: this is the last."""
 
 
+class RemovedFile(_Model):
+    """The file of a version that was removed with its session."""
+
+    version: int
+    """Which version of the session."""
+    bytes: int
+    """Its size."""
+    sha256: str
+    """Of the file."""
+    digest: str | None = None
+    """Of the delta in it; null: it was saved by an earlier release."""
+
+
 class Deleted(_Model):
-    """A session that is no more."""
+    """The receipt of a session that is no more."""
 
     session_id: str
     """As the client called it."""
     deleted: Literal[True] = True
     """Always true; an unknown session is a 404."""
+    version: int
+    """Updates that it had when it was removed."""
+    tokens_learned: int
+    """Tokens that it had learned."""
+    digest: str | None = None
+    """SHA-256 of its delta when it was removed; null: it had learned nothing."""
+    bytes: int
+    """Of all its files."""
+    files: list[RemovedFile]
+    """Its versions in the state dir, oldest first."""
+    files_left: list[str] = []
+    """Files that could not be removed; the next start of the server removes them."""
+    database_wiped: bool
+    """Whether no byte of its rows is left in the database. false: a full disk or a reader of it was in the way."""
+    time: float
+    """When it was done, seconds since 1970."""
 
 
 class ErrorInfo(_Model):

@@ -31,7 +31,7 @@ _FULL: dict[int | str, dict[str, Any]] = {
 }
 
 #: Settings that name places on the server.
-_PATHS = {"sessions": ("state_dir", "admin_key_file"), "guard": ("probe",)}
+_PATHS = {"sessions": ("state_dir", "admin_key_file", "audit_log", "key_file"), "guard": ("probe",)}
 #: ``:path`` so that an id with a slash is refused as an id; FastAPI would otherwise answer 404 as for an unknown route.
 _SESSION = "/sessions/{session_id:path}"
 SessionId = Annotated[
@@ -109,9 +109,9 @@ async def list_sessions(
 async def get_adapter(
     session_id: SessionId, request: Request, format: Literal["safetensors", "tar"] = "safetensors"
 ) -> StreamingResponse:
-    """The delta as a PEFT adapter: one .safetensors with its configuration in the metadata, or a tar of both files."""
+    """The delta as a PEFT adapter, and where it comes from: one .safetensors with both texts in its metadata, or a tar."""
     written = await _ask(request, "export", session_id)
-    return adapter.answer(written["path"], session_id, format)
+    return adapter.answer(written["path"], session_id, format, written["provenance"], written["key"])
 
 
 @router.get(_SESSION, response_model=models.Session, responses=_ERRORS)
@@ -128,9 +128,8 @@ async def reset_session(session_id: SessionId, request: Request) -> Any:
 
 @router.delete(_SESSION, response_model=models.Deleted, responses=_ERRORS | _CONFLICT | _FULL)
 async def delete_session(session_id: SessionId, request: Request) -> Any:
-    """Forget the session altogether. Answered when the state dir has it."""
-    await _ask(request, "delete", session_id)
-    return models.Deleted(session_id=session_id)
+    """Forget the session altogether. Answered when nothing of it is left in the state dir, with a receipt."""
+    return await _ask(request, "delete", session_id)
 
 
 @router.post(_SESSION + "/freeze", response_model=models.Session, responses=_ERRORS | _FULL)

@@ -122,8 +122,8 @@ def _create_engine_config(original: Callable) -> Callable:
         vllm_config = original(self, *args, **kwargs)
         support.finish_vllm_config(vllm_config, config)
         another = self._api_process_count > 1 and self._api_process_rank >= 0  # one of several: by now the dir is in use
-        if config.sessions.state_dir is not None and not another:
-            from vllm_ttt.engine.storage.store import check_dir
+        if not another:
+            from vllm_ttt.engine.storage.checks import check_dir
 
             check_dir(vllm_config, config)
         return vllm_config

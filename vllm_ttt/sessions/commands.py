@@ -18,6 +18,7 @@ Target = Annotated[str, typer.Argument(help="A state dir, or the URL of a server
 Name = Annotated[str, typer.Argument(help="The session id.")]
 Key = Annotated[str | None, typer.Option("--api-key", envvar="VLLM_API_KEY", help="Whose sessions.")]
 Tenant = Annotated[str | None, typer.Option(help="State dir: whose session, as `list` shows it.")]
+KeyFile = Annotated[Path | None, typer.Option(envvar="TTT_KEY_FILE", help="State dir: what it is encrypted with.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -26,17 +27,20 @@ def list_(
     target: Target,
     api_key: Key = None,
     all_keys: Annotated[bool, typer.Option("--all", help="Of every key; a server asks for its admin key.")] = False,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """The sessions, most recently used first. A state dir shows those of every API key, unless one is given."""
-    found = _sessions(target, api_key).list(all_keys)
+    found = _sessions(target, api_key, None, key_file).list(all_keys)
     _print(found, as_json, lambda: _table(found))
 
 
 @app.command()
-def show(target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, as_json: Json = False) -> None:
+def show(
+    target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, key_file: KeyFile = None, as_json: Json = False
+) -> None:
     """One session: how far it has come, and what is kept of it."""
-    found = _sessions(target, api_key, tenant).show(name)
+    found = _sessions(target, api_key, tenant, key_file).show(name)
     _print(found, as_json, lambda: _pairs(found))
 
 
@@ -47,10 +51,11 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder for adapter_config.json and adapter_model.safetensors.")],
     api_key: Key = None,
     tenant: Tenant = None,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Write a session as a PEFT adapter, which peft and stock vLLM load."""
-    done = _sessions(target, api_key, tenant).export(name, out)
+    done = _sessions(target, api_key, tenant, key_file).export(name, out)
     _print(done, as_json, lambda: _pairs(done))
 
 
@@ -61,19 +66,22 @@ def import_(
     source: Annotated[Path, typer.Argument(help="An adapter's folder, or a .safetensors of GET .../adapter.")],
     api_key: Key = None,
     tenant: Tenant = None,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Make a session of an exported adapter, in a state dir that no server uses. (No server takes tensors.)"""
     if _is_url(target):
         raise TTTError("no server takes tensors: stop it, import into its state dir, and start it again")
-    done = _sessions(target, api_key, tenant).bring_in(name, source)
+    done = _sessions(target, api_key, tenant, key_file).bring_in(name, source)
     _print(done, as_json, lambda: _pairs(done))
 
 
 @app.command()
-def rm(target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, as_json: Json = False) -> None:
+def rm(
+    target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, key_file: KeyFile = None, as_json: Json = False
+) -> None:
     """Remove a session, with its files."""
-    done = _sessions(target, api_key, tenant).remove(name)
+    done = _sessions(target, api_key, tenant, key_file).remove(name)
     _print(done, as_json, lambda: _pairs(done))
 
 
@@ -81,12 +89,13 @@ def rm(target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, a
 def fsck(
     target: Annotated[str, typer.Argument(help="A state dir.")],
     repair: Annotated[bool, typer.Option("--repair", help="Set damaged files aside, remove leftovers.")] = False,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Check every file of a state dir. Exit code 1: something is damaged."""
     if _is_url(target):
         raise TTTError("fsck reads a state dir, not a server")
-    found = _sessions(target).fsck(repair)
+    found = _sessions(target, key_file=key_file).fsck(repair)
     _print(found, as_json, lambda: _pairs({k: v for k, v in found.items() if k != "problems"}, found["problems"]))
     if found["problems"] and not repair:
         raise typer.Exit(1)
@@ -96,7 +105,7 @@ def _is_url(target: str) -> bool:
     return bool(re.match(r"https?://", target))
 
 
-def _sessions(target: str, api_key: str | None = None, tenant: str | None = None) -> Any:
+def _sessions(target: str, api_key: str | None = None, tenant: str | None = None, key_file: Path | None = None) -> Any:
     """The sessions of a server or of a state dir: Online and Offline have the same methods, as far as a server may do it."""
     if _is_url(target):
         from vllm_ttt.sessions.online import Online
@@ -104,7 +113,7 @@ def _sessions(target: str, api_key: str | None = None, tenant: str | None = None
         return Online(target, api_key)
     from vllm_ttt.sessions.offline import Offline, tenant_of
 
-    offline = Offline(target)
+    offline = Offline(target, key_file=key_file)
     offline.tenant = tenant or (tenant_of(offline.folder, api_key) if api_key else None)
     return offline
 

@@ -19,13 +19,16 @@ from typing import Any
 import torch
 
 from vllm_ttt.config import LETTERS
-from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage import database, erase, records
+from vllm_ttt.engine.storage.provenance import provenance
 from vllm_ttt.engine.storage.records import Row, Version
 from vllm_ttt.errors import TTTError
 from vllm_ttt.frontend import tenants
 from vllm_ttt.geometry import Geometry
+from vllm_ttt.sessions.audit import noting
 from vllm_ttt.state_dir import MARKER, StateDir
 from vllm_ttt.types import SessionKey, check_session_id
+from vllm_ttt.vault import Vault
 from vllm_ttt.worker.deltas import delta_file, peft
 from vllm_ttt.worker.deltas.delta_file import MAX_HEADER, UPDATE, FileError
 from vllm_ttt.worker.deltas.masters import Session as WorkerSession
@@ -38,16 +41,17 @@ class SessionsError(TTTError):
 class Offline:
     """Raises SessionsError or ConfigError where ``folder`` is not a state dir."""
 
-    def __init__(self, folder: str | Path, tenant: str | None = None):
-        """``tenant``: whose sessions are meant; None: everybody's."""
-        self.folder, self.tenant = StateDir(folder), tenant
+    def __init__(self, folder: str | Path, tenant: str | None = None, key_file: str | Path | None = None):
+        """``tenant``: whose sessions are meant; None: everybody's. ``key_file``: of what it is sealed with."""
+        self.folder, self.tenant, self.vault = StateDir(folder), tenant, Vault.of(key_file)
         if not self.folder.exists():
             raise SessionsError(f"{folder} is not a state dir: it has no sessions.db")
         self.folder.check_format()
         if not self.folder.owned():
             raise SessionsError(f"{folder} is not a state dir: it has a sessions.db, and not the marker {MARKER}")
-        self.db = records.connect(self.folder.database)
-        self.identity = records.read_identity(self.db)
+        self.db = database.connect(self.folder.database, vault=self.vault)
+        self.identity = database.read_identity(self.db)
+        database.check_vault(self.db, self.folder.root)
         self.geometry = Geometry.from_json(self.identity["geometry"])
 
     def list(self, all_keys: bool = False) -> list[dict[str, Any]]:
@@ -76,15 +80,21 @@ class Offline:
 
     def export(self, name: str, out: Path) -> dict[str, Any]:
         """Write the newest version that is whole as a PEFT adapter: the folder ``out``, as peft and vLLM load it."""
-        version, tensors = self._newest(name)
+        saved, tensors = self._newest(name)
+        version = saved.version
         dtype = getattr(torch, self.identity["dtype"])
         tensors = {module: tensors[module] for module in self.geometry.shapes}
-        metadata = {"session_id": name, "version": str(version)}
+        told = provenance(self.identity, name, saved.state, None, delta_file.digest(tensors))
+        metadata = {"session_id": name, "version": str(version), "provenance": json.dumps(told)}
         base = self.identity["model"].get("served") or self.identity["model"]["name"]
         data = peft.adapter(tensors, peft.projections(self.geometry, dtype), self.geometry, base, metadata)
+        with noting(self.db, self.folder.root) as note:
+            row = self.find(name)
+            note("export", row.key, row.uid, version=version, bytes=len(data), digest=told["digest_sha256"])
         out.mkdir(parents=True, exist_ok=True)
         delta_file.write(out / "adapter_model.safetensors", data)
         (out / "adapter_config.json").write_text(json.dumps(peft.config(self.geometry, base), indent=2) + "\n")
+        (out / "provenance.json").write_text(json.dumps(told, indent=2) + "\n")
         return {"session_id": name, "version": version, "bytes": len(data), "folder": str(out)}
 
     def bring_in(self, name: str, source: Path) -> dict[str, Any]:
@@ -95,7 +105,7 @@ class Offline:
         """
         check_session_id(name)
         tenant = self.tenant or tenants.OPEN
-        with self._locked():
+        with self._locked(), noting(self.db, self.folder.root) as note:
             if records.find(self.db, SessionKey(tenant, name)) is not None:
                 raise SessionsError(f"there is a session {name!r} already; vllm-ttt sessions rm removes it")
             tensors, version = self._read_adapter(source)
@@ -106,21 +116,32 @@ class Offline:
             uid, now = secrets.token_hex(16), time.time()
             file = self.folder.new_file(uid)
             metadata = {"uid": uid, "tenant": tenant, "session_id": name, "state": json.dumps(state)}
-            data = delta_file.encode(tensors, metadata)
-            checksum = delta_file.write(self.folder.path(file), data)
-            saved = Version(version, file, len(data), checksum, now, {"version": version})
+            path = self.folder.path(file)
+            data = self.vault.seal(delta_file.encode(tensors, metadata), path.name)
+            checksum = delta_file.write(path, data)
+            digest = delta_file.digest({module: tensors[module] for module in self.geometry.shapes})
+            saved = Version(version, file, len(data), checksum, now, {"version": version, "digest": digest})
             with self._transaction():
                 records.put(self.db, Row(uid, SessionKey(tenant, name), now, now, saved.state, saved), keep=1)
+            note("import", SessionKey(tenant, name), uid, version=version, bytes=len(data), checksum=checksum)
         return {"session_id": name, "tenant": tenant, "version": version, "bytes": len(data)}
 
     def remove(self, name: str) -> dict[str, Any]:
-        with self._locked():
+        with self._locked(), noting(self.db, self.folder.root) as note:
             row = self.find(name)
+            files = erase.listed(self.db, row.uid)
             with self._transaction():
                 gone = records.remove(self.db, row.uid)
             for file in gone:
                 self.folder.path(file).unlink(missing_ok=True)
-        return {"session_id": name, "tenant": row.key.tenant, "deleted": True}
+            state = _state(row)
+            receipt = {
+                "version": state.get("version", 0), "tokens_learned": state.get("tokens_learned", 0),
+                "digest": files[-1]["digest"] if files else None, "bytes": sum(file["bytes"] for file in files),
+                "files": files, "files_left": [], "database_wiped": erase.wipe(self.db, self.folder, row.uid, name),
+            }  # fmt: skip
+            note("delete", row.key, row.uid, **receipt)
+        return {"session_id": name, "tenant": row.key.tenant, "deleted": True, **receipt, "time": time.time()}
 
     def fsck(self, repair: bool = False) -> dict[str, Any]:
         """Check the database, and every file that it names.
@@ -181,7 +202,7 @@ class Offline:
             return version.problem
         try:
             path = self.folder.path(version.file)
-            _, metadata = delta_file.load(path, version.checksum, self.geometry)
+            _, metadata = delta_file.load(path, version.checksum, self.geometry, self.vault)
             found = json.loads(metadata["state"])["version"]
         except FileNotFoundError:
             return "it is gone"
@@ -192,13 +213,13 @@ class Offline:
             return f"it holds version {found}; recorded are version {version.version} and the ledger of version {ledger}"
         return None
 
-    def _newest(self, name: str) -> tuple[int, dict[str, torch.Tensor]]:
+    def _newest(self, name: str) -> tuple[Version, dict[str, torch.Tensor]]:
         """The newest version that is what was saved, as a server that brings the session back finds it."""
         problems = []
         for version in reversed([v for v in records.versions(self.db, self.find(name).uid) if not v.problem]):
             path = self.folder.path(version.file)
             try:
-                return version.version, delta_file.load(path, version.checksum, self.geometry)[0]
+                return version, delta_file.load(path, version.checksum, self.geometry, self.vault)[0]
             except (FileError, OSError) as error:
                 problems.append(f"{path} cannot be used: {error}")
         if not problems:
@@ -287,6 +308,6 @@ def tenant_of(folder: StateDir, api_key: str | None) -> str:
         return tenants.OPEN
     secret = os.environ.get(tenants.SECRET_VARIABLE) or folder.secret()
     if folder.exists():
-        with contextlib.closing(records.connect(folder.database)) as db:
-            records.check_secret(db, secret, folder.root)
+        with contextlib.closing(database.connect(folder.database)) as db:
+            database.check_secret(db, secret, folder.root)
     return tenants.derive(secret, api_key.encode())

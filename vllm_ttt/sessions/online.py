@@ -43,7 +43,7 @@ class Online:
         answer = self._ask("GET", self._path(name) + "/adapter", params={"format": "tar"})
         out.mkdir(parents=True, exist_ok=True)
         with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
-            for wanted in ("adapter_config.json", "adapter_model.safetensors"):
+            for wanted in ("adapter_config.json", "adapter_model.safetensors", "provenance.json"):
                 member = tar.extractfile(wanted)
                 if member is None:
                     raise SessionsError(f"the server's answer has no {wanted}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.log import logger_of
 from vllm_ttt.types import FileOrder, FileReport
+from vllm_ttt.vault import PLAIN, Vault
 from vllm_ttt.worker.delta import Delta, State
 from vllm_ttt.worker.deltas import delta_file, peft
 from vllm_ttt.worker.deltas.delta_file import UPDATE
@@ -35,9 +36,10 @@ class Snapshot:
 class Files:
     """``step`` runs between iterations and never raises. No thread and no memory before the first order."""
 
-    def __init__(self, trainer: Trainer, geometry: Geometry, base_model: str):
+    def __init__(self, trainer: Trainer, geometry: Geometry, base_model: str, vault: Vault = PLAIN):
+        """``vault``: what files are sealed with."""
         self.trainer, self.deltas, self.geometry, self.base_model = trainer, trainer.deltas, geometry, base_model
-        self.clock = trainer.deltas.clock
+        self.clock, self.vault = trainer.deltas.clock, vault
         #: orders that wait until the outcome of a step of their session is known
         self.waiting: list[FileOrder] = []
         self.running: list[tuple[FileOrder, Future]] = []
@@ -90,6 +92,8 @@ class Files:
             self.reports.append(FileReport(order.action, order.session, order.path, "taken", version, counted))
             if order.action == "save":
                 self._run(self.writer, order, self._save, order, snapshot)
+            elif order.action == "digest":
+                self._run(self.reader, order, self._digest, order, snapshot)
             else:
                 self._run(self.exporter, order, self._export, order, snapshot)
 
@@ -134,13 +138,19 @@ class Files:
     def _save(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
         metadata = {**order.metadata, "state": json.dumps(snapshot.state)}
         found = self._read(snapshot)
-        data = delta_file.encode(self._named(found.delta) | self._named(found.last, UPDATE), metadata)
-        checksum = delta_file.write(Path(order.path), data)
-        version = snapshot.state["version"]
-        return FileReport("save", order.session, order.path, "done", version, bytes=len(data), checksum=checksum), None
+        delta = self._named(found.delta)
+        path = Path(order.path)
+        data = self.vault.seal(delta_file.encode(delta | self._named(found.last, UPDATE), metadata), path.name)
+        checksum, digest = delta_file.write(path, data), delta_file.digest(delta)
+        report = FileReport("save", order.session, order.path, "done", snapshot.state["version"], bytes=len(data))
+        return replace(report, checksum=checksum, digest=digest), None
+
+    def _digest(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
+        digest = delta_file.digest(self._named(self._read(snapshot).delta))
+        return FileReport("digest", order.session, order.path, "done", snapshot.state["version"], digest=digest), None
 
     def _load(self, order: FileOrder) -> tuple[FileReport, tuple[Session, int]]:
-        tensors, metadata = delta_file.load(Path(order.path), order.checksum, self.geometry)
+        tensors, metadata = delta_file.load(Path(order.path), order.checksum, self.geometry, self.vault)
         state = json.loads(metadata["state"])
         session = self.deltas.revive(state)
         pinned = torch.Tensor.pin_memory if self.clock.cuda else lambda x: x
@@ -157,9 +167,12 @@ class Files:
         tail = self.deltas.tail
         served = {a.shape[1]: a.cpu() for a in (tail.ao_RQ, tail.ai_RD, tail.ad_RF)}
         tensors = self._named(self._read(snapshot).delta)
-        data = peft.adapter(tensors, served, self.geometry, self.base_model, metadata)
-        delta_file.write(Path(order.path), data)
-        return FileReport("export", order.session, order.path, "done", snapshot.state["version"], bytes=len(data)), None
+        path = Path(order.path)
+        key = Vault(bytes.fromhex(order.key) if order.key else None)
+        data = key.seal(peft.adapter(tensors, served, self.geometry, self.base_model, metadata), path.name)
+        delta_file.write(path, data)
+        report = FileReport("export", order.session, order.path, "done", snapshot.state["version"], bytes=len(data))
+        return replace(report, digest=delta_file.digest(tensors), metadata={"rate": str(snapshot.state["rate"])}), None
 
     def _read(self, snapshot: Snapshot) -> State:
         if snapshot.mark is not None:

@@ -18,6 +18,7 @@ from vllm_ttt.metrics import Snapshot
 from vllm_ttt.plugin import config_of
 from vllm_ttt.support import served_name
 from vllm_ttt.types import NO_ADAPTERS, StepPlan
+from vllm_ttt.vault import Vault
 from vllm_ttt.worker import memory
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.capture import Capture
@@ -103,7 +104,7 @@ class TTTWorkerMixin:
         tried = config.guard.probe_tokens if config.guard.every else 1
         self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ, self.cache)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.cache)
-        self.files = Files(self.trainer, geometry, served_name(model))
+        self.files = Files(self.trainer, geometry, served_name(model), Vault.of(config.sessions.key_file))
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
         self.meter = Meter(self.clock)

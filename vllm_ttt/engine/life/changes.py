@@ -20,7 +20,7 @@ from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.storage.records import Row
 from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import SessionKey
+from vllm_ttt.types import FileOrder, SessionKey
 
 if TYPE_CHECKING:
     from vllm_ttt.engine.life.tiers import Tiers
@@ -30,14 +30,19 @@ Worker = Callable[..., Any]
 
 
 class Changes:
-    """Each resolves to the session as it is then, or fails with RequestError: 409, a request of it is in the engine."""
+    """Each resolves to the session as it is then, a removal to its receipt; or fails with RequestError: 409, a request of it
+    is in the engine."""
 
     def __init__(self, tiers: Tiers):
-        self.tiers, self.ledger, self.store = tiers, tiers.ledger, tiers.store
+        self.tiers, self.ledger, self.store, self.audit = tiers, tiers.ledger, tiers.store, tiers.audit
 
     def remove(self, session: Session) -> Future:
         """Forget the session everywhere."""
-        return self.tiers.run(session, self._remove(session))
+        return self.tiers.run(session, self._remove(session, "delete"))
+
+    def expire(self, session: Session) -> Future:
+        """The same, where nobody has used it for so long."""
+        return self.tiers.run(session, self._remove(session, "expire"))
 
     def reset(self, session: Session, keep: Callable[[], dict[str, Any]]) -> Future:
         """Make a fresh session of it, but for the state that ``keep`` returns when its turn comes."""
@@ -51,7 +56,9 @@ class Changes:
         """Make a session ``key``, which there is not yet, of what ``source`` is. Raises RequestError where none may be made."""
         target, copied = self.ledger.open(key), Future()
         self.tiers.move(target, State.CHANGING)
-        answer = self.tiers.run(target, self._be_a_copy(target, copied))  # whatever is asked of it meanwhile comes after
+        answer = self.tiers.run(
+            target, self._be_a_copy(source, target, copied)
+        )  # whatever is asked of it meanwhile comes after
         copying = self.tiers.run(source, self._copy(source, target, worker))
         copying.add_done_callback(lambda done: _pass_on(done, copied))
         copied.add_done_callback(lambda _: self.tiers.operations.go_on(target))
@@ -61,15 +68,30 @@ class Changes:
         """Let it learn nothing from now on, or, with None, learn again."""
         return self.tiers.run(session, self._freeze(session, why))
 
-    def _remove(self, session: Session) -> Steps:
-        yield from self._write(session, lambda store: store.replace(session.uid))
-        if session.requests:  # it was named again meanwhile: they meet another one
-            session.uid, session.created = secrets.token_hex(16), time.time()
-            self.tiers.become(session, {}, None)
-            session.life.begin_again()
-        else:
-            self.tiers.forget(session, gone=True)
-        return session
+    def _remove(self, session: Session, event: str) -> Steps:
+        found = yield from self._write(session, lambda store: store.replace(session.uid))
+        try:
+            receipt = yield from self._receipt(session, found or {"files": [], "files_left": [], "database_wiped": True})
+            yield from self.audit.durable(event, session, **receipt)
+        finally:  # it has been written
+            if session.requests:  # it was named again meanwhile: they meet another one
+                session.uid, session.created = secrets.token_hex(16), time.time()
+                self.tiers.become(session, {}, None)
+                session.life.begin_again()
+                self.audit.created(session)
+            else:
+                self.tiers.forget(session, gone=True)
+        return receipt
+
+    def _receipt(self, session: Session, found: dict[str, Any]) -> Steps:
+        """What is removed with the session; ``found``: in the state dir."""
+        digest, counts = None, {"version": session.version, "tokens_learned": session.tokens_learned}
+        if session.version and session.life.in_memory:
+            report = yield self.tiers.orders.ask(FileOrder("digest", session.adapter))
+            digest = report.digest or None
+        elif session.version and found["files"]:
+            digest = found["files"][-1]["digest"]
+        return {**counts, "digest": digest, "bytes": sum(file["bytes"] for file in found["files"]), **found}
 
     def _reset(self, session: Session, keep: Callable[[], dict[str, Any]]) -> Steps:
         _need_idle(session)
@@ -77,8 +99,11 @@ class Changes:
         uid, state = secrets.token_hex(16), keep()
         row = Row(uid, session.key, session.created, time.time(), state)
         yield from self._write(session, lambda store: store.replace(session.uid, row))
-        session.uid = uid
-        self.tiers.become(session, state, None)
+        try:
+            yield from self.audit.durable("reset", session, version=session.version, new_uid=uid)
+        finally:
+            session.uid = session.noted = uid
+            self.tiers.become(session, state, None)
         return session
 
     def _go_back(self, session: Session, version: int, worker: Worker) -> Steps:
@@ -90,8 +115,10 @@ class Changes:
             yield from self.tiers.bring_in(session)
         write: Callable[[Store], Future] = lambda store: store.back_to(session.row(), version, session.standing())  # noqa: E731
         found = yield from self._write(session, write)
+        before = session.version
         if found is not None:
             self.tiers.become(session, {**found.state, **session.standing()}, found)
+            yield from self.audit.durable("rollback", session, version=before, to_version=version)
             return session
         try:
             kept = worker("ttt_session", session.adapter)["versions"]
@@ -115,6 +142,7 @@ class Changes:
                 self._unchanged(session)
             else:  # it was not in memory; or the guard has returned it further, or the worker has given that version up
                 self.tiers.become(session, {**newest.state, **session.standing()}, newest)
+        yield from self.audit.durable("rollback", session, version=before, to_version=version)
         return session
 
     def _copy(self, source: Session, target: Session, worker: Worker) -> Steps:
@@ -127,7 +155,7 @@ class Changes:
             raise RequestError(f"session {source.key.name!r} is going back to an earlier version; try again", 409)
         target.copy(source)
 
-    def _be_a_copy(self, target: Session, copied: Future) -> Steps:
+    def _be_a_copy(self, source: Session, target: Session, copied: Future) -> Steps:
         try:
             yield copied
             if self.tiers.saves is not None:
@@ -136,9 +164,12 @@ class Changes:
             if target.requests:
                 self.tiers.become(target, {}, None)
             else:
+                self.audit.note("delete", target, why="the fork failed")
                 self.tiers.forget(target, gone=True)
             raise
         self._unchanged(target)
+        name, uid = target.key.name, target.uid
+        yield from self.audit.durable("fork", source, version=target.version, to_session=name, to_uid=uid)
         return target
 
     def _freeze(self, session: Session, why: str | None) -> Steps:
@@ -152,6 +183,7 @@ class Changes:
             session.life.recorded_at = max(session.life.recorded_at, now)
         if session.frozen == before:  # else the guard has frozen it meanwhile
             session.frozen = why
+        yield from self.audit.durable("freeze" if why else "unfreeze", session, version=session.version)
         return session
 
     def _write(self, session: Session, write: Callable[[Store], Future]) -> Steps:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.life.operations import Steps
 from vllm_ttt.engine.life.orders import Orders
+from vllm_ttt.engine.storage.provenance import provenance
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import FileOrder
+from vllm_ttt.types import FileOrder, FileReport
 
 #: Exports that the worker is asked for at once.
 AT_ONCE = 2
@@ -24,6 +27,8 @@ class Exports:
         self.waiting: deque[Future] = deque()
         self.under_way = 0
         self.counts: Counter[str] = Counter()
+        self.thread = ThreadPoolExecutor(1, "ttt-identity")
+        self.identity: Future | None = None
 
     def admit(self, tenant: str) -> None:
         """Count one more of the tenant, until `answered`. Raises RequestError (429) where it has enough."""
@@ -37,24 +42,37 @@ class Exports:
         if not self.counts[tenant]:
             del self.counts[tenant]
 
-    def write(self, session: Session, path: str) -> Steps:
-        """Part of an operation: write the adapter of a session that is in memory; returns the FileReport."""
+    def write(self, session: Session, path: str, identity: Callable[[], dict[str, Any]], key: str) -> Steps:
+        """Part of an operation: write the adapter of a session that is in memory; returns what the front end is told.
+
+        Args:
+            identity: of the model and the settings; asked once, on a thread.
+            key: what the file is sealed with; the front end is told.
+        """
+        if self.identity is None:
+            self.identity = self.thread.submit(identity)
+        model = yield self.identity
+        states: list[dict[str, Any]] = []
         turn: Future = Future()
         self.waiting.append(turn)
         yield turn
         try:
-            order = FileOrder("export", session.adapter, path, metadata={"session_id": session.key.name})
-            report = yield self.orders.ask(order)
+            order = FileOrder("export", session.adapter, path, metadata={"session_id": session.key.name}, key=key)
+            # The ledger has counted what the delta holds then, and nothing that came later.
+            report: FileReport = yield self.orders.ask(order, lambda _: states.append(session.to_state()))
         finally:
             self.under_way -= 1
         if report.outcome != "done":
             raise RequestError(f"session {session.key.name!r} could not be written: {report.error}", 507)
-        return report
+        rate = report.metadata.get("rate")
+        told = provenance(model, session.key.name, states[0], float(rate) if rate else None, report.digest)
+        told["version"] = report.version
+        return {"path": path, "bytes": report.bytes, "version": report.version, "provenance": told, "key": key}
 
     @property
     def busy(self) -> bool:
-        """Whether it is the turn of one that waits."""
-        return bool(self.waiting) and self.under_way < AT_ONCE
+        """Whether it is the turn of one that waits, or it is still to be said which model this is."""
+        return (bool(self.waiting) and self.under_way < AT_ONCE) or (self.identity is not None and not self.identity.done())
 
     def step(self) -> None:
         """Let those go on whose turn it is."""

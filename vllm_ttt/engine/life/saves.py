@@ -85,7 +85,7 @@ class Saves:
             file = self.store.folder.new_file(session.uid)
             report = yield from self._file(session, file, version=version)
             state = {**session.state_at(version), **session.standing()}
-            newest = Version(version, file, report.bytes, report.checksum, time.time(), state)
+            newest = Version(version, file, report.bytes, report.checksum, time.time(), {**state, "digest": report.digest})
             yield from self._put(replace(session.row(newest), state=state))
         except (StoreError, OSError) as error:
             self.meters.add("saves_total", 1, "failed")
@@ -191,7 +191,8 @@ class Saves:
             self.store.discard(file)
             return False
         generation, version = taken[0]
-        version, recorded = replace(version, bytes=report.bytes, checksum=report.checksum), life.generation
+        state, recorded = {**version.state, "digest": report.digest}, life.generation
+        version = replace(version, bytes=report.bytes, checksum=report.checksum, state=state)
         yield from self._put(session.row(version))
         session.saved, session.error = version, None
         life.saved_at, life.recorded_at = generation, recorded

@@ -21,6 +21,7 @@ from vllm_ttt.engine.life.saves import AT_ONCE, Saves
 from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage.audit import open_audit
 from vllm_ttt.engine.storage.lists import Lists
 from vllm_ttt.engine.storage.records import Version
 from vllm_ttt.engine.storage.store import Change, Store
@@ -45,9 +46,10 @@ class Tiers:
         guard: Guarded | None = None,
     ):
         """``give_up`` refuses the waiting requests of a session that cannot be brought back; ``meters`` count; ``guard``
-        calls what must not end serving."""
+        calls what must not end serving. Raises ConfigError where the audit log cannot be written."""
         self.ledger, self.store, self.give_up = ledger, store, give_up
         self.meters, self.guard = meters or Meters(), guard or Guarded()
+        self.audit = ledger.audit = open_audit(config)
         self.orders = Orders()
         self.operations = Operations(self.guard, self._settled)
         #: runs an operation on a session, in its turn
@@ -55,7 +57,7 @@ class Tiers:
         tools = self.orders, self.operations, self.meters
         self.saves = Saves(ledger, store, config.autosave, *tools) if store is not None else None
         self.exports, self.lists, self.owner = Exports(self.orders), Lists(ledger, store), Changes(self)
-        self.expiry = Expiry(ledger, store, config.ttl_seconds, self.owner.remove)
+        self.expiry = Expiry(ledger, store, config.ttl_seconds, self.owner.expire)
         #: sessions that have a place in memory, or are on their way there
         self.placed = 0
         #: sessions whose requests are to be refused, and why
@@ -125,7 +127,7 @@ class Tiers:
     @property
     def busy(self) -> bool:
         """Whether the engine must go on stepping although nobody is served."""
-        if self.orders.busy or self.exports.busy or self.lists.busy or self.broken:
+        if self.orders.busy or self.exports.busy or self.lists.busy or self.audit.busy or self.broken:
             return True
         if self.operations.can_go_on(self.crowded):
             return True
@@ -150,6 +152,12 @@ class Tiers:
         self.closing = True
         if self.saves is not None:
             self.saves.close()
+
+    def end(self) -> None:
+        """Nothing will be asked any more."""
+        if self.store is not None:
+            self.guard(self.store.close)
+        self.audit.close()
 
     # What the admin operations ask, and parts of operations.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.limits.filter import Filter
 from vllm_ttt.engine.limits.limits import Allowance, repetitive
 from vllm_ttt.engine.requests import Attached
 from vllm_ttt.types import ChunkReport, Trial
@@ -15,8 +17,9 @@ _NO_STEP = ("short", "repetition", "rollback", "frozen", "full", "error")
 
 
 class Trust:
-    def __init__(self, config: TTTConfig):
-        self.config = config
+    def __init__(self, config: TTTConfig, model_config: Any = None):
+        """``model_config``: vLLM's, for `learn.filter`."""
+        self.config, self.filter = config, Filter(config.learn.filter, model_config)
         #: sessions that the guard has stopped, of which the worker does not know yet that this is known here
         self.stopped: list[int] = []
         #: what each key may have learned in this hour, over all its sessions, also those that are no more
@@ -51,6 +54,10 @@ class Trust:
         """Ranges (first, end) of a prompt's pairs, from ``start`` on, that repeat themselves."""
         learn = self.config.learn
         return repetitive(ids, start, learn.chunk, learn.min_chunk, self.config.guard.min_ratio)
+
+    def filtered(self, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
+        """Ranges of a prompt's pairs, from ``start`` on, whose next token a pattern of the operator's matches."""
+        return [(max(first, start), end) for first, end in self.filter.pairs(ids) if end > start]
 
     def tried(self, session: Session, trial: Trial) -> str | None:
         """The guard has tried the session's delta. Where it was bad: why the session learns no more."""

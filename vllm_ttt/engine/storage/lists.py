@@ -18,17 +18,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_ttt.engine.ledger import Ledger, Session
-from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage import database, records
 from vllm_ttt.engine.storage.records import Row
 from vllm_ttt.engine.storage.store import Store, StoreError
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey, shown
+from vllm_ttt.vault import PLAIN
 
 #: Sessions of one page.
 DEFAULT, MOST = 1000, 10_000
 #: Lists that one tenant may wait for.
 PER_TENANT = 16
-#: Where a session is in a list: last_used, tenant, name.
+#: Where a session is in a list: last_used, tenant, name as the state dir has it.
 Place = tuple[float, str, str]
 #: What is said of sessions in memory, and of one that is not.
 Here = Callable[[list[Session]], list[dict[str, Any]]]
@@ -107,10 +108,11 @@ class Lists:
         limit = asked.limit + 1 + len(asked.before) + len(asked.noted)
         asked.rows = self.thread.submit(self._rows, self.store.folder.database, asked, limit)
 
-    def _rows(self, database: Any, asked: _Asked, limit: int) -> list[dict[str, Any]]:
+    def _rows(self, path: Any, asked: _Asked, limit: int) -> list[dict[str, Any]]:
         """In the thread."""
         try:
-            with contextlib.closing(records.connect(database, readonly=True)) as db:
+            vault = self.store.vault if self.store is not None else PLAIN
+            with contextlib.closing(database.connect(path, readonly=True, vault=vault)) as db:
                 rows = records.listing(db, asked.tenant, limit, asked.after)
         except sqlite3.Error as error:
             raise StoreError(f"the state dir cannot be read: {error}; try again, or look at its disk", 503) from None
@@ -127,8 +129,10 @@ class Lists:
                 if key not in found and key not in self.ledger.sessions and (session := self.ledger.peek(key)) is not None:
                     found[key] = session
         found |= {session.key: session for session in self.ledger.of_tenant(asked.tenant)}
+        stored = self.store.vault.name if self.store is not None else PLAIN.name
         places: dict[SessionKey, Place] = {
-            key: (x.last_used if isinstance(x, Session) else x["last_used"], key.tenant, key.name) for key, x in found.items()
+            key: (x.last_used if isinstance(x, Session) else x["last_used"], key.tenant, stored(key.name))
+            for key, x in found.items()
         }
         keys = sorted((k for k, p in places.items() if asked.after is None or p < asked.after), key=places.get, reverse=True)  # type: ignore[arg-type]
         page = keys[: asked.limit]

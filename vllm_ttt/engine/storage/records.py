@@ -1,10 +1,12 @@
-"""SQLite over sessions: the tables, and every statement on them. Each function runs in a transaction.
+"""SQLite over sessions: every statement on the tables (database.py). Each function runs in a transaction.
 
 A session has a row; each of its saved versions has one more, which names its file. The file is there before the row, and the
 row goes before the file. Both rows keep the ledger's state in two parts, of which lists read the small one alone.
 
 What a row holds is checked when it is read. A version whose row is damaged does not exist; a session whose row is damaged
 falls back to what its newest version says.
+
+Where the state dir has a key (vault.py), states and names are sealed. Tenants, times, sizes, numbers, names of files are not.
 """
 
 from __future__ import annotations
@@ -16,34 +18,22 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from vllm_ttt.engine.limits.limits import Allowance
 from vllm_ttt.engine.prefix.history import History
-from vllm_ttt.errors import ConfigError
-from vllm_ttt.state_dir import FORMAT, SECRET_VARIABLE, fingerprint, is_session_file
+from vllm_ttt.engine.storage.database import vault_of
+from vllm_ttt.state_dir import is_session_file
 from vllm_ttt.types import SessionKey
+from vllm_ttt.vault import SealError
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS sessions (
-    uid TEXT PRIMARY KEY, tenant TEXT NOT NULL, name TEXT NOT NULL, created REAL NOT NULL, last_used REAL NOT NULL,
-    summary TEXT NOT NULL, detail TEXT NOT NULL, UNIQUE (tenant, name));
-CREATE TABLE IF NOT EXISTS versions (
-    uid TEXT NOT NULL REFERENCES sessions ON DELETE CASCADE, version INTEGER NOT NULL, file TEXT NOT NULL UNIQUE,
-    bytes INTEGER NOT NULL, checksum TEXT NOT NULL, saved REAL NOT NULL, summary TEXT NOT NULL, detail TEXT NOT NULL,
-    PRIMARY KEY (uid, version));
-CREATE INDEX IF NOT EXISTS sessions_last_used ON sessions (last_used, tenant, name);
-CREATE INDEX IF NOT EXISTS sessions_of_tenant ON sessions (tenant, last_used, name);
-CREATE INDEX IF NOT EXISTS versions_saved ON versions (saved);
-"""
 #: What of a state is large, and no list shows.
 _DETAIL = ("losses", "history")
 #: What of it holds whichever version the session has.
 STANDING = ("frozen", "allowance")
 _KINDS: dict[str, tuple[type, ...]] = {
     "version": (int,), "tokens_seen": (int,), "tokens_learned": (int,), "tokens_skipped": (dict,), "losses": (list,),
+    "requests": (int,), "digest": (str,),
     "frozen": (str, type(None)), "probe_regression": (int, float, type(None)),
 }  # fmt: skip
 _UID = re.compile(r"[0-9a-f]{32}")
@@ -79,69 +69,16 @@ class Row:
     damaged: tuple[str, ...] = ()
 
 
-def connect(database: Path, readonly: bool = False) -> sqlite3.Connection:
-    """A connection; raises ConfigError where the file is not a database."""
-    try:
-        uri = f"{database.as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
-        db.execute("PRAGMA foreign_keys = ON")
-        if not readonly:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-        return db
-    except sqlite3.Error as error:
-        raise ConfigError(f"{database} cannot be opened: {error}") from None
-
-
-def create(db: sqlite3.Connection, identity: dict[str, Any]) -> dict[str, Any]:
-    """Make the tables where there are none. Returns the identity that is recorded: the given one in a new database."""
-    db.executescript(_TABLES)
-    with db:
-        db.execute("BEGIN IMMEDIATE")
-        db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?), ('identity', ?)", (str(FORMAT), json.dumps(identity)))
-    return read_identity(db)
-
-
-def read_identity(db: sqlite3.Connection) -> dict[str, Any]:
-    """Raises ConfigError where the database is not one of ours, or of another release."""
-    try:
-        meta: dict[str, str] = dict(db.execute("SELECT key, value FROM meta"))
-        if int(meta["format"]) != FORMAT:
-            raise ConfigError(f"the state dir has format {meta['format']}; this release of vllm-ttt reads format {FORMAT}")
-        return json.loads(meta["identity"])
-    except (sqlite3.Error, KeyError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"sessions.db is not the database of a state dir: {error!r}") from None
-
-
-def check_secret(db: sqlite3.Connection, secret: str, folder: Path) -> None:
-    """Raise ConfigError where the sessions of API keys were made under another secret: no key would find its own.
-
-    The first secret is remembered; and a new one, where no key has a session.
-    """
-    ours = fingerprint(secret)
-    found = db.execute("SELECT value FROM meta WHERE key = 'secret'").fetchone()
-    if found is not None and found[0] != ours:
-        (lost,) = db.execute("SELECT count(*) FROM sessions WHERE tenant != '-'").fetchone()
-        if lost:
-            raise ConfigError(
-                f"the state dir {folder} has {lost} sessions of API keys that were made under another secret: no key would "
-                f"find its own. Restore that secret ({SECRET_VARIABLE} of the environment, or else the file "
-                f"{folder / 'secret'}), or name another state dir"
-            )
-    db.execute("INSERT OR REPLACE INTO meta VALUES ('secret', ?)", (ours,))
-
-
 def find(db: sqlite3.Connection, key: SessionKey) -> Row | None:
     """The session, with its newest version that can be read."""
-    found = db.execute(f"SELECT {_SESSION} FROM sessions s WHERE s.tenant = ? AND s.name = ?", key).fetchone()
+    found = db.execute(f"SELECT {_SESSION} FROM sessions s WHERE s.tenant = ? AND s.name = ?", _stored(db, key)).fetchone()
     return None if found is None else _row(db, found)
 
 
 def named(db: sqlite3.Connection, name: str) -> list[Row]:
     """The sessions of that name, of all tenants."""
-    return [_row(db, found) for found in db.execute(f"SELECT {_SESSION} FROM sessions s WHERE s.name = ?", (name,)).fetchall()]
+    query, stored = f"SELECT {_SESSION} FROM sessions s WHERE s.name = ?", vault_of(db).name(name)
+    return [_row(db, found) for found in db.execute(query, (stored,)).fetchall()]
 
 
 def listing(
@@ -150,7 +87,7 @@ def listing(
     """The sessions of a tenant, or of all; most recently used first. Of each state the small part alone.
 
     Args:
-        after: last_used, tenant and name of the last one of the list before.
+        after: last_used, tenant and name, as it is stored, of the last one of the list before.
     """
     where, values = ["1"], []
     if tenant is not None:
@@ -160,7 +97,7 @@ def listing(
     newest = "v.uid = s.uid AND v.version = (SELECT max(version) FROM versions WHERE uid = s.uid)"
     query = f"SELECT {_SUMMARY}, {_VERSION_SUMMARY} FROM sessions s LEFT JOIN versions v ON {newest} "
     query += f"WHERE {' AND '.join(where)} ORDER BY s.last_used DESC, s.tenant DESC, s.name DESC LIMIT ?"
-    return [_listed(found) for found in db.execute(query, (*values, limit))]
+    return [_listed(db, found) for found in db.execute(query, (*values, limit))]
 
 
 def count(db: sqlite3.Connection, tenant: str | None) -> int:
@@ -181,7 +118,7 @@ def unsaved(db: sqlite3.Connection) -> list[str]:
 def versions(db: sqlite3.Connection, uid: str) -> list[Version]:
     """Oldest first; also those whose row is damaged."""
     query = f"SELECT {_VERSION} FROM versions v WHERE uid = ? ORDER BY version"
-    return [_version(uid, row) for row in db.execute(query, (uid,))]
+    return [_version(db, uid, row) for row in db.execute(query, (uid,))]
 
 
 def files(db: sqlite3.Connection) -> dict[str, tuple[str, int, int]]:
@@ -203,17 +140,23 @@ def put(db: sqlite3.Connection, row: Row, keep: int) -> list[str]:
     db.execute(
         "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (uid) DO UPDATE SET last_used = excluded.last_used, "
         "summary = excluded.summary, detail = excluded.detail",
-        (row.uid, *row.key, row.created, row.last_used, *_write(row.state)),
+        (row.uid, *_stored(db, row.key), row.created, row.last_used, *_write(db, row.uid, row.state)),
     )
     if row.newest is None:
         return []
     v = row.newest
     gone = [f for (f,) in db.execute("SELECT file FROM versions WHERE uid = ? AND version >= ?", (row.uid, v.version))]
     db.execute("DELETE FROM versions WHERE uid = ? AND version >= ?", (row.uid, v.version))
-    values = (row.uid, v.version, v.file, v.bytes, v.checksum, v.saved, *_write(v.state))
+    values = (row.uid, v.version, v.file, v.bytes, v.checksum, v.saved, *_write(db, f"{row.uid}/{v.version}", v.state))
     db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
     old = "SELECT version FROM versions WHERE uid = ? ORDER BY version DESC LIMIT -1 OFFSET ?"
     return [*gone, *_delete(db, f"uid = ? AND version IN ({old})", (row.uid, row.uid, keep))]
+
+
+def name_of(db: sqlite3.Connection, uid: str) -> str:
+    """Its name; "" where it has no row."""
+    found = db.execute("SELECT name FROM sessions WHERE uid = ?", (uid,)).fetchone()
+    return found[0] if found else ""
 
 
 def remove(db: sqlite3.Connection, uid: str) -> list[str]:
@@ -242,7 +185,7 @@ def without(db: sqlite3.Connection, uid: str, file: str) -> Row | None:
     row = _row(db, found)
     standing = {key: row.state[key] for key in STANDING if key in row.state}
     row = replace(row, state={**(row.newest.state if row.newest else {}), **standing})
-    db.execute("UPDATE sessions SET summary = ?, detail = ? WHERE uid = ?", (*_write(row.state), uid))
+    db.execute("UPDATE sessions SET summary = ?, detail = ? WHERE uid = ?", (*_write(db, uid, row.state), uid))
     return row
 
 
@@ -250,7 +193,7 @@ def mend(db: sqlite3.Connection, row: Row) -> list[str]:
     """Make the rows of a session what `find` made of them. Returns the files of versions that are no more."""
     for file in row.damaged:
         db.execute("DELETE FROM versions WHERE file = ?", (file,))
-    db.execute("DELETE FROM sessions WHERE tenant = ? AND name = ? AND uid IS NOT ?", (*row.key, row.uid))
+    db.execute("DELETE FROM sessions WHERE tenant = ? AND name = ? AND uid IS NOT ?", (*_stored(db, row.key), row.uid))
     put(db, replace(row, newest=None), keep=0)
     db.execute("UPDATE sessions SET created = ? WHERE uid = ?", (row.created, row.uid))
     return list(row.damaged)
@@ -278,7 +221,7 @@ def follow_clock(db: sqlite3.Connection, ahead: float, now: float) -> None:
 
 def unused_since(db: sqlite3.Connection, time: float, limit: int) -> list[SessionKey]:
     query = "SELECT tenant, name FROM sessions WHERE last_used < ? ORDER BY last_used LIMIT ?"
-    return [SessionKey(*key) for key in db.execute(query, (time, limit))]
+    return [SessionKey(tenant, _plain(db, name)) for tenant, name in db.execute(query, (time, limit))]
 
 
 # As bytes: a text that is not UTF-8 would be an error of the whole query.
@@ -298,7 +241,7 @@ def _row(db: sqlite3.Connection, found: Any) -> Row:
         damaged.append(version.file)
         problems.append(f"version {version.version}: {version.problem}")
     try:
-        state = _read(*texts)
+        state = _read(db, uid, *texts)
         if not (isinstance(created, float) and isinstance(last_used, float) and _UID.fullmatch(uid)):
             raise ValueError("its id or its times")
     except (ValueError, TypeError, RecursionError) as error:
@@ -307,18 +250,19 @@ def _row(db: sqlite3.Connection, found: Any) -> Row:
         created, last_used = ((x if isinstance(x, float) else time.time()) for x in (created, last_used))
         if not (isinstance(uid, str) and _UID.fullmatch(uid)):
             uid = secrets.token_hex(16)
-    return Row(uid, SessionKey(tenant, name), created, last_used, state, newest, "; ".join(problems), tuple(damaged))
+    key = SessionKey(tenant, _plain(db, name))
+    return Row(uid, key, created, last_used, state, newest, "; ".join(problems), tuple(damaged))
 
 
 def _newest_first(db: sqlite3.Connection, uid: Any) -> Iterator[Version]:
     for row in db.execute(f"SELECT {_VERSION} FROM versions v WHERE uid = ? ORDER BY version DESC", (uid,)):
-        yield _version(uid, row)
+        yield _version(db, uid, row)
 
 
-def _version(uid: Any, row: Any) -> Version:
+def _version(db: sqlite3.Connection, uid: Any, row: Any) -> Version:
     version, file, size, checksum, saved, *texts = row
     try:
-        state = _read(*texts)
+        state = _read(db, f"{uid}/{version}", *texts)
         kinds = (version, int), (size, int), (checksum, str), (saved, float)
         if not all(isinstance(value, kind) for value, kind in kinds) or state.get("version") != version:
             raise ValueError("its numbers")
@@ -329,28 +273,50 @@ def _version(uid: Any, row: Any) -> Version:
         return Version(version, file, 0, "", 0.0, {}, f"its row is damaged: {error}")
 
 
-def _listed(found: Any) -> Row:
+def _listed(db: sqlite3.Connection, found: Any) -> Row:
     uid, tenant, name, created, last_used, text, *version = found
     newest, problem = None, ""
     if version[0] is not None:
-        newest = _version(uid, (*version, b"{}"))
+        newest = _version(db, uid, (*version, None))
         problem = newest.problem
     try:
-        state = _read(text, b"{}")
+        state = _read(db, uid, text, None)
     except (ValueError, TypeError, RecursionError) as error:
         state, problem = {}, f"its row is damaged: {error}"
-    return Row(uid, SessionKey(tenant, name), created, last_used, state, newest, problem)
+    return Row(uid, SessionKey(tenant, _plain(db, name)), created, last_used, state, newest, problem)
 
 
-def _write(state: dict[str, Any]) -> tuple[str, str]:
-    """A state as its two texts."""
-    summary = {key: value for key, value in state.items() if key not in _DETAIL}
-    return json.dumps(summary), json.dumps({key: state[key] for key in _DETAIL if key in state})
+def _stored(db: sqlite3.Connection, key: SessionKey) -> tuple[str, str]:
+    return key.tenant, vault_of(db).name(key.name)
 
 
-def _read(summary: Any, detail: Any) -> dict[str, Any]:
-    """The state of two texts. Raises ValueError or TypeError where `Session.from_state` could not take it."""
-    state = {**json.loads(summary), **json.loads(detail)}
+def _plain(db: sqlite3.Connection, stored: str) -> str:
+    """The name that is stored; one that does not open is what it is."""
+    try:
+        return vault_of(db).plain_name(stored)
+    except SealError:
+        return stored
+
+
+def _write(db: sqlite3.Connection, whose: str, state: dict[str, Any]) -> tuple[str | bytes, str | bytes]:
+    """A state as its two texts, or sealed."""
+    summary = json.dumps({key: value for key, value in state.items() if key not in _DETAIL})
+    detail = json.dumps({key: state[key] for key in _DETAIL if key in state})
+    if not (vault := vault_of(db)).on:
+        return summary, detail
+    return vault.seal(summary.encode(), f"{whose} summary"), vault.seal(detail.encode(), f"{whose} detail")
+
+
+def _read(db: sqlite3.Connection, whose: str, summary: Any, detail: Any) -> dict[str, Any]:
+    """The state of what `_write` has returned; ``detail`` None: without it. Raises ValueError or TypeError where
+    `Session.from_state` could not take it."""
+    vault, state = vault_of(db), {}
+    for name, data in (("summary", summary), ("detail", detail)):
+        if data is not None:
+            try:
+                state |= json.loads(vault.open(data, f"{whose} {name}"))
+            except SealError as error:
+                raise ValueError(str(error)) from None
     for key, kinds in _KINDS.items():
         if key in state and not isinstance(state[key], kinds):
             raise ValueError(f"{key} is {type(state[key]).__name__}")

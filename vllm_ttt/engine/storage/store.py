@@ -20,13 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage import database, erase, records
 from vllm_ttt.engine.storage.identity import compare, identity
 from vllm_ttt.engine.storage.records import Row
 from vllm_ttt.errors import ConfigError, RequestError
 from vllm_ttt.log import logger_of
 from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
 from vllm_ttt.types import SessionKey
+from vllm_ttt.vault import PLAIN, Vault
 
 logger = logger_of(__name__)
 
@@ -38,6 +39,8 @@ class Change:
     result: Any = None
     added: dict[str, int] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
+    #: uid and name of a session of which no byte is to be left; the result says whether
+    erased: tuple[str, str] | None = None
 
 
 #: What is done in one transaction.
@@ -60,35 +63,32 @@ def open_store(vllm_config: Any, config: TTTConfig) -> Store | None:
     if sessions.state_dir is None:
         return None
     limit, secret = int(sessions.disk_gib * 2**30), os.environ.get(SECRET_VARIABLE)
-    return Store(StateDir(sessions.state_dir), identity(vllm_config, config), sessions.keep_versions, limit, secret)
-
-
-def check_dir(vllm_config: Any, config: TTTConfig) -> None:
-    """Raise ConfigError where `open_store` would: before anything is loaded. Changes nothing in a dir that is in use."""
-    if config.sessions.state_dir is None:
-        return
-    folder = StateDir(config.sessions.state_dir)
-    folder.create()
-    folder.lock()
-    folder.unlock()
-    if folder.exists():
-        with contextlib.closing(records.connect(folder.database)) as db:
-            compare(records.read_identity(db), identity(vllm_config, config), folder.root)
-            if secret := os.environ.get(SECRET_VARIABLE):
-                records.check_secret(db, secret, folder.root)
+    folder, vault = StateDir(sessions.state_dir), Vault.of(sessions.key_file)
+    store = Store(folder, identity(vllm_config, config), sessions.keep_versions, limit, secret, vault)
+    database.name_audit_log(store.reader, sessions.audit_log)
+    return store
 
 
 class Store:
     """Raises ConfigError where the dir is in use, is not ours, or belongs to another model, settings or secret."""
 
-    def __init__(self, folder: StateDir, identity: dict[str, Any], keep: int, limit: int, secret: str | None = None):
+    def __init__(
+        self,
+        folder: StateDir,
+        identity: dict[str, Any],
+        keep: int,
+        limit: int,
+        secret: str | None = None,
+        vault: Vault = PLAIN,
+    ):
         """
         Args:
             keep: versions kept of each session.
             limit: bytes that all files may take.
             secret: what API keys are made tenants with; None: there are none.
+            vault: what it is sealed with.
         """
-        self.folder, self.keep, self.limit = folder, keep, limit
+        self.folder, self.identity, self.keep, self.limit, self.vault = folder, identity, keep, limit, vault
         folder.create()
         folder.lock()
         try:
@@ -97,10 +97,11 @@ class Store:
                     f"the state dir {folder.root} has {orphans} files of sessions and no sessions.db, which says whose they "
                     "are; restore it from a backup, or remove the folder sessions"
                 )
-            self.reader = records.connect(folder.database)
-            compare(records.create(self.reader, identity), identity, folder.root)
+            self.reader = database.connect(folder.database, vault=vault)
+            compare(database.create(self.reader, identity), identity, folder.root)
+            database.check_vault(self.reader, folder.root)
             if secret:
-                records.check_secret(self.reader, secret, folder.root)
+                database.check_secret(self.reader, secret, folder.root)
             self._recover()
             folder.keep_reserve()
             self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
@@ -120,6 +121,8 @@ class Store:
         #: rows that `find` answers with while they are being written
         self._pending: dict[SessionKey, tuple[int, Row]] = {}
         self._number = 0
+        #: uids and names of removed sessions of which something may be left in the database
+        self._unwiped: deque[tuple[str, str]] = deque()
         #: sessions whose damaged rows are being mended
         self._mending: set[str] = set()
         self._queue: queue.SimpleQueue[tuple[Write, bool, Future] | None] = queue.SimpleQueue()
@@ -191,13 +194,17 @@ class Store:
         return self.write(lambda db: Change(gone=records.put(db, replace(row, newest=None), self.keep)))
 
     def replace(self, uid: str, row: Row | None = None) -> Future:
-        """Forget the session ``uid``; with a row, record another one in its place."""
+        """Forget the session ``uid``; with a row, record another one in its place.
+
+        Resolves to ``{"files": [...], "files_left": files that could not be removed yet, "database_wiped": bool}``.
+        """
 
         def write(db: sqlite3.Connection) -> Change:
+            name, files = records.name_of(db, uid), erase.listed(db, uid)
             gone = records.remove(db, uid)
             if row is not None:
                 records.put(db, row, self.keep)
-            return Change(gone=gone)
+            return Change({"files": files}, gone=gone, erased=(uid, name))
 
         return self.write(write, frees=True)
 
@@ -312,7 +319,7 @@ class Store:
         while (first := self._queue.get()) is not None:
             write, frees, future = first
             try:
-                db = db or records.connect(self.folder.database)
+                db = db or database.connect(self.folder.database, vault=self.vault)
                 try:
                     result = self._execute(db, write)
                 except (sqlite3.Error, OSError) as error:
@@ -340,6 +347,12 @@ class Store:
         self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
         for file in change.gone:
             self.discard(file)
+        if change.erased is not None:
+            left = [file for file in change.gone if (self.folder.root / file).exists()]
+            self._unwiped.append(change.erased)
+            while self._unwiped and erase.wipe(db, self.folder, *self._unwiped[0]):
+                self._unwiped.popleft()
+            change.result |= {"files_left": left, "database_wiped": not self._unwiped}
         return change
 
     def _recover(self) -> None:

@@ -30,10 +30,17 @@ class Chunk:
     rows: int = 0
     #: the blocks of its request in vLLM's KV cache: the same list, which grows
     blocks: list[int] = field(default_factory=list)
+    #: ranges (first, end) of its rows whose next token is not learned
+    left_out: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def end(self) -> int:
         return self.first + self.rows
+
+    @property
+    def out(self) -> int:
+        """Rows whose next token is not learned."""
+        return sum(end - first for first, end in self.left_out)
 
 
 @dataclass(slots=True, eq=False)
@@ -94,6 +101,8 @@ class Backlog:
         self.short: list[Chunk] = []
         #: chunks that repeat themselves, likewise
         self.repetitive: list[Chunk] = []
+        #: chunks of which too little is left to be learned, likewise
+        self.filtered: list[Chunk] = []
         #: pairs of requests that ended before they could be captured again, likewise
         self.lost: list[Chunk] = []
         #: learning requests until all of them has been learned; they may outlive their reading
@@ -361,10 +370,12 @@ class Backlog:
     def _close(self, reading: Reading) -> None:
         chunk, reading.open = reading.open, None
         assert chunk is not None
-        short = chunk.rows < self.min_chunk
-        if short or _repeats(chunk, reading.plan):
+        short, repeats = chunk.rows < self.min_chunk, _repeats(chunk, reading.plan)
+        inside = ((max(a, chunk.first) - chunk.first, min(b, chunk.end) - chunk.first) for a, b in reading.plan.filtered)
+        chunk.left_out = [(a, b) for a, b in inside if a < b]
+        if short or repeats or chunk.rows - chunk.out < self.min_chunk:
             if chunk.end > max(chunk.first, reading.known):  # else it was said before the request was preempted
-                (self.short if short else self.repetitive).append(chunk)
+                (self.short if short else self.repetitive if repeats else self.filtered).append(chunk)
                 reading.known = chunk.end
             self._release(chunk)
             return

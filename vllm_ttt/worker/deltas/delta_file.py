@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vllm_ttt.errors import TTTError
 from vllm_ttt.geometry import Geometry
+from vllm_ttt.vault import OVERHEAD, PLAIN, SealError, Vault
 
 #: Behind the name of a tensor: the last update of that module.
 UPDATE = ".update"
@@ -35,6 +36,14 @@ class FileError(TTTError):
 
 def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     return serialise(tensors, metadata)
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Of a delta, whatever file it is in: the SHA-256 of B of its modules, float32, in the order of ``tensors``."""
+    found = hashlib.sha256()
+    for tensor in tensors.values():
+        found.update(tensor.float().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def decode(data: bytes, shapes: dict[str, tuple[int, ...]], dtypes: tuple[torch.dtype, ...]) -> dict[str, Tensor]:
@@ -110,11 +119,15 @@ def write(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def load(path: Path, checksum: str, geometry: Geometry) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load(path: Path, checksum: str, geometry: Geometry, vault: Vault = PLAIN) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A session's file: its tensors and metadata. Raises FileError where it is not the one with that sha256."""
-    data = read(path, geometry.bytes + MAX_HEADER)
+    data = read(path, geometry.bytes + MAX_HEADER + OVERHEAD)
     if hashlib.sha256(data).hexdigest() != checksum:
         raise FileError("its checksum is not the one that was recorded")
+    try:
+        data = vault.open(data, path.name)
+    except SealError as error:
+        raise FileError(str(error)) from None
     shapes = {name + end: shape for end in ("", UPDATE) for name, shape in geometry.shapes.items()}
     tensors = decode(data, shapes, (torch.float32, torch.bfloat16))
     return tensors, read_header(data).get("__metadata__", {})

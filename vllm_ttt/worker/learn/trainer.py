@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,7 +144,7 @@ class Trainer:
         self.collect()
         backlog = self.backlog
         closed: dict[ChunkReason, list[Chunk]] = {
-            "short": backlog.short, "repetition": backlog.repetitive, "full": backlog.lost,
+            "short": backlog.short, "repetition": backlog.repetitive, "filter": backlog.filtered, "full": backlog.lost,
         }  # fmt: skip
         for reason, chunks in closed.items():
             for chunk in chunks:
@@ -270,7 +270,7 @@ class Trainer:
             frozen.index_copy_(0, to_device(torch.tensor(due), losses.device), losses)
         flat, weight, before = self._rows(chunks)
         rows = torch.tensor([tile.row for tile in tiles])
-        share = torch.tensor([chunk.rows / self.config.learn.chunk for chunk in chunks])
+        share = torch.tensor([(chunk.rows - chunk.out) / self.config.learn.chunk for chunk in chunks])
         values = self.compute.step(flat, weight, rows, share, before)
         kept = [keep(self.deltas, c.session) if self.versions.due(c.session) else None for c in chunks]
         self.outcomes.append(Outcome(chunks, kept, to_host(values), to_host(frozen), self.clock.mark()))
@@ -284,7 +284,9 @@ class Trainer:
         flat = self.backlog.rows_of(chunks)
         weight = torch.zeros(flat.shape)
         for s, chunk in enumerate(chunks):  # at weight 0: what fills up a chunk that is shorter than the longest
-            weight[s, : chunk.rows] = 1.0 / chunk.rows
+            weight[s, : chunk.rows] = 1.0 / (chunk.rows - chunk.out)
+            for first, end in chunk.left_out:
+                weight[s, first:end] = 0.0
         return flat, weight, None if self.cache is None else Before(self.cache, chunks)
 
     def _kept_still(self) -> set[int]:
@@ -315,7 +317,7 @@ class Trainer:
         if ok:
             session.version += 1
             session.norms = norms
-            self.tokens_learned += chunk.rows
+            self.tokens_learned += chunk.rows - chunk.out
             self.guard.committed(chunk.session)
         if kept is not None:
             self.versions.add(chunk.session, session.version, kept._replace(rate=rate, norms=session.norms))
@@ -334,13 +336,15 @@ class Trainer:
 
     def _report_chunk(self, chunk: Chunk, loss: float, skipped: ChunkReason | None, frozen: float | None = None) -> None:
         session = self.deltas.session(chunk.session)
-        norm = max(session.norms) if skipped is None else None
-        self.report.chunks.append(
-            ChunkReport(
-                chunk.session, chunk.request, chunk.rows, loss, frozen, skipped, chunk.end, session.version, session.rate,
-                norm,
-            )
+        norm, out = max(session.norms) if skipped is None else None, 0 if skipped == "filter" else chunk.out
+        report = ChunkReport(
+            chunk.session, chunk.request, chunk.rows - out, loss, frozen, skipped, chunk.end, session.version, session.rate,
+            norm,
         )  # fmt: skip
+        self.report.chunks.append(report)
+        if out:
+            said = {"tokens": out, "loss": math.nan, "frozen_loss": None, "skipped": "filter", "norm": None}
+            self.report.chunks.append(replace(report, **said))
 
 
 def _cost(chunk: Chunk) -> int:

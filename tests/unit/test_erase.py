@@ -1,0 +1,145 @@
+"""A session that is removed leaves nothing in the state dir: no file, and no byte of the database."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from test_admin import Engine
+from typer.testing import CliRunner
+from world import World
+
+from vllm_ttt.cli import app
+from vllm_ttt.engine.storage import database, erase, records
+from vllm_ttt.engine.storage.records import Row, Version
+from vllm_ttt.state_dir import StateDir
+from vllm_ttt.types import SessionKey
+
+pytestmark = pytest.mark.unit
+
+#: No other name is like it.
+NAME = "alice-of-the-second-floor"
+
+
+def found(folder: Path, *texts: str) -> list[str]:
+    """Files below ``folder`` that have one of the texts in their bytes or in their name."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [str(f) for f in files for text in texts if text.encode() in f.read_bytes() or text in str(f)]
+
+
+def churn(folder: StateDir, rng: random.Random, steps: int) -> tuple[int, int]:
+    """Sessions come, are saved and go, with states of all sizes. Returns how many went, and of how many SQLite left bytes."""
+    folder.create()
+    db = database.connect(folder.database)
+    database.create(db, {})
+    live: dict[str, tuple[str, int]] = {}
+    gone, left = 0, 0
+    for i in range(steps):
+        act = rng.random()
+        uid = rng.choice(list(live)) if live and act > 0.6 else f"{rng.getrandbits(128):032x}"
+        name, version = live.get(uid, (f"name{rng.randrange(10**12):012d}", 0))
+        db.execute("BEGIN IMMEDIATE")
+        if act < 0.85 or uid not in live:
+            live[uid] = name, version + 1
+            state = {"version": version + 1, "losses": [{"x": rng.random()} for _ in range(rng.choice([0, 3, 30, 300]))]}
+            file = f"sessions/{uid[:2]}/{uid}-{rng.getrandbits(32):08x}.safetensors"
+            saved = Version(version + 1, file, 10, f"{rng.getrandbits(256):064x}", 0.5, state)
+            records.put(db, Row(uid, SessionKey("-", name), 1.5 * i + 0.25, 1.5 * i + 0.25, state, saved), keep=3)
+            db.execute("COMMIT")
+            continue
+        del live[uid]
+        records.remove(db, uid)
+        db.execute("COMMIT")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        gone, left = gone + 1, left + bool(found(folder.root, uid, name))
+        assert erase.wipe(db, folder, uid, name)
+        assert found(folder.root, uid, name) == []
+    assert len(records.listing(db, None)) == len(live)
+    db.close()
+    return gone, left
+
+
+def test_no_byte_of_a_removed_row_is_left(tmp_path: Path) -> None:
+    runs = [churn(StateDir(tmp_path / str(seed)), random.Random(seed), 100) for seed in (9, 13, 25)]
+    assert sum(gone for gone, _ in runs) > 20
+    assert sum(left for _, left in runs) > 0, "SQLite alone leaves nothing: the test would prove nothing"
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_deleted_session_leaves_nothing_and_the_receipt_says_what_there_was(tmp_path: Path, where: str) -> None:
+    state = tmp_path / "state"
+    world = World(state, limit=2)
+    engine = Engine(world)
+    for value in (1.0, 2.0, 4.0):
+        world.use(NAME, value)
+        world.save(NAME)
+    forked = engine.ask("fork", NAME, "copy")
+    world.save("copy")
+    session = world.ledger.peek(SessionKey("-", NAME))
+    assert session is not None
+    uid, versions = session.uid, world.store.versions(session.uid)
+    (state / "damaged" / f"{uid}-00000000.safetensors").write_bytes(b"set aside")
+    if where == "memory":
+        world.use(NAME, 8.0)  # it is not saved yet
+    else:
+        world.use("another", 32.0)
+        world.save("another")
+        world.use("third", 64.0)
+        assert SessionKey("-", NAME) not in world.ledger.sessions
+    assert found(state, NAME)
+    receipt = engine.ask("delete", NAME)
+    assert receipt["version"] == (4 if where == "memory" else 3)
+    assert receipt["tokens_learned"] == 16 * receipt["version"]
+    assert [file["version"] for file in receipt["files"]] == versions == [1, 2, 3]
+    assert receipt["bytes"] == sum(file["bytes"] for file in receipt["files"]) > 0
+    assert (receipt["files_left"], receipt["database_wiped"]) == ([], True)
+    digests = [file["digest"] for file in receipt["files"]]
+    assert len({*digests, receipt["digest"]}) == (4 if where == "memory" else 3), "the digest is of what it was at the end"
+    shas = [file["sha256"] for file in receipt["files"]]
+    assert found(state, uid, NAME, *shas, *digests[:2]) == []
+    copy = world.ledger.peek(SessionKey("-", "copy"))
+    assert copy is not None
+    assert copy.saved is not None
+    assert copy.saved.state["digest"] == digests[2], "the fork is its own, and what the session was"
+    assert (world.value("copy"), forked["version"]) == (7.0, 3)
+    world.end()
+    assert found(state, uid, NAME, *shas) == []
+
+
+def test_what_never_learned_has_a_receipt_too(tmp_path: Path) -> None:
+    world = World(tmp_path / "state")
+    world.use(NAME)
+    receipt = Engine(world).ask("delete", NAME)
+    assert (receipt["version"], receipt["digest"], receipt["files"], receipt["database_wiped"]) == (0, None, [], True)
+    world.end()
+
+
+def test_a_reader_in_the_way_is_said(tmp_path: Path) -> None:
+    world = World(tmp_path / "state")
+    world.use(NAME, 1.0)
+    world.save(NAME)
+    reader = database.connect(world.store.folder.database, readonly=True)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM sessions").fetchone()
+    assert Engine(world).ask("delete", NAME)["database_wiped"] is False
+    assert found(tmp_path / "state", NAME)
+    reader.close()
+    world.use("another-session", 1.0)
+    world.save("another-session")
+    assert Engine(world).ask("delete", "another-session")["database_wiped"] is True
+    assert found(tmp_path / "state", NAME) == [], "the next removal has done it"
+    world.end()
+
+
+def test_the_command_gives_a_receipt(tmp_path: Path) -> None:
+    import json
+
+    world = World(tmp_path / "state")
+    world.use(NAME, 1.0)
+    digest = world.save(NAME).state["digest"]
+    world.end()
+    result = CliRunner().invoke(app, ["sessions", "rm", str(tmp_path / "state"), NAME, "--json"])
+    receipt = json.loads(result.stdout)
+    assert (receipt["digest"], receipt["version"], receipt["database_wiped"]) == (digest, 1, True)
+    assert found(tmp_path / "state", NAME, digest) == []

@@ -1,0 +1,198 @@
+"""The filter: which characters are part of a match, in linear time; which tokens; and that they are not learned."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_worker_hooks import A, Hooks
+from transformers import AutoTokenizer
+
+from vllm_ttt.automaton import Automaton
+from vllm_ttt.config import LearnConfig, parse_config
+from vllm_ttt.engine.limits.filter import Filter
+from vllm_ttt.engine.limits.trust import Trust
+from vllm_ttt.engine.requests import Attached
+from vllm_ttt.errors import ConfigError
+from vllm_ttt.types import Knobs, RequestPlan
+
+pytestmark = pytest.mark.unit
+
+MODEL = Path(__file__).parents[2] / "demo" / "model"
+
+#: Patterns over a few characters: of everything that is supported.
+ATOMS = st.sampled_from(
+    ["a", "b", ".", "[ab]", "[^a]", r"\w", r"\W", r"\d", r"\s", "-", "1", r"\b", r"\B", "^", "$", r"\A", r"\Z"]
+)
+PATTERNS = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map(lambda p: f"(?:{p[0]}|{p[1]})"),
+        inner.map(lambda p: f"({p})"),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,3}", "{,2}"])).map(lambda p: f"(?:{p[0]}){p[1]}"),
+        inner.map(lambda p: f"(?i:{p})"),
+        inner.map(lambda p: f"(?s:{p})"),
+    ),
+    max_leaves=5,
+)
+
+
+def any_match(pattern: str, text: str) -> set[int]:
+    """Characters of all matches of all lengths, by trying them all."""
+    size, found = len(text), set[int]()
+    for first in range(size):
+        for end in range(first + 1, size + 1):
+            if re.fullmatch(rf"(?s:.{{{first}}})(?:{pattern})(?s:.{{{size - end}}})", text):
+                found |= set(range(first, end))
+    return found
+
+
+@given(PATTERNS, st.text("ab1B- \n", max_size=7))
+def test_it_finds_what_python_finds(pattern: str, text: str) -> None:
+    # Around `$` a line feed that ends the text is a place that fullmatch with something behind it cannot show.
+    assume(not (text.endswith("\n") and "$" in pattern))
+    found = Automaton([pattern]).covered(text)
+    assert [i for first, end in found for i in range(first, end)] == sorted(any_match(pattern, text))
+    assert all(first < end for first, end in found)
+    assert all(end < first for (_, end), (first, _) in itertools.pairwise(found))
+
+
+def test_patterns_of_operators() -> None:
+    patterns = [r"\b(?:\d[ -]?){13,16}\b", r"[\w.+-]+@[\w-]+\.[\w.]{2,20}", r"(?i)\bpassword\s*[:=]\s*\S+"]
+    text = "Card 4111 1111 1111 1111, of bob@example.com. PassWord = hunter2 and 1234 5678.\n" * 2
+    found = Automaton(patterns)
+    expected = ["4111 1111 1111 1111", "bob@example.com.", "PassWord = hunter2"] * 2
+    assert [text[a:b] for a, b in found.covered(text)] == expected
+    assert [text[a:b] for a, b in found.covered(text)] == expected, "what it has learned of a text misleads it in no other"
+    assert found.covered("nothing of the kind") == found.covered("") == []
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+c", "(.*a){12}c", "(a|b|ab)*c"])
+def test_no_text_keeps_it_busy(pattern: str) -> None:
+    """With re each of them takes longer than anybody waits."""
+    assert Automaton([pattern]).covered("ab" * 5000 + "!") == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        (r"(a)\1", "groupref is not supported"), ("(?=a)b", "assert is not supported"), ("(?<!a)b", "is not supported"),
+        ("(?m)^a", "flags m"), ("(?m:^a)b", "flags m"), ("(", "no regular expression"), ("a{3000}", "too large"), ("(?:(?:a{99}){99}){99}", "too large"),
+        ("x" * 501, "1 to 500 characters"), ("", "1 to 500 characters"), ("(?>a)b", "not supported"), ("a*+b", "not supported"),
+    ],
+)  # fmt: skip
+def test_patterns_that_are_refused(pattern: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        parse_config({"learn": {"filter": ["a", pattern]}})
+
+
+def test_too_many_patterns_are_refused() -> None:
+    with pytest.raises(ConfigError, match="up to 64 patterns"):
+        parse_config({"learn": {"filter": ["a"] * 65}})
+    with pytest.raises(ConfigError, match="too large"):
+        parse_config({"learn": {"filter": ["a{90}"] * 64}})
+    assert parse_config({"learn": {"filter": ["a"] * 64}}).learn.filter == ("a",) * 64
+
+
+def model_config() -> Any:
+    from vllm.config import ModelConfig
+
+    return ModelConfig(model=str(MODEL))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def vllm_model() -> Any:
+    return model_config()
+
+
+TEXT = "Write to bob@example.com, or to grüße@müller.example; the snowman ☃☃ says 12345678 and naïve 🧑‍🚀 no more."
+
+
+@pytest.mark.parametrize("pattern", [r"\S+@\S+", r"\d+", "☃+", "🧑", "^W", r"more\.$", "nowhere", "o"])
+def test_the_tokens_of_a_match_are_those_that_have_a_character_of_it(vllm_model: Any, tokenizer: Any, pattern: str) -> None:
+    ids = tokenizer(TEXT)["input_ids"]
+    whole = tokenizer.decode(ids)
+    left_out = {i + 1 for first, end in Filter([pattern], vllm_model).pairs(ids) for i in range(first, end)}
+    spans = [m.span() for m in re.finditer(pattern, whole)]
+    expected = set()
+    for i in range(1, len(ids)):
+        # The characters that this token completes or begins; those of a part of one are the whole.
+        before, after = (tokenizer.decode(ids[:n]).rstrip("�") for n in (i, i + 1))
+        end = len(after) if after != before else len(before) + 1
+        if any(first < end and len(before) < last for first, last in spans):
+            expected.add(i)
+    assert left_out == expected
+    assert bool(left_out) == (pattern not in ("nowhere", "^W") or 0 in expected)
+
+
+def test_without_a_tokenizer_there_is_nothing_to_match() -> None:
+    with pytest.raises(ConfigError, match="skip-tokenizer-init"):
+        Filter(["a"], SimpleNamespace(skip_tokenizer_init=True))
+    assert Filter([], None).pairs([1, 2, 3]) == []
+
+
+def test_what_is_accepted_is_what_is_left(vllm_model: Any, tokenizer: Any) -> None:
+    ids = tokenizer(TEXT)["input_ids"]
+    config = parse_config({"learn": {"filter": [r"\S+@\S+"], "min_chunk": 1}})
+    trust = Trust(config, vllm_model)
+    request: Any = SimpleNamespace(request_id="r", prompt_token_ids=ids)
+    session: Any = SimpleNamespace(open={})
+    attached = Attached(request, session, Knobs(), True, 1, len(ids))
+    attached.look_at(trust, ids, 0)
+    out = sum(end - first for first, end in attached.filtered)
+    assert out > 4
+    assert attached.accepted(config.learn) == len(ids) - 1 - out
+    assert trust.filtered(ids, attached.filtered[0][1]) == attached.filtered[1:], "of history nothing is learned anyway"
+
+
+def learned(filtered: list[tuple[int, int]], other_tokens: bool) -> tuple[torch.Tensor, list[tuple[str | None, int]], int]:
+    """What a session's delta is after 40 pairs in chunks of 16, of which the next tokens of pairs 3 to 8 and 20 to 21 are
+    others, or not; what was reported; its version."""
+    worker = Hooks()
+    if other_tokens:
+        for first, end in ((3, 9), (20, 22)):
+            worker.tokens[first:end] = (worker.tokens[first:end] + 1) % 8
+    worker.trainer.start("a", RequestPlan(A, 41, True, False, filtered=filtered))
+    worker.batch(("a", 0, 41))
+    worker.backlog.finish("a", 40)
+    version = worker.learn()[A]
+    delta = torch.cat([x.flatten() for x in worker.trainer.deltas.read(A).delta.tensors()])
+    return delta, [(c.skipped, c.tokens) for c in worker.trainer.take_report().chunks], version
+
+
+def test_what_is_left_out_is_not_learned() -> None:
+    """Whatever the tokens are that match, the delta is the same, bit for bit; and another one than without the filter."""
+    out = [(3, 9), (20, 22)]
+    one, report, version = learned(out, False)
+    two, _, _ = learned(out, True)
+    plain, _, _ = learned([], False)
+    others, _, _ = learned([], True)
+    assert torch.equal(one, two)
+    assert not torch.equal(plain, others)
+    assert not torch.equal(one, plain)
+    assert report == [(None, 10), ("filter", 6), (None, 14), ("filter", 2), (None, 8)]
+    assert version == 3
+
+
+def test_a_chunk_of_which_nothing_is_left_is_no_commit() -> None:
+    delta, report, version = learned([(0, 16), (30, 35)], False)
+    assert sorted(report, key=str) == [("filter", 16), ("filter", 2), ("filter", 3), (None, 14), (None, 5)]
+    assert version == 2
+    assert delta.isfinite().all()
+
+
+def test_the_setting_is_off_by_default() -> None:
+    assert LearnConfig().filter == ()

@@ -1,0 +1,35 @@
+"""Whether the state dir and the audit log can be used: asked before a model is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+from vllm_ttt.audit_log import Log
+from vllm_ttt.config import TTTConfig
+from vllm_ttt.engine.storage import database
+from vllm_ttt.engine.storage.identity import compare, identity
+from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
+from vllm_ttt.vault import Vault
+
+
+def check_dir(vllm_config: Any, config: TTTConfig) -> None:
+    """Raise ConfigError where `open_store` would: before anything is loaded. Changes nothing in a dir that is in use."""
+    if config.sessions.state_dir is not None:
+        _check_state_dir(StateDir(config.sessions.state_dir), vllm_config, config)
+    if (path := config.sessions.audit_path) is not None:
+        Log(path).close()
+
+
+def _check_state_dir(folder: StateDir, vllm_config: Any, config: TTTConfig) -> None:
+    vault = Vault.of(config.sessions.key_file)
+    folder.create()
+    folder.lock()
+    folder.unlock()
+    if folder.exists():
+        with contextlib.closing(database.connect(folder.database, vault=vault)) as db:
+            compare(database.read_identity(db), identity(vllm_config, config), folder.root)
+            database.check_vault(db, folder.root)
+            if secret := os.environ.get(SECRET_VARIABLE):
+                database.check_secret(db, secret, folder.root)

@@ -1,0 +1,126 @@
+"""The database of a state dir: its connection and tables, and what it says of the whole dir: whose it is, and its key."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from vllm_ttt.errors import ConfigError
+from vllm_ttt.state_dir import FORMAT, SECRET_VARIABLE, fingerprint
+from vllm_ttt.vault import PLAIN, SealError, Vault
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS sessions (
+    uid TEXT PRIMARY KEY, tenant TEXT NOT NULL, name TEXT NOT NULL, created REAL NOT NULL, last_used REAL NOT NULL,
+    summary TEXT NOT NULL, detail TEXT NOT NULL, UNIQUE (tenant, name));
+CREATE TABLE IF NOT EXISTS versions (
+    uid TEXT NOT NULL REFERENCES sessions ON DELETE CASCADE, version INTEGER NOT NULL, file TEXT NOT NULL UNIQUE,
+    bytes INTEGER NOT NULL, checksum TEXT NOT NULL, saved REAL NOT NULL, summary TEXT NOT NULL, detail TEXT NOT NULL,
+    PRIMARY KEY (uid, version));
+CREATE INDEX IF NOT EXISTS sessions_last_used ON sessions (last_used, tenant, name);
+CREATE INDEX IF NOT EXISTS sessions_of_tenant ON sessions (tenant, last_used, name);
+CREATE INDEX IF NOT EXISTS versions_saved ON versions (saved);
+"""
+#: Milliseconds to wait for who writes to the database, or reads it.
+PATIENCE = 10_000
+
+
+class _Database(sqlite3.Connection):
+    vault: Vault = PLAIN
+
+
+def connect(database: Path, readonly: bool = False, vault: Vault = PLAIN) -> sqlite3.Connection:
+    """A connection; raises ConfigError where the file is not a database. ``vault``: what it is sealed with (`check_vault`)."""
+    try:
+        uri = f"{database.as_uri()}?mode={'ro' if readonly else 'rwc'}"
+        db = sqlite3.connect(
+            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=PATIENCE / 1000, factory=_Database
+        )
+        db.vault = vault
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("PRAGMA secure_delete = ON")
+        db.execute("PRAGMA temp_store = MEMORY")
+        if not readonly:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+        return db
+    except sqlite3.Error as error:
+        raise ConfigError(f"{database} cannot be opened: {error}") from None
+
+
+def create(db: sqlite3.Connection, identity: dict[str, Any]) -> dict[str, Any]:
+    """Make the tables where there are none. Returns the identity that is recorded: the given one in a new database."""
+    db.executescript(_TABLES)
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?), ('identity', ?)", (str(FORMAT), json.dumps(identity)))
+    return read_identity(db)
+
+
+def read_identity(db: sqlite3.Connection) -> dict[str, Any]:
+    """Raises ConfigError where the database is not one of ours, or of another release."""
+    try:
+        meta: dict[str, str] = dict(db.execute("SELECT key, value FROM meta"))
+        if int(meta["format"]) != FORMAT:
+            raise ConfigError(f"the state dir has format {meta['format']}; this release of vllm-ttt reads format {FORMAT}")
+        return json.loads(meta["identity"])
+    except (sqlite3.Error, KeyError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"sessions.db is not the database of a state dir: {error!r}") from None
+
+
+def check_secret(db: sqlite3.Connection, secret: str, folder: Path) -> None:
+    """Raise ConfigError where the sessions of API keys were made under another secret: no key would find its own.
+
+    The first secret is remembered; and a new one, where no key has a session.
+    """
+    ours = fingerprint(secret)
+    found = db.execute("SELECT value FROM meta WHERE key = 'secret'").fetchone()
+    if found is not None and found[0] != ours:
+        (lost,) = db.execute("SELECT count(*) FROM sessions WHERE tenant != '-'").fetchone()
+        if lost:
+            raise ConfigError(
+                f"the state dir {folder} has {lost} sessions of API keys that were made under another secret: no key would "
+                f"find its own. Restore that secret ({SECRET_VARIABLE} of the environment, or else the file "
+                f"{folder / 'secret'}), or name another state dir"
+            )
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('secret', ?)", (ours,))
+
+
+def vault_of(db: sqlite3.Connection) -> Vault:
+    return db.vault if isinstance(db, _Database) else PLAIN
+
+
+def check_vault(db: sqlite3.Connection, folder: Path) -> None:
+    """Raise ConfigError where the state dir is sealed with another key than that of ``db``; a new one takes that."""
+    vault = vault_of(db)
+    found = db.execute("SELECT value FROM meta WHERE key = 'vault'").fetchone()
+    if found is None:
+        if vault.on and db.execute("SELECT count(*) FROM sessions").fetchone()[0]:
+            raise ConfigError(
+                f"the state dir {folder} has sessions that are not encrypted, and sessions.key_file names a key; name a new "
+                "state dir, or serve this one without a key"
+            )
+        if vault.on:
+            db.execute("INSERT INTO meta VALUES ('vault', ?)", (vault.seal(b"vllm-ttt", "vault").hex(),))
+        return
+    if not vault.on:
+        raise ConfigError(f"the state dir {folder} is encrypted: sessions.key_file must name its key (commands: --key-file)")
+    try:
+        vault.open(bytes.fromhex(found[0]), "vault")
+    except (SealError, ValueError):
+        message = (
+            f"the state dir {folder} is encrypted with another key than that of sessions.key_file; without it nobody reads it"
+        )
+        raise ConfigError(message) from None
+
+
+def name_audit_log(db: sqlite3.Connection, path: str | None) -> None:
+    """Where commands on the state dir note what they do; relative to it, or absolute."""
+    db.execute("DELETE FROM meta WHERE key = 'audit'")
+    if path is not None:
+        db.execute("INSERT INTO meta VALUES ('audit', ?)", (path,))

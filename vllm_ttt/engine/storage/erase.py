@@ -1,0 +1,75 @@
+"""That nothing is left of a session in the state dir: its files, and the bytes of its rows in the database."""
+
+from __future__ import annotations
+
+import mmap
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_ttt.engine.storage import database, records
+from vllm_ttt.state_dir import StateDir
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+
+#: Milliseconds to wait for who reads the database: saves wait behind.
+_PATIENCE = 2000
+#: A shorter name occurs by chance, and says nothing.
+_NAME = 8
+#: A name is in a session's row, and in three indexes.
+_COPIES = 4
+
+
+def listed(db: sqlite3.Connection, uid: str) -> list[dict[str, Any]]:
+    """The files of a session, oldest first, as its receipt has them."""
+    found = records.versions(db, uid)
+    return [{"version": v.version, "bytes": v.bytes, "sha256": v.checksum, "digest": v.state.get("digest")} for v in found]
+
+
+def wipe(db: sqlite3.Connection, folder: StateDir, uid: str, name: str) -> bool:
+    """Remove what the removed rows of a session have left in the database's files, and files of it that were set aside.
+
+    SQLite overwrites what it frees (secure_delete), but may leave a copy where it has moved a row to another page: so the file
+    is searched, and where there is one, written anew.
+
+    Returns:
+        whether that is done; False where a reader of the database, or a full disk, is in the way.
+    """
+    try:
+        db.execute(f"PRAGMA busy_timeout = {_PATIENCE}")
+        for file in folder.damaged.glob(f"{uid}-*"):
+            file.unlink()
+        if not _checkpoint(db):
+            return False
+        if not _left(db, folder.database, uid, name):
+            return True
+        db.execute("VACUUM")
+        return _checkpoint(db)
+    except (sqlite3.Error, OSError) as error:
+        logger.error("vllm-ttt: what the database has of a removed session could not be overwritten: %s", error)
+        return False
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {database.PATIENCE}")
+
+
+def _checkpoint(db: sqlite3.Connection) -> bool:
+    """Bring the write-ahead log into the database, and empty it."""
+    return db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+
+
+def _left(db: sqlite3.Connection, database: Path, uid: str, name: str) -> bool:
+    with database.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data.find(uid.encode()) >= 0:
+            return True
+        if len(name) < _NAME:
+            return False
+        text, found, at = name.encode(), 0, -1
+        while (at := data.find(text, at + 1)) >= 0:
+            found += 1
+    # Of another key's session of that name, or in a longer name.
+    (others,) = db.execute(
+        "SELECT coalesce(sum((length(name) - length(replace(name, ?1, ''))) / length(?1)), 0) FROM sessions", (name,)
+    ).fetchone()
+    return found > _COPIES * others
