@@ -61,6 +61,11 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     worker = WORKERS.get(current_platform.device_type)
     if worker is None:
         raise ConfigError(f"vllm-ttt serves on {' and '.join(WORKERS)}, not on {current_platform.device_type}")
+    if config.cache.orders and current_platform.device_type != "cpu":
+        raise ConfigError(
+            f"cache.orders {config.cache.orders} needs vLLM's CPU backend: on {current_platform.device_type} the cache of a "
+            "session is not served yet; set cache.orders to 0"
+        )
     if config.sessions.state_dir is not None and engine_args.shutdown_timeout == 0:
         # vLLM's default kills the engine core at once: nothing could be saved.
         http = engine_args.additional_config[plugin.NAME]["http"]
@@ -144,13 +149,13 @@ def max_sessions(hf: Any, config: TTTConfig) -> int:
 
     With the guard, a session may take twice its size: what it is, and what it was when it was last found good.
     """
-    size = Geometry.of(hf, config.adapt).bytes * (2 if config.guard.every else 1)
+    size = Geometry.of(hf, config.adapt).bytes * (2 if config.guard.every else 1) + config.cache.bytes
     return config.sessions.resident + int(config.sessions.host_gib * 2**30 / size)
 
 
 def max_saved(hf: Any, config: TTTConfig) -> int:
     """How many sessions fit into ``sessions.disk_gib``, one version of each."""
-    return int(config.sessions.disk_gib * 2**30 / Geometry.of(hf, config.adapt).bytes)
+    return int(config.sessions.disk_gib * 2**30 / (Geometry.of(hf, config.adapt).bytes + config.cache.bytes))
 
 
 def served_name(model_config: Any) -> str:

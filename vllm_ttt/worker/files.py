@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 
+from vllm_ttt.config import CacheConfig
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.log import logger_of
 from vllm_ttt.types import FileOrder, FileReport
 from vllm_ttt.worker.delta import Delta, State
 from vllm_ttt.worker.deltas import delta_file, peft
-from vllm_ttt.worker.deltas.delta_file import UPDATE
+from vllm_ttt.worker.deltas.delta_file import CACHE, UPDATE
 from vllm_ttt.worker.deltas.masters import Session
 from vllm_ttt.worker.learn.trainer import Trainer
+from vllm_ttt.worker.ngrams import stream as streams
+from vllm_ttt.worker.ngrams.ngrams import NGrams
 
 logger = logger_of(__name__)
 
@@ -30,12 +33,14 @@ class Snapshot:
     tensors: State | None
     mark: Any
     state: dict[str, Any]
+    ngrams: NGrams | None
 
 
 class Files:
     """``step`` runs between iterations and never raises. No thread and no memory before the first order."""
 
-    def __init__(self, trainer: Trainer, geometry: Geometry, base_model: str):
+    def __init__(self, trainer: Trainer, geometry: Geometry, base_model: str, cache: CacheConfig | None = None):
+        self.cache = cache or CacheConfig()
         self.trainer, self.deltas, self.geometry, self.base_model = trainer, trainer.deltas, geometry, base_model
         self.clock = trainer.deltas.clock
         #: orders that wait until the outcome of a step of their session is known
@@ -100,7 +105,8 @@ class Files:
         state = {**session.to_state(), "untried": self.trainer.guard.untried(key)}
         # Copied in the stream of the steps: before any later step, and without waiting for it.
         tensors = self.deltas.to_host(key)
-        return Snapshot(tensors, self.clock.mark() if key in self.deltas.rows else session.copied, state)
+        mark = self.clock.mark() if key in self.deltas.rows else session.copied
+        return Snapshot(tensors, mark, state, session.ngrams)
 
     def _kept(self, order: FileOrder, session: Session) -> Snapshot:
         """The session as it was at an earlier version. Raises RuntimeError where that is not kept, or not any more."""
@@ -134,7 +140,10 @@ class Files:
     def _save(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
         metadata = {**order.metadata, "state": json.dumps(snapshot.state)}
         found = self._read(snapshot)
-        data = delta_file.encode(self._named(found.delta) | self._named(found.last, UPDATE), metadata)
+        tensors = self._named(found.delta) | self._named(found.last, UPDATE)
+        if snapshot.ngrams is not None:
+            tensors[CACHE] = torch.from_numpy(snapshot.ngrams.stream.copy())
+        data = delta_file.encode(tensors, metadata)
         checksum = delta_file.write(Path(order.path), data)
         version = snapshot.state["version"]
         return FileReport("save", order.session, order.path, "done", version, bytes=len(data), checksum=checksum), None
@@ -143,6 +152,8 @@ class Files:
         tensors, metadata = delta_file.load(Path(order.path), order.checksum, self.geometry)
         state = json.loads(metadata["state"])
         session = self.deltas.revive(state)
+        if (stream := tensors.pop(CACHE, None)) is not None:
+            session.ngrams = self._ngrams(stream, state)
         pinned = torch.Tensor.pin_memory if self.clock.cuda else lambda x: x
         delta, last = (
             Delta.of(self.deltas.masters.delta, [tensors[name + end] for name in self.geometry.shapes]) for end in ("", UPDATE)
@@ -160,6 +171,14 @@ class Files:
         data = peft.adapter(tensors, served, self.geometry, self.base_model, metadata)
         delta_file.write(Path(order.path), data)
         return FileReport("export", order.session, order.path, "done", snapshot.state["version"], bytes=len(data)), None
+
+    def _ngrams(self, stream: torch.Tensor, state: dict[str, Any]) -> NGrams:
+        if not streams.valid(stream.numpy(), self.deltas.tail.head_VD.shape[0]):
+            raise delta_file.FileError("its cache has tokens that the model does not have")
+        try:
+            return NGrams.revive(stream.numpy(), state.get("cache", ()), self.cache)
+        except ValueError as error:
+            raise delta_file.FileError(str(error)) from None
 
     def _read(self, snapshot: Snapshot) -> State:
         if snapshot.mark is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.capture.step_view import Rows
+from vllm_ttt.worker.capture.step_view import BEFORE, Rows
 from vllm_ttt.worker.clock import to_device
 
 
@@ -30,6 +30,8 @@ class Chunk:
     rows: int = 0
     #: the blocks of its request in vLLM's KV cache: the same list, which grows
     blocks: list[int] = field(default_factory=list)
+    #: up to BEFORE tokens before its first pair; None: it does not join its session's cache
+    before: Tensor | None = None
 
     @property
     def end(self) -> int:
@@ -317,7 +319,9 @@ class Backlog:
                 if reading.open is not None and reading.open.rows == self.chunk:
                     self._close(reading)
                 if reading.open is None:
-                    reading.open = Chunk(plan.session, rows.request, self.free.pop(), first=position, blocks=reading.blocks)
+                    before = _before(rows, position) if plan.cache else None
+                    page = self.free.pop()
+                    reading.open = Chunk(plan.session, rows.request, page, position, blocks=reading.blocks, before=before)
                 chunk = reading.open
                 part_end = min(part_end, position + self.chunk - chunk.rows)
                 self._copy_rows(rows, position, part_end, chunk, copy)
@@ -380,6 +384,13 @@ class Backlog:
 
     def _release(self, chunk: Chunk) -> None:
         self.returned.append(chunk.page)
+
+
+def _before(rows: Rows, position: int) -> Tensor | None:
+    """The tokens before ``position``, up to BEFORE of them; None where nobody knows."""
+    if rows.tokens is None or rows.before is None:
+        return None
+    return torch.cat((rows.before, rows.tokens[: position - rows.position]))[-BEFORE:]
 
 
 def _repeats(chunk: Chunk, plan: RequestPlan) -> bool:

@@ -59,7 +59,8 @@ class NGrams:
     @classmethod
     def revive(cls, stream: Tokens, experience: Sequence[Sequence[float]], config: CacheConfig) -> NGrams:
         """What a file has, as this configuration wants it. Raises ValueError where ``experience`` is none."""
-        own, found = _prior(config.orders), np.asarray(experience, np.float64).reshape(-1, 2)
+        found = np.asarray(experience, np.float64).reshape(-1, 2)
+        own = _prior(config.orders) if config.orders else found.copy()  # a server without caches keeps it as it was
         if not (np.isfinite(found).all() and (found > 0).all()):
             raise ValueError("the weights of its cache are not positive numbers")
         kept = min(len(own), len(found))
