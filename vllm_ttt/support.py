@@ -61,11 +61,7 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     worker = WORKERS.get(current_platform.device_type)
     if worker is None:
         raise ConfigError(f"vllm-ttt serves on {' and '.join(WORKERS)}, not on {current_platform.device_type}")
-    if config.cache.orders and current_platform.device_type != "cpu":
-        raise ConfigError(
-            f"cache.orders {config.cache.orders} needs vLLM's CPU backend: on {current_platform.device_type} the cache of a "
-            "session is not served yet; set cache.orders to 0"
-        )
+    _check_cache(engine_args, config, current_platform.device_type)
     if config.sessions.state_dir is not None and engine_args.shutdown_timeout == 0:
         # vLLM's default kills the engine core at once: nothing could be saved.
         http = engine_args.additional_config[plugin.NAME]["http"]
@@ -79,6 +75,22 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
         engine_args.worker_cls = worker
     elif engine_args.worker_cls != worker:
         _check_worker(engine_args.worker_cls, worker)
+
+
+def _check_cache(engine_args: Any, config: TTTConfig, device: str) -> None:
+    """Where caches of sessions are not served yet: raise ConfigError if one was asked for, and switch the default off."""
+    from vllm.logger import init_logger
+
+    from vllm_ttt import plugin
+
+    if not config.cache.orders or device == "cpu":
+        return
+    why = f"the cache of a session is served on vLLM's CPU backend alone so far, not on {device}"
+    settings = engine_args.additional_config[plugin.NAME]
+    if settings["cache_asked"]:
+        raise ConfigError(f"cache.orders {config.cache.orders}: {why}; set cache.orders to 0, or leave it out")
+    settings["config"]["cache"]["orders"] = 0
+    init_logger(f"vllm.{__name__}").warning("vllm-ttt: cache.orders is 0: %s", why)
 
 
 def _check_worker(given: Any, ours: str) -> None:
