@@ -19,6 +19,7 @@ BITS = 20
 _MASK = np.uint64(2**BITS - 1)
 _SHIFT = np.uint64(BITS)
 _ONE = np.uint64(1)
+_ALL = 2**64 - 1
 #: Odd, and of no simple form: the fractional parts of the golden ratio and of the root of two.
 _FACTOR, _SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0x6A09E667F3BCC909)
 
@@ -64,25 +65,26 @@ class Index:
 
     def followers(self, before: Tokens) -> Followers:
         """What comes after the tokens ``before``, of which the last ones count."""
-        found, hashed = [], np.zeros(1, np.uint64)
-        for length, (keys, counts) in enumerate(self.orders[: len(before)], 1):
-            hashed = _grow(hashed, before[-length : len(before) - length + 1].astype(np.uint64), length)
-            low = hashed[0] << _SHIFT
-            first, end = np.searchsorted(keys, low), np.searchsorted(keys, low | _MASK, side="right")
+        found, hashed = [], 0
+        for length, token in enumerate(before[: -len(self.orders) - 1 : -1].tolist(), 1):
+            keys, counts = self.orders[length - 1]
+            hashed = _grow_one(hashed, token, length)
+            first, end = keys.searchsorted(np.array((hashed << BITS, (hashed + 1 << BITS) - 1), np.uint64)).tolist()
             if first == end:
                 break
-            found.append(((keys[first:end] & _MASK).astype(np.int64), counts[first:end]))
+            found.append((keys[first:end] & _MASK, counts[first:end]))
         if not found:
             return _NONE
         tokens = found[0][0]  # whatever followed a longer context followed the shortest
         shares, left = np.zeros(len(tokens)), 1.0
         for seen, counts in reversed(found):
-            total = int(counts.sum()) + len(counts)
-            at = np.minimum(np.searchsorted(tokens, seen), len(tokens) - 1)
-            same = tokens[at] == seen  # but for two contexts that share a hash
-            shares[at[same]] += left * counts[same] / total
-            left *= len(counts) / total
-        return Followers(len(found), tokens, shares, left)
+            kinds, total = len(counts), int(counts.sum()) + len(counts)
+            at = tokens.searchsorted(seen)
+            if kinds > len(tokens) or at[-1] == len(tokens) or (tokens[at] != seen).any():
+                continue  # two contexts that share a hash
+            shares[at] += left / total * counts
+            left *= kinds / total
+        return Followers(len(found), tokens.astype(np.int64), shares, left)
 
     def parts(self, before: Tokens, token: Tokens) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
         """Of many tokens at once: length of the longest context that is known, PPM's share, and what is left to the model.
@@ -127,3 +129,12 @@ def _grow(hashed: Keys, token: Keys, length: int) -> Keys:
     mixed = (hashed + (token + _ONE) * _SPREAD) * _FACTOR
     mixed ^= mixed >> np.uint64(29)
     return (mixed * _FACTOR) >> _SHIFT
+
+
+def _grow_one(hashed: int, token: int, length: int) -> int:
+    """The same of one context."""
+    if length <= 2:
+        return hashed | token << BITS * (length - 1)
+    mixed = (hashed + (token + 1) * int(_SPREAD)) * int(_FACTOR) & _ALL
+    mixed ^= mixed >> 29
+    return (mixed * int(_FACTOR) & _ALL) >> BITS
