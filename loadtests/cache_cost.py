@@ -4,7 +4,8 @@
     python loadtests/cache_cost.py demo/real/smollm2
 
 One session is sent so many tokens of random words first, so that contexts branch. Both ways it then answers the same prompts,
-which are pieces of what it was sent, and learns nothing. Told are medians over the rounds, and the median of the rounds' ratios.
+which are pieces of what it was sent, and learns nothing. Told are medians over the rounds, and the median of the rounds'
+ratios.
 """
 
 from __future__ import annotations
