@@ -79,9 +79,8 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
 
 def _check_cache(engine_args: Any, config: TTTConfig, device: str) -> None:
     """Where caches of sessions are not served yet: raise ConfigError if one was asked for, and switch the default off."""
-    from vllm.logger import init_logger
-
     from vllm_ttt import plugin
+    from vllm_ttt.log import logger_of
 
     if not config.cache.orders or device == "cpu":
         return
@@ -90,7 +89,7 @@ def _check_cache(engine_args: Any, config: TTTConfig, device: str) -> None:
     if settings["cache_asked"]:
         raise ConfigError(f"cache.orders {config.cache.orders}: {why}; set cache.orders to 0, or leave it out")
     settings["config"]["cache"]["orders"] = 0
-    init_logger(f"vllm.{__name__}").warning("vllm-ttt: cache.orders is 0: %s", why)
+    logger_of(__name__).warning("vllm-ttt: cache.orders is 0: %s", why)
 
 
 def _check_worker(given: Any, ours: str) -> None:
