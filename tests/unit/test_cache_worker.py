@@ -226,6 +226,19 @@ def test_a_rollback_and_a_reset() -> None:
     assert worker.tokens(A) == []
 
 
+def test_nothing_of_a_session_that_is_gone_stays_behind() -> None:
+    worker = Worker()
+    indexes = worker.trainer.caches.indexes
+    worker.send(A, text(19))
+    worker.send(A, text(20))
+    worker.begin("r", A, 10)
+    assert worker.trainer.caches.served("r") is not None
+    assert list(indexes.recent.values()) == [worker.deltas.session(A).ngrams], "earlier versions need none"
+    worker.trainer.drop(A)
+    assert not indexes.recent
+    assert worker.trainer.caches.served("r") is None
+
+
 def test_eviction_to_the_host() -> None:
     worker = Worker(rows=1)
     for number in (13, 14):

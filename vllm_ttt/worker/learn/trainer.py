@@ -170,6 +170,7 @@ class Trainer:
     def drop(self, key: int) -> None:
         """Make the session the base model again, and forget what waits."""
         self.backlog.drop_session(key)
+        self.caches.drop(key)
         self.deltas.drop(key)
         self.versions.drop(key)
         self.guard.drop(key)
@@ -215,6 +216,7 @@ class Trainer:
         if kept is None or version > self.deltas.session(key).version:
             return False
         self.lose(key, "rollback")
+        self.caches.drop(key)
         restore(self.deltas, key, version, kept)
         self.versions.cut(key, version)
         self.guard.drop(key)

@@ -71,7 +71,15 @@ class Caches:
         ngrams = session.ngrams or NGrams.fresh(self.config.orders)
         index = self.indexes.of(ngrams)
         session.ngrams, known = commit(ngrams, index, text.tokens, len(text.losses), text.losses, self.config.tokens)
+        if session.served_ngrams is not ngrams:
+            self.indexes.forget(ngrams)
         return known
+
+    def drop(self, key: int) -> None:
+        """The session leaves memory, or is not what it was any more: nothing of what it was sent stays behind."""
+        if (session := self.sessions.get(key)) is not None:
+            for ngrams in (session.ngrams, session.serving_ngrams):
+                self.indexes.forget(ngrams)
 
     def _text(self, chunk: Chunk, backlog: Backlog, losses: Tensor | None) -> Text | None:
         if not self.on or chunk.before is None or losses is None:

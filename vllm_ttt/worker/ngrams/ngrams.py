@@ -84,6 +84,12 @@ class Indexes:
             ngrams.index = Index(ngrams.stream, len(ngrams.experience))
         return ngrams.index
 
+    def forget(self, ngrams: NGrams | None) -> None:
+        """Nobody is served with it any more."""
+        if ngrams is not None:
+            self.recent.pop(id(ngrams), None)
+            ngrams.index = None
+
 
 def commit(
     ngrams: NGrams, index: Index, text: Tokens, learned: int, losses: NDArray[np.float64], limit: int
