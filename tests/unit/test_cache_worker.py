@@ -17,7 +17,7 @@ from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.meters import Meters
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
-from vllm_ttt.types import ChunkReport, FileOrder, RequestPlan, SessionKey
+from vllm_ttt.types import ChunkReport, FileOrder, Knobs, RequestPlan, SessionKey
 from vllm_ttt.worker import memory
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.step_view import BEFORE, Rows, view_v1
@@ -341,3 +341,12 @@ def test_what_it_gains_is_counted_and_kept_with_the_session() -> None:
     counted = meters.snapshot()
     assert counted["source_tokens_total"] == pytest.approx({"model": 360, "cache": 40})
     assert sum(counted["cache_loss_nats"][""][1:]) == 2
+
+
+def test_a_request_that_learns_nothing_still_says_whether_it_wants_the_cache() -> None:
+    assert Knobs.parse(None).cache
+    assert not Knobs.parse({"ttt_cache": 0}).cache
+    assert not Knobs.parse({"ttt_cache": 0, "ttt_learn": 0}).cache
+    for wanted in (True, False):
+        knobs = Knobs(learn=True, learn_output=True, interleave=True, cache=wanted).without_learning
+        assert (knobs.learn, knobs.learn_output, knobs.interleave, knobs.cache) == (False, False, False, wanted)

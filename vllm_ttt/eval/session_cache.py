@@ -72,10 +72,10 @@ class SessionCache:
         for first in range(start, len(losses), self.chunk):
             last = min(first + self.chunk, len(losses))
             if last - first >= self.min_chunk:
-                found.append(self._commit(ids, losses, first, last))
+                found.append(self.commit(ids, losses, first, last))
         return found
 
-    def _commit(self, ids: Sequence[int], losses: Sequence[float], first: int, last: int) -> tuple[float, float]:
+    def commit(self, ids: Sequence[int], losses: Sequence[float], first: int, last: int) -> tuple[float, float]:
         """Pairs ``first`` to ``last``; pair i is what comes before token i + 1, and that token."""
         spoke, loss, known = [[0.0, 0.0] for _ in self.experience], 0.0, 0.0
         for t in range(first + 1, last + 1):
