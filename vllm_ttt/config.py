@@ -15,6 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from vllm_ttt.automaton import Automaton
 from vllm_ttt.errors import ConfigError
 
+#: Share of the session's cache before anything was seen, by length of the longest context that it knows, from 1; worth so many
+#: tokens of experience (docs/cache.md).
+CACHE_PRIOR = (0.001, 0.005, 0.02, 0.08, 0.15, 0.25, 0.3, 0.35)
+CACHE_PRIOR_TOKENS = 40
+
 #: The ranks that vLLM's LoRA configuration can hold (vllm/config/lora.py, MaxLoRARanks).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -212,6 +217,25 @@ class GuardConfig(_Model):
     """The same for all sessions of an API key, those that it has deleted or reset among them; 0: no limit."""
 
 
+class CacheConfig(_Model):
+    """The session's own n-grams, mixed with what the model says (docs/cache.md)."""
+
+    orders: Annotated[int, Field(ge=0, le=len(CACHE_PRIOR))] = 0
+    """Tokens of the longest context of which it is remembered what followed; 0: there is no cache. On the CPU backend alone."""
+    tokens: Annotated[int, Field(ge=512, le=2**20)] = 65536
+    """At most so many tokens of each session are remembered; the oldest go first."""
+
+    @property
+    def bytes(self) -> int:
+        """What a session that has as many tokens takes in memory, and in a file, if it was sent in the shortest pieces."""
+        return 9 * self.tokens if self.orders else 0
+
+    @property
+    def index_bytes(self) -> int:
+        """What it takes besides while it is being served."""
+        return 12 * self.orders * self.tokens
+
+
 class ObserveConfig(_Model):
     """What is measured for people to look at."""
 
@@ -227,6 +251,7 @@ class TTTConfig(_Model):
     schedule: ScheduleConfig = ScheduleConfig()
     sessions: SessionsConfig = SessionsConfig()
     guard: GuardConfig = GuardConfig()
+    cache: CacheConfig = CacheConfig()
     observe: ObserveConfig = ObserveConfig()
 
     @model_validator(mode="after")

@@ -51,6 +51,14 @@ METRICS: tuple[Metric, ...] = (
         "model", ("frozen", "session"), _LOSS,
     ),
     Metric(
+        "cache_loss_nats", "histogram", "Loss of a chunk before it was learned, with its session's cache, nats per token.",
+        buckets=_LOSS,
+    ),
+    Metric(
+        "source_tokens_total", "counter", "Tokens that were learned beside a cache, by what explains them.",
+        "source", ("model", "cache"),
+    ),
+    Metric(
         "measured_total", "counter", "Those measurements by result: whether the session's loss differs by over 0.005 nats.",
         "result", ("better", "even", "worse"),
     ),

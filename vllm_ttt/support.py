@@ -61,6 +61,7 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     worker = WORKERS.get(current_platform.device_type)
     if worker is None:
         raise ConfigError(f"vllm-ttt serves on {' and '.join(WORKERS)}, not on {current_platform.device_type}")
+    _check_cache(engine_args, config, current_platform.device_type)
     if config.sessions.state_dir is not None and engine_args.shutdown_timeout == 0:
         # vLLM's default kills the engine core at once: nothing could be saved.
         http = engine_args.additional_config[plugin.NAME]["http"]
@@ -74,6 +75,21 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
         engine_args.worker_cls = worker
     elif engine_args.worker_cls != worker:
         _check_worker(engine_args.worker_cls, worker)
+
+
+def _check_cache(engine_args: Any, config: TTTConfig, device: str) -> None:
+    """Where caches of sessions are not served yet: raise ConfigError if one was asked for, and switch the default off."""
+    from vllm_ttt import plugin
+    from vllm_ttt.log import logger_of
+
+    if not config.cache.orders or device == "cpu":
+        return
+    why = f"the cache of a session is served on vLLM's CPU backend alone so far, not on {device}"
+    settings = engine_args.additional_config[plugin.NAME]
+    if settings["cache_asked"]:
+        raise ConfigError(f"cache.orders {config.cache.orders}: {why}; set cache.orders to 0, or leave it out")
+    settings["config"]["cache"]["orders"] = 0
+    logger_of(__name__).warning("vllm-ttt: cache.orders is 0: %s", why)
 
 
 def _check_worker(given: Any, ours: str) -> None:
@@ -144,13 +160,13 @@ def max_sessions(hf: Any, config: TTTConfig) -> int:
 
     With the guard, a session may take twice its size: what it is, and what it was when it was last found good.
     """
-    size = Geometry.of(hf, config.adapt).bytes * (2 if config.guard.every else 1)
+    size = Geometry.of(hf, config.adapt).bytes * (2 if config.guard.every else 1) + config.cache.bytes
     return config.sessions.resident + int(config.sessions.host_gib * 2**30 / size)
 
 
 def max_saved(hf: Any, config: TTTConfig) -> int:
     """How many sessions fit into ``sessions.disk_gib``, one version of each."""
-    return int(config.sessions.disk_gib * 2**30 / Geometry.of(hf, config.adapt).bytes)
+    return int(config.sessions.disk_gib * 2**30 / (Geometry.of(hf, config.adapt).bytes + config.cache.bytes))
 
 
 def served_name(model_config: Any) -> str:

@@ -68,6 +68,13 @@ class Knobs:
     learn_output: bool = False
     #: read the prompt chunk by chunk, and learn each before the next is scored
     interleave: bool = False
+    #: what the session's own n-grams say is mixed in, and the prompt joins them where it is learned
+    cache: bool = True
+
+    @property
+    def without_learning(self) -> Knobs:
+        """The same request, which learns nothing."""
+        return Knobs(learn=False, cache=self.cache)
 
     @classmethod
     def parse(cls, xargs: dict[str, Any] | None, learn_output: bool = False, interleave: bool = False) -> Knobs:
@@ -77,7 +84,7 @@ class Knobs:
             xargs: as the client sent them; keys without the prefix ``ttt_`` are not ours.
             learn_output, interleave: what those knobs are where the request does not say.
         """
-        values = {"ttt_learn": True, "ttt_learn_output": learn_output, "ttt_interleave": interleave}
+        values = {"ttt_learn": True, "ttt_learn_output": learn_output, "ttt_interleave": interleave, "ttt_cache": True}
         for key, value in (xargs or {}).items():
             if not key.startswith("ttt_"):
                 continue
@@ -87,7 +94,7 @@ class Knobs:
                 raise RequestError(f"{key} must be 0 or 1; got {shown(value)}", param=key)
             values[key] = bool(value)
         learn = values["ttt_learn"]
-        return cls(learn, learn and values["ttt_learn_output"], learn and values["ttt_interleave"])
+        return cls(learn, learn and values["ttt_learn_output"], learn and values["ttt_interleave"], values["ttt_cache"])
 
 
 @dataclass(slots=True)
@@ -106,6 +113,8 @@ class RequestPlan:
     interleave: bool = False
     #: it reads a part of the guard's text, which has so many tokens to predict: they are kept, and nothing is learned; 0: not
     probe: int = 0
+    #: the session's own n-grams are mixed in, and what is learned joins them
+    cache: bool = False
     #: ranges (first, end) of pairs whose tokens repeat themselves: a chunk most of which is in one is not learned
     repetitive: list[tuple[int, int]] = field(default_factory=list)
     #: ranges (first, end) of pairs whose next token is not to be learned: their loss weighs nothing
@@ -213,6 +222,9 @@ class ChunkReport:
     rate: float = 0.0
     #: learned: the largest norm of the delta, by module, relative to its weight's
     norm: float | None = None
+    #: learned beside the session's cache: the loss with that mixed in, and the share of the tokens that it explains
+    cache_loss: float | None = None
+    cache_share: float | None = None
 
 
 @dataclass(slots=True)

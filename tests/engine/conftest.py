@@ -1,9 +1,10 @@
-"""Six servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
+"""Seven servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
 
-``reference``: stock vLLM, for its log-probabilities. ``exact``: the preset `last`, float32 and four slots, so that nothing but
-the algorithm separates it from the oracle. ``deep``: the same as it is by default, at full depth. ``half``: `last` in bfloat16.
-``small``: `deep` with a KV cache that is soon full, in chunks of 64. ``server``: bfloat16 and full depth as users have it, for
-everything else; it, ``exact`` and ``half`` learn in chunks of 256, so that a text has several.
+``reference``: stock vLLM, for its log-probabilities. ``exact``: the preset `last`, float32 and four slots, so that nothing
+but the algorithm separates it from the oracle. ``deep``: the same as it is by default, at full depth. ``half``: `last` in
+bfloat16. ``cached``: `deep` with sessions' own caches. ``small``: `deep` with a KV cache that is soon full, in chunks of 64.
+``server``: bfloat16 and full depth as users have it, for everything else; it, ``exact`` and ``half`` learn in chunks of 256,
+so that a text has several.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
             "guard": {"every": 0},
         },
         ["--dtype", "float32", "--num-gpu-blocks-override", "12", "--max-model-len", "1024"],
+    ),
+    # As `deep`, beside the session's own cache; every version is kept.
+    "cached": (
+        {"learn": SHORT, "sessions": {"resident": 4, "version_every": 1}, "guard": {"every": 0}, "cache": {"orders": 6}},
+        ["--dtype", "float32"],
     ),
     "half": ({"adapt": {"preset": "last"}, "learn": SHORT, "sessions": {"resident": 4}}, []),
     # A guard that is stricter than the default, so that a session can be spoiled within a test.

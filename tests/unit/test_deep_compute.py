@@ -16,7 +16,8 @@ from vllm_ttt.config import parse_config
 from vllm_ttt.eval.oracle import Oracle
 from vllm_ttt.eval.tiny import tiny_model
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.capture.backlog import Backlog, Chunk
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.chunk import Chunk
 from vllm_ttt.worker.capture.past import Before
 from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.deltas.masters import Deltas

@@ -60,7 +60,7 @@ def test_the_reference_is_what_the_code_says() -> None:
     assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == text, "run `make docs`"
     named = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
     assert set(REASONS) <= named, "each reason has its row"
-    for key in ("ttt_learn", "ttt_learn_output", "ttt_interleave"):
+    for key in ("ttt_learn", "ttt_learn_output", "ttt_interleave", "ttt_cache"):
         assert key in named
         Knobs.parse({key: 1})
 

@@ -38,6 +38,8 @@ LOSS = {
     "tokens": 2,
     "loss": float("nan"),
     "frozen_loss": None,
+    "cache_loss": 1.5,
+    "cache_share": 0.25,
     "skipped": "nonfinite",
     "rate": 0.012,
 }

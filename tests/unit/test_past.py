@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.capture.backlog import Backlog, Chunk
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.chunk import Chunk
 from vllm_ttt.worker.capture.past import Before
 from vllm_ttt.worker.capture.step_view import Rows
 

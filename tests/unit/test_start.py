@@ -19,7 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ttt import engine_args, plugin, support
-from vllm_ttt.config import TTTConfig
+from vllm_ttt.config import CacheConfig, TTTConfig
 from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import ConfigError, PatchContractError
 from vllm_ttt.patches import _contract
@@ -198,6 +198,25 @@ def test_adapters_at_run_time_are_refused(start: Any, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be combined with --plugin ttt; unset it"):
         start().create_engine_config()
     offline(additional_config={}).create_engine_config()  # who does not ask for ttt is not stopped
+
+
+def test_a_cache_where_none_is_served_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, it is refused with the reason; as a default it is off, and the settings say so."""
+
+    def orders(config: TTTConfig, device: str) -> int:
+        args = EngineArgs(model=str(MODEL), **engine_args(config=config))
+        support._check_cache(args, config, device)
+        found = plugin.config_of(args)
+        assert found is not None
+        return found.cache.orders
+
+    asked = TTTConfig.model_validate({"cache": {"orders": 6}})
+    assert orders(asked, "cpu") == 6
+    with pytest.raises(ConfigError, match=r"cache\.orders 6: .* not on cuda; set cache\.orders to 0"):
+        orders(asked, "cuda")
+    by_default = TTTConfig.model_construct(cache=CacheConfig.model_construct(_fields_set=set(), orders=6))
+    assert orders(by_default, "cpu") == 6
+    assert orders(by_default, "cuda") == 0
 
 
 def test_a_worker_of_ours_may_be_extended() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.capture.backlog import Backlog, Chunk
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.chunk import Chunk
 from vllm_ttt.worker.capture.step_view import Rows
 
 pytestmark = pytest.mark.unit

@@ -25,6 +25,17 @@ ASKED_FOR = "asked for"
 NAMES = 64
 
 
+_CACHE = ("tokens", "explained", "nats")
+
+
+def cache_summary(cache: dict[str, float]) -> dict[str, float | None]:
+    """What is said of a session's cache, from what `Session.cache` has counted."""
+    tokens = cache.get("tokens")
+    if not tokens:
+        return {"cache_share": None, "cache_gain": None}
+    return {"cache_share": round(cache["explained"] / tokens, 5), "cache_gain": round(cache["nats"] / tokens, 5)}
+
+
 @dataclass(slots=True)
 class Open:
     """A learning request that is not settled: some of it may still be waiting for its step."""
@@ -59,6 +70,8 @@ class Session:
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     losses: deque[dict[str, Any]] = field(default_factory=deque)
+    #: of chunks that were learned beside its cache: tokens, how many of them the cache explains, and nats that it has gained
+    cache: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_CACHE, 0.0))
     history: History = field(default_factory=History)
     #: by request id, in order of arrival
     open: dict[str, Open] = field(default_factory=dict)
@@ -114,6 +127,7 @@ class Session:
             "tokens_skipped": dict(self.tokens_skipped),
             "requests": self.asked,
             "losses": list(self.losses),
+            "cache": self.cache,
             "frozen": self.frozen,
             "probe_regression": self.probe_regression,
             "allowance": self.allowance.to_state(),
@@ -132,6 +146,7 @@ class Session:
         self.tokens_skipped = Counter(state.get("tokens_skipped", {}))
         self.asked = state.get("requests", 0)
         self.losses = deque(state.get("losses", ()), maxlen=self.recent)
+        self.cache = {name: float(state.get("cache", {}).get(name, 0)) for name in _CACHE}
         self.frozen = state.get("frozen")
         self.probe_regression = state.get("probe_regression")
         self.allowance = Allowance.from_state(state["allowance"]) if "allowance" in state else Allowance()
@@ -160,12 +175,17 @@ class Session:
             self.tokens_skipped[chunk.skipped] += chunk.tokens
         if math.isnan(chunk.loss):
             return
+        if chunk.cache_loss is not None and chunk.cache_share is not None:
+            found = chunk.tokens, chunk.tokens * chunk.cache_share, chunk.tokens * (chunk.loss - chunk.cache_loss)
+            self.cache = {name: self.cache[name] + more for name, more in zip(_CACHE, found, strict=True)}
         self.losses.append(
             {
                 "version": chunk.version,
                 "tokens": chunk.tokens,
                 "loss": round(chunk.loss, 5) if math.isfinite(chunk.loss) else None,
                 "frozen_loss": None if chunk.frozen_loss is None else round(chunk.frozen_loss, 5),
+                "cache_loss": None if chunk.cache_loss is None else round(chunk.cache_loss, 5),
+                "cache_share": None if chunk.cache_share is None else round(chunk.cache_share, 5),
                 "rate": round(chunk.rate, 7),
                 "skipped": chunk.skipped,
             }
@@ -209,6 +229,7 @@ class Session:
             "tokens_seen": self.tokens_seen,
             "tokens_learned": self.tokens_learned,
             "tokens_skipped": dict(self.tokens_skipped),
+            **cache_summary(self.cache),
             "frozen": self.frozen is not None,
             "frozen_reason": self.frozen,
             "probe_regression": self.probe_regression,

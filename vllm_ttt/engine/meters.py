@@ -20,7 +20,8 @@ class Meters(Values):
     def __init__(self) -> None:
         super().__init__(
             "session_requests_total", "learned_tokens_total", "skipped_tokens_total", "chunks_total", "commits_total",
-            "chunk_loss_nats", "measured_loss_nats", "measured_total", "rate", "delta_norm_ratio", "held_seconds",
+            "chunk_loss_nats", "cache_loss_nats", "source_tokens_total", "measured_loss_nats", "measured_total", "rate",
+            "delta_norm_ratio", "held_seconds",
             "guard_trials_total", "rollbacks_total",
             "refused_requests_total", "evictions_total", "loads_total", "saves_total", "save_seconds", "errors_total",
         )  # fmt: skip
@@ -38,6 +39,10 @@ class Meters(Values):
             self.skipped(chunk.tokens, chunk.skipped)
         if math.isfinite(chunk.loss):
             self.observe("chunk_loss_nats", chunk.loss)
+        if chunk.cache_loss is not None and chunk.cache_share is not None:
+            self.observe("cache_loss_nats", chunk.cache_loss)
+            self.add("source_tokens_total", chunk.tokens * (1 - chunk.cache_share), "model")
+            self.add("source_tokens_total", chunk.tokens * chunk.cache_share, "cache")
         if chunk.frozen_loss is not None:
             self._measured(chunk.frozen_loss, chunk.loss)
 

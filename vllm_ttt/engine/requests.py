@@ -76,7 +76,7 @@ class Attached:
 
     def stop(self, version: int) -> None:
         """The guard has returned its session to ``version``: nothing more of this request, which has started, is learned."""
-        self.knobs, self.kept = Knobs(learn=False), sum(tokens for at, tokens in self.learned if at <= version)
+        self.knobs, self.kept = self.knobs.without_learning, sum(tokens for at, tokens in self.learned if at <= version)
 
     def look_at(self, trust: Trust, tokens: Sequence[int], start: int) -> None:
         """Before it is learned: what of its prompt, from pair ``start`` on, is not."""
@@ -163,7 +163,7 @@ class Arrivals:
         if sample.number == 0:
             self.samples[sample.parent] = Samples(attached, set(range(sample.n)), sample.n - 1)
             return attached
-        attached.knobs, attached.prompt_learned = Knobs(learn=False), False
+        attached.knobs, attached.prompt_learned = knobs.without_learning, False
         if (together := self.samples.get(sample.parent)) is not None:
             attached.first, attached.arrival = together.first, together.first.arrival
             together.missing -= 1

@@ -36,7 +36,7 @@ from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.log import logger_of
 from vllm_ttt.patches import engine as engine_patches
-from vllm_ttt.types import ChunkReport, Knobs, Reason, RequestPlan, SessionKey, StepPlan, StepReport, Trial
+from vllm_ttt.types import ChunkReport, Reason, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 
 logger = logger_of(__name__)
 
@@ -83,8 +83,7 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_arrivals = Arrivals()
         self.ttt_stops = Stops(self.vllm_config.model_config)
         self.ttt_interleaved: dict[str, Attached] = {}
-        self.ttt_report = StepReport()
-        self.ttt_ended: dict[str, int] = {}
+        self.ttt_report, self.ttt_ended = StepReport(), dict[str, int]()
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -121,7 +120,7 @@ class TTTScheduler(HoldingScheduler):
             if (sample := sample_of(request)) is None or sample.number == 0:
                 session.refuse(pairs := max(0, request.num_prompt_tokens - 1), "frozen")
                 self.ttt_meters.skipped(pairs, "frozen")
-            knobs = Knobs(learn=False)
+            knobs = knobs.without_learning
         attached = self.ttt_arrivals.attach(request, session, knobs)
         attached.take_adapter()
         self.ttt_requests[request.request_id] = attached
@@ -227,12 +226,13 @@ class TTTScheduler(HoldingScheduler):
         knobs = attached.knobs
         return RequestPlan(
             session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave,
-            repetitive=attached.repetitive, filtered=attached.filtered,
+            cache=knobs.cache and self.ttt_config.cache.orders > 0, repetitive=attached.repetitive,
+            filtered=attached.filtered,
         )  # fmt: skip
 
     def _learn_not(self, attached: Attached, reason: Reason) -> None:
         """A request that was to learn, and has not begun to, is answered and not learned."""
-        attached.knobs, attached.prompt_learned = Knobs(learn=False), False
+        attached.knobs, attached.prompt_learned = attached.knobs.without_learning, False
         attached.session.open.pop(attached.request.request_id, None)
         self.ttt_holding.changed(attached.session)
         self.ttt_interleaved.pop(attached.request.request_id, None)

@@ -37,6 +37,10 @@ class ChunkLoss(_Model):
     """Mean loss before it was learned, nats per token; null where it was not finite."""
     frozen_loss: Loss = None
     """The same under the base model, after what was served before it; every fourth chunk has it, others null."""
+    cache_loss: Loss = None
+    """The loss with the session's cache mixed in; null: it was not learned beside one."""
+    cache_share: Loss = None
+    """Share of the tokens that the cache explains; the model with its delta explains the others."""
     rate: Loss = None
     """The session's rate after the chunk."""
     skipped: str | None = None
@@ -59,6 +63,12 @@ class SessionSummary(_Model):
     """Tokens that were not learned, by reason: those of chunks, and `history` and `limit` of prompts."""
     tokens_pending: int
     """Tokens that wait to be learned."""
+    cache_tokens: int | None = None
+    """Tokens that its cache remembers; null: the session is not in memory."""
+    cache_share: Loss = None
+    """Of all tokens that were learned beside the cache: the share that it explains; null: there is no cache."""
+    cache_gain: Loss = None
+    """Nats per token by which the cache made them more likely than the model and its delta alone."""
     requests_open: int
     """Requests of the session that are waiting or running."""
     created: float

@@ -119,6 +119,7 @@ def _create_engine_config(original: Callable) -> Callable:
         offline.install()
         samples.install()
         support.prepare_engine_args(self, config)
+        config = plugin.config_of(self) or config
         vllm_config = original(self, *args, **kwargs)
         support.finish_vllm_config(vllm_config, config)
         another = self._api_process_count > 1 and self._api_process_rank >= 0  # one of several: by now the dir is in use

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from vllm_ttt.config import LETTERS
+from vllm_ttt.engine.ledger import cache_summary
 from vllm_ttt.engine.storage import database, erase, records
 from vllm_ttt.engine.storage.provenance import provenance
 from vllm_ttt.engine.storage.records import Row, Version
@@ -257,6 +258,7 @@ class Offline:
             "tokens_seen": state.get("tokens_seen", 0),
             "tokens_learned": state.get("tokens_learned", 0),
             "tokens_skipped": state.get("tokens_skipped", {}),
+            **cache_summary(state.get("cache", {})),
             "frozen": state.get("frozen") is not None,
             "frozen_reason": state.get("frozen"),
             "probe_regression": state.get("probe_regression"),

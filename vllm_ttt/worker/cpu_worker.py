@@ -10,7 +10,9 @@ from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ttt.worker.capture.step_view import Rows, view_v1
+from vllm_ttt.worker.ngrams.caches import Caches
 from vllm_ttt.worker.serve.cpu_lora import GroupedPunicaCPU
+from vllm_ttt.worker.serve.cpu_runner import MixingModelRunner
 from vllm_ttt.worker.step.tail import TailModules
 from vllm_ttt.worker.worker import TTTWorkerMixin
 
@@ -19,6 +21,9 @@ class TTTCPUWorker(TTTWorkerMixin, CPUWorker):
     def ttt_idle_flag(self, modules: TailModules) -> Tensor:
         GroupedPunicaCPU.adopt(modules.punica)
         return torch.ones((), dtype=torch.bool)
+
+    def ttt_mix(self, caches: Caches) -> None:
+        MixingModelRunner.adopt(self.model_runner, caches, self.trainer.failed)
 
     def ttt_memory_left(self) -> int:
         explicit = self.cache_config.kv_cache_memory_bytes

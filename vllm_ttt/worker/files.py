@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 
+from vllm_ttt.config import CacheConfig
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.log import logger_of
 from vllm_ttt.types import FileOrder, FileReport
 from vllm_ttt.vault import PLAIN, Vault
 from vllm_ttt.worker.delta import Delta, State
 from vllm_ttt.worker.deltas import delta_file, peft
-from vllm_ttt.worker.deltas.delta_file import UPDATE
+from vllm_ttt.worker.deltas.delta_file import CACHE, UPDATE
 from vllm_ttt.worker.deltas.masters import Session
 from vllm_ttt.worker.learn.trainer import Trainer
+from vllm_ttt.worker.ngrams import stream as streams
+from vllm_ttt.worker.ngrams.ngrams import NGrams
 
 logger = logger_of(__name__)
 
@@ -31,13 +34,22 @@ class Snapshot:
     tensors: State | None
     mark: Any
     state: dict[str, Any]
+    ngrams: NGrams | None
 
 
 class Files:
     """``step`` runs between iterations and never raises. No thread and no memory before the first order."""
 
-    def __init__(self, trainer: Trainer, geometry: Geometry, base_model: str, vault: Vault = PLAIN):
+    def __init__(
+        self,
+        trainer: Trainer,
+        geometry: Geometry,
+        base_model: str,
+        cache: CacheConfig | None = None,
+        vault: Vault = PLAIN,
+    ):
         """``vault``: what files are sealed with."""
+        self.cache = cache or CacheConfig()
         self.trainer, self.deltas, self.geometry, self.base_model = trainer, trainer.deltas, geometry, base_model
         self.clock, self.vault = trainer.deltas.clock, vault
         #: orders that wait until the outcome of a step of their session is known
@@ -104,7 +116,8 @@ class Files:
         state = {**session.to_state(), "untried": self.trainer.guard.untried(key)}
         # Copied in the stream of the steps: before any later step, and without waiting for it.
         tensors = self.deltas.to_host(key)
-        return Snapshot(tensors, self.clock.mark() if key in self.deltas.rows else session.copied, state)
+        mark = self.clock.mark() if key in self.deltas.rows else session.copied
+        return Snapshot(tensors, mark, state, session.ngrams)
 
     def _kept(self, order: FileOrder, session: Session) -> Snapshot:
         """The session as it was at an earlier version. Raises RuntimeError where that is not kept, or not any more."""
@@ -115,7 +128,9 @@ class Files:
         if kept.rate is not None:
             state |= {"rate": kept.rate, "norms": kept.norms}
         state["untried"] = max(0, self.trainer.guard.untried(order.session) - since)
-        return Snapshot(kept.state, self.clock.mark(), state)
+        if kept.ngrams is not None:
+            state["cache"] = kept.ngrams.to_state()
+        return Snapshot(kept.state, self.clock.mark(), state, kept.ngrams)
 
     def _end(self, order: FileOrder, future: Future) -> None:
         error = future.exception()
@@ -139,8 +154,11 @@ class Files:
         metadata = {**order.metadata, "state": json.dumps(snapshot.state)}
         found = self._read(snapshot)
         delta = self._named(found.delta)
+        tensors = delta | self._named(found.last, UPDATE)
+        if snapshot.ngrams is not None:
+            tensors[CACHE] = torch.from_numpy(snapshot.ngrams.stream.copy())
         path = Path(order.path)
-        data = self.vault.seal(delta_file.encode(delta | self._named(found.last, UPDATE), metadata), path.name)
+        data = self.vault.seal(delta_file.encode(tensors, metadata), path.name)
         checksum, digest = delta_file.write(path, data), delta_file.digest(delta)
         report = FileReport("save", order.session, order.path, "done", snapshot.state["version"], bytes=len(data))
         return replace(report, checksum=checksum, digest=digest), None
@@ -153,6 +171,8 @@ class Files:
         tensors, metadata = delta_file.load(Path(order.path), order.checksum, self.geometry, self.vault)
         state = json.loads(metadata["state"])
         session = self.deltas.revive(state)
+        if (stream := tensors.pop(CACHE, None)) is not None:
+            session.ngrams = self._ngrams(stream, state)
         pinned = torch.Tensor.pin_memory if self.clock.cuda else lambda x: x
         delta, last = (
             Delta.of(self.deltas.masters.delta, [tensors[name + end] for name in self.geometry.shapes]) for end in ("", UPDATE)
@@ -173,6 +193,14 @@ class Files:
         delta_file.write(path, data)
         report = FileReport("export", order.session, order.path, "done", snapshot.state["version"], bytes=len(data))
         return replace(report, digest=delta_file.digest(tensors), metadata={"rate": str(snapshot.state["rate"])}), None
+
+    def _ngrams(self, stream: torch.Tensor, state: dict[str, Any]) -> NGrams:
+        if not streams.valid(stream.numpy(), self.deltas.tail.head_VD.shape[0]):
+            raise delta_file.FileError("its cache has tokens that the model does not have")
+        try:
+            return NGrams.revive(stream.numpy(), state.get("cache", ()), self.cache)
+        except ValueError as error:
+            raise delta_file.FileError(str(error)) from None
 
     def _read(self, snapshot: Snapshot) -> State:
         if snapshot.mark is not None:

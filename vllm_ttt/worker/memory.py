@@ -52,6 +52,10 @@ def needs(
         attending = geometry.layers - (not begins_at_embedding(geometry, config))
         weights = geometry.layers * D * (Q + 3 * F) + attending * D * (Q + 2 * geometry.keys) + vocab * D
         parts["float32 copies of the adapted layers and lm_head (this CPU has no 16-bit products)"] = step_itemsize * weights
+    if config.cache.orders:
+        parts["indexes of the caches of sessions that are served (cache.tokens, cache.orders, sessions.resident)"] = (
+            rows * config.cache.index_bytes
+        )
     if geometry.layers > 1:
         parts |= {
             "a step over several layers (adapt.layers, schedule.tokens_per_step, --max-model-len)": (

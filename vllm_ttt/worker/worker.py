@@ -32,6 +32,7 @@ from vllm_ttt.worker.learn.budget import Budget, tile_sizes
 from vllm_ttt.worker.learn.meter import Meter
 from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.memory import SMALLEST_SHARE
+from vllm_ttt.worker.ngrams.caches import Caches
 from vllm_ttt.worker.serve.slots import Slots
 from vllm_ttt.worker.signals import leave_with_the_engine
 from vllm_ttt.worker.step.tail import TailModules, build_tail, find_modules, step_dtype
@@ -59,6 +60,10 @@ class TTTWorkerMixin:
 
     def ttt_batch(self, scheduler_output: Any) -> Any:
         """What `ttt_view` needs of the batch whose forward has been launched; called before ``sample_tokens``."""
+        raise NotImplementedError
+
+    def ttt_mix(self, caches: Caches) -> None:
+        """Serve what the sessions' caches say, mixed with the model's logits."""
         raise NotImplementedError
 
     def ttt_memory_left(self) -> int:
@@ -104,7 +109,9 @@ class TTTWorkerMixin:
         tried = config.guard.probe_tokens if config.guard.every else 1
         self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ, self.cache)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.cache)
-        self.files = Files(self.trainer, geometry, served_name(model), Vault.of(config.sessions.key_file))
+        self.files = Files(self.trainer, geometry, served_name(model), config.cache, Vault.of(config.sessions.key_file))
+        if self.trainer.caches.on:
+            self.ttt_mix(self.trainer.caches)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
         self.meter = Meter(self.clock)
@@ -188,7 +195,8 @@ class TTTWorkerMixin:
         session = deltas.sessions.get(key) or deltas.fresh()
         return {
             "tier": "slot" if self.trainer.slots.holds(key) else "memory",
-            "bytes": deltas.bytes_per_session(),
+            "bytes": deltas.bytes_per_session() + (0 if session.ngrams is None else session.ngrams.stream.nbytes),
+            "cache_tokens": 0 if session.ngrams is None else session.ngrams.tokens,
             "tokens_pending": self.backlog.pending_of(key),
             "versions": self.trainer.versions.of(key),
             "norm": dict(zip(deltas.tail.modules, session.norms, strict=True)),
@@ -279,6 +287,7 @@ class TTTWorkerMixin:
     def _finish(self, scheduler_output: Any, plan: StepPlan) -> None:
         for request in scheduler_output.finished_req_ids:
             self.backlog.finish(request, plan.ended.get(request))
+            self.trainer.caches.finish(request)
             self.probe.finish(request)
 
     def _start(self, plan: StepPlan) -> None:
@@ -287,6 +296,7 @@ class TTTWorkerMixin:
                 self.probe.start(request, request_plan)
                 continue
             self.trainer.start(request, request_plan)
+            self.trainer.caches.start(request, request_plan)
             self.began[request] = self.trainer.deltas.session(request_plan.session).served
 
     def _between(self, serving: bool, urgent: list[str]) -> int:

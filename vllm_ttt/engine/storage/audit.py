@@ -10,18 +10,17 @@ from concurrent.futures import Future
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
-
 from vllm_ttt.audit_log import Log, entry
 from vllm_ttt.config import SessionsConfig
 from vllm_ttt.errors import RequestError
+from vllm_ttt.log import logger_of
 
 if TYPE_CHECKING:
     from vllm_ttt.engine.ledger import Session
     from vllm_ttt.engine.life.operations import Steps
     from vllm_ttt.engine.requests import Attached
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 #: Seconds after which a line is on the disk for which nobody waits; and to the next try where the log cannot be written.
 _SYNC = 1.0

@@ -7,12 +7,11 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from vllm.logger import init_logger
-
 from vllm_ttt.engine.storage import database, records
+from vllm_ttt.log import logger_of
 from vllm_ttt.state_dir import StateDir
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below its own
+logger = logger_of(__name__)
 
 #: Milliseconds to wait for who reads the database: saves wait behind.
 _PATIENCE = 2000

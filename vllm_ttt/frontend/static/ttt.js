@@ -212,6 +212,8 @@ function draw(card, s, chart = false) {
     ["waiting", `${number(s.tokens_pending)} tokens`],
     ["not learned", skipped.length ? skipped.map(([why, n]) => `${number(n)} ${why}`).join(", ") : "–"],
     ["rate", s.rate === undefined || s.rate === null ? "–" : s.rate.toPrecision(2)],
+    ["by the cache", typeof s.cache_share === "number" ? `${(100 * s.cache_share).toFixed(0)} % of them, ` +
+      `${nats(Math.abs(s.cache_gain))} nats per token ${s.cache_gain < 0 ? "lost" : "gained"}` : "–"],
     ["delta's norm", norms.length ? `${(100 * Math.max(...norms)).toFixed(0)} %` : "–"],
   ]);
   q(".card > .error").textContent = s.error ?? (s.frozen_reason && s.frozen_reason !== "asked for" ? `It learns no more: ${s.frozen_reason}.` : "");
@@ -290,6 +292,7 @@ function read(card, i) {
   if (!chunk) return "";
   if (i >= 0) svg.prepend(make("line", { class: "at", x1: x, x2: x, y1: 8, y2: svg.viewBox.baseVal.height - 20 }));
   return readout.textContent = [`version ${chunk.version}`, `${chunk.tokens} tokens`, `session ${nats(chunk.loss)}`,
+    typeof chunk.cache_loss === "number" ? `with its cache ${nats(chunk.cache_loss)}` : "",
     chunk.frozen_loss === null ? "" : `frozen ${nats(chunk.frozen_loss)}`, chunk.skipped ? `not learned: ${chunk.skipped}` : ""]
     .filter(Boolean).join(" · ");
 }

@@ -14,59 +14,9 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.capture.step_view import Rows
+from vllm_ttt.worker.capture.chunk import Chunk, Reading
+from vllm_ttt.worker.capture.step_view import BEFORE, Rows
 from vllm_ttt.worker.clock import to_device
-
-
-@dataclass(slots=True, eq=False)
-class Chunk:
-    """Up to ``chunk`` consecutive pairs of one request, in one page."""
-
-    session: int
-    request: str
-    page: int
-    #: its first pair
-    first: int
-    rows: int = 0
-    #: the blocks of its request in vLLM's KV cache: the same list, which grows
-    blocks: list[int] = field(default_factory=list)
-    #: ranges (first, end) of its rows whose next token is not learned
-    left_out: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def end(self) -> int:
-        return self.first + self.rows
-
-    @property
-    def out(self) -> int:
-        """Rows whose next token is not learned."""
-        return sum(end - first for first, end in self.left_out)
-
-
-@dataclass(slots=True, eq=False)
-class Reading:
-    """What has been captured of a running request."""
-
-    plan: RequestPlan
-    #: the first pair that has not been captured; history and recomputed ones before it are not captured
-    next: int
-    #: its blocks in vLLM's KV cache, as vLLM numbers them
-    blocks: list[int] = field(default_factory=list)
-    open: Chunk | None = None
-    #: something of it has been captured since it was begun, or begun anew
-    begun: bool = False
-    #: pairs before this one have been learned, or said not to be
-    known: int = 0
-    #: pairs before this one had been captured when it was preempted
-    seen: int = 0
-    #: the whole prompt has gone through the model
-    prompt_read: bool = False
-    #: chunks that wait for their step, the open one apart
-    unlearned: int = 0
-    #: nothing more will be captured
-    closed: bool = False
-    #: it has been said that nobody reads its blocks any more
-    released: bool = False
 
 
 @dataclass(slots=True)
@@ -326,7 +276,9 @@ class Backlog:
                 if reading.open is not None and reading.open.rows == self.chunk:
                     self._close(reading)
                 if reading.open is None:
-                    reading.open = Chunk(plan.session, rows.request, self.free.pop(), first=position, blocks=reading.blocks)
+                    before = _before(rows, position) if plan.cache and not plan.filtered else None
+                    page = self.free.pop()
+                    reading.open = Chunk(plan.session, rows.request, page, position, blocks=reading.blocks, before=before)
                 chunk = reading.open
                 part_end = min(part_end, position + self.chunk - chunk.rows)
                 self._copy_rows(rows, position, part_end, chunk, copy)
@@ -391,6 +343,13 @@ class Backlog:
 
     def _release(self, chunk: Chunk) -> None:
         self.returned.append(chunk.page)
+
+
+def _before(rows: Rows, position: int) -> Tensor | None:
+    """The tokens before ``position``, up to BEFORE of them; None where nobody knows."""
+    if rows.tokens is None or rows.before is None:
+        return None
+    return torch.cat((rows.before, rows.tokens[: position - rows.position]))[-BEFORE:]
 
 
 def _repeats(chunk: Chunk, plan: RequestPlan) -> bool:

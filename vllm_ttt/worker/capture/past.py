@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_ttt.worker.capture.backlog import Chunk
+from vllm_ttt.worker.capture.chunk import Chunk
 from vllm_ttt.worker.capture.kv_cache import KVCache
 from vllm_ttt.worker.step.attention import Layout
 from vllm_ttt.worker.step.qkv import Past

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.worker.clock import to_device
+from vllm_ttt.worker.ngrams.stream import LONGEST
+
+#: Tokens before the first row of a request that are looked up with it: with that row's, the longest context of a cache.
+BEFORE = LONGEST - 1
 
 
 @dataclass(slots=True)
@@ -26,6 +30,8 @@ class Rows:
     next_tokens: Tensor
     #: [rows] int64, the token itself; None: nobody asks
     tokens: Tensor | None = None
+    #: int64, tokens before ``position``, the last few; None: nobody asks
+    before: Tensor | None = None
 
 
 def view_v1(runner: Any, scheduler_output: Any, wanted: Any) -> list[Rows]:
@@ -42,7 +48,8 @@ def view_v1(runner: Any, scheduler_output: Any, wanted: Any) -> list[Rows]:
             position = int(batch.num_computed_tokens_cpu[index])
             known = min(position + count, int(batch.num_tokens_no_spec[index]) - 1)
             tokens = torch.from_numpy(batch.token_ids_cpu[index, position : known + 1].copy()).long()
-            rows.append(Rows(request, first, position, tokens[1:], tokens[:-1]))
+            before = torch.from_numpy(batch.token_ids_cpu[index, max(0, position - BEFORE) : position].copy()).long()
+            rows.append(Rows(request, first, position, tokens[1:], tokens[:-1], before))
         first += count
     return rows
 

@@ -1,5 +1,5 @@
 """The file of one version of a session: safetensors, B of each adapted module in float32, its last update in bfloat16 under the
-same name with UPDATE behind it, and what it is in the metadata.
+same name with UPDATE behind it, what its cache remembers, and what it is in the metadata.
 
 Whatever is read is checked first: its size, its header, and every name, shape and type. Nothing pickled is ever read.
 """
@@ -26,6 +26,10 @@ from vllm_ttt.vault import OVERHEAD, PLAIN, SealError, Vault
 
 #: Behind the name of a tensor: the last update of that module.
 UPDATE = ".update"
+#: What the session's cache remembers (worker/ngrams/stream.py), int32; where it remembers nothing, the file has none.
+CACHE = "cache.tokens"
+#: Bytes of that, at most.
+MAX_CACHE = 10 * 2**22
 #: A header holds the tensors' names and the metadata, of which the ledger's history is the largest part.
 MAX_HEADER = 2**22
 
@@ -59,8 +63,9 @@ def decode(data: bytes, shapes: dict[str, tuple[int, ...]], dtypes: tuple[torch.
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise FileError(f"{name} has the shape {tuple(tensors[name].shape)}; expected is {shape}")
-        if tensors[name].dtype not in dtypes:
-            raise FileError(f"{name} is {tensors[name].dtype}; expected is {' or '.join(map(str, dtypes))}")
+        allowed = (torch.int32,) if name == CACHE else dtypes
+        if tensors[name].dtype not in allowed:
+            raise FileError(f"{name} is {tensors[name].dtype}; expected is {' or '.join(map(str, allowed))}")
         if not tensors[name].isfinite().all():
             raise FileError(f"{name} has values that are not finite")
     return tensors
@@ -121,16 +126,26 @@ def write(path: Path, data: bytes) -> str:
 
 def load(path: Path, checksum: str, geometry: Geometry, vault: Vault = PLAIN) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A session's file: its tensors and metadata. Raises FileError where it is not the one with that sha256."""
-    data = read(path, geometry.bytes + MAX_HEADER + OVERHEAD)
+    data = read(path, geometry.bytes + MAX_HEADER + MAX_CACHE + OVERHEAD)
     if hashlib.sha256(data).hexdigest() != checksum:
         raise FileError("its checksum is not the one that was recorded")
     try:
         data = vault.open(data, path.name)
     except SealError as error:
         raise FileError(str(error)) from None
-    shapes = {name + end: shape for end in ("", UPDATE) for name, shape in geometry.shapes.items()}
+    shapes: dict[str, tuple[int, ...]] = {name + end: shape for end in ("", UPDATE) for name, shape in geometry.shapes.items()}
+    if (cache := read_header(data).get(CACHE)) is not None:
+        shapes[CACHE] = _length(cache)
     tensors = decode(data, shapes, (torch.float32, torch.bfloat16))
     return tensors, read_header(data).get("__metadata__", {})
+
+
+def _length(entry: Any) -> tuple[int]:
+    """The shape of the cache in a header; what it is worth `decode` sees."""
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not (isinstance(shape, list) and len(shape) == 1 and isinstance(shape[0], int) and 0 <= 4 * shape[0] <= MAX_CACHE):
+        raise FileError(f"{CACHE} has the shape {str(shape)[:60]}; expected is one dimension, of at most {MAX_CACHE} bytes")
+    return (shape[0],)
 
 
 def _few(names: set[str]) -> str:

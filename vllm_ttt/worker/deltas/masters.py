@@ -15,6 +15,7 @@ import torch
 
 from vllm_ttt.worker.clock import Clock, copy_to_host
 from vllm_ttt.worker.delta import Delta, State
+from vllm_ttt.worker.ngrams.ngrams import NGrams
 from vllm_ttt.worker.step.micro_step import Tail
 
 
@@ -36,6 +37,9 @@ class Session:
     serving_copied: Any = None
     #: the version of ``serving``
     serving_version: int = 0
+    #: its own cache; None: it remembers nothing. What it was when ``serving`` was
+    ngrams: NGrams | None = None
+    serving_ngrams: NGrams | None = None
     #: the master while it has no row, on the host; None: a fresh one
     host: State | None = None
     #: marks the end of the copy to ``host``, which must not be read before; None: it is there
@@ -43,12 +47,18 @@ class Session:
 
     def to_state(self) -> dict[str, Any]:
         """What a file says of the session besides its tensors, for JSON; `Deltas.revive` takes it back."""
-        return {"version": self.version, "norms": self.norms, "rate": self.rate}
+        state: dict[str, Any] = {"version": self.version, "norms": self.norms, "rate": self.rate}
+        return state if self.ngrams is None else {**state, "cache": self.ngrams.to_state()}
 
     @property
     def served(self) -> int:
         """The version that is being served."""
         return self.version if self.serving is None else self.serving_version
+
+    @property
+    def served_ngrams(self) -> NGrams | None:
+        """The cache that is being served, which keeps step with the delta."""
+        return self.ngrams if self.serving is None else self.serving_ngrams
 
 
 class Deltas:
@@ -132,6 +142,7 @@ class Deltas:
         """Make ``to``, which has no row, what ``key`` is now."""
         source = self.session(key)
         target = self.sessions[to] = self.revive(source.to_state())
+        target.ngrams = source.ngrams
         if key in self.rows:
             target.host, target.copied = self.to_host(key), self.clock.mark()
         else:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from vllm_ttt.worker.delta import State
 from vllm_ttt.worker.deltas.masters import Deltas, Session
+from vllm_ttt.worker.ngrams.ngrams import NGrams
 
 
 class Kept(NamedTuple):
@@ -17,6 +18,7 @@ class Kept(NamedTuple):
     #: as in `Session`; None: fresh
     rate: float | None = None
     norms: list[float] | None = None
+    ngrams: NGrams | None = None
 
 
 class Versions:
@@ -87,7 +89,7 @@ class Versions:
 def keep(deltas: Deltas, key: int) -> Kept:
     """The session as it is, its state a copy on the host, which may be read once a later mark is done."""
     session = deltas.session(key)
-    return Kept(deltas.to_host(key), session.rate, session.norms)
+    return Kept(deltas.to_host(key), session.rate, session.norms, session.ngrams)
 
 
 def restore(deltas: Deltas, key: int, version: int, kept: Kept) -> Session:
@@ -100,8 +102,9 @@ def restore(deltas: Deltas, key: int, version: int, kept: Kept) -> Session:
     session.version = version
     session.rate = fresh.rate if kept.rate is None else kept.rate
     session.norms = list(fresh.norms if kept.norms is None else kept.norms)
+    session.ngrams = kept.ngrams
     return session
 
 
 def _bytes(kept: Kept) -> int:
-    return 0 if kept.state is None else kept.state.bytes
+    return (0 if kept.state is None else kept.state.bytes) + (0 if kept.ngrams is None else kept.ngrams.stream.nbytes)

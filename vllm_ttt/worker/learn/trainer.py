@@ -14,7 +14,8 @@ from torch import Tensor
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.log import Rarely, logger_of
 from vllm_ttt.types import ChunkReason, ChunkReport, RequestPlan, StepReport
-from vllm_ttt.worker.capture.backlog import Backlog, Chunk
+from vllm_ttt.worker.capture.backlog import Backlog
+from vllm_ttt.worker.capture.chunk import Chunk
 from vllm_ttt.worker.capture.kv_cache import KVCache
 from vllm_ttt.worker.capture.past import Before
 from vllm_ttt.worker.clock import Clock, copy_to_host, to_device, to_host
@@ -24,6 +25,8 @@ from vllm_ttt.worker.guard.guard import Guard
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.compute import Compute
 from vllm_ttt.worker.memory import SMALLEST_SHARE
+from vllm_ttt.worker.ngrams.caches import Caches, Text
+from vllm_ttt.worker.ngrams.ngrams import Known
 from vllm_ttt.worker.serve.slots import Slots
 from vllm_ttt.worker.step.micro_step import Tail
 
@@ -54,6 +57,8 @@ class Outcome:
     #: [chunks], losses under the base model; NaN where they were not measured
     frozen: Tensor
     mark: Any
+    #: of each chunk that joins its session's cache
+    texts: list[Text | None]
 
 
 class Trainer:
@@ -73,6 +78,8 @@ class Trainer:
         self.cache = cache
         self.config, self.backlog, self.deltas, self.slots = config, backlog, deltas, slots
         self.compute = Compute(tail, config.learn, backlog, deltas)
+        self.caches = Caches(config.cache, deltas.sessions, config.sessions.resident)
+        self.compute.keep_rows = self.caches.on
         self.clock = Clock(tail.head_VD.device)
         sessions = config.sessions
         self.versions = Versions(sessions.keep_versions, sessions.version_every, int(sessions.versions_gib * 2**30))
@@ -116,9 +123,10 @@ class Trainer:
             outcome = self.outcomes.popleft()
             self.clock.wait(outcome.mark)
             values, frozen = outcome.values.T.tolist(), outcome.frozen.tolist()
-            for chunk, kept, value, base in zip(outcome.chunks, outcome.kept, values, frozen, strict=True):
+            each = zip(outcome.chunks, outcome.kept, outcome.texts, values, frozen, strict=True)
+            for chunk, kept, text, value, base in each:
                 try:
-                    self._learned(chunk, kept, value, None if math.isnan(base) else base)
+                    self._learned(chunk, kept, text, value, None if math.isnan(base) else base)
                 except Exception:
                     self.failed("the outcome of a chunk could not be taken in; what its session has waiting is given up")
                     self._report_chunk(chunk, math.nan, "error")
@@ -163,6 +171,7 @@ class Trainer:
     def drop(self, key: int) -> None:
         """Make the session the base model again, and forget what waits."""
         self.backlog.drop_session(key)
+        self.caches.drop(key)
         self.deltas.drop(key)
         self.versions.drop(key)
         self.guard.drop(key)
@@ -195,7 +204,7 @@ class Trainer:
         self.deltas.sessions[key] = session
         self.guard.resume(key, untried)
         if self.guard.config.every and not untried:
-            self.versions.add_good(key, session.version, Kept(session.host, session.rate, session.norms))
+            self.versions.add_good(key, session.version, Kept(session.host, session.rate, session.norms, session.ngrams))
 
     def in_flight(self, key: int) -> bool:
         """Whether the master of a session is ahead of its version: the outcome of a step is not known yet."""
@@ -209,6 +218,7 @@ class Trainer:
             return False
         self.lose(key, "rollback")
         untried = self.guard.untried(key) - (self.deltas.session(key).version - version)
+        self.caches.drop(key)
         restore(self.deltas, key, version, kept)
         self.versions.cut(key, version)
         self.guard.drop(key)
@@ -273,7 +283,8 @@ class Trainer:
         share = torch.tensor([(chunk.rows - chunk.out) / self.config.learn.chunk for chunk in chunks])
         values = self.compute.step(flat, weight, rows, share, before)
         kept = [keep(self.deltas, c.session) if self.versions.due(c.session) else None for c in chunks]
-        self.outcomes.append(Outcome(chunks, kept, to_host(values), to_host(frozen), self.clock.mark()))
+        texts = self.caches.texts(chunks, self.backlog, self.compute.rows_SC)  # before their pages are given back
+        self.outcomes.append(Outcome(chunks, kept, to_host(values), to_host(frozen), self.clock.mark(), texts))
         for chunk, session in zip(chunks, sessions, strict=True):
             session.steps += 1
             self.dirty.add(chunk.session)
@@ -303,9 +314,9 @@ class Trainer:
                 # Not on the device, where nothing more is allocated for good: its slot holds the same.
                 session.serving = delta.by(*map(copy_to_host, delta.tensors()))
                 session.serving_copied = self.clock.mark()
-                session.serving_version = session.version
+                session.serving_version, session.serving_ngrams = session.version, session.ngrams
 
-    def _learned(self, chunk: Chunk, kept: Kept | None, values: list[float], frozen: float | None) -> None:
+    def _learned(self, chunk: Chunk, kept: Kept | None, text: Text | None, values: list[float], frozen: float | None) -> None:
         """The outcome of a chunk's step is known."""
         ok, loss, rate, *norms = values
         self.backlog.settle(chunk)
@@ -313,19 +324,21 @@ class Trainer:
             return  # dropped meanwhile
         if session.version == 0 and math.isfinite(loss):
             frozen = loss
-        session.rate = rate
+        session.rate, known = rate, None
         if ok:
+            known = None if text is None else self.caches.commit(session, text)
             session.version += 1
             session.norms = norms
             self.tokens_learned += chunk.rows - chunk.out
             self.guard.committed(chunk.session)
         if kept is not None:
-            self.versions.add(chunk.session, session.version, kept._replace(rate=rate, norms=session.norms))
+            kept = kept._replace(rate=rate, norms=session.norms, ngrams=session.ngrams)
+            self.versions.add(chunk.session, session.version, kept)
         reason = None if ok else ("loss" if self.compute.max_loss < loss < math.inf else "nonfinite")
         if reason == "nonfinite" and self.nonfinite.again():
             count = self.nonfinite.count
             logger.warning("vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", count)
-        self._report_chunk(chunk, loss, reason, frozen)
+        self._report_chunk(chunk, loss, reason, frozen, known)
 
     def _give_up(self, chunk: Chunk, reason: ChunkReason) -> None:
         queue = self.backlog.queues.get(chunk.session)
@@ -334,12 +347,19 @@ class Trainer:
             self.backlog.advance(chunk)
             self.backlog.settle(chunk)
 
-    def _report_chunk(self, chunk: Chunk, loss: float, skipped: ChunkReason | None, frozen: float | None = None) -> None:
+    def _report_chunk(
+        self,
+        chunk: Chunk,
+        loss: float,
+        skipped: ChunkReason | None,
+        frozen: float | None = None,
+        known: Known | None = None,
+    ) -> None:
         session = self.deltas.session(chunk.session)
         norm, out = max(session.norms) if skipped is None else None, 0 if skipped == "filter" else chunk.out
         report = ChunkReport(
             chunk.session, chunk.request, chunk.rows - out, loss, frozen, skipped, chunk.end, session.version, session.rate,
-            norm,
+            norm, *(known or ()),
         )  # fmt: skip
         self.report.chunks.append(report)
         if out:

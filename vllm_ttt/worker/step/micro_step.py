@@ -101,6 +101,7 @@ def accumulate(
     w_SC: Tensor,
     grad: Delta | None,
     past: Past | None = None,
+    rows_SC: Tensor | None = None,
 ) -> Tensor:
     """Add the gradient of the weighted loss of some rows to ``grad``, and return that loss.
 
@@ -112,6 +113,7 @@ def accumulate(
         w_SC: float32, weight of each row's loss: 1 / (rows of its chunk), and 0 for padding.
         grad: float32; None to compute the loss alone.
         past: what the layers above the first attend to; None where there is none.
+        rows_SC: float32, gets the weighted loss of each row; None: nobody asks.
     Returns:
         [S] float32, the weighted sum of each session's losses in nats.
     """
@@ -119,6 +121,8 @@ def accumulate(
     r_TD, passed, rotated = forward(tail, delta, h_SCD, a_SCQ, past, grad is not None)
     y_TD, i2_T1 = last_norm(tail, r_TD)
     loss_T, dy_TD = cross_entropy(tail, y_TD, t_SC.reshape(-1), w_SC.reshape(-1), backward=grad is not None)
+    if rows_SC is not None:
+        rows_SC.copy_(loss_T.view(S, C))
     loss_S = loss_T.view(S, C).sum(1)
     if grad is None:
         return loss_S

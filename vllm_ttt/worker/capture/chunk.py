@@ -1,0 +1,62 @@
+"""A chunk of captured tokens, and how far the reading of its request is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vllm_ttt.types import RequestPlan
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """Up to ``chunk`` consecutive pairs of one request, in one page."""
+
+    session: int
+    request: str
+    page: int
+    #: its first pair
+    first: int
+    rows: int = 0
+    #: the blocks of its request in vLLM's KV cache: the same list, which grows
+    blocks: list[int] = field(default_factory=list)
+    #: ranges (first, end) of its rows whose next token is not learned
+    left_out: list[tuple[int, int]] = field(default_factory=list)
+    #: up to BEFORE tokens before its first pair; None: it does not join its session's cache
+    before: Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        return self.first + self.rows
+
+    @property
+    def out(self) -> int:
+        """Rows whose next token is not learned."""
+        return sum(end - first for first, end in self.left_out)
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """What has been captured of a running request."""
+
+    plan: RequestPlan
+    #: the first pair that has not been captured; history and recomputed ones before it are not captured
+    next: int
+    #: its blocks in vLLM's KV cache, as vLLM numbers them
+    blocks: list[int] = field(default_factory=list)
+    open: Chunk | None = None
+    #: something of it has been captured since it was begun, or begun anew
+    begun: bool = False
+    #: pairs before this one have been learned, or said not to be
+    known: int = 0
+    #: pairs before this one had been captured when it was preempted
+    seen: int = 0
+    #: the whole prompt has gone through the model
+    prompt_read: bool = False
+    #: chunks that wait for their step, the open one apart
+    unlearned: int = 0
+    #: nothing more will be captured
+    closed: bool = False
+    #: it has been said that nobody reads its blocks any more
+    released: bool = False

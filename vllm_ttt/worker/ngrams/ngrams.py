@@ -1,0 +1,121 @@
+"""A session's cache as it is at one version: never changed, so that versions, forks and snapshots are references to it.
+
+`vllm_ttt.eval.session_cache` is the plain loop that this is held to.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_ttt.config import CACHE_PRIOR, CACHE_PRIOR_TOKENS, CacheConfig
+from vllm_ttt.worker.ngrams import stream as streams
+from vllm_ttt.worker.ngrams.index import Index
+from vllm_ttt.worker.ngrams.stream import BREAK, LONGEST, Tokens
+
+
+class Known(NamedTuple):
+    """How well a chunk was known before it was learned."""
+
+    #: nats per token, with the cache
+    loss: float
+    #: share of its tokens that the cache explains
+    share: float
+
+
+class NGrams:
+    """``stream``: what it remembers. ``experience`` [orders, 2], by length of the context from 1: tokens that spoke for the
+    model, and for the cache."""
+
+    __slots__ = ("experience", "index", "stream")
+
+    def __init__(self, stream: Tokens, experience: NDArray[np.float64]):
+        self.stream, self.experience = stream, experience
+        self.stream.setflags(write=False)
+        #: `Indexes` has it, or not
+        self.index: Index | None = None
+
+    @classmethod
+    def fresh(cls, orders: int) -> NGrams:
+        return cls(streams.EMPTY.copy(), _prior(orders))
+
+    @property
+    def tokens(self) -> int:
+        """That it remembers."""
+        return streams.count(self.stream)
+
+    def shares(self) -> list[float]:
+        """The cache's share, by length of the context from 1."""
+        return (self.experience[:, 1] / self.experience.sum(1)).tolist()
+
+    def to_state(self) -> list[list[float]]:
+        """What a file says of it besides the stream, for JSON."""
+        return self.experience.tolist()
+
+    @classmethod
+    def revive(cls, stream: Tokens, experience: Sequence[Sequence[float]], config: CacheConfig) -> NGrams:
+        """What a file has, as this configuration wants it. Raises ValueError where ``experience`` is none."""
+        found = np.asarray(experience, np.float64).reshape(-1, 2)
+        own = _prior(config.orders) if config.orders else found.copy()  # a server without caches keeps it as it was
+        if not (np.isfinite(found).all() and (found > 0).all()):
+            raise ValueError("the weights of its cache are not positive numbers")
+        kept = min(len(own), len(found))
+        own[:kept] = found[:kept]
+        return cls(streams.trim(stream, config.tokens), own)
+
+
+class Indexes:
+    """The index of each session that is being served: the last ``most`` that were asked for."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.recent: OrderedDict[int, NGrams] = OrderedDict()
+
+    def of(self, ngrams: NGrams) -> Index:
+        self.recent[id(ngrams)] = ngrams
+        self.recent.move_to_end(id(ngrams))
+        while len(self.recent) > self.most:
+            self.recent.popitem(last=False)[1].index = None
+        if ngrams.index is None:
+            ngrams.index = Index(ngrams.stream, len(ngrams.experience))
+        return ngrams.index
+
+    def forget(self, ngrams: NGrams | None) -> None:
+        """Nobody is served with it any more."""
+        if ngrams is not None:
+            self.recent.pop(id(ngrams), None)
+            ngrams.index = None
+
+
+def commit(
+    ngrams: NGrams, index: Index, text: Tokens, learned: int, losses: NDArray[np.float64], limit: int
+) -> tuple[NGrams, Known]:
+    """Take a chunk in. It is asked first how well it was known, and from that the weights learn.
+
+    Args:
+        text: its learned tokens, which are the last ``learned`` ones, and up to LONGEST before them.
+        losses: [learned], the model's loss of each.
+        limit: tokens that are remembered at most.
+    """
+    before = text[: len(text) - learned]
+    padded = np.concatenate((np.full(LONGEST - len(before), BREAK, np.int32), text))
+    windows = np.lib.stride_tricks.sliding_window_view(padded[:-1], LONGEST)
+    tokens = text[len(text) - learned :]
+    length, share, left = index.parts(windows, tokens)
+    model, experience = np.exp(-losses), ngrams.experience.copy()
+    weight = np.concatenate(([0.0], experience[:, 1] / experience.sum(1)))[length]
+    for_model, for_cache = (1 - weight) * model, weight * (share + left * model)
+    both = np.maximum(for_model + for_cache, np.finfo(np.float64).tiny)
+    for column, spoke in enumerate((for_model / both, for_cache / both)):
+        experience[:, column] += np.bincount(length, spoke, len(experience) + 1)[1:]
+    grown = NGrams(streams.extend(ngrams.stream, before, tokens, limit), experience)
+    return grown, Known(float(-np.log(both).mean()), float((for_cache / both).mean()))
+
+
+def _prior(orders: int) -> NDArray[np.float64]:
+    shares = np.array(CACHE_PRIOR[:orders])
+    return CACHE_PRIOR_TOKENS * np.stack((1 - shares, shares), 1).reshape(-1, 2)
