@@ -36,15 +36,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def serve(args: list[str], port: int, log: Path, keep: bool) -> contextlib.AbstractContextManager[subprocess.Popen]:
+def serve(
+    args: list[str], port: int, log: Path, keep: bool, environment: dict[str, str] | None = None
+) -> contextlib.AbstractContextManager[subprocess.Popen]:
     """``process_group`` of ``vllm-ttt serve ARGS`` on 127.0.0.1:``port``."""
     here = ["--host", "127.0.0.1", "--port", str(port)]
-    return process_group([sys.executable, "-m", "vllm_ttt.cli", "serve", *args, *here], log, keep)
+    return process_group([sys.executable, "-m", "vllm_ttt.cli", "serve", *args, *here], log, keep, environment)
 
 
 @contextlib.contextmanager
-def process_group(command: list[str], log: Path, keep: bool = False) -> Iterator[subprocess.Popen]:
+def process_group(
+    command: list[str], log: Path, keep: bool = False, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen]:
     """Run ``command`` in a process group of its own, output to ``log``; at exit end the whole group.
+
+    ``environment`` is added to this process's.
 
     SIGTERM and SIGHUP to this process unwind the context as Ctrl-C does. With ``keep`` a normal exit leaves it running.
     """
@@ -55,7 +61,7 @@ def process_group(command: list[str], log: Path, keep: bool = False) -> Iterator
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**ENVIRONMENT, **os.environ},
+            env={**ENVIRONMENT, **os.environ, **(environment or {})},
             start_new_session=True,
         )
         kept = False
