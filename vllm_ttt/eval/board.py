@@ -86,20 +86,26 @@ def _cells(values: list[float | None], form: str, best: Callable[[Iterable[float
     return [f"[bold green]{text}[/]" if text == winner else text for text in shown]
 
 
+def later(result: Result) -> dict[str, dict[str, float | None]]:
+    """Loss and characters of each arm, of all documents but the first."""
+    rows = {arm: [m for row in rows[1:] for m in row] for arm, rows in result.arms.items()}
+    return {arm: {"nats": _loss(row), "characters": characters(row)} for arm, row in rows.items()}
+
+
 def verdict(result: Result) -> list[str]:
     """Who wins where, in words: by document, from the second on, and by session; and whom it harms."""
-    later = range(1, len(result.frozen))
+    others = range(1, len(result.frozen))
     losses = {arm: [fmean(row) for row in result.nats(arm)] for arm in result.arms}
     accepted = {arm: [characters(row) or 0.0 for row in rows] for arm, rows in result.arms.items()}
-    least = [min(losses, key=lambda arm, i=i: losses[arm][i]) for i in later]
-    most = [max(accepted, key=lambda arm, i=i: accepted[arm][i]) for i in later]
+    least = [min(losses, key=lambda arm, i=i: losses[arm][i]) for i in others]
+    most = [max(accepted, key=lambda arm, i=i: accepted[arm][i]) for i in others]
     best = []
     for s, domain in enumerate(result.domains):
-        means = {arm: fmean(rows[i][s].nats for i in later) for arm, rows in result.arms.items()}
+        means = {arm: fmean(rows[i][s].nats for i in others) for arm, rows in result.arms.items()}
         best.append(f"{domain}: {LABELS[min(means, key=lambda arm, means=means: means[arm])]}")
     harmed = []
     for arm in [arm for arm in result.arms if arm != "frozen"]:
-        pairs = [(m, b) for i in later for m, b in zip(result.arms[arm][i], result.arms["frozen"][i], strict=True)]
+        pairs = [(m, b) for i in others for m, b in zip(result.arms[arm][i], result.arms["frozen"][i], strict=True)]
         worse = sum(m.nats > b.nats + HARM for m, b in pairs)
         harmed.append(f"{LABELS[arm]} {worse} of {len(pairs)}")
     return [

@@ -19,7 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval import plots, protocols, real, rounds, runner, server
-from vllm_ttt.eval.board import Board, progress, verdict
+from vllm_ttt.eval.board import Board, later, progress, verdict
 from vllm_ttt.eval.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ async def _show(url: str, counts: tuple[int, int], out: Path, about: dict[str, A
         for line in verdict(result):
             console.print(line, soft_wrap=True)
         answers = await _question(client, console)
-    about |= {"files": work.files, "question": rounds.QUESTION, "answers": asdict(answers)}
+    about |= {"files": work.files, "later": later(result), "question": rounds.QUESTION, "answers": asdict(answers)}
     runner.write_json(out / "demo.json", {"p2": result}, about)
     plots.plot_rounds(result, out / "demo.png", f"{about['model']}: mean of {len(work.domains)} sessions")
     console.print(f"plot: {out / 'demo.png'}\nfigures: {out / 'demo.json'}", soft_wrap=True)

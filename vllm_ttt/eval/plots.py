@@ -67,7 +67,7 @@ def plot_rounds(result: Result, file: str | Path, title: str) -> None:
             strict=True,
         ):
             _line(axis, steps, ys, arm)
-    labels = "loss, nats per token", "loss, less the frozen model's", "characters accepted before a wrong token"
+    labels = "loss, nats per token", "loss, less the frozen model's", "characters"
     titles = "Loss (less is better)", "The difference (less is better)", "Accepted characters (more is better)"
     for axis, label, name in zip(axes, labels, titles, strict=True):
         _frame(axis, name)

@@ -1,0 +1,22 @@
+"""Recipes of docs/recipes.md that need no further package, as they stand there."""
+
+from __future__ import annotations
+
+import pytest
+from served import Served
+from test_recipes import module
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("name", ["openai-python", "agent", "locust"])
+def test_a_recipe_runs_and_its_session_learns(server: Served, name: str) -> None:
+    recipes = module()
+    done = recipes.run(recipes.recipes()[name], server.url, "demo")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    session = recipes.session(server.url, name)
+    assert session["tokens_learned"] > 16
+    assert server.http.delete(f"/v1/ttt/sessions/{name}").status_code == 200
+    if name == "agent":
+        assert "count " in done.stdout, "the tool was called"
+        assert session["tokens_skipped"].get("history", 0) > 0, "a turn's earlier turns are not learned again"
