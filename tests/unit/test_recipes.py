@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from recipe_page import recipes
 
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
 
 
-def module() -> Any:
-    """docs/recipes.py, which runs them."""
-    spec = importlib.util.spec_from_file_location("recipes", ROOT / "docs" / "recipes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules["recipes"] = found  # dataclasses look there
-    spec.loader.exec_module(found)
-    return found
-
-
-RECIPES = module().recipes()
+RECIPES = recipes.recipes()
 
 
 def test_there_is_one_for_each_client():
@@ -49,6 +36,6 @@ def test_code_is_code_and_names_its_session(name: str):
             assert yaml.safe_load(text)
     everything = "".join(recipe.files.values())
     assert re.search(rf"(?:session_id|X-Session-ID)\W+{name}\b", everything), "docs/recipes.py looks at this session"
-    assert module().URL in everything + recipe.command
+    assert recipes.URL in everything + recipe.command
     program = recipe.command.replace("export LLM_USER_PATH=.\n", "").split()[0]
     assert program == "python" or program in asked

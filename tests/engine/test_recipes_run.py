@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from recipe_page import recipes
 from served import Served
-from test_recipes import module
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize("name", ["openai-python", "agent", "locust"])
 def test_a_recipe_runs_and_its_session_learns(server: Served, name: str) -> None:
-    recipes = module()
     done = recipes.run(recipes.recipes()[name], server.url, "demo")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     session = recipes.session(server.url, name)
