@@ -24,13 +24,13 @@ pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
 
 
-def test_rounds_of_all_arms_and_a_question(server: Served, documents: Documents):
+def test_rounds_of_all_arms_and_a_question(deep: Served, documents: Documents):
     domains = ["kjv", "man_fr"]
     work = rounds.Library(domains, [[ids[: rounds.WINDOW + 1] for ids in documents[d][:3]] for d in domains], {})
     seen: list[tuple[str, int, Measures]] = []
 
     async def show() -> tuple[Result, rounds.Answers]:
-        async with Client(server.url) as client:
+        async with Client(deep.url) as client:
             result = await rounds.compare(client, work, lambda *saw: seen.append(saw))
             text = (ROOT / "README.md").read_text(encoding="utf-8")
             return result, await rounds.question(client, text, lambda: None)
@@ -45,14 +45,14 @@ def test_rounds_of_all_arms_and_a_question(server: Served, documents: Documents)
         assert result.arms["context"][2][s].nats != pytest.approx(result.arms["frozen"][2][s].nats, abs=0.001)
         assert result.arms["ttt"][2][s].characters > 0
     for domain in domains:
-        assert server.session(rounds.name_of(domain))["tokens_learned"] == 3 * rounds.WINDOW
+        assert deep.session(rounds.name_of(domain))["tokens_learned"] == 3 * rounds.WINDOW
     assert answers.losses[-1] < answers.losses[0] - 1
     assert answers.asked[0] != answers.asked[1]
     right = [rounds.agree(text, answers.truth) for text in answers.went_on]
     assert right[1] > right[0], "it has read the page, and can go on"
-    assert server.session(rounds.name_of("readme"))["tokens_learned"] == rounds.READINGS * (rounds.PAGE - 1), "no question was"
+    assert deep.session(rounds.name_of("readme"))["tokens_learned"] == rounds.READINGS * (rounds.PAGE - 1), "no question was"
     for name in (*map(rounds.name_of, domains), rounds.name_of("readme")):
-        server.http.delete(f"/v1/ttt/sessions/{name}")
+        deep.http.delete(f"/v1/ttt/sessions/{name}")
 
 
 def test_ctrl_c_leaves_no_process_and_no_file(stage: Stage, tmp_path: Path):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval import demo, plots, rounds
-from vllm_ttt.eval.board import HEADS, Board, progress, verdict
+from vllm_ttt.eval.board import HEADS, Board, later, progress, verdict
 from vllm_ttt.eval.measures import Measures
 from vllm_ttt.eval.protocols import Result
 
@@ -103,6 +103,12 @@ def test_who_wins_is_said_as_it_is():
     assert harmed.endswith("frozen model: BM25 retrieval 2 of 4, last documents 0 of 4, TTT session 0 of 4")
     never = verdict(made(lambda arm, i, s: 3.0 + (arm != "frozen") * i))
     assert never[0] == "least loss, by document: frozen model 2 of 2", "also where it is not the one that we wish"
+
+
+def test_the_mean_is_of_what_came_after_something():
+    found = later(made(losses))
+    assert found["frozen"] == {"nats": 3.0, "characters": pytest.approx(7.0)}
+    assert found["ttt"] == {"nats": pytest.approx(2.35), "characters": pytest.approx(7.65)}
 
 
 def test_the_plot_is_of_all_arms(tmp_path: Path):
