@@ -1,6 +1,6 @@
 """Run the recipes of docs/recipes.md against a server, as they stand there, and see that their sessions have learned.
 
-python docs/recipes.py [--base-url http://127.0.0.1:8000] [--model demo/model] [RECIPE ...]
+python docs/recipes.py [--base-url http://127.0.0.1:8000] [--model smollm2] [RECIPE ...]
 
 A recipe is a heading with code below it: files, whose first line says what they are called, and one `sh` block, which is run
 beside them. Its session is called as the heading is. Needs nothing but what the recipes need.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-URL, MODEL = "http://127.0.0.1:8000", "demo/model"
+URL, MODEL = "http://127.0.0.1:8000", "smollm2"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ def run(recipe: Recipe, url: str, model: str) -> subprocess.CompletedProcess[str
     """Run a recipe with another server, and another name of its model, than stand on the page."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in recipe.files.items():
-            (Path(folder) / name).write_text(text.replace(URL, url).replace(f'"{MODEL}"', f'"{model}"'))
+            for quoted in (f'"{MODEL}"', f'"openai/{MODEL}"'):
+                text = text.replace(quoted, quoted.replace(MODEL, model))
+            (Path(folder) / name).write_text(text.replace(URL, url))
         (Path(folder) / "demo").symlink_to(ROOT / "demo")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         command = ["bash", "-euc", recipe.command.replace(URL, url)]
