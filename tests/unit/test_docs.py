@@ -164,6 +164,8 @@ def test_reasons_are_the_same_everywhere() -> None:
     text = (ROOT / "docs" / "reference.template").read_text(encoding="utf-8")
     rows = text.partition("| in `tokens_skipped` | what happened |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == set(REASONS)
+    page = (ROOT / "vllm_ttt" / "frontend" / "static" / "ttt.js").read_text(encoding="utf-8")
+    assert set(re.findall(r"(\w+): \"", page.partition("const WHY = {")[2].partition("}")[0])) == set(REASONS)
     said = ChunkLoss.model_fields["skipped"].description or ""
     assert set(re.findall(r"`(\w+)`", said)) == set(get_args(ChunkReason))
 
@@ -180,6 +182,24 @@ def test_bodies_of_the_examples_are_accepted(file: Path) -> None:
         Knobs.parse(body.get("vllm_xargs"))
         if "session_id" in body:
             check_session_id(body["session_id"])
+
+
+def test_figures_of_the_demo_are_those_of_its_run() -> None:
+    """Each cell of README's table, and what is bold in it: the best of the row."""
+    run = json.loads((ROOT / "loadtests" / "results" / "2026-11-28-demo.json").read_text(encoding="utf-8"))
+    frozen, accepted, later = run["frozen"], run["characters"]["p2"], run["about"]["later"]
+    losses = {"frozen": frozen["p2"], "retrieval": frozen["p2_rag"], "context": frozen["p2_context"]}
+    losses["ttt"] = [loss - gain for loss, gain in zip(frozen["p2"], run["last"]["p2"], strict=True)]
+    rows = {f"{i + 1}{'nd' if i == 1 else 'th'}": [(losses[arm][i], accepted[arm][i]) for arm in losses] for i in (1, 3, 5)}
+    rows["2nd to 6th"] = [(later[arm]["nats"], later[arm]["characters"]) for arm in losses]
+    table = README.partition("| | frozen model | BM25 retrieval | last documents in the context | session |\n")[2]
+    shown = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in table.splitlines()[1:5]}
+    assert [head.removesuffix(" document of the session") for head in shown] == list(rows)
+    for cells, figures in zip(shown.values(), rows.values(), strict=True):
+        best = f"{min(loss for loss, _ in figures):.3f}", f"{max(characters for _, characters in figures):.2f}"
+        texts = [(f"{loss:.3f}", f"{characters:.2f}") for loss, characters in figures]
+        bold = [tuple(f"**{x}**" if x == b else x for x, b in zip(text, best, strict=True)) for text in texts]
+        assert cells == [" / ".join(text) for text in bold]
 
 
 def test_make_targets_and_commands_exist() -> None:

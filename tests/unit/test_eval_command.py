@@ -61,6 +61,25 @@ def test_no_process_is_left_after_success_or_failure(tmp_path: Path):
         assert group_is_gone(process.pid)
 
 
+def test_no_shared_memory_is_left(tmp_path: Path):
+    """Of a process that is killed, as an engine in the middle of a kernel is."""
+    code = """
+        import signal, time
+        from multiprocessing.shared_memory import SharedMemory
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(SharedMemory(create=True, size=1000).name, "up", flush=True)
+        time.sleep(600)
+    """
+    leader = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(600)"
+    log = tmp_path / "log"
+    with process_group([sys.executable, "-c", leader, textwrap.dedent(code)], log) as process:
+        wait_for(log, "up")
+        segment = Path("/dev/shm") / log.read_text().split()[0]
+        assert segment.exists()
+    assert group_is_gone(process.pid)
+    assert not segment.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_no_process_is_left_after_a_signal(tmp_path: Path, number: int):
     code = f"""
@@ -172,7 +191,7 @@ def test_cli_is_light_and_explains_itself(tmp_path: Path):
     assert all(command in shown for command in ("serve", "demo", "eval", "check"))
     missing = run("demo", "--model", str(tmp_path), "--out", str(tmp_path))
     assert missing.returncode == 1
-    assert "part of the repository, not of the installed package" in missing.stderr
+    assert "has no config.json" in " ".join(missing.stderr.split())
     assert "Traceback" not in missing.stderr
     nothing = run("eval", "--texts", str(tmp_path), "--base-url", "http://127.0.0.1:9")
     assert nothing.returncode == 1

@@ -48,8 +48,11 @@ def test_an_interrupted_folder_does_not_exist(tmp_path: Path):
 @pytest.mark.unit
 def test_a_demo_without_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(real, "MODEL", tmp_path / "absent")
-    with pytest.raises(ConfigError, match="`make demo REAL=1`"):
-        demo(None, tmp_path, None, keep=False, quick=True, console=Console(quiet=True), on_real=True)
+    with pytest.raises(ConfigError, match="`make demo` in a checkout fetches it first"):
+        demo(None, tmp_path / "out", None, keep=False, quick=True, console=Console(quiet=True))
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        demo(str(tmp_path), tmp_path / "out", None, keep=False, quick=True, console=Console(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.real

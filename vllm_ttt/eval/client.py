@@ -114,6 +114,26 @@ class Client:
             texts if None not in texts else None,
         )
 
+    async def go_on(self, ids: list[int], tokens: int, session: str | None = None) -> str:
+        """What the model makes of the next ``tokens`` tokens, the likeliest each time. Nothing is learned."""
+        answer = await self._call("POST", "/v1/completions", self._answer({"prompt": ids}, tokens, session))
+        return answer["choices"][0]["text"]
+
+    async def ask(self, question: str, tokens: int, session: str | None = None) -> str | None:
+        """The answer to a chat's only message; None: the model has no chat template. Nothing is learned."""
+        body = self._answer({"messages": [{"role": "user", "content": question}]}, tokens, session)
+        try:
+            answer = await self._call("POST", "/v1/chat/completions", body)
+        except ServerError as error:
+            if "chat template" in str(error):
+                return None
+            raise
+        return answer["choices"][0]["message"]["content"]
+
+    def _answer(self, prompt: dict[str, Any], tokens: int, session: str | None) -> dict[str, Any]:
+        body = {"model": self.model, "max_tokens": tokens, "temperature": 0, **prompt}
+        return body if session is None else body | {"session_id": session, "vllm_xargs": {"ttt_learn": 0}}
+
     async def forget(self, session: str) -> None:
         """Delete a session. One that does not exist is no error."""
         await self._call("DELETE", f"/v1/ttt/sessions/{session}", missing_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_ttt.eval.measures import estimate
 from vllm_ttt.eval.protocols import Result
-from vllm_ttt.eval.report import LABELS
+from vllm_ttt.eval.report import LABELS, characters
 
 #: of the reference categorical palette that colour-blind readers can tell apart (Okabe & Ito 2008)
 COLOURS = {
@@ -42,10 +42,50 @@ def plot(results: dict[str, Result], file: str | Path, title: str) -> None:
     figure, axes = pyplot.subplots(1, len(results), figsize=(6 * len(results), 4.2), squeeze=False, layout="constrained")
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         {"p2": _different, "p3": _again, "long": _long}[name](axis, result)
-        axis.set_title(TITLES[name])
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.3)
+        _frame(axis, TITLES[name])
     axes[0][0].legend(frameon=False)
+    _save(figure, file, title)
+
+
+def plot_rounds(result: Result, file: str | Path, title: str) -> None:
+    """Draw what the demo found, by document of a session: loss, loss less the frozen model's, and accepted characters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    steps = range(1, len(result.frozen) + 1)
+    for arm, rows in result.arms.items():
+        for axis, ys in zip(
+            axes,
+            (
+                [fmean(row) for row in result.nats(arm)],
+                [-fmean(row) for row in _gains(result, arm)],
+                [characters(row) or 0.0 for row in rows],
+            ),
+            strict=True,
+        ):
+            _line(axis, steps, ys, arm)
+    labels = "loss, nats per token", "loss, less the frozen model's", "characters"
+    titles = "Loss (less is better)", "The difference (less is better)", "Accepted characters (more is better)"
+    for axis, label, name in zip(axes, labels, titles, strict=True):
+        _frame(axis, name)
+        axis.set_xticks(steps)
+        axis.set(xlabel="document of the session", ylabel=label)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(result.arms), frameon=False)
+    _save(figure, file, title)
+
+
+def _frame(axis: Any, title: str) -> None:
+    axis.set_title(title)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.3)
+
+
+def _save(figure: Any, file: str | Path, title: str) -> None:
+    from matplotlib import pyplot
+
     figure.suptitle(title)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)

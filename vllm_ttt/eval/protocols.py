@@ -133,6 +133,13 @@ async def run(
     return result
 
 
+def put_before(
+    arm: str, earlier: list[list[int]], window: list[int], room: int, documents: int = CONTEXT_DOCUMENTS
+) -> list[int]:
+    """Token ids that "retrieval" or "context" puts before a request; they fit ``room``."""
+    return retrieve(earlier, window, room) if arm == "retrieval" else recent(earlier, documents, room)
+
+
 #: arm: the arm whose readings it needs, of its first requests or of all
 MADE_OF = {"retrieval": "frozen", "context": "frozen", "ngrams": "frozen", "ttt_ngrams": "ttt"}
 
@@ -167,8 +174,7 @@ class _Arm:
 
     async def _after(self, earlier: list[list[int]], window: list[int]) -> Reading:
         room = self.scorer.max_model_len - 1 - len(window)
-        found = self.name == "retrieval"
-        before = retrieve(earlier, window, room) if found else recent(earlier, self.context_documents, room)
+        before = put_before(self.name, earlier, window, room, self.context_documents)
         return (await self._read(before + window)).last(LENGTH)
 
     async def _ttt(self, domain: str, windows: list[list[int]]) -> list[Reading]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vllm_ttt.eval.measures import Estimate, gain, summary
+from vllm_ttt.eval.measures import Estimate, Measures, gain, summary
 from vllm_ttt.eval.protocols import Result
 
 LABELS = {
@@ -65,6 +65,12 @@ def summaries(results: dict[str, Result]) -> dict[str, dict[str, dict[str, dict[
             for arm, rows in result.arms.items():
                 found[name][arm] |= {f"gain, {what}": gain(rows, base, *span) for what, span in ends(len(rows)).items()}
     return {n: {arm: {what: asdict(e) for what, e in s.items()} for arm, s in arms.items()} for n, arms in found.items()}
+
+
+def characters(row: list[Measures]) -> float | None:
+    """Characters accepted before the first wrong token, in all requests of ``row``; None: not known."""
+    runs = sum(m.runs for m in row)
+    return sum(m.characters for m in row) / runs if runs else None
 
 
 def compare(measured: Curves, reference: Curves) -> dict[str, float]:

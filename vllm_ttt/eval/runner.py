@@ -40,6 +40,16 @@ def write_json(file: str | Path, results: dict[str, protocols.Result], about: di
     """Write the curves of ``preset`` (the layout of recorded ones), the measures, ``about`` and every session's losses."""
     measures = report.summaries(results)
     sessions = {name: {"domains": r.domains} | {arm: r.nats(arm) for arm in r.arms} for name, r in results.items()}
-    found = {**report.curves(results, preset), "about": about, "measures": measures, "sessions": sessions}
+    accepted = {
+        name: {arm: [report.characters(row) for row in rows] for arm, rows in result.arms.items()}
+        for name, result in results.items()
+    }
+    found = {
+        **report.curves(results, preset),
+        "about": about,
+        "measures": measures,
+        "characters": accepted,
+        "sessions": sessions,
+    }
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -20,6 +20,9 @@ from vllm_ttt.errors import TTTError
 #: Seconds that the group may take to end after SIGTERM, before SIGKILL.
 PATIENCE = 15.0
 
+#: Seconds that Python's resource trackers may take after that.
+TRACKERS = 5.0
+
 #: What a server of ours is told, unless the environment says otherwise. Its model is found in its own folder only: nothing is
 #: fetched, nothing reported. Idle connections outlive those of every client: vLLM closes them after 5 s, just when httpx thinks
 #: of its own as usable for the last time, and a request that meets the end of its connection is lost.
@@ -36,15 +39,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def serve(args: list[str], port: int, log: Path, keep: bool) -> contextlib.AbstractContextManager[subprocess.Popen]:
+def serve(
+    args: list[str], port: int, log: Path, keep: bool, environment: dict[str, str] | None = None
+) -> contextlib.AbstractContextManager[subprocess.Popen]:
     """``process_group`` of ``vllm-ttt serve ARGS`` on 127.0.0.1:``port``."""
     here = ["--host", "127.0.0.1", "--port", str(port)]
-    return process_group([sys.executable, "-m", "vllm_ttt.cli", "serve", *args, *here], log, keep)
+    return process_group([sys.executable, "-m", "vllm_ttt.cli", "serve", *args, *here], log, keep, environment)
 
 
 @contextlib.contextmanager
-def process_group(command: list[str], log: Path, keep: bool = False) -> Iterator[subprocess.Popen]:
+def process_group(
+    command: list[str], log: Path, keep: bool = False, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen]:
     """Run ``command`` in a process group of its own, output to ``log``; at exit end the whole group.
+
+    ``environment`` is added to this process's.
 
     SIGTERM and SIGHUP to this process unwind the context as Ctrl-C does. With ``keep`` a normal exit leaves it running.
     """
@@ -55,7 +64,7 @@ def process_group(command: list[str], log: Path, keep: bool = False) -> Iterator
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**ENVIRONMENT, **os.environ},
+            env={**ENVIRONMENT, **os.environ, **(environment or {})},
             start_new_session=True,
         )
         kept = False
@@ -95,12 +104,35 @@ def end_group(process: subprocess.Popen, patience: float = PATIENCE) -> None:
             process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process.pid)
         process.wait()
     finally:
         for number, handler in ignored.items():
             signal.signal(number, handler)
+
+
+def _kill(group: int) -> None:
+    """SIGKILL to a process group. Python's resource trackers come last: they remove the shared memory that the others leave."""
+    for pid, command in _members(group):
+        if b"resource_tracker" not in command:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + TRACKERS
+    while _members(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _members(group: int) -> list[tuple[int, bytes]]:
+    """(pid, command line) of each process of a group that has not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ends just now
+            state, _, of_group = (folder / "stat").read_bytes().rpartition(b") ")[2].split()[:3]
+            if int(of_group) == group and state != b"Z":
+                found.append((int(folder.name), (folder / "cmdline").read_bytes()))
+    return found
 
 
 @contextlib.contextmanager

@@ -9,9 +9,15 @@ const LONGEST = 5000;  // and if it does not
 const FIRST = 24;     // cards that are shown before somebody asks for more
 const AT_ONCE = 4;    // sessions that are asked for side by side
 
+// Why something was not learned, by what the server calls it (docs/reference.md).
+const WHY = { short: "too short", loss: "noise to the model", nonfinite: "not finite", repetition: "repeats itself", full: "no room",
+  history: "learned before", frozen: "frozen", limit: "over the hour's limit", rollback: "rolled back", error: "error" };
+const why = (reason) => WHY[reason] ?? reason;
+
 let key = sessionStorage.getItem(STORE) ?? "";
 let shown = FIRST;
 let timer = 0;
+let settings = null;           // what the server adapts, and the first rate
 let newest = 0;                // number of the latest round; an older one that comes late is dropped
 const cards = new Map();       // session id -> {element, session, mark}
 
@@ -30,7 +36,8 @@ async function ask(path, method = "GET", body) {
 
 const of = (id) => `ttt/sessions/${encodeURIComponent(id)}`;
 const number = (n) => n.toLocaleString("en").replaceAll(",", "\u2009");
-const nats = (x) => (x === null || x === undefined ? "–" : x.toFixed(x < 10 ? 2 : 1));
+const given = (x) => x !== undefined && x !== null, rate = (x) => x.toPrecision(2);
+const nats = (x) => (!given(x) ? "–" : x.toFixed(x < 10 ? 2 : 1));
 const bytes = (n) => (n < 1e6 ? `${(n / 1e3).toFixed(0)} kB` : n < 1e9 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e9).toFixed(2)} GB`);
 
 function make(name, attributes = {}, text = "") {
@@ -89,8 +96,18 @@ async function model() {
   if (!$("model").textContent) {
     const { data } = await ask("models");
     $("model").textContent = data[0]?.id ?? "";
+    const { adapt, learn } = await ask("ttt/config");
+    settings = { ...adapt, rate: learn.rate };
   }
   return $("model").textContent;
+}
+
+// How deep it learns: of which layers, which modules.
+function depth() {
+  if (!settings) return [];
+  const { layers, modules, rank } = settings;
+  const which = layers === "all" ? "every layer" : layers === 1 ? "the last layer" : `the last ${layers} layers`;
+  return [["adapted", `${which}: ${modules.join(", ")}, rank ${rank}`]];
 }
 
 async function show(sessions, more) {
@@ -100,7 +117,7 @@ async function show(sessions, more) {
   if (!sessions.length) await command();
   const sum = (name) => sessions.reduce((total, s) => total + s[name], 0);
   const totals = [[more ? "sessions, of more" : "sessions", sessions.length], ["tokens learned", sum("tokens_learned")], ["waiting", sum("tokens_pending")]];
-  describe($("totals"), totals.map(([name, value]) => [name, number(value)]));
+  describe($("totals"), [...totals.map(([name, value]) => [name, number(value)]), ...depth()]);
   const wanted = $("find").value.trim();
   const found = sessions.filter((s) => s.session_id.includes(wanted));
   const visible = found.slice(0, shown);
@@ -210,8 +227,8 @@ function draw(card, s, chart = false) {
   describe(q(".facts"), [
     ["learned", `${number(s.tokens_learned)} tokens`],
     ["waiting", `${number(s.tokens_pending)} tokens`],
-    ["not learned", skipped.length ? skipped.map(([why, n]) => `${number(n)} ${why}`).join(", ") : "–"],
-    ["rate", s.rate === undefined || s.rate === null ? "–" : s.rate.toPrecision(2)],
+    ["not learned", skipped.length ? skipped.map(([reason, n]) => `${number(n)} ${why(reason)}`).join(", ") : "–"],
+    ["rate", given(s.rate) ? rate(s.rate) + ` (from ${rate(settings.rate)})` : "–"],
     ["by the cache", typeof s.cache_share === "number" ? `${(100 * s.cache_share).toFixed(0)} % of them, ` +
       `${nats(Math.abs(s.cache_gain))} nats per token ${s.cache_gain < 0 ? "lost" : "gained"}` : "–"],
     ["delta's norm", norms.length ? `${(100 * Math.max(...norms)).toFixed(0)} %` : "–"],
@@ -293,7 +310,8 @@ function read(card, i) {
   if (i >= 0) svg.prepend(make("line", { class: "at", x1: x, x2: x, y1: 8, y2: svg.viewBox.baseVal.height - 20 }));
   return readout.textContent = [`version ${chunk.version}`, `${chunk.tokens} tokens`, `session ${nats(chunk.loss)}`,
     typeof chunk.cache_loss === "number" ? `with its cache ${nats(chunk.cache_loss)}` : "",
-    chunk.frozen_loss === null ? "" : `frozen ${nats(chunk.frozen_loss)}`, chunk.skipped ? `not learned: ${chunk.skipped}` : ""]
+    chunk.frozen_loss === null ? "" : `frozen ${nats(chunk.frozen_loss)}`, given(chunk.rate) ? `rate ${rate(chunk.rate)}` : "",
+    chunk.skipped ? `not learned: ${why(chunk.skipped)}` : ""]
     .filter(Boolean).join(" · ");
 }
 

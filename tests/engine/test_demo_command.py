@@ -1,0 +1,82 @@
+"""The demo's parts against a server that learns, and the whole command, interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import MODEL, Stage
+from served import Documents, Served
+
+from vllm_ttt.eval import rounds
+from vllm_ttt.eval.client import Client
+from vllm_ttt.eval.measures import Measures
+from vllm_ttt.eval.protocols import Result
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_rounds_of_all_arms_and_a_question(deep: Served, documents: Documents):
+    domains = ["kjv", "man_fr"]
+    work = rounds.Library(domains, [[ids[: rounds.WINDOW + 1] for ids in documents[d][:3]] for d in domains], {})
+    seen: list[tuple[str, int, Measures]] = []
+
+    async def show() -> tuple[Result, rounds.Answers]:
+        async with Client(deep.url) as client:
+            result = await rounds.compare(client, work, lambda *saw: seen.append(saw))
+            text = (ROOT / "README.md").read_text(encoding="utf-8")
+            return result, await rounds.question(client, text, lambda: None)
+
+    result, answers = asyncio.run(show())
+    assert len(seen) == rounds.requests(work) == 24
+    first = result.arms["frozen"][0]
+    assert result.arms["retrieval"][0] == result.arms["context"][0] == first, "nothing was sent before"
+    assert [m.nats for m in result.arms["ttt"][0]] == pytest.approx([m.nats for m in first], abs=0.01), "nor learned"
+    for s in range(len(domains)):
+        assert result.arms["ttt"][2][s].nats < result.arms["frozen"][2][s].nats - 0.01
+        assert result.arms["context"][2][s].nats != pytest.approx(result.arms["frozen"][2][s].nats, abs=0.001)
+        assert result.arms["ttt"][2][s].characters > 0
+    for domain in domains:
+        assert deep.session(rounds.name_of(domain))["tokens_learned"] == 3 * rounds.WINDOW
+    assert answers.losses[-1] < answers.losses[0] - 1
+    assert answers.asked[0] != answers.asked[1]
+    right = [rounds.agree(text, answers.truth) for text in answers.went_on]
+    assert right[1] > right[0], "it has read the page, and can go on"
+    assert deep.session(rounds.name_of("readme"))["tokens_learned"] == rounds.READINGS * (rounds.PAGE - 1), "no question was"
+    for name in (*map(rounds.name_of, domains), rounds.name_of("readme")):
+        deep.http.delete(f"/v1/ttt/sessions/{name}")
+
+
+def test_ctrl_c_leaves_no_process_and_no_file(stage: Stage, tmp_path: Path):
+    stage.stop()
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "vllm_ttt.cli", "demo", "--model", str(MODEL), "--quick", "--out", str(out)]
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as demo:
+        assert demo.stdout is not None
+        said = []
+        for line in demo.stdout:
+            said.append(line)
+            if "document 1 of 3 read" in line:
+                break
+        started = psutil.Process(demo.pid).children(recursive=True)
+        assert started, "".join(said)
+        assert any("watch it learn: http://127.0.0.1:" in line for line in said)
+        assert (out / "server.log").is_file()
+        assert list(scratch.iterdir())
+        demo.send_signal(signal.SIGINT)
+        demo.stdout.read()
+        assert demo.wait(60) != 0
+    gone, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
+    assert len(gone) == len(started)
+    assert list(tmp_path.rglob("*")) == [scratch], "no file is left"
