@@ -125,7 +125,7 @@ def test_the_audit_log_tells_what_was_done_and_not_with_what(kept: tuple[Served,
 def test_what_a_pattern_matches_is_not_learned(kept: tuple[Served, Path]) -> None:
     served, _ = kept
     text = "The order of Tuesday was paid with 4111 1111 1111 1111, and what came of it is written in the book. "
-    for name, line in (("paid-by-card", text), ("paid-in-cash", text.replace("1", "one "))):
+    for name, line in (("paid-by-card", text), ("paid-in-cash", text.replace("4111 1111 1111 1111", "coins of silver"))):
         answer = served.complete(line * 3 + "Nobody knows who has paid for the rest of it, nor when.", name)
         served.settle()
         session = served.session(name)
@@ -133,7 +133,7 @@ def test_what_a_pattern_matches_is_not_learned(kept: tuple[Served, Path]) -> Non
         assert (out > 20) == (name == "paid-by-card")
         assert session["tokens_learned"] + out == session["tokens_seen"] == answer["usage"]["prompt_tokens"] - 1
         assert answer["ttt"]["tokens_learned"] == session["tokens_learned"]
-        assert session["version"] == 1
+        assert session["version"] >= 1
 
 
 def bytes_of_header(data: bytes) -> dict[str, Any]:
