@@ -20,7 +20,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_ttt import engine_args
 from vllm_ttt.engine.scheduler import TTTScheduler
-from vllm_ttt.types import ChunkReport, SessionKey, StepReport
+from vllm_ttt.types import ChunkReport, FileReport, SessionKey, StepReport
 
 pytestmark = pytest.mark.unit
 
@@ -104,6 +104,14 @@ class Engine:
         self.drain()
         self.learned(name, session, chunks)
         self.step()
+
+    def finish(self, answer: Any) -> Any:
+        """Step until an operation is done, and return what it returns. Deltas have the digest of 64 times d."""
+        while not answer.done():
+            orders = self.step().ttt.files  # type: ignore[attr-defined]
+            digests = [o for o in orders if o.action == "digest"]
+            self.report.files += [FileReport(o.action, o.session, o.path, "done", digest="d" * 64) for o in digests]
+        return answer.result()
 
     def session(self, name: str) -> Any:
         found = self.scheduler.ttt_ledger.find(SessionKey("-", name))

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from vllm.v1.request import RequestStatus
 
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import FileReport, Trial
+from vllm_ttt.types import Trial
 
 pytestmark = pytest.mark.unit
 
@@ -66,13 +66,7 @@ def test_no_block_of_a_removed_session_is_read_again() -> None:
     engine.learn("b", 3)
     for name in ("a", "b"):
         assert [engine.read(name) for _ in range(2)] == [0, 96], "computed under its delta, and then read from the cache"
-    removed = engine.scheduler.ttt_tiers.owner.remove(engine.session("a"))
-    while not removed.done():
-        orders = engine.step().ttt.files  # type: ignore[attr-defined]
-        engine.report.files += [
-            FileReport(o.action, o.session, o.path, "done", 3, digest="d" * 64) for o in orders if o.action == "digest"
-        ]
-    receipt = removed.result()
+    receipt = engine.finish(engine.scheduler.ttt_tiers.owner.remove(engine.session("a")))
     assert (receipt["version"], receipt["digest"]) == (3, "d" * 64)
     assert engine.scheduler.ttt_ledger.peek(engine.session("b").key._replace(name="a")) is None
     assert engine.read("a") == 0, "the same name is another session"

@@ -113,8 +113,8 @@ def test_what_a_key_may_have_learned_in_an_hour() -> None:
     ask("a", PROMPT)
     ask("b", PROMPT)
     ask("c", PROMPT)
-    assert admin(core, "delete", "-", "a").result()["ok"]
-    assert admin(core, "reset", "-", "b").result()["ok"]
+    assert engine.finish(admin(core, "delete", "-", "a"))["ok"]
+    assert engine.finish(admin(core, "reset", "-", "b"))["ok"]
     ask("a", PROMPT[:99])
     ask("b", PROMPT[:98])
     ask("d", PROMPT[:40])
