@@ -314,7 +314,7 @@ def _read(db: sqlite3.Connection, whose: str, summary: Any, detail: Any) -> dict
     for name, data in (("summary", summary), ("detail", detail)):
         if data is not None:
             try:
-                state |= json.loads(vault.open(data, f"{whose} {name}"))
+                state = {**state, **json.loads(vault.open(data, f"{whose} {name}"))}  # nothing but an object
             except SealError as error:
                 raise ValueError(str(error)) from None
     for key, kinds in _KINDS.items():
