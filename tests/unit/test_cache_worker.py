@@ -59,7 +59,7 @@ class Worker:
         slots.write = lambda key, session: Slots.write(slots, key, session)
         self.trainer = Trainer(tail, self.config, self.backlog, self.deltas, slots, Probe(1, self.h, self.a))
         geometry = Geometry(0, R, 0, D, Q, F, modules=self.config.adapt.modules)
-        self.files = Files(self.trainer, geometry, "tiny", self.config.cache)
+        self.files = Files(self.trainer, geometry, "tiny", cache=self.config.cache)
 
     def begin(self, name: str, key: int, length: int, **plan: Any) -> None:
         request = RequestPlan(key, length, learn=True, learn_output=False, **{"cache": True, **plan})
@@ -129,6 +129,22 @@ def test_history_is_context_and_not_learned_again() -> None:
     assert worker.tokens(A) == ids[1:]
     index = worker.trainer.caches.indexes.of(worker.deltas.session(A).ngrams)  # type: ignore[arg-type]
     assert index.followers(np.array(ids[20:24], np.int32)).length == 4, "its context is what came before it"
+
+
+def test_what_a_filter_leaves_out_is_nowhere_in_it() -> None:
+    """Neither as what came nor as what came before it: in a chunk, at its end, and in the context of the next one."""
+    worker, ids = Worker(), list(range(2 * CHUNK + 1))
+    left_out = [(4, 7), (14, 18), (25, 26)]  # of pairs: tokens 5, 6, 7, then 15 to 18, and 26
+    chunks = worker.send(A, ids, filtered=left_out)
+    assert sum(c.tokens for c in chunks if c.skipped is None) == 32 - 8
+    secret = {5, 6, 7, 15, 16, 17, 18, 26}
+    ngrams = worker.deltas.session(A).ngrams
+    assert ngrams is not None
+    assert not secret & set(streams.shown(ngrams.stream).tolist())
+    assert worker.tokens(A) == [x for x in ids[1:] if x not in secret]
+    index = worker.trainer.caches.indexes.of(ngrams)
+    assert index.followers(np.array([4], np.int32)).length == 0, "nothing is known after what was left out follows"
+    assert index.followers(np.array([8], np.int32)).tokens.tolist() == [9]
 
 
 def test_what_is_not_learned_is_not_remembered() -> None:

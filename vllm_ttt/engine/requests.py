@@ -80,8 +80,9 @@ class Attached:
 
     def look_at(self, trust: Trust, tokens: Sequence[int], start: int) -> None:
         """Before it is learned: what of its prompt, from pair ``start`` on, is not."""
-        self.repetitive, self.filtered = trust.repetitive(tokens, start), trust.filtered(tokens, start)
-        self.left_out = len({pair for ends in (*self.repetitive, *self.filtered) for pair in range(*ends)})
+        self.repetitive, self.filtered = trust.repetitive(tokens, start), trust.filtered(tokens)
+        ranges = ((max(first, start), end) for first, end in (*self.repetitive, *self.filtered))
+        self.left_out = len({pair for ends in ranges for pair in range(*ends)})
 
     def look_back(self) -> None:
         """Before it starts: what of its prompt is history. Asked in each step in which there is no room for it."""

@@ -41,12 +41,7 @@ class Files:
     """``step`` runs between iterations and never raises. No thread and no memory before the first order."""
 
     def __init__(
-        self,
-        trainer: Trainer,
-        geometry: Geometry,
-        base_model: str,
-        cache: CacheConfig | None = None,
-        vault: Vault = PLAIN,
+        self, trainer: Trainer, geometry: Geometry, base_model: str, vault: Vault = PLAIN, cache: CacheConfig | None = None
     ):
         """``vault``: what files are sealed with."""
         self.cache = cache or CacheConfig()

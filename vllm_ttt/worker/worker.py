@@ -109,7 +109,8 @@ class TTTWorkerMixin:
         tried = config.guard.probe_tokens if config.guard.every else 1
         self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ, self.cache)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.cache)
-        self.files = Files(self.trainer, geometry, served_name(model), config.cache, Vault.of(config.sessions.key_file))
+        vault = Vault.of(config.sessions.key_file)
+        self.files = Files(self.trainer, geometry, served_name(model), vault, config.cache)
         if self.trainer.caches.on:
             self.ttt_mix(self.trainer.caches)
         self.clock = self.trainer.clock

@@ -55,12 +55,10 @@ class Trust:
         learn = self.config.learn
         return repetitive(ids, start, learn.chunk, learn.min_chunk, self.config.guard.min_ratio)
 
-    def filtered(self, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
-        """Ranges of a prompt's pairs, from ``start`` on, whose next token a pattern of the operator's matches.
-
-        One before ``start`` is empty: of a prompt with a match, wherever it is, nothing joins the session's cache.
-        """
-        return [(max(first, start), max(end, start)) for first, end in self.filter.pairs(ids)]
+    def filtered(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Ranges of a prompt's pairs whose next token a pattern of the operator's matches: those of its history, too, which
+        are context of what is learned."""
+        return self.filter.pairs(ids)
 
     def tried(self, session: Session, trial: Trial) -> str | None:
         """The guard has tried the session's delta. Where it was bad: why the session learns no more."""

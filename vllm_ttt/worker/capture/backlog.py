@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
 from vllm_ttt.worker.capture.chunk import Chunk, Reading
-from vllm_ttt.worker.capture.step_view import BEFORE, Rows
+from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.clock import to_device
 
 
@@ -276,9 +276,8 @@ class Backlog:
                 if reading.open is not None and reading.open.rows == self.chunk:
                     self._close(reading)
                 if reading.open is None:
-                    before = _before(rows, position) if plan.cache and not plan.filtered else None
-                    page = self.free.pop()
-                    reading.open = Chunk(plan.session, rows.request, page, position, blocks=reading.blocks, before=before)
+                    reading.open = Chunk(plan.session, rows.request, self.free.pop(), first=position, blocks=reading.blocks)
+                    reading.open.before = rows.context(position, plan.filtered) if plan.cache else None
                 chunk = reading.open
                 part_end = min(part_end, position + self.chunk - chunk.rows)
                 self._copy_rows(rows, position, part_end, chunk, copy)
@@ -343,13 +342,6 @@ class Backlog:
 
     def _release(self, chunk: Chunk) -> None:
         self.returned.append(chunk.page)
-
-
-def _before(rows: Rows, position: int) -> Tensor | None:
-    """The tokens before ``position``, up to BEFORE of them; None where nobody knows."""
-    if rows.tokens is None or rows.before is None:
-        return None
-    return torch.cat((rows.before, rows.tokens[: position - rows.position]))[-BEFORE:]
 
 
 def _repeats(chunk: Chunk, plan: RequestPlan) -> bool:

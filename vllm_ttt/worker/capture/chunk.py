@@ -23,7 +23,7 @@ class Chunk:
     blocks: list[int] = field(default_factory=list)
     #: ranges (first, end) of its rows whose next token is not learned
     left_out: list[tuple[int, int]] = field(default_factory=list)
-    #: up to BEFORE tokens before its first pair; None: it does not join its session's cache
+    #: the tokens up to its first row's, LONGEST at most, BREAK for those that are not learned; None: it joins no cache
     before: Tensor | None = None
 
     @property

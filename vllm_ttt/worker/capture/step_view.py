@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.worker.clock import to_device
-from vllm_ttt.worker.ngrams.stream import LONGEST
+from vllm_ttt.worker.ngrams.stream import BREAK, LONGEST
 
 #: Tokens before the first row of a request that are looked up with it: with that row's, the longest context of a cache.
 BEFORE = LONGEST - 1
@@ -32,6 +32,17 @@ class Rows:
     tokens: Tensor | None = None
     #: int64, tokens before ``position``, the last few; None: nobody asks
     before: Tensor | None = None
+
+    def context(self, position: int, left_out: list[tuple[int, int]]) -> Tensor | None:
+        """The tokens up to the one at ``position``, LONGEST at most; BREAK for those after pairs that are ``left_out``, ranges
+        (first, end). None: nobody asked for them."""
+        if self.tokens is None or self.before is None:
+            return None
+        found = torch.cat((self.before, self.tokens[: position - self.position + 1]))[-LONGEST:]
+        pairs = torch.arange(position - len(found), position)
+        for first, end in left_out:
+            found[(pairs >= first) & (pairs < end)] = BREAK
+        return found
 
 
 def view_v1(runner: Any, scheduler_output: Any, wanted: Any) -> list[Rows]:

@@ -11,20 +11,19 @@ from torch import Tensor
 
 from vllm_ttt.config import CacheConfig
 from vllm_ttt.types import RequestPlan
-from vllm_ttt.worker.capture.backlog import Backlog
-from vllm_ttt.worker.capture.chunk import Chunk
+from vllm_ttt.worker.capture.backlog import Backlog, Chunk
 from vllm_ttt.worker.deltas.masters import Session
 from vllm_ttt.worker.ngrams.index import Index
 from vllm_ttt.worker.ngrams.ngrams import Indexes, Known, NGrams, commit
-from vllm_ttt.worker.ngrams.stream import Tokens
+from vllm_ttt.worker.ngrams.stream import BREAK, Tokens
 
 
 class Text(NamedTuple):
     """A chunk on its way into its session's cache."""
 
-    #: its learned tokens, and before them those of their context
+    #: its tokens, and before them those of their context; BREAK for those that are not learned
     tokens: Tokens
-    #: [learned], the loss of each
+    #: [rows], the loss of each of its tokens
     losses: NDArray[np.float64]
 
 
@@ -85,6 +84,8 @@ class Caches:
     def _text(self, chunk: Chunk, backlog: Backlog, losses: Tensor | None) -> Text | None:
         if not self.on or chunk.before is None or losses is None:
             return None
-        first, learned = backlog.x_PC[chunk.page, :1], backlog.t_PC[chunk.page, : chunk.rows]
-        tokens = np.concatenate([x.numpy() for x in (chunk.before, first, learned)]).astype(np.int32)
-        return Text(tokens, losses[: chunk.rows].double().numpy() * chunk.rows)
+        learned = backlog.t_PC[chunk.page, : chunk.rows].clone()
+        for first, end in chunk.left_out:
+            learned[first:end] = BREAK
+        tokens = np.concatenate((chunk.before.numpy(), learned.numpy())).astype(np.int32)
+        return Text(tokens, losses[: chunk.rows].double().numpy() * (chunk.rows - chunk.out))

@@ -92,21 +92,21 @@ class Indexes:
 
 
 def commit(
-    ngrams: NGrams, index: Index, text: Tokens, learned: int, losses: NDArray[np.float64], limit: int
+    ngrams: NGrams, index: Index, text: Tokens, rows: int, losses: NDArray[np.float64], limit: int
 ) -> tuple[NGrams, Known]:
     """Take a chunk in. It is asked first how well it was known, and from that the weights learn.
 
     Args:
-        text: its learned tokens, which are the last ``learned`` ones, and up to LONGEST before them.
-        losses: [learned], the model's loss of each.
+        text: its tokens, which are the last ``rows`` ones, and up to LONGEST before them; BREAK for those that are not learned,
+            which nothing is learned of or after.
+        losses: [rows], the model's loss of each.
         limit: tokens that are remembered at most.
     """
-    before = text[: len(text) - learned]
+    before, tokens = text[: len(text) - rows], text[len(text) - rows :]
     padded = np.concatenate((np.full(LONGEST - len(before), BREAK, np.int32), text))
-    windows = np.lib.stride_tricks.sliding_window_view(padded[:-1], LONGEST)
-    tokens = text[len(text) - learned :]
-    length, share, left = index.parts(windows, tokens)
-    model, experience = np.exp(-losses), ngrams.experience.copy()
+    windows, learned = np.lib.stride_tricks.sliding_window_view(padded[:-1], LONGEST), tokens != BREAK
+    length, share, left = index.parts(windows[learned], tokens[learned])
+    model, experience = np.exp(-losses[learned]), ngrams.experience.copy()
     weight = np.concatenate(([0.0], experience[:, 1] / experience.sum(1)))[length]
     for_model, for_cache = (1 - weight) * model, weight * (share + left * model)
     both = np.maximum(for_model + for_cache, np.finfo(np.float64).tiny)
