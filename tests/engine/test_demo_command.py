@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -47,7 +49,7 @@ def test_rounds_of_all_arms_and_a_question(deep: Served, documents: Documents):
     for domain in domains:
         assert deep.session(rounds.name_of(domain))["tokens_learned"] == 3 * rounds.WINDOW
     assert answers.losses[-1] < answers.losses[0] - 1
-    assert answers.asked[0] != answers.asked[1]
+    assert None not in answers.asked, "the model has a chat template"
     right = [rounds.agree(text, answers.truth) for text in answers.went_on]
     assert right[1] > right[0], "it has read the page, and can go on"
     assert deep.session(rounds.name_of("readme"))["tokens_learned"] == rounds.READINGS * (rounds.PAGE - 1), "no question was"
@@ -55,10 +57,16 @@ def test_rounds_of_all_arms_and_a_question(deep: Served, documents: Documents):
         deep.http.delete(f"/v1/ttt/sessions/{name}")
 
 
-def test_ctrl_c_leaves_no_process_and_no_file(stage: Stage, tmp_path: Path):
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder whose name is short, as those of sockets have to be."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        yield Path(folder)
+
+
+def test_ctrl_c_leaves_no_process_and_no_file(stage: Stage, tmp_path: Path, scratch: Path):
     stage.stop()
-    out, scratch = tmp_path / "out", tmp_path / "scratch"
-    scratch.mkdir()
+    out = tmp_path / "out"
     command = [sys.executable, "-m", "vllm_ttt.cli", "demo", "--model", str(MODEL), "--quick", "--out", str(out)]
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as demo:
@@ -79,4 +87,4 @@ def test_ctrl_c_leaves_no_process_and_no_file(stage: Stage, tmp_path: Path):
     gone, alive = psutil.wait_procs(started, timeout=10)
     assert not alive
     assert len(gone) == len(started)
-    assert list(tmp_path.rglob("*")) == [scratch], "no file is left"
+    assert not [*tmp_path.rglob("*"), *scratch.rglob("*")], "no file is left"

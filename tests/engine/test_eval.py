@@ -70,7 +70,8 @@ def test_small_model(server: Served, documents: Documents):
 def real_server(stage: Stage, real_model: Path) -> Iterator[Served]:
     stage.stop()
     log = stage.folder / "real.log"
-    with running(log, "vllm_ttt.cli", ["--dtype", "float32", "--max-num-seqs", "4"], {}, real_model) as served:
+    flags = ["--dtype", "float32", "--max-num-seqs", "4", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with running(log, "vllm_ttt.cli", flags, {}, real_model) as served:
         yield served
 
 

@@ -146,7 +146,7 @@ def _no_files_if_interrupted(out: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _scratch(keep: bool) -> Iterator[str]:
     """A folder for temporary files of the server, whose processes leave them where they are killed; with ``keep``, it stays."""
-    folder = tempfile.mkdtemp(prefix="vllm-ttt-demo-")
+    folder = tempfile.mkdtemp(prefix="ttt-")  # short, as names of sockets have to be
     done = False
     try:
         yield folder

@@ -8,10 +8,9 @@ const PERIOD = 1000;  // ms between two looks, if the server answers quickly
 const LONGEST = 5000;  // and if it does not
 const FIRST = 24;     // cards that are shown before somebody asks for more
 const AT_ONCE = 4;    // sessions that are asked for side by side
-
 // Why something was not learned, by what the server calls it (docs/reference.md).
 const WHY = { short: "too short", loss: "noise to the model", nonfinite: "not finite", repetition: "repeats itself", full: "no room",
-  history: "learned before", frozen: "frozen", limit: "over the hour's limit", rollback: "rolled back", error: "error" };
+  history: "learned before", frozen: "frozen", limit: "over the hour's limit", rollback: "rolled back", error: "error", filter: "filtered" };
 const why = (reason) => WHY[reason] ?? reason;
 
 let key = sessionStorage.getItem(STORE) ?? "";
@@ -95,17 +94,15 @@ function wantKey(why) {
 async function model() {
   if (!$("model").textContent) {
     const { data } = await ask("models");
+    settings = await ask("ttt/config");
     $("model").textContent = data[0]?.id ?? "";
-    const { adapt, learn } = await ask("ttt/config");
-    settings = { ...adapt, rate: learn.rate };
   }
   return $("model").textContent;
 }
 
 // How deep it learns: of which layers, which modules.
 function depth() {
-  if (!settings) return [];
-  const { layers, modules, rank } = settings;
+  const { layers, modules, rank } = settings.adapt;
   const which = layers === "all" ? "every layer" : layers === 1 ? "the last layer" : `the last ${layers} layers`;
   return [["adapted", `${which}: ${modules.join(", ")}, rank ${rank}`]];
 }
@@ -228,7 +225,7 @@ function draw(card, s, chart = false) {
     ["learned", `${number(s.tokens_learned)} tokens`],
     ["waiting", `${number(s.tokens_pending)} tokens`],
     ["not learned", skipped.length ? skipped.map(([reason, n]) => `${number(n)} ${why(reason)}`).join(", ") : "–"],
-    ["rate", given(s.rate) ? rate(s.rate) + ` (from ${rate(settings.rate)})` : "–"],
+    ["rate", given(s.rate) ? rate(s.rate) + ` (from ${rate(settings.learn.rate)})` : "–"],
     ["by the cache", typeof s.cache_share === "number" ? `${(100 * s.cache_share).toFixed(0)} % of them, ` +
       `${nats(Math.abs(s.cache_gain))} nats per token ${s.cache_gain < 0 ? "lost" : "gained"}` : "–"],
     ["delta's norm", norms.length ? `${(100 * Math.max(...norms)).toFixed(0)} %` : "–"],
