@@ -12,8 +12,8 @@ from vllm_ttt.engine.limits.limits import Allowance, repetitive
 from vllm_ttt.engine.requests import Attached
 from vllm_ttt.types import ChunkReport, Trial
 
-#: Why a chunk was not learned, where no step was made of it.
-_NO_STEP = ("short", "repetition", "rollback", "frozen", "full", "error")
+#: Why a chunk, or a part of one, was not learned, where nothing was spent on it.
+_NO_STEP = ("short", "repetition", "rollback", "frozen", "full", "error", "filter")
 
 
 class Trust:
