@@ -52,7 +52,7 @@ class Held(Engine):
         while not until():
             assert time.monotonic() < deadline, "it does not come to that"
             self.step()
-            time.sleep(0.0005)
+            time.sleep(0.0005)  # what is written is written by a thread
 
     def load(self) -> None:
         """The oldest order to load is carried out; the engine hears of it with the next step."""
@@ -72,12 +72,12 @@ class Held(Engine):
 
     def begun(self, count: int) -> list[str]:
         """The next so many requests that begin, in order."""
-        found: list[str] = []
-        for _ in range(200):
+        found, deadline = list[str](), time.monotonic() + 20
+        while len(found) < count:
+            assert time.monotonic() < deadline, f"only {found} begin"
             found += sorted(self.new())
-            if len(found) >= count:
-                return found
-        raise AssertionError(f"only {found} begin")
+            time.sleep(0.0005)
+        return found
 
 
 def other(n: int) -> list[int]:
