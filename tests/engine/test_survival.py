@@ -169,6 +169,11 @@ def test_kill_9_at_random_moments(stage: Stage, tmp_path: Path, documents: Docum
             data = file.read_bytes()
             assert not any(text in data for text in (b"__metadata__", b"frozen_loss", b"tokens_learned")), file
     told = audit_log.verify(state / "audit.jsonl").to_json()
+    for _ in range(300):  # the engine core ends after the API server
+        if "stop" in told["events"]:
+            break
+        time.sleep(0.1)
+        told = audit_log.verify(state / "audit.jsonl").to_json()
     assert (told["ok"], told["torn_bytes"], told["events"]["start"]) == (True, 0, KILLS + 1)
     assert min(told["events"][event] for event in ("create", "learn", "serve", "stop")) > 0
     log = (state / "audit.jsonl").read_text()
