@@ -58,9 +58,8 @@ class TTTScheduler(HoldingScheduler):
         share = config.sessions.key_share if additional[plugin.NAME].get("keys", 0) > 1 else 1.0
         quotas = Quotas(places, config.sessions.per_key, share, self.ttt_store)
         self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, limit, quotas, config.observe.recent_chunks, self.ttt_store)
-        self.ttt_meters = Meters()
-        #: calls what must not end serving
-        self.ttt_guard = Guarded()
+        #: the guard calls what must not end serving
+        self.ttt_meters, self.ttt_guard = Meters(), Guarded()
         self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up, self.ttt_meters, self.ttt_guard)
         self.ttt_holding = Holding(
             self.ttt_tiers,
@@ -75,14 +74,12 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_held = HeldBlocks(self.kv_cache_manager.block_pool)
         self.ttt_trust = Trust(config, self.vllm_config.model_config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
-        self.ttt_room = Room(config.schedule.backlog_tokens, config.learn.chunk)
+        self.ttt_room, self.ttt_ending = Room(config.schedule.backlog_tokens, config.learn.chunk), Ending(self)
         self.ttt_alarm: Alarm | None = None
-        self.ttt_ending = Ending(self)
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = Arrivals()
-        self.ttt_stops = Stops(self.vllm_config.model_config)
-        self.ttt_interleaved: dict[str, Attached] = {}
+        self.ttt_stops, self.ttt_interleaved = Stops(self.vllm_config.model_config), dict[str, Attached]()
         self.ttt_report, self.ttt_ended = StepReport(), dict[str, int]()
 
     def add_request(self, request: Request) -> None:
@@ -394,6 +391,11 @@ class TTTScheduler(HoldingScheduler):
             self.ttt_guard(self.ttt_ending.step)
         elif self.ttt_alarm is None:
             self.ttt_alarm = Alarm(engine, self.ttt_config.sessions.autosave, self.ttt_tiers)
+
+    def ttt_ended_well(self) -> None:
+        self.ttt_guard(
+            self.ttt_tiers.audit.close
+        )  # before the workers end, which takes so long that vLLM may kill this process
 
     def shutdown(self) -> None:
         self.ttt_guard(self.ttt_tiers.end)

@@ -78,7 +78,10 @@ def _look_at_the_loop(original: Callable) -> Callable:
         look = getattr(self.scheduler, "ttt_loop", None)
         if look is not None:
             look(self)
-        return original(self)
+        goes_on = original(self)
+        if look is not None and not goes_on:
+            self.scheduler.ttt_ended_well()
+        return goes_on
 
     return _handle_shutdown
 

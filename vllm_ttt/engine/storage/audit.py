@@ -85,7 +85,8 @@ class Audit:
             raise RequestError(f"the audit log cannot be written: {self.failing}; nothing is done that it cannot tell of", 503)
 
     def close(self) -> None:
-        if self.log is not None:
+        """Write what is left, and that the server ends. A second call does nothing."""
+        if self.log is not None and self._thread.is_alive():
             self._put(None, "stop", {})
             self._queue.put(None)
             self._thread.join(timeout=10)
