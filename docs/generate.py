@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 def render() -> str:
     """The whole page."""
     parts = {
-        "settings": settings(), "constants": settings(constant=True),
+        "settings": settings(), "constants": fixed(),
         "flags": flags(), "commands": commands(), "routes": routes(), "id": SESSION_ID_RULE,
         "session": fields("Session"), "chunk": fields("ChunkLoss"),
     }  # fmt: skip
@@ -38,15 +38,22 @@ def table(*rows: tuple[str, ...]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]])
 
 
-def settings(constant: bool = False) -> str:
-    rows, fixed = [("key", "default", "allowed", "meaning")], constants()
+def settings() -> str:
+    rows = [(key, _default(field), _allowed(name, field), field.description or "") for key, name, field in _fields(False)]
+    return table(("key", "default", "allowed", "meaning"), *rows)
+
+
+def fixed() -> str:
+    rows = [(key, _default(field), field.description or "") for key, _, field in _fields(True)]
+    return table(("key", "value", "meaning"), *rows)
+
+
+def _fields(constant: bool) -> Iterator[tuple[str, str, FieldInfo]]:
+    """Those that a config file may not name, or the others: how the page calls each, its name, and the field."""
     for section, outer in TTTConfig.model_fields.items():
         for name, field in type(outer.default).model_fields.items():
-            if (key := f"{section}.{name}") in fixed and constant:
-                rows.append((f"`{key}`", _default(field), field.description or ""))
-            elif key not in fixed and not constant:
-                rows.append((f"`{key}`", _default(field), _allowed(name, field), field.description or ""))
-    return table(("key", "value", "meaning"), *rows[1:]) if constant else table(*rows)
+            if (f"{section}.{name}" in constants()) == constant:
+                yield f"`{section}.{name}`", name, field
 
 
 def _default(field: FieldInfo) -> str:

@@ -80,7 +80,7 @@ class Attached:
 
     def look_at(self, trust: Trust, tokens: Sequence[int], start: int) -> None:
         """Before it is learned: what of its prompt, from pair ``start`` on, is not."""
-        self.repetitive, self.filtered = trust.repetitive(tokens, start), trust.filtered(tokens)
+        self.repetitive, self.filtered = trust.repetitive(tokens, start), trust.filter.pairs(tokens)
         ranges = ((max(first, start), end) for first, end in (*self.repetitive, *self.filtered))
         self.left_out = len({pair for ends in ranges for pair in range(*ends)})
 

@@ -392,11 +392,6 @@ class TTTScheduler(HoldingScheduler):
         elif self.ttt_alarm is None:
             self.ttt_alarm = Alarm(engine, self.ttt_config.sessions.autosave, self.ttt_tiers)
 
-    def ttt_ended_well(self) -> None:
-        self.ttt_guard(
-            self.ttt_tiers.audit.close
-        )  # before the workers end, which takes so long that vLLM may kill this process
-
     def shutdown(self) -> None:
         self.ttt_guard(self.ttt_tiers.end)
         super().shutdown()

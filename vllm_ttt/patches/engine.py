@@ -80,7 +80,7 @@ def _look_at_the_loop(original: Callable) -> Callable:
             look(self)
         goes_on = original(self)
         if look is not None and not goes_on:
-            self.scheduler.ttt_ended_well()
+            self.scheduler.ttt_ending.done()
         return goes_on
 
     return _handle_shutdown

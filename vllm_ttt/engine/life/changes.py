@@ -56,9 +56,8 @@ class Changes:
         """Make a session ``key``, which there is not yet, of what ``source`` is. Raises RequestError where none may be made."""
         target, copied = self.ledger.open(key), Future()
         self.tiers.move(target, State.CHANGING)
-        answer = self.tiers.run(
-            target, self._be_a_copy(source, target, copied)
-        )  # whatever is asked of it meanwhile comes after
+        # Whatever is asked of the target meanwhile comes after.
+        answer = self.tiers.run(target, self._be_a_copy(source, target, copied))
         copying = self.tiers.run(source, self._copy(source, target, worker))
         copying.add_done_callback(lambda done: _pass_on(done, copied))
         copied.add_done_callback(lambda _: self.tiers.operations.go_on(target))

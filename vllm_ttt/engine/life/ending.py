@@ -33,3 +33,7 @@ class Ending:
                 "(shutdown_timeout) is lost",
                 pending, unsaved, self.scheduler.vllm_config.shutdown_timeout,
             )  # fmt: skip
+
+    def done(self) -> None:
+        """Nothing is left. The audit log says so before the workers end: that takes so long that vLLM may kill this process."""
+        self.scheduler.ttt_guard(self.scheduler.ttt_tiers.audit.close)

@@ -55,11 +55,6 @@ class Trust:
         learn = self.config.learn
         return repetitive(ids, start, learn.chunk, learn.min_chunk, self.config.guard.min_ratio)
 
-    def filtered(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Ranges of a prompt's pairs whose next token a pattern of the operator's matches: those of its history, too, which
-        are context of what is learned."""
-        return self.filter.pairs(ids)
-
     def tried(self, session: Session, trial: Trial) -> str | None:
         """The guard has tried the session's delta. Where it was bad: why the session learns no more."""
         if trial.back_to is not None:
