@@ -123,7 +123,7 @@ def test_a_damaged_end_is_not_gone_on_from(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     write(path, 3).close()
     data = path.read_bytes()
-    path.write_bytes(data[:-20] + b"0" + data[-19:])
+    path.write_bytes(data[:-20] + (b"1" if data[-20:-19] == b"0" else b"0") + data[-19:])
     with pytest.raises(ConfigError, match=r"last line .* is damaged.* audit verify"):
         Log(path)
     assert len(path.read_bytes()) == len(data)
