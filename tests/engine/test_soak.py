@@ -46,3 +46,7 @@ def test_soak(server: Served, tmp_path: Path) -> None:
     told = audit_log.verify(server.log.parent / "audit.jsonl")
     assert told.problem is None
     assert min(told.events[event] for event in ("create", "learn", "serve", "delete")) > 0
+    asked = {row["kind"]: row["count"] for row in figures["rows"] if row["what"] == "asked"}
+    assert any(kind.startswith("owner: ") for kind in asked)
+    for event in ("fork", "rollback", "freeze", "reset"):
+        assert told.events[event] >= asked.get(f"owner: {event}", 0), "each that was answered is in the log"
