@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Stage, running
+from recipe_page import recipes
 from served import Documents, Served
 
 from vllm_ttt.eval import protocols
@@ -96,3 +97,13 @@ def test_real_model(real_server: Served, real_texts: Path):
     assert found["accuracy_gain"].mean > 0.003
     assert found["characters_gain"].mean > 0
     assert found["exact_lines"].mean > 0.05
+
+
+@pytest.mark.engine
+@pytest.mark.real
+def test_the_recipe_of_a_loop_with_tools(real_server: Served):
+    """docs/recipes.md: the model calls the tool as its schema says, and the turns are learned."""
+    done = recipes.run(recipes.recipes()["agent"], real_server.url, "demo")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert any(f"count {fruit}" in done.stdout for fruit in ("apples", "pears", "plums"))
+    assert recipes.session(real_server.url, "agent")["tokens_learned"] > 30
