@@ -190,6 +190,8 @@ class StepPlan:
     stopped: list[int] = field(default_factory=list)
     #: sessions whose slots do not change before this step's batch: samples of one request answer from one version
     still: list[int] = field(default_factory=list)
+    #: sessions that a request waits for, which waits until what was sent earlier is learned; the longest-waiting first
+    awaited: list[int] = field(default_factory=list)
     #: sessions to be written, read or forgotten, in this order
     files: list[FileOrder] = field(default_factory=list)
 

@@ -133,6 +133,36 @@ def test_let_go_when_what_came_before_is_learned() -> None:
     assert not engine.holding.entries
 
 
+def test_the_worker_hears_whom_somebody_waits_for() -> None:
+    engine = Held()
+    adapter = lambda name: engine.scheduler.ttt_ledger.sessions[SessionKey("-", name)].adapter  # noqa: E731
+    heard = lambda: engine.step().ttt.awaited  # type: ignore[attr-defined]  # noqa: E731
+    first, other_first = engine.send("a", learn=True), engine.send("b", learn=True)
+    assert heard() == []
+    reader = engine.send("b", other(1))
+    engine.send("a", other(1))
+    assert heard() == heard() == [adapter("b"), adapter("a")], "the longest-waiting first"
+    engine.settle(first, "a")
+    assert heard() == [adapter("b")]
+    engine.scheduler.finish_requests([reader], RequestStatus.FINISHED_ABORTED)
+    assert heard() == [], "nobody waits any more"
+    engine.settle(other_first, "b")
+    assert not engine.holding.awaited
+
+
+def test_of_many_the_worker_hears_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding, "AWAITED", 2)
+    engine = Held()
+    for name in "abc":
+        engine.send(name, learn=True)
+    engine.step()
+    for name in "cab":
+        engine.send(name, other(1))
+    sessions = engine.scheduler.ttt_ledger.sessions
+    awaited = engine.step().ttt.awaited  # type: ignore[attr-defined]
+    assert awaited == [sessions[SessionKey("-", name)].adapter for name in "ca"]
+
+
 @pytest.mark.parametrize("begun", [True, False])
 def test_let_go_when_what_came_before_is_aborted(begun: bool) -> None:
     engine = Held()

@@ -218,6 +218,23 @@ def test_a_session_that_is_due_waits_and_the_others_do_not() -> None:
     assert not trying.guard.due()
 
 
+def test_whom_somebody_waits_for_is_tried_first() -> None:
+    trying = Trying(GuardConfig(every=1))
+    trying.read()
+    for key in (1, 2, 3):
+        trying.learn(key, 1, 0.0)
+    trying.run()  # the base model first
+    trying.guard.collect(trying.deltas.sessions)
+    run = lambda *first: trying.guard.run(10**6, trying.deltas, frozenset(), frozenset(first))  # noqa: E731
+    tried = lambda: [t.session for t in trying.guard.collect(trying.deltas.sessions)]  # noqa: E731
+    assert run(9) == 0, "nobody waits for those that are due: their trials can wait for another turn"
+    assert run(3) > 0
+    assert tried() == [3]
+    assert run(3) == 0
+    run()
+    assert tried() == [1, 2], "the others, the longest-waiting first"
+
+
 def test_it_never_takes_more_than_it_is_given() -> None:
     trying = Trying(GuardConfig(every=1))
     trying.learn(1, 1, 0.1)
@@ -323,6 +340,7 @@ def test_room_is_made_although_a_session_waits_for_its_trial() -> None:
     backlog.take([Rows("r", 0, 0, tokens[:33])], h, a)
     trainer.guard.commits[7] = 4
     assert trainer.guard.due() == {7}
+    trainer.awaited = frozenset({3})  # somebody waits for a session that has nothing to do
     trainer.make_room(lambda: False, 512)
     assert not backlog.queues
     assert trainer.deltas.session(7).version == 2
@@ -332,6 +350,21 @@ def test_room_is_made_although_a_session_waits_for_its_trial() -> None:
     with mock.patch.object(trainer, "learn", return_value=0):
         trainer.make_room(lambda: False, 512)  # ends
     assert backlog.queues
+
+
+def test_who_is_waited_for_learns_first_and_the_others_every_other_time() -> None:
+    config = parse_config({"learn": {"chunk": 16, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 0}})
+    h, a, tokens = torch.randn(64, D), torch.randn(64, Q), torch.randint(0, V, (64,))
+    backlog, deltas = Backlog(16, 16, 1, h, a), Deltas(make().tail, 5, config.learn.rate)
+    slots: Any = SimpleNamespace(write=lambda *_: None, drop=lambda _: None, holds=lambda _: False)
+    trainer = Trainer(make().tail, config, backlog, deltas, slots, Probe(1, h, a))
+    for key in (1, 2, 3):
+        backlog.start(f"r{key}", RequestPlan(key, 65, True, False))
+        backlog.take([Rows(f"r{key}", 0, 0, tokens)], h, a)
+    trainer.awaited = frozenset({3})
+    for _ in range(6):
+        assert trainer.learn(16) == 16, "one chunk"
+    assert [chunk.session for chunk in trainer.take_report().chunks] == [3, 1, 3, 2, 3, 1]
 
 
 def test_what_repeats_itself_is_found() -> None:

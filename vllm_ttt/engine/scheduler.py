@@ -186,6 +186,7 @@ class TTTScheduler(HoldingScheduler):
         plan = StepPlan(ended=self.ttt_ended, stopped=self.ttt_trust.take_stopped(), files=self.ttt_tiers.take_orders())
         self.ttt_ended = {}
         plan.urgent, plan.lost, plan.still = self.ttt_held.urgent(output), self.ttt_held.take_lost(), self.ttt_arrivals.still()
+        plan.awaited = self.ttt_holding.learn_first()
         if self.ttt_requests or self.ttt_probe.open:
             for request_id in output.num_scheduled_tokens:
                 attached = self.ttt_requests.get(request_id)

@@ -28,6 +28,9 @@ from vllm_ttt.engine.requests import Attached
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey
 
+#: Of so many sessions the worker is told that somebody waits for what they learn: more than it learns in one step.
+AWAITED = 64
+
 
 class Line:
     """Requests in some order. One that leaves before its turn is passed over when that comes."""
@@ -107,6 +110,8 @@ class Holding:
         self.due: dict[SessionKey, Lane] = {}
         #: sessions that wait for a place in memory
         self.homeless: dict[SessionKey, Session] = {}
+        #: sessions the first of whose waiting requests waits for what was sent earlier to be learned
+        self.awaited: dict[SessionKey, Session] = {}
         #: sessions that have a slot
         self.taken = 0
         #: requests that wait
@@ -162,6 +167,12 @@ class Holding:
             del self.lanes[lane.key]
             self.due.pop(lane.key, None)
             self.homeless.pop(lane.key, None)
+        if not lane.line.count:
+            self.awaited.pop(lane.key, None)
+
+    def learn_first(self) -> list[int]:
+        """Adapters of sessions that somebody waits for, for `StepPlan.awaited`."""
+        return [session.adapter for session in itertools.islice(self.awaited.values(), AWAITED)]
 
     def changed(self, session: Session) -> None:
         """A request of the session has been learned, or is not going to be."""
@@ -234,7 +245,11 @@ class Holding:
                 self.homeless[session.key] = session
             return False
         first = next(iter(session.open.values()), None) if self.wait else None
-        return first is None or first.arrival >= attached.arrival
+        if first is None or first.arrival >= attached.arrival:
+            self.awaited.pop(lane.key, None)
+            return True
+        self.awaited.setdefault(lane.key, session)
+        return False
 
     def _rank(self, entry: Entry) -> tuple[int, ...]:
         return (entry.request.priority if self.priority else 0, *entry.order)

@@ -98,14 +98,17 @@ class Guard:
         """Whether there is something to try, or the outcome of a trial is on its way."""
         return bool(self.outcomes) or (self.probe.ready and (self.task is not None or self._next(frozenset()) is not None))
 
-    def run(self, tokens: int, deltas: Deltas, unsettled: frozenset[int]) -> int:
+    def run(self, tokens: int, deltas: Deltas, unsettled: frozenset[int], first: frozenset[int] = frozenset()) -> int:
         """Try deltas for as long as learning ``tokens`` tokens would take; returns how many that took.
 
         Args:
-            deltas: the masters. unsettled: sessions whose version is not known yet; they wait.
+            deltas: the masters. unsettled: sessions whose version is not known yet; they wait. first: after what has begun, try
+                these alone, and nothing where none of them is due; empty: all that are due, the longest-waiting first.
         """
         left = tokens
-        while left > 0 and self.probe.ready and (self.task or self._begin(deltas, unsettled)):
+        if first and not first & self.due():
+            return 0
+        while left > 0 and self.probe.ready and (self.task or self._begin(deltas, unsettled, first)):
             task = self.task
             assert task is not None
             rows = self.probe.next(task.done, left * ROWS_PER_TOKEN)
@@ -152,12 +155,12 @@ class Guard:
         if self.task is not None and self.task.key == key:
             self.task = None
 
-    def _next(self, unsettled: frozenset[int]) -> int | None:
+    def _next(self, unsettled: frozenset[int], first: frozenset[int] = frozenset()) -> int | None:
         due = (key for key, commits in self.commits.items() if commits >= self.config.every and key not in unsettled)
-        return next(due, None)
+        return next((key for key in due if not first or key in first), None)
 
-    def _begin(self, deltas: Deltas, unsettled: frozenset[int]) -> bool:
-        key = self._next(unsettled)
+    def _begin(self, deltas: Deltas, unsettled: frozenset[int], first: frozenset[int]) -> bool:
+        key = self._next(unsettled, first)
         if key is None:
             return False
         zero = torch.zeros(1, device=self.probe.t_P.device)

@@ -91,14 +91,25 @@ class Trainer:
         self.stopped: set[int] = set()
         #: sessions some of whose samples have begun: what is served stays until the others have, too
         self.still: set[int] = set()
+        #: sessions that a held request waits for, and whether it is their turn
+        self.awaited: frozenset[int] = frozenset()
+        self.their_turn = False
         self.report = StepReport()
         self.errors, self.nonfinite, self.tokens_learned = Rarely(), Rarely(), 0
 
     def learn(self, tokens: int) -> int:
         """Learn up to ``tokens`` tokens of what waits; returns how many, each chunk counted as its cost in tokens, and at most
-        ``tokens``. Never raises: what fails is given up and counted."""
-        left = tokens - self._try(tokens)  # first: no session goes on beyond what has not been tried
-        while left > 0 and (tiles := self._pick(left)):
+        ``tokens``. Never raises: what fails is given up and counted.
+
+        Every other time, sessions that somebody waits for come first, with their trials: nobody waits for the work of all
+        others, and those for which nobody waits have the other turns."""
+        self.their_turn = bool(self.awaited) and not self.their_turn
+        return (self._turn(tokens, self.awaited) if self.their_turn else 0) or self._turn(tokens, frozenset())
+
+    def _turn(self, tokens: int, first: frozenset[int]) -> int:
+        """`learn`, the sessions of ``first`` before others."""
+        left = tokens - self._try(tokens, first)  # before it learns: no session goes on beyond what has not been tried
+        while left > 0 and (tiles := self._pick(left, first)):
             try:
                 self._step(tiles)
             except Exception:
@@ -232,11 +243,11 @@ class Trainer:
         if self.errors.again():
             logger.exception("vllm-ttt: %s (error %d)", what, self.errors.count)
 
-    def _try(self, tokens: int) -> int:
-        """Let the guard have the time for ``tokens`` tokens; returns how many it took."""
+    def _try(self, tokens: int, first: frozenset[int]) -> int:
+        """Let the guard have the time for ``tokens`` tokens; returns how many it took. ``first``: as `Guard.run` has it."""
         unsettled = frozenset(chunk.session for outcome in self.outcomes for chunk in outcome.chunks)
         try:
-            return self.guard.run(tokens, self.deltas, unsettled)
+            return self.guard.run(tokens, self.deltas, unsettled, first)
         except Exception:
             self.failed("a delta could not be tried on the guard's text")
             return tokens
@@ -252,11 +263,12 @@ class Trainer:
         for chunk in self.backlog.drop_session(key):
             self._report_chunk(chunk, math.nan, reason)
 
-    def _pick(self, tokens: int) -> list[Tile]:
-        """The next chunk of as many sessions as fit, but of one at least; this bounds the workspace of a step, too."""
+    def _pick(self, tokens: int, first: frozenset[int]) -> list[Tile]:
+        """The next chunk of as many sessions as fit, those of ``first`` before others, but of one at least; this bounds the
+        workspace of a step, too."""
         tiles: list[Tile] = []
-        due, chosen = self.guard.due(), set[int]()
-        for chunk in self.backlog.heads():
+        due, chosen, heads = self.guard.due(), set[int](), self.backlog.heads()
+        for chunk in sorted(heads, key=lambda chunk: chunk.session not in first) if first else heads:
             if tokens <= 0:
                 break
             if chunk.session in due or (tiles and _cost(chunk) > tokens):
