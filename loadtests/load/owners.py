@@ -11,6 +11,13 @@ from load.person import Person
 
 #: Tokens of a request.
 REQUEST = (300, 1200)
+#: What a problem says of a session.
+_SHOWN = (
+    "version", "saved_version", "versions", "tokens_seen", "tokens_learned", "tokens_skipped", "tokens_pending",
+    "requests_open", "frozen_reason",
+)  # fmt: skip
+#: Seconds for which a session may be under way.
+LONGEST = 120
 #: Requests and operations, in turns, after which a session is deleted.
 TURNS = 12
 
@@ -135,13 +142,17 @@ class OwnerUser(Person):
 
     def at_rest(self) -> dict[str, Any]:
         """The session, once nothing of it is under way."""
+        deadline = time.monotonic() + LONGEST
         while True:
             found = self.world.get(f"/v1/ttt/sessions/{self.name}")
             settled = found["tokens_learned"] + sum(found["tokens_skipped"].values()) >= found["tokens_seen"]
             if settled and not found["tokens_pending"] and not found["requests_open"]:
                 return found
+            if time.monotonic() > deadline:
+                self.wrong(f"{LONGEST} s of waiting", "nothing under way", found)
+                return found
             time.sleep(0.05)
 
     def wrong(self, after: str, expected: Any, found: dict[str, Any]) -> None:
-        shown = {key: found.get(key) for key in ("version", "saved_version", "versions", "tokens_skipped", "frozen_reason")}
+        shown = {key: found.get(key) for key in _SHOWN}
         self.world.problems.append(f"{self.name}: after {after}: expected {expected}, found {shown}")

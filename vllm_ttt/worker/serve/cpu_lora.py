@@ -20,16 +20,16 @@ def _grouped_lora(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], runs: 
 
     Args:
         y: [N, out], the slices beside each other. x: [N, in].
-        a: per slice, [slots, 1, R, in]. b: per slice, [slots, 1, out of the slice, R].
+        a: per slice, [1, 1, R, in], that of all slots. b: per slice, [slots, 1, out of the slice, R].
         runs: [runs, 3] int64: first row, rows, slot; a run of 0 rows ends the list.
     """
     for first, rows, slot in runs.tolist():
         if rows == 0:
             return
         offset, x_rows = 0, x[first : first + rows]
-        for a_slots, b_slots in zip(a, b, strict=True):
+        for a_all, b_slots in zip(a, b, strict=True):
             width = b_slots.shape[2]
-            y[first : first + rows, offset : offset + width] += (x_rows @ a_slots[slot, 0].T) @ b_slots[slot, 0].T
+            y[first : first + rows, offset : offset + width] += (x_rows @ a_all[0, 0].T) @ b_slots[slot, 0].T
             offset += width
 
 

@@ -48,13 +48,12 @@ def _session_lora(
 
     Args:
         y: [N, out], the slices of ``b`` beside each other. x: [N, in].
-        a: [slots, 1, R, in], the same in every slot that is in use. b: per slice, [slots, 1, out of the slice, R].
+        a: [1, 1, R, in], that of all slots. b: per slice, [slots, 1, out of the slice, R].
         slots: [N] int32, slot of each row, or -1. The others are what vLLM's `lora_expand` takes.
     """
     if no_lora.item():  # on the host
         return
-    used = active.amax().clamp(min=0).view(1)
-    r = x @ a.index_select(0, used)[0, 0].T
+    r = x @ a[0, 0].T
     rank = b[0].shape[3]
     by_rows = x.shape[0] <= ROWS and rank & (rank - 1) == 0 and all(part.shape[2] % BLOCK == 0 for part in b)
     if not by_rows:

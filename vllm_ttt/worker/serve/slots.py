@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
@@ -49,6 +50,27 @@ class SessionLoRAManager(LRUCacheWorkerLoRAManager):
         return added
 
 
+class SharedA:
+    """A LoRA layer all of whose slots have the same A, which is there once; mixed into the class of a live layer by `share`."""
+
+    lora_b_stacked: tuple[Tensor, ...]
+
+    def reset_lora(self, index: int) -> None:
+        for b in self.lora_b_stacked:
+            b[index] = 0
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """vLLM's, for B alone: a slot has room for exactly our rank."""
+        for b, given in zip(self.lora_b_stacked, lora_b if isinstance(lora_b, list) else [lora_b], strict=True):
+            b[index, 0].copy_(given, non_blocking=True)
+
+
+def share(layer: Any, a_RI: Tensor) -> None:
+    """Let all slots of a live LoRA layer of vLLM have ``a_RI``; gives back the copies that vLLM made room for."""
+    layer.__class__ = type(f"SharedA{type(layer).__name__}", (SharedA, type(layer)), {})
+    layer.lora_a_stacked = tuple(a_RI.to(a)[None, None] for a in layer.lora_a_stacked)
+
+
 class Slots:
     def __init__(self, manager: Any, modules: TailModules, deltas: Deltas, dtype: torch.dtype):
         manager.__class__ = SessionLoRAManager
@@ -56,6 +78,15 @@ class Slots:
         self.manager, self.modules, self.deltas, self.dtype = manager, modules, deltas, dtype
         wrapped = set(manager._adapter_manager.modules)
         assert wrapped == set(modules.names), f"LoRA slots on {wrapped}, expected {set(modules.names)}"
+        tail = deltas.tail
+        for layer in modules.layers:
+            for letters, module, a in (
+                ("o", layer.o_proj, tail.ao_RQ),
+                ("gu", layer.gate_up_proj, tail.ai_RD),
+                ("d", layer.down_proj, tail.ad_RF),
+            ):
+                if letters in modules.adapted:
+                    share(module, a)
         #: vLLM's tensors of all slots, one for each part of a delta
         self.stacks = [
             module.lora_b_stacked[i]

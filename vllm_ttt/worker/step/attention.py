@@ -9,12 +9,15 @@ Dimension suffixes, besides those of micro_step.py:
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.util
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate as running_sum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,6 +178,7 @@ class XformersAttention(Attention):
     name = "xformers"
 
     def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
+        load_cuda_runtime()
         from xformers.ops import fmha  # pyright: ignore[reportMissingImports]
 
         S, (T, H, E), G = len(layout.lengths), q_THE.shape, k_UGE.shape[1]
@@ -184,6 +188,16 @@ class XformersAttention(Attention):
         # Its backward takes no groups of heads: each key is shown to its H / G queries as one of their own.
         k, v = (x.repeat_interleave(H // G, 1)[None] for x in (k_UGE, v_UGE))
         return fmha.memory_efficient_attention(q_THE[None], k, v, attn_bias=mask, scale=scale).view(T, H, E)
+
+
+@functools.cache
+def load_cuda_runtime() -> None:
+    """xformers' wheel is built for CUDA 12, also beside a torch for CUDA 13: it has its kernels only where that runtime is
+    loaded before it is imported. The extra `xformers` brings the runtime."""
+    spec = importlib.util.find_spec("nvidia.cuda_runtime") if importlib.util.find_spec("nvidia") is not None else None
+    for folder in [] if spec is None else spec.submodule_search_locations or []:
+        for library in Path(folder).glob("lib/libcudart.so.12"):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 #: By name; the order is that of preference.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.step import block, qkv
+from vllm_ttt.worker.step import block, pointwise, qkv
 from vllm_ttt.worker.step.attention import Attention, SDPAAttention
 from vllm_ttt.worker.step.block import Block, Passed
 from vllm_ttt.worker.step.qkv import QKV, Past, Rotated
@@ -118,9 +118,9 @@ def accumulate(
         [S] float32, the weighted sum of each session's losses in nats.
     """
     (S, C, _), blocks = h_SCD.shape, tail.blocks
-    r_TD, passed, rotated = forward(tail, delta, h_SCD, a_SCQ, past, grad is not None)
-    y_TD, i2_T1 = last_norm(tail, r_TD)
-    loss_T, dy_TD = cross_entropy(tail, y_TD, t_SC.reshape(-1), w_SC.reshape(-1), backward=grad is not None)
+    r_TD, y_TD, passed, rotated = forward(tail, delta, h_SCD, a_SCQ, past, grad is not None)
+    normed = pointwise.norm(r_TD, y_TD, tail.lnf_D, tail.eps_f, tail.wo_DQ.dtype)
+    loss_T, dy_TD = cross_entropy(tail, normed.x_TD, t_SC.reshape(-1), w_SC.reshape(-1), backward=grad is not None)
     if rows_SC is not None:
         rows_SC.copy_(loss_T.view(S, C))
     loss_S = loss_T.view(S, C).sum(1)
@@ -128,41 +128,36 @@ def accumulate(
         return loss_S
     assert dy_TD is not None
 
-    d_TD = block.rms_backward(dy_TD * tail.lnf_D, r_TD, i2_T1)
+    flow = pointwise.norm_backward(None, dy_TD, tail.lnf_D, normed)
     for i in reversed(range(len(blocks))):
-        d_TD = block.backward(blocks[i], tail, delta.layer(i), grad.layer(i), passed.pop(), d_TD, S)
+        flow = block.backward(blocks[i], tail, delta.layer(i), grad.layer(i), passed.pop(), flow, S)
         if i:
-            da_TQ = block.attention_gradient(blocks[i], tail, delta.layer(i), d_TD, S)
-            d_TD = d_TD + qkv.backward(tail.attentions[i - tail.captured], tail.kernel, rotated.pop(), da_TQ)
+            da_TQ = block.attention_gradient(blocks[i], tail, delta.layer(i), flow, S)
+            flow = qkv.backward(tail.attentions[i - tail.captured], tail.kernel, rotated.pop(), da_TQ, flow)
     return loss_S
 
 
 def forward(
     tail: Tail, delta: Delta, h_SCD: Tensor, a_SCQ: Tensor | None, past: Past | None, grad: bool
-) -> tuple[Tensor, list[Passed], list[Rotated]]:
-    """The residual stream [T, D] that leaves the last layer, and what a backward needs of each layer where ``grad``.
+) -> tuple[Tensor, Tensor | None, list[Passed], list[Rotated]]:
+    """The residual stream that leaves the last layer, as two terms [T, D], and where ``grad`` what a backward needs of a layer.
 
     Arguments as for `accumulate`.
     """
     S, C, D = h_SCD.shape
     r_TD, a_TQ = h_SCD.reshape(S * C, D).float(), None if a_SCQ is None else a_SCQ.reshape(S * C, -1).to(tail.wo_DQ.dtype)
-    passed, rotated = [], []
+    y_TD, passed, rotated = None, [], []
     for i, layer in enumerate(tail.blocks):
         if (number := i - tail.captured) >= 0:
             assert past is not None
-            a_TQ, turned = qkv.forward(tail.attentions[number], tail.kernel, past, number, r_TD, grad and i > 0)
+            backward = grad and i > 0
+            r_TD, a_TQ, turned = qkv.forward(tail.attentions[number], tail.kernel, past, number, r_TD, y_TD, backward)
             rotated.append(turned)
         assert a_TQ is not None
-        r_TD, saved = block.forward(layer, tail, delta.layer(i), r_TD, a_TQ, S)
+        r_TD, y_TD, saved = block.forward(layer, tail, delta.layer(i), r_TD, a_TQ, S)
         if grad:
             passed.append(saved)
-    return r_TD, passed, rotated
-
-
-def last_norm(tail: Tail, r_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """What goes into lm_head, in its dtype, and the inverse norm [T, 1] of the rows."""
-    inv_T1 = torch.rsqrt(r_TD.square().mean(-1, keepdim=True) + tail.eps_f)
-    return (r_TD * inv_T1 * tail.lnf_D).to(tail.wo_DQ.dtype), inv_T1
+    return r_TD, y_TD, passed, rotated
 
 
 def cross_entropy(tail: Tail, y_TD: Tensor, t_T: Tensor, w_T: Tensor, backward: bool) -> tuple[Tensor, Tensor | None]:
@@ -176,26 +171,7 @@ def cross_entropy(tail: Tail, y_TD: Tensor, t_T: Tensor, w_T: Tensor, backward: 
         logits = tail.logits[: y.shape[0]]
         torch.mm(y, tail.head_VD.T, out=logits)
         for part, t_part in zip(logits.split(tail.softmax_rows), t.split(tail.softmax_rows), strict=True):
-            losses.append(_nll(tail, part, t_part, backward))
+            losses.append(pointwise.nll(part, t_part, tail.logit_scale, tail.soft_cap, backward))
         if backward:
             grads.append((logits @ tail.head_VD).float() * w[:, None])
     return torch.cat(losses) * w_T, torch.cat(grads) if backward else None
-
-
-def _nll(tail: Tail, logits: Tensor, t_T: Tensor, backward: bool) -> Tensor:
-    """Losses of some rows; where asked, ``logits`` becomes their gradient, softmax - onehot, in place."""
-    x, slope = logits.float(), None
-    if tail.soft_cap is not None:
-        x = torch.tanh(x / tail.soft_cap)
-        slope = 1 - x.square()
-        x = x * tail.soft_cap
-    x = torch.log_softmax(x * tail.logit_scale if tail.logit_scale != 1.0 else x, -1)
-    loss_T = -x.gather(1, t_T[:, None])[:, 0]
-    if backward:
-        x.exp_().scatter_add_(1, t_T[:, None], x.new_full((1, 1), -1.0).expand(len(t_T), 1))
-        if tail.logit_scale != 1.0:
-            x *= tail.logit_scale
-        if slope is not None:
-            x *= slope
-        logits.copy_(x)
-    return loss_T

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.worker.clock import to_device
+from vllm_ttt.worker.step import pointwise
 from vllm_ttt.worker.step.attention import Attended, Attention, Layout
-from vllm_ttt.worker.step.block import rms_backward
+from vllm_ttt.worker.step.pointwise import Flow, Normed, Turned
+from vllm_ttt.worker.step.products import linear, through
 
 
 @dataclass
@@ -83,63 +85,35 @@ class Past:
 
 @dataclass
 class Rotated:
-    """What the backward needs: the stream that entered, its inverse norm, the attention, and heads before their norm."""
+    """What the backward needs."""
 
-    r_TD: Tensor
-    i_T1: Tensor
-    cos: Tensor
-    sin: Tensor
+    normed: Normed
+    turned: Turned
     attended: Attended
-    heads: list[tuple[Tensor, Tensor] | None]
 
 
-def forward(w: QKV, kernel: Attention, past: Past, layer: int, r_TD: Tensor, grad: bool) -> tuple[Tensor, Rotated]:
-    """The attention output [T, Q] in the dtype of the weights, of the residual stream ``r_TD``, float32, that enters the layer.
+def forward(
+    w: QKV, kernel: Attention, past: Past, layer: int, r_TD: Tensor, y_TD: Tensor | None, grad: bool
+) -> tuple[Tensor, Tensor, Rotated]:
+    """The residual stream r + y [T, D] that enters the layer, float32, and its attention output [T, Q], in the weights' dtype.
 
     Args:
         layer: counted from the lowest whose attention the step computes.
         grad: whether `backward` will be called.
     """
-    dt, E = w.wqkv_XD.dtype, w.head
-    i_T1 = torch.rsqrt(r_TD.square().mean(-1, keepdim=True) + w.eps)
-    qkv_TX = ((r_TD * i_T1 * w.ln_D).to(dt) @ w.wqkv_XD.T).float()
-    if w.bqkv_X is not None:
-        qkv_TX += w.bqkv_X
-    q, k, v = (x.unflatten(-1, (-1, E)) for x in qkv_TX.split([w.heads * E, w.kv_heads * E, w.kv_heads * E], -1))
-    (q, q_saved), (k, k_saved) = _normed(q, w.q_norm), _normed(k, w.k_norm)
-    cos, sin = w.cos_sin_PI.index_select(0, past.positions_T).float().unsqueeze(1).chunk(2, -1)
-    own = tuple(x.to(dt) for x in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
+    dt = w.wqkv_XD.dtype
+    normed = pointwise.norm(r_TD, y_TD, w.ln_D, w.eps, dt)
+    qkv_TX, _ = linear(normed.x_TD, w.wqkv_XD, None, None, w.bqkv_X, 1)
+    turned = pointwise.turn(qkv_TX, w, past.positions_T, dt)
     keys, values = past.served(layer)
-    attended = kernel.forward(own, (keys.to(dt), values.to(dt)), past.layout, w.scale, grad)  # type: ignore[arg-type]
-    out = attended.out_THE.detach().flatten(1)
-    return out, Rotated(r_TD, i_T1, cos, sin, attended, [q_saved, k_saved])
+    own = turned.q_THE, turned.k_TGE, turned.v_TGE
+    attended = kernel.forward(own, (keys.to(dt), values.to(dt)), past.layout, w.scale, grad)
+    return normed.r_TD, attended.out_THE.detach().flatten(1), Rotated(normed, turned, attended)
 
 
-def backward(w: QKV, kernel: Attention, saved: Rotated, da_TQ: Tensor) -> Tensor:
-    """The gradient with respect to the residual stream, [T, D] float32, from that with respect to the attention output."""
+def backward(w: QKV, kernel: Attention, saved: Rotated, da_TQ: Tensor, flow: Flow) -> Flow:
+    """The gradient with respect to the residual stream: that which comes through the attention, and ``flow``, past it."""
     dt, E = w.wqkv_XD.dtype, w.head
-    dq, dk, dv = (x.float() for x in kernel.backward(saved.attended, da_TQ.to(dt).unflatten(-1, (-1, E))))
-    dq, dk = (_rotate(x, saved.cos, -saved.sin) for x in (dq, dk))
-    dq, dk = _norm_backward(dq, w.q_norm, saved.heads[0]), _norm_backward(dk, w.k_norm, saved.heads[1])
-    dx_TD = (torch.cat((dq, dk, dv), 1).flatten(1).to(dt) @ w.wqkv_XD).float()
-    return rms_backward(dx_TD * w.ln_D, saved.r_TD, saved.i_T1)
-
-
-def _normed(x_THE: Tensor, norm: HeadNorm | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    if norm is None:
-        return x_THE, None
-    inv = torch.rsqrt(x_THE.square().mean(-1, keepdim=True) + norm.eps)
-    return x_THE * inv * norm.weight_E, (x_THE, inv)
-
-
-def _norm_backward(d_THE: Tensor, norm: HeadNorm | None, saved: tuple[Tensor, Tensor] | None) -> Tensor:
-    if norm is None or saved is None:
-        return d_THE
-    return rms_backward(d_THE * norm.weight_E, *saved)
-
-
-def _rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in halves (GPT-NeoX); with -sin, its transpose. What is wider than the table is left alone."""
-    half = cos.shape[-1]
-    a, b, rest = x_THE.split([half, half, x_THE.shape[-1] - 2 * half], -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+    heads = kernel.backward(saved.attended, da_TQ.to(dt).unflatten(-1, (-1, E)))
+    dx_TD = through(pointwise.turn_backward(w, saved.turned, *heads), w.wqkv_XD, None, None, 1)
+    return pointwise.norm_backward(flow.d_TD, dx_TD, w.ln_D, saved.normed)

@@ -1,0 +1,250 @@
+"""The functions of pointwise.py as Triton kernels: each number is read once and written once, and all between is float32.
+
+A program has one row, or one head of one row; a row of logits is read in pieces. Arguments and results as in pointwise.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_ttt.worker.step.pointwise import Flow, Normed, Turned
+from vllm_ttt.worker.step.qkv import QKV, HeadNorm
+
+#: Columns that a program of the gated activation, and a pass over a row of logits, has at once.
+COLUMNS = 1024
+PIECE = 4096
+
+
+# No annotation but constexpr in a kernel: Triton looks any other name up among the globals, and does not compile.
+@triton.jit
+def _norm(r, y, ln, out, inv, x, D, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * D
+    n = tl.arange(0, BLOCK)
+    inside = n < D
+    v = tl.load(r + row + n, inside, 0.0).to(tl.float32)
+    if HAS_Y:
+        v += tl.load(y + row + n, inside, 0.0).to(tl.float32)
+        tl.store(out + row + n, v, inside)
+    i = 1.0 / tl.sqrt(tl.sum(v * v, 0) / D + eps)
+    tl.store(inv + tl.program_id(0), i)
+    tl.store(x + row + n, v * i * tl.load(ln + n, inside, 0.0), inside)
+
+
+@triton.jit
+def _norm_backward(d, dx, ln, r, inv, out, low, D, HAS_D: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * D
+    n = tl.arange(0, BLOCK)
+    inside = n < D
+    g = tl.load(dx + row + n, inside, 0.0).to(tl.float32) * tl.load(ln + n, inside, 0.0)
+    v = tl.load(r + row + n, inside, 0.0).to(tl.float32)
+    i = tl.load(inv + tl.program_id(0))
+    total = i * g - v * (i * i * i * (tl.sum(g * v, 0) / D))
+    if HAS_D:
+        total += tl.load(d + row + n, inside, 0.0)
+    tl.store(out + row + n, total, inside)
+    tl.store(low + row + n, total, inside)
+
+
+@triton.jit
+def _gated(gu, z, F, BLOCK: tl.constexpr):
+    row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < F
+    g = tl.load(gu + row * 2 * F + n, inside, 0.0).to(tl.float32)
+    u = tl.load(gu + row * 2 * F + F + n, inside, 0.0).to(tl.float32)
+    tl.store(z + row * F + n, g * tl.sigmoid(g) * u, inside)
+
+
+@triton.jit
+def _gated_backward(gu, dz, dgu, F, BLOCK: tl.constexpr):
+    row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < F
+    g = tl.load(gu + row * 2 * F + n, inside, 0.0).to(tl.float32)
+    u = tl.load(gu + row * 2 * F + F + n, inside, 0.0).to(tl.float32)
+    d = tl.load(dz + row * F + n, inside, 0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    tl.store(dgu + row * 2 * F + n, d * u * (s + g * s * (1.0 - s)), inside)
+    tl.store(dgu + row * 2 * F + F + n, d * g * s, inside)
+
+
+@triton.jit
+def _turn(qkv, table, positions, qw, kw, q, k, inv, H, G, E, HALF, q_eps, k_eps, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
+    """Grid: (T, H + G). A head's partner of a column is the other column of its pair."""
+    row, j, n = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+    inside = n < E
+    at = qkv + row * (H + 2 * G) * E + j * E
+    other = tl.where(n < HALF, n + HALF, tl.where(n < 2 * HALF, n - HALF, n))
+    x, y = tl.load(at + n, inside, 0.0).to(tl.float32), tl.load(at + other, inside, 0.0).to(tl.float32)
+    queries = j < H
+    if Q_NORM and queries:
+        i = 1.0 / tl.sqrt(tl.sum(x * x, 0) / E + q_eps)
+        x *= i * tl.load(qw + n, inside, 0.0)
+        y *= i * tl.load(qw + other, inside, 0.0)
+        tl.store(inv + row * (H + G) + j, i)
+    if K_NORM and j >= H:
+        i = 1.0 / tl.sqrt(tl.sum(x * x, 0) / E + k_eps)
+        x *= i * tl.load(kw + n, inside, 0.0)
+        y *= i * tl.load(kw + other, inside, 0.0)
+        tl.store(inv + row * (H + G) + j, i)
+    turned, angle = n < 2 * HALF, tl.where(n < HALF, n, n - HALF)
+    place = table + tl.load(positions + row) * 2 * HALF + angle
+    cos = tl.load(place, turned, 1.0).to(tl.float32)
+    sin = tl.load(place + HALF, turned, 0.0).to(tl.float32)
+    x = x * cos + tl.where(n < HALF, -1.0, 1.0) * y * sin
+    if queries:
+        tl.store(q + (row * H + j) * E + n, x, inside)
+    else:
+        tl.store(k + (row * G + j - H) * E + n, x, inside)
+
+
+@triton.jit
+def _turn_backward(qkv, table, positions, qw, kw, inv, dq, dk, dv, out, H, G, E, HALF, Q_NORM: tl.constexpr,
+                   K_NORM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Grid: (T, H + 2 G)."""
+    row, j, n = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+    inside = n < E
+    to = row * (H + 2 * G) * E + j * E
+    if j >= H + G:
+        tl.store(out + to + n, tl.load(dv + (row * G + j - H - G) * E + n, inside, 0.0), inside)
+        return
+    other = tl.where(n < HALF, n + HALF, tl.where(n < 2 * HALF, n - HALF, n))
+    if j < H:
+        d = tl.load(dq + (row * H + j) * E + n, inside, 0.0).to(tl.float32)
+        e = tl.load(dq + (row * H + j) * E + other, inside, 0.0).to(tl.float32)
+    else:
+        d = tl.load(dk + (row * G + j - H) * E + n, inside, 0.0).to(tl.float32)
+        e = tl.load(dk + (row * G + j - H) * E + other, inside, 0.0).to(tl.float32)
+    turned, angle = n < 2 * HALF, tl.where(n < HALF, n, n - HALF)
+    place = table + tl.load(positions + row) * 2 * HALF + angle
+    cos = tl.load(place, turned, 1.0).to(tl.float32)
+    sin = tl.load(place + HALF, turned, 0.0).to(tl.float32)
+    d = d * cos + tl.where(n < HALF, 1.0, -1.0) * e * sin
+    if Q_NORM and j < H:
+        x, i = tl.load(qkv + to + n, inside, 0.0).to(tl.float32), tl.load(inv + row * (H + G) + j)
+        d *= tl.load(qw + n, inside, 0.0)
+        d = i * d - x * (i * i * i * (tl.sum(d * x, 0) / E))
+    if K_NORM and j >= H:
+        x, i = tl.load(qkv + to + n, inside, 0.0).to(tl.float32), tl.load(inv + row * (H + G) + j)
+        d *= tl.load(kw + n, inside, 0.0)
+        d = i * d - x * (i * i * i * (tl.sum(d * x, 0) / E))
+    tl.store(out + to + n, d, inside)
+
+
+@triton.jit
+def _logit(logits, n, inside, scale, cap, CAP: tl.constexpr):
+    x = tl.load(logits + n, inside, -float("inf")).to(tl.float32)
+    if CAP:
+        x = cap * (2.0 * tl.sigmoid(2.0 * x / cap) - 1.0)  # cap tanh(x / cap)
+        x = tl.where(inside, x, -float("inf"))
+    return x * scale
+
+
+@triton.jit
+def _nll(logits, targets, losses, V, stride, scale, cap, CAP: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * stride
+    target = tl.load(targets + row)
+    most, total = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, V, BLOCK):  # each column of the block keeps a maximum and a sum of its own
+        n = first + tl.arange(0, BLOCK)
+        x = _logit(logits, n, n < V, scale, cap, CAP)
+        more = tl.maximum(most, x)
+        total = tl.where(more == -float("inf"), 0.0, total * tl.exp(most - more) + tl.exp(x - more))
+        most = more
+    peak = tl.max(most, 0)
+    size = peak + tl.log(tl.sum(total * tl.exp(most - peak), 0))
+    tl.store(losses + row, size - _logit(logits, target, target < V, scale, cap, CAP))
+    if BACKWARD:
+        tl.debug_barrier()  # nothing is overwritten before all have read
+        for first in range(0, V, BLOCK):
+            n = first + tl.arange(0, BLOCK)
+            x = _logit(logits, n, n < V, scale, cap, CAP)
+            g = (tl.exp(x - size) - tl.where(n == target, 1.0, 0.0)) * scale
+            if CAP:
+                share = x / (scale * cap)
+                g *= 1.0 - share * share
+            tl.store(logits + n, g, n < V)
+
+
+def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.dtype) -> Normed:
+    T, D = r_TD.shape
+    out = r_TD if y_TD is None else torch.empty_like(r_TD)
+    inv, x = r_TD.new_empty(T, 1), torch.empty(T, D, dtype=dt, device=r_TD.device)
+    _norm[(T,)](r_TD, y_TD, ln_D, out, inv, x, D, eps, **_row(D, HAS_Y=y_TD is not None))
+    return Normed(out, inv, x)
+
+
+def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Normed) -> Flow:
+    T, D = dx_TD.shape
+    out, low = torch.empty_like(normed.r_TD), torch.empty_like(normed.x_TD)
+    r, inv = normed.r_TD, normed.i_T1
+    _norm_backward[(T,)](d_TD, dx_TD.contiguous(), ln_D, r, inv, out, low, D, **_row(D, HAS_D=d_TD is not None))
+    return Flow(out, low)
+
+
+def gated(gu_T2F: Tensor, dt: torch.dtype) -> Tensor:
+    T, F = gu_T2F.shape[0], gu_T2F.shape[1] // 2
+    z = torch.empty(T, F, dtype=dt, device=gu_T2F.device)
+    _gated[(T, triton.cdiv(F, COLUMNS))](gu_T2F, z, F, **_flags(BLOCK=COLUMNS))
+    return z
+
+
+def gated_backward(gu_T2F: Tensor, dz_TF: Tensor) -> Tensor:
+    (T, F), dgu = dz_TF.shape, torch.empty_like(gu_T2F)
+    _gated_backward[(T, triton.cdiv(F, COLUMNS))](gu_T2F, dz_TF, dgu, F, **_flags(BLOCK=COLUMNS))
+    return dgu
+
+
+def turn(qkv_TX: Tensor, of: QKV, positions_T: Tensor, dt: torch.dtype) -> Turned:
+    T, (H, G, E) = len(qkv_TX), (of.heads, of.kv_heads, of.head)
+    q, k = (torch.empty(T, n, E, dtype=dt, device=qkv_TX.device) for n in (H, G))
+    inv = torch.empty(T, H + G, device=qkv_TX.device)
+    _turn[(T, H + G)](
+        qkv_TX, of.cos_sin_PI, positions_T, _weight(of.q_norm), _weight(of.k_norm), q, k, inv, H, G, E,
+        of.cos_sin_PI.shape[1] // 2, _eps(of.q_norm), _eps(of.k_norm), **_head(of),
+    )  # fmt: skip
+    v = qkv_TX[:, (H + G) * E :].unflatten(-1, (G, E)).to(dt)
+    return Turned(q, k, v, (qkv_TX, inv, positions_T))
+
+
+def turn_backward(of: QKV, turned: Turned, dq_THE: Tensor, dk_TGE: Tensor, dv_TGE: Tensor) -> Tensor:
+    (qkv, inv, positions), (T, H, E), G = turned.saved, dq_THE.shape, of.kv_heads
+    out = torch.empty(qkv.shape, dtype=turned.q_THE.dtype, device=qkv.device)
+    _turn_backward[(T, H + 2 * G)](
+        qkv, of.cos_sin_PI, positions, _weight(of.q_norm), _weight(of.k_norm), inv, dq_THE.contiguous(), dk_TGE.contiguous(),
+        dv_TGE.contiguous(), out, H, G, E, of.cos_sin_PI.shape[1] // 2, **_head(of),
+    )  # fmt: skip
+    return out
+
+
+def nll(logits_TV: Tensor, t_T: Tensor, scale: float, soft_cap: float | None, backward: bool) -> Tensor:
+    (T, V), losses = logits_TV.shape, torch.empty(len(t_T), device=logits_TV.device)
+    cap = _flags(CAP=soft_cap is not None, BACKWARD=backward, BLOCK=PIECE, num_warps=8)
+    _nll[(T,)](logits_TV, t_T, losses, V, logits_TV.stride(0), scale, soft_cap or 1.0, **cap)
+    return losses
+
+
+def _row(D: int, **flags: Any) -> dict[str, Any]:
+    return {"BLOCK": triton.next_power_of_2(D), "num_warps": 8 if D > 2048 else 4, **flags}
+
+
+def _flags(**flags: Any) -> dict[str, Any]:
+    return flags
+
+
+def _head(of: QKV) -> dict[str, Any]:
+    width = triton.next_power_of_2(of.head)
+    return _flags(Q_NORM=of.q_norm is not None, K_NORM=of.k_norm is not None, BLOCK=width, num_warps=1)
+
+
+def _weight(norm: HeadNorm | None) -> Tensor | None:
+    return None if norm is None else norm.weight_E
+
+
+def _eps(norm: HeadNorm | None) -> float:
+    return 0.0 if norm is None else norm.eps

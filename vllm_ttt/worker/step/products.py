@@ -1,0 +1,58 @@
+"""The matrix products of the step: with frozen weights, and beside them the low-rank parts of several sessions.
+
+On CUDA what a product gives stays in its dtype, as vLLM serves it, and the low-rank part is added by the product itself; on a
+CPU it is float32. Dimension suffixes as in micro_step.py; O and I are the output and input widths of a weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_ttt.worker.step.pointwise import Flow
+
+
+def linear(
+    x_TI: Tensor, w_OI: Tensor, a_RI: Tensor | None, b_SOR: Tensor | None, bias_O: Tensor | None, S: int
+) -> tuple[Tensor, Tensor | None]:
+    """x (W + B A)^T + bias, [T, O], with x A^T [T, R] where there is a B."""
+    y_TO, xa_TR = x_TI @ w_OI.T, None
+    y_TO = y_TO if y_TO.is_cuda else y_TO.float()
+    if b_SOR is not None and a_RI is not None:
+        xa_TR = x_TI @ a_RI.T
+        _add(y_TO.view(S, -1, y_TO.shape[1]), xa_TR.view(S, -1, xa_TR.shape[1]), b_SOR.transpose(1, 2))
+    if bias_O is not None:
+        y_TO += bias_O
+    return y_TO, xa_TR
+
+
+def through(d_TO: Tensor, w_OI: Tensor, a_RI: Tensor | None, b_SOR: Tensor | None, S: int) -> Tensor:
+    """The gradient that flows back through W + B A: [T, I]."""
+    dx_TI = d_TO @ w_OI
+    dx_TI = dx_TI if dx_TI.is_cuda else dx_TI.float()
+    if b_SOR is not None and a_RI is not None:
+        db_TR = torch.bmm(d_TO.view(S, -1, d_TO.shape[1]), b_SOR).flatten(0, 1)
+        _add(dx_TI, db_TR, a_RI)
+    return dx_TI
+
+
+def add_outer(g_SOR: Tensor | None, flow: Flow, x_TR: Tensor | None, S: int) -> None:
+    """g += d^T x, per session, g in float32; nothing where the module is not adapted."""
+    if g_SOR is None or x_TR is None:
+        return
+    x_SCR = x_TR.view(S, -1, x_TR.shape[1])
+    split = lambda d_TO: d_TO.view(S, -1, d_TO.shape[1]).transpose(1, 2)  # noqa: E731
+    if x_TR.is_cuda:
+        g_SOR += torch.bmm(split(flow.low_TD), x_SCR, out_dtype=torch.float32)
+    else:
+        g_SOR.baddbmm_(split(flow.d_TD), x_SCR.to(flow.d_TD.dtype))
+
+
+def _add(y: Tensor, left: Tensor, right: Tensor) -> None:
+    """y += left right, in place; in float32 where y is."""
+    if y.dtype != left.dtype:
+        y += left @ right
+    elif y.ndim == 3:
+        y.baddbmm_(left, right)
+    else:
+        y.addmm_(left, right)
