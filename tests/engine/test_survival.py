@@ -75,14 +75,16 @@ class Load:
                 while not self.gone:
                     name, text = rng.choice(NAMES), rng.choice(self.texts)
                     start = rng.randrange(len(text) - 400)
-                    learn = {"vllm_xargs": {"ttt_learn": int(rng.random() < 0.8)}}
-                    answer = http.post("/v1/completions", json=completion(text[start : start + 300], name, **learn))
+                    learns = rng.random() < 0.8
+                    knobs = {"vllm_xargs": {"ttt_learn": int(learns)}}
+                    answer = http.post("/v1/completions", json=completion(text[start : start + 300], name, **knobs))
                     if rng.random() < 0.5 and answer.status_code == 200:
                         saved = http.post(f"/v1/ttt/sessions/{name}/save")
                         if saved.status_code == 200 and saved.json()["saved_version"] is not None:
                             self.acknowledged[name] = max(self.acknowledged.get(name, 0), saved.json()["saved_version"])
                             self.saved.set()
-                        elif saved.status_code not in (200, 503):
+                        # A name that has learned nothing is forgotten where others need its place.
+                        elif saved.status_code not in ((200, 503) if learns else (200, 404, 503)):
                             self.errors.append(saved.text)
             except httpx.HTTPError:
                 pass  # the server was killed
