@@ -3,8 +3,9 @@
 python loadtests/bench_attention.py --json loadtests/results/DATE-attention.json
 
 The default shape is that of Qwen3-8B: 32 query heads, 8 heads of keys and values, width 128, chunks of 256 tokens, bf16. A time
-is the median of some runs of one layer, packing of the keys included. Each implementation is first compared with the reference
-in float32. Needs torch alone; without xformers that column says so. `--device cpu` checks the script, not a machine.
+is the median of some runs of one layer, packing of the keys included; a backward repeats the forward. Each implementation is
+first compared with the reference in float32. Needs torch alone; without xformers that column says so. `--device cpu` checks the
+script, not a machine.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def check(kernels: dict[str, Attention], args: Any, device: torch.device) -> dic
 
     def run(kernel: Attention, dtype: torch.dtype) -> list[Tensor]:
         past = total[0].to(dtype), total[1].to(dtype)
-        saved = kernel.forward(tuple(x.to(dtype) for x in own), past, layout, args.width**-0.5, True)  # type: ignore[arg-type]
-        return [saved.out_THE.detach(), *kernel.backward(saved, d.to(dtype))]
+        attended = tuple(x.to(dtype) for x in own), past, layout, args.width**-0.5
+        return [kernel.forward(*attended), *kernel.backward(*attended, d.to(dtype))]  # type: ignore[arg-type]
 
     exact = run(SDPAAttention(), torch.float32)
     for name, kernel in kernels.items():
@@ -109,9 +110,10 @@ def measure(kernel: Attention, sessions: int, past: int, args: Any, device: torc
     try:
         own, before, d = draw(sessions, past, args, device, torch.bfloat16)
         layout = Layout.of([past] * sessions, args.chunk).to(device)
-        forward = lambda: kernel.forward(own, before, layout, args.width**-0.5, True)  # noqa: E731
+        attended = own, before, layout, args.width**-0.5
+        forward = lambda: kernel.forward(*attended)  # noqa: E731
         clock = Clock(device)
-        both = [_timed(clock, forward, lambda saved: kernel.backward(saved, d)) for _ in range(args.runs + 3)][3:]
+        both = [_timed(clock, forward, lambda _: kernel.backward(*attended, d)) for _ in range(args.runs + 3)][3:]
         return {
             "forward": round(1e3 * statistics.median(f for f, _ in both), 4),
             "backward": round(1e3 * statistics.median(b for _, b in both), 4),

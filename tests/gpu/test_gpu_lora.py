@@ -11,18 +11,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-SLOTS, IN, OUT, RANK = 8, 256, 512, 128
+SLOTS = 8
 
 
+@pytest.mark.parametrize(("IN", "OUT", "RANK"), [(256, 512, 128), (576, 576, 64), (12288, 4096, 64), (4100, 300, 16)])
 @pytest.mark.parametrize(("rows", "real"), [(1, 1), (64, 64), (128, 100), (256, 256)])
-def test_each_row_gets_its_sessions_delta_and_no_other(rows: int, real: int) -> None:
+def test_each_row_gets_its_sessions_delta_and_no_other(rows: int, real: int, IN: int, OUT: int, RANK: int) -> None:
     from vllm_ttt.worker.serve import gpu_lora
 
     torch.manual_seed(0)
     cuda = torch.device("cuda")
     projection = torch.randn(RANK, IN, device=cuda).bfloat16() / 16
-    a = projection[None, None].repeat(SLOTS, 1, 1, 1).contiguous()
-    a[0] = 0  # a slot that was never filled
+    a = projection[None, None]
     b = [torch.randn(SLOTS, 1, OUT, RANK, device=cuda).bfloat16() for _ in range(2)]
     slots = torch.randint(-1, SLOTS, (rows,), dtype=torch.int32)
     slots[slots == 0] = 1

@@ -34,11 +34,11 @@ def test_each_kernel(dt: torch.dtype) -> None:
     low = lambda x: x.to(dt).float()  # noqa: E731
     gpu = lambda x: x.to(dt).cuda()  # noqa: E731
     for more, past in ((y, d), (None, None)):
-        expected = pointwise.norm(r, None if more is None else low(more), ln, 1e-6, torch.float32)
-        found = pointwise_cuda.norm(r.cuda(), None if more is None else gpu(more), ln.cuda(), 1e-6, dt)
-        near(found, expected, dt)
-        back = pointwise_cuda.norm_backward(None if past is None else past.cuda(), gpu(dx), ln.cuda(), found)
-        near(back, pointwise.norm_backward(past, low(dx), ln, expected), dt)
+        expected, x = pointwise.norm(r, None if more is None else low(more), ln, 1e-6, torch.float32)
+        found, y = pointwise_cuda.norm(r.cuda(), None if more is None else gpu(more), ln.cuda(), 1e-6, dt)
+        near((*found, y), (*expected, x), dt)
+        back = pointwise_cuda.norm_backward(None if past is None else past.cuda(), gpu(dx), ln.cuda(), found, dt)
+        near(back, pointwise.norm_backward(past, low(dx), ln, expected, dt), dt)
     gu, dz = draw(T, 2 * 12288), draw(T, 12288)
     near(pointwise_cuda.gated(gpu(gu), dt), pointwise.gated(low(gu), torch.float32), dt)
     near(pointwise_cuda.gated_backward(gpu(gu), gpu(dz)), pointwise.gated_backward(low(gu), low(dz)), dt)
@@ -49,12 +49,12 @@ def test_each_kernel(dt: torch.dtype) -> None:
         there.cos_sin_PI, there.q_norm = of.cos_sin_PI.cuda(), HeadNorm(norm.weight_E.cuda(), 1e-6)
         there.k_norm = there.q_norm
         qkv, positions = draw(T, X), torch.randint(0, 999, (T,), generator=torch.Generator().manual_seed(0))
-        expected = pointwise.turn(low(qkv), of, positions, torch.float32)
-        found = pointwise_cuda.turn(gpu(qkv), there, positions.cuda(), dt)
-        near(found[:3], expected[:3], dt)
+        expected, saved = pointwise.turn(low(qkv), of, positions, torch.float32)
+        found, kept = pointwise_cuda.turn(gpu(qkv), there, positions.cuda(), dt)
+        near(found, expected, dt)
         ds = draw(T, 8, width), draw(T, 2, width), draw(T, 2, width, seed=1)
-        back = pointwise_cuda.turn_backward(there, found, *map(gpu, ds))
-        near(back, pointwise.turn_backward(of, expected, *map(low, ds)), dt)
+        back = pointwise_cuda.turn_backward(there, kept, tuple(map(gpu, ds)), dt)
+        near(back, pointwise.turn_backward(of, saved, tuple(map(low, ds)), dt), dt)
     logits, targets = 3 * draw(T, 151936), torch.randint(0, 151936, (T,), generator=torch.Generator().manual_seed(1))
     for scale, cap in ((1.0, None), (0.5, 30.0)):
         one, other = gpu(logits), low(logits)

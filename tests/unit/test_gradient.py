@@ -319,8 +319,9 @@ def test_a_query_sees_its_past_and_what_comes_before_it() -> None:
     q, k, v = draw(1, S * C, H, E), draw(2, S * C, G, E), draw(3, S * C, G, E)
     past = draw(4, 3, G, E), draw(5, 3, G, E)
     kernel, d = SDPAAttention(), draw(6, S * C, H, E)
-    saved = kernel.forward((q, k, v), past, Layout.of(lengths, C), 0.3, True)
-    found = kernel.backward(saved, d)
+    layout = Layout.of(lengths, C)
+    out = kernel.forward((q, k, v), past, layout, 0.3)
+    found = kernel.backward((q, k, v), past, layout, 0.3, d)
     own = [x.clone().requires_grad_() for x in (q, k, v)]
     rows = []
     for s, c, h in ((s, c, h) for s in range(S) for c in range(C) for h in range(H)):
@@ -328,6 +329,6 @@ def test_a_query_sees_its_past_and_what_comes_before_it() -> None:
         keys, values = (torch.cat((b, x[s * C : s * C + c + 1, h // 2])) for b, x in zip(before, own[1:], strict=True))
         rows.append((0.3 * keys @ own[0][s * C + c, h]).softmax(0) @ values)
     expected = torch.stack(rows).view(S * C, H, E)
-    assert torch.allclose(saved.out_THE, expected)
+    assert torch.allclose(out, expected)
     for one, other in zip(found, torch.autograd.grad(expected, own, d), strict=True):
         assert torch.allclose(one, other)

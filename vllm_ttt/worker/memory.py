@@ -29,13 +29,15 @@ def needs(
     vocab: int,
     max_model_len: int,
     step_itemsize: int,
+    kept: int = 4,
 ) -> dict[str, int]:
     """Bytes that live as long as the worker, by what they are for; the layers' LoRA slots are vLLM's own and not among them.
 
     Args:
         geometry: of a delta.
         max_tokens: rows of the capture buffers. itemsize: bytes of a number in the model's dtype.
-        step_itemsize: in that of the step's matrix products; where they differ, the step has weights of its own.
+        step_itemsize: in that of the step's matrix products; where they differ, the step has weights of its own. kept: as for
+            `step_bytes`.
     """
     D, Q, F, rows = geometry.hidden, geometry.attention, geometry.feed_forward, config.sessions.resident
     tokens = pages(config) * config.learn.chunk
@@ -59,22 +61,26 @@ def needs(
     if geometry.layers > 1:
         parts |= {
             "a step over several layers (adapt.layers, schedule.tokens_per_step, --max-model-len)": (
-                step_bytes(geometry, config, step_itemsize, max_model_len)
+                step_bytes(geometry, config, step_itemsize, max_model_len, kept)
             ),
         }
     return parts
 
 
-def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int) -> int:
+def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int, kept: int = 4) -> int:
     """What a step over several layers keeps from its forward for its backward, and gradients and new states of its sessions.
 
-    ``itemsize``: bytes of a number in the step's matrix products.
+    Args:
+        itemsize: bytes of a number in the step's matrix products. kept: in what such a product gives (step/products.py).
     """
     D, Q, F, tokens = geometry.hidden, geometry.attention, geometry.feed_forward, config.schedule.tokens_per_step
-    row = 4 * (3 * D + 5 * F + 3 * Q + 3 * geometry.keys) + itemsize * (3 * geometry.rank + 3 * Q + 6 * geometry.keys)
+    X = Q + 2 * geometry.keys
+    layer = 4 * 2 * D + kept * 2 * (F + X) + itemsize * (X + 3 * geometry.rank)
+    once = 4 * 4 * D + kept * 4 * F + itemsize * X
     sessions = max(1, tokens // SMALLEST_SHARE)
-    packed = sessions * max_model_len * 2 * (geometry.keys + Q) * itemsize  # SDPA shows each key to each of its queries' heads
-    return geometry.layers * (tokens * row + packed) + 4 * sessions * geometry.bytes
+    # Of one layer at a time: keys and values as they are packed, as each of their queries' heads sees them, and their gradients.
+    packed = sessions * max_model_len * 3 * 2 * (geometry.keys + Q) * itemsize
+    return tokens * (geometry.layers * layer + once) + packed + 4 * sessions * geometry.bytes
 
 
 def check(parts: dict[str, int], left: int) -> None:

@@ -89,9 +89,10 @@ class TTTWorkerMixin:
                 "serving faster too",
                 model.dtype,
             )
-        sizes = (model.dtype.itemsize, model.get_vocab_size(), model.max_model_len, products.itemsize)
+        kept = products.itemsize if self.device.type == "cuda" else 4
+        sizes = (model.dtype.itemsize, model.get_vocab_size(), model.max_model_len, products.itemsize, kept)
         needs = memory.needs(geometry, config, max_tokens, *sizes)
-        step = memory.step_bytes(geometry, config, products.itemsize, model.max_model_len)
+        step = memory.step_bytes(geometry, config, products.itemsize, model.max_model_len, kept)
         if modules.attending and self.device.type == "cuda":
             needs["the graphs of such steps"] = step
         memory.check(needs, left)

@@ -3,13 +3,13 @@
 `PunicaWrapperGPU.update_metadata` sorts and counts the batch's adapters with torch on the device and reads the results back
 (vllm/lora/punica_wrapper/punica_gpu.py, kernel_metadata.py), so that it would wait for a micro-step that runs ahead of it: here
 the same is computed on the host and copied over once. All sessions have the same A, so that x A^T is one matrix product. And in
-a batch that decodes, each row has another B: it is read once, at the memory's speed.
+a batch that decodes, each row has another B: two kernels that read it once, at the memory's speed.
 """
 
 from __future__ import annotations
 
 import bisect
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,25 +19,59 @@ from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.triton_utils import tl, triton
 from vllm.utils.torch_utils import direct_register_custom_op
 
-#: Batches of up to so many rows, decodes for the most part, take the kernel that reads a B for each row.
+#: Batches of up to so many rows, decodes for the most part, take the kernels that read a B for each row.
 ROWS = 128
-BLOCK = 64
+#: Rows of x, and columns of it at a time, that a program of `_shrink` has; into how many parts it cuts the columns at most.
+BLOCK_M, BLOCK_K, SPLITS = 64, 128, 32
+#: Rows of B that a program of `_expand` reads at a time, and how often.
+BLOCK_N, TIMES = 128, 2
 
 
 # No annotation but constexpr: Triton looks any other name up among the globals of the kernel, and does not compile.
 @triton.jit
-def _expand_rows(r, b, y, slots, y_stride, b_stride, R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """y[t, n] += sum_k r[t, k] b[slots[t], n, k]; a row of slot -1 is not touched. Grid: (out / BLOCK_N, rows)."""
+def _shrink(x, a, parts, N, K, x_stride, R: tl.constexpr, PER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """parts[s] = x A^T over the s-th part of the columns, float32. Grid: (parts, N / BLOCK_M)."""
+    rows, r = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, R)
+    found = tl.zeros((BLOCK_M, R), tl.float32)
+    for i in range(PER):
+        k = (tl.program_id(0) * PER + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+        columns = tl.load(a + r[None, :] * K + k[:, None], k[:, None] < K, 0.0)
+        given = tl.load(x + rows[:, None].to(tl.int64) * x_stride + k[None, :], (rows[:, None] < N) & (k[None, :] < K), 0.0)
+        found = tl.dot(given, columns, found, input_precision="ieee")
+    tl.store(parts + (tl.program_id(0) * N + rows[:, None]) * R + r[None, :], found, rows[:, None] < N)
+
+
+@triton.jit
+def _expand(parts, b, y, slots, N, OUT, y_stride, b_stride, SPLITS: tl.constexpr, PADDED: tl.constexpr, R: tl.constexpr,
+            BLOCK_N: tl.constexpr, TIMES: tl.constexpr):  # fmt: skip
+    """y[t, n] += sum_k r[t, k] b[slots[t], n, k], r being the sum of the parts; rows of slot -1 stay. Grid: (out, N)."""
     row = tl.program_id(1)
     slot = tl.load(slots + row)
     if slot < 0:
         return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, R)
-    weights = tl.load(b + slot.to(tl.int64) * b_stride + n[:, None] * R + k[None, :]).to(tl.float32)
-    x = tl.load(r + row * R + k).to(tl.float32)
-    out = y + row.to(tl.int64) * y_stride + n
-    tl.store(out, tl.load(out).to(tl.float32) + tl.sum(weights * x[None, :], 1))
+    s, k = tl.arange(0, PADDED), tl.arange(0, R)
+    r = tl.sum(tl.load(parts + (s[:, None] * N + row) * R + k[None, :], s[:, None] < SPLITS, 0.0), 0)
+    for i in tl.static_range(TIMES):
+        n = (tl.program_id(0) * TIMES + i) * BLOCK_N + tl.arange(0, BLOCK_N)
+        weights = tl.load(b + slot.to(tl.int64) * b_stride + n[:, None] * R + k[None, :], n[:, None] < OUT, 0.0)
+        out = y + row.to(tl.int64) * y_stride + n
+        tl.store(out, tl.load(out, n < OUT, 0.0).to(tl.float32) + tl.sum(weights.to(tl.float32) * r[None, :], 1), n < OUT)
+
+
+def _by_rows(y: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], slots: Tensor) -> None:
+    """`_session_lora` where few rows have a B each: B is read once, at the memory's speed, and the order of sums is fixed."""
+    (N, K), R = x.shape, a_RI.shape[0]
+    per = -(-K // (BLOCK_K * SPLITS))
+    splits = -(-K // (BLOCK_K * per))
+    parts = torch.empty(splits, N, R, device=x.device)
+    sizes: dict[str, Any] = {"R": R, "PER": per, "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K}
+    _shrink[(splits, -(-N // BLOCK_M))](x, a_RI, parts, N, K, x.stride(0), **sizes)
+    sizes = {"R": R, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "BLOCK_N": BLOCK_N, "TIMES": TIMES}
+    offset = 0
+    for part in b:
+        out, to = part.shape[2], y[:, offset:]
+        _expand[(-(-out // (BLOCK_N * TIMES)), N)](parts, part, to, slots, N, out, y.stride(0), part.stride(0), **sizes)
+        offset += out
 
 
 def _session_lora(
@@ -53,18 +87,13 @@ def _session_lora(
     """
     if no_lora.item():  # on the host
         return
-    r = x @ a[0, 0].T
     rank = b[0].shape[3]
-    by_rows = x.shape[0] <= ROWS and rank & (rank - 1) == 0 and all(part.shape[2] % BLOCK == 0 for part in b)
-    if not by_rows:
-        lora_expand(r.unsqueeze(0).expand(len(b), -1, -1).contiguous(), b, y, slots, by_slot, counts, starts, active, no_lora,
-                    num_active, offset_start=0, add_inputs=True)  # fmt: skip
+    if x.shape[0] <= ROWS and rank >= 16 and rank & (rank - 1) == 0:
+        _by_rows(y, x, a[0, 0], b, slots)
         return
-    offset, sizes = 0, cast("dict[str, Any]", {"R": rank, "BLOCK_N": BLOCK})
-    for part in b:
-        out = part.shape[2]
-        _expand_rows[out // BLOCK, x.shape[0]](r, part, y[:, offset:], slots, y.stride(0), part.stride(0), **sizes)
-        offset += out
+    r = x @ a[0, 0].T
+    lora_expand(r.unsqueeze(0).expand(len(b), -1, -1).contiguous(), b, y, slots, by_slot, counts, starts, active, no_lora,
+                num_active, offset_start=0, add_inputs=True)  # fmt: skip
 
 
 def _session_lora_fake(

@@ -82,15 +82,10 @@ class Layout:
             return self.by(*(to_device(x, device) for x in self.tensors()))
 
 
-@dataclass
-class Attended:
-    """What the backward of one layer's attention needs."""
-
-    q_THE: Tensor
-    k_UGE: Tensor
-    v_UGE: Tensor
-    out_THE: Tensor
-    layout: Layout
+#: Queries [T, H, E], keys and values [T, G, E] of the chunks.
+Own = tuple[Tensor, Tensor, Tensor]
+#: Keys and values [sum of the past's lengths, G, E], session after session; constants.
+Before = tuple[Tensor, Tensor]
 
 
 class Attention(ABC):
@@ -104,31 +99,30 @@ class Attention(ABC):
     def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
         """[T, H, E], the sum of the values that each query sees, in the dtype of its inputs."""
 
-    def forward(
-        self, own: tuple[Tensor, Tensor, Tensor], past: tuple[Tensor, Tensor], layout: Layout, scale: float, backward: bool
-    ) -> Attended:
-        """Attention of all sessions.
+    def forward(self, own: Own, past: Before, layout: Layout, scale: float) -> Tensor:
+        """Attention of all sessions, [T, H, E]. ``scale``: of the products of queries and keys."""
+        k_UGE, v_UGE = _packed(own, past, layout)
+        return self.attend(own[0], k_UGE, v_UGE, layout, scale)
 
-        Args:
-            own: queries [T, H, E], keys and values [T, G, E] of the chunks.
-            past: keys and values [sum of the past's lengths, G, E], session after session; constants.
-            scale: of the products of queries and keys.
-            backward: whether `backward` will be called.
+    def backward(self, own: Own, past: Before, layout: Layout, scale: float, d_THE: Tensor) -> Own:
+        """Gradients with respect to ``own``; ``d_THE``: with respect to what `forward` gives.
+
+        It packs and attends once more: what a forward would keep for it, of every layer, would be most of a step's memory.
         """
         # The worker's hooks run in inference mode, whose tensors cannot take part in autograd: copies made outside can.
-        with torch.inference_mode(False), torch.no_grad():
-            packed = [torch.cat(both).index_select(0, layout.order_U) for both in zip(past, own[1:], strict=True)]
-            q, k, v = (x.requires_grad_(backward) for x in (own[0].clone(), *packed))
+        with torch.inference_mode(False):
+            q, k, v = (x.requires_grad_() for x in (own[0].clone(), *_packed(own, past, layout)))
             with torch.enable_grad():
-                return Attended(q, k, v, self.attend(q, k, v, layout, scale), layout)
+                out = self.attend(q, k, v, layout, scale)
+                dq, dk, dv = torch.autograd.grad(out, (q, k, v), d_THE.clone())
+        at = layout.own_T
+        return dq, dk.index_select(0, at), dv.index_select(0, at)
 
-    @staticmethod
-    def backward(saved: Attended, d_THE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients with respect to the chunks' own queries, keys and values."""
-        with torch.inference_mode(False), torch.enable_grad():
-            dq, dk, dv = torch.autograd.grad(saved.out_THE, (saved.q_THE, saved.k_UGE, saved.v_UGE), d_THE.clone())
-        own = saved.layout.own_T
-        return dq, dk.index_select(0, own), dv.index_select(0, own)
+
+def _packed(own: Own, past: Before, layout: Layout) -> Before:
+    """Keys and values [U, G, E]."""
+    k, v = (torch.cat(both).index_select(0, layout.order_U) for both in zip(past, own[1:], strict=True))
+    return k, v
 
 
 class SDPAAttention(Attention):

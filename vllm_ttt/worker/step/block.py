@@ -57,8 +57,8 @@ def forward(
     """
     dt = block.wo_DQ.dtype
     o_TD, ao_TR = linear(a_TQ, block.wo_DQ, tail.ao_RQ, delta.o, block.bo_D, S)
-    normed = pointwise.norm(r_TD, o_TD, block.ln_D, block.eps, dt)
-    gu_T2F, ax_TR = linear(normed.x_TD, block.wgu_2FD, tail.ai_RD, delta.gu, block.bgu_2F, S)
+    normed, x_TD = pointwise.norm(r_TD, o_TD, block.ln_D, block.eps, dt)
+    gu_T2F, ax_TR = linear(x_TD, block.wgu_2FD, tail.ai_RD, delta.gu, block.bgu_2F, S)
     d_TD, az_TR = linear(pointwise.gated(gu_T2F, dt), block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S)
     return normed.r_TD, d_TD, Passed(ao_TR, normed, ax_TR, gu_T2F, az_TR)
 
@@ -78,7 +78,7 @@ def backward(block: Block | Tail, tail: Tail, delta: LayerDelta, grad: LayerDelt
     dgu_T2F = pointwise.gated_backward(saved.gu_T2F, dz_TF)
     add_outer(grad.gu, Flow(dgu_T2F, dgu_T2F), saved.ax_TR, S)
     dx_TD = through(dgu_T2F.to(dt), block.wgu_2FD, tail.ai_RD, delta.gu, S)
-    flow = pointwise.norm_backward(flow.d_TD, dx_TD, block.ln_D, saved.normed)
+    flow = pointwise.norm_backward(flow.d_TD, dx_TD, block.ln_D, saved.normed, dt)
     add_outer(grad.o, flow, saved.ao_TR, S)
     return flow
 

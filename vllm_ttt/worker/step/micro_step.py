@@ -119,8 +119,9 @@ def accumulate(
     """
     (S, C, _), blocks = h_SCD.shape, tail.blocks
     r_TD, y_TD, passed, rotated = forward(tail, delta, h_SCD, a_SCQ, past, grad is not None)
-    normed = pointwise.norm(r_TD, y_TD, tail.lnf_D, tail.eps_f, tail.wo_DQ.dtype)
-    loss_T, dy_TD = cross_entropy(tail, normed.x_TD, t_SC.reshape(-1), w_SC.reshape(-1), backward=grad is not None)
+    dt = tail.wo_DQ.dtype
+    normed, x_TD = pointwise.norm(r_TD, y_TD, tail.lnf_D, tail.eps_f, dt)
+    loss_T, dy_TD = cross_entropy(tail, x_TD, t_SC.reshape(-1), w_SC.reshape(-1), backward=grad is not None)
     if rows_SC is not None:
         rows_SC.copy_(loss_T.view(S, C))
     loss_S = loss_T.view(S, C).sum(1)
@@ -128,12 +129,13 @@ def accumulate(
         return loss_S
     assert dy_TD is not None
 
-    flow = pointwise.norm_backward(None, dy_TD, tail.lnf_D, normed)
+    flow = pointwise.norm_backward(None, dy_TD, tail.lnf_D, normed, dt)
     for i in reversed(range(len(blocks))):
         flow = block.backward(blocks[i], tail, delta.layer(i), grad.layer(i), passed.pop(), flow, S)
         if i:
             da_TQ = block.attention_gradient(blocks[i], tail, delta.layer(i), flow, S)
-            flow = qkv.backward(tail.attentions[i - tail.captured], tail.kernel, rotated.pop(), da_TQ, flow)
+            assert past is not None
+            flow = qkv.backward(tail.attentions[i - tail.captured], tail.kernel, past, rotated.pop(), da_TQ, flow)
     return loss_S
 
 
@@ -150,9 +152,9 @@ def forward(
     for i, layer in enumerate(tail.blocks):
         if (number := i - tail.captured) >= 0:
             assert past is not None
-            backward = grad and i > 0
-            r_TD, a_TQ, turned = qkv.forward(tail.attentions[number], tail.kernel, past, number, r_TD, y_TD, backward)
-            rotated.append(turned)
+            r_TD, a_TQ, turned = qkv.forward(tail.attentions[number], tail.kernel, past, number, r_TD, y_TD)
+            if grad and i:
+                rotated.append(turned)
         assert a_TQ is not None
         r_TD, y_TD, saved = block.forward(layer, tail, delta.layer(i), r_TD, a_TQ, S)
         if grad:

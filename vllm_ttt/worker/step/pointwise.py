@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from vllm_ttt.worker.step.attention import Own
     from vllm_ttt.worker.step.qkv import QKV, HeadNorm
 
 
 class Normed(NamedTuple):
-    """A stream ``r_TD``, its inverse norm ``i_T1``, both float32, and what follows the norm, ``x_TD`` in dt."""
+    """A stream ``r_TD`` and its inverse norm ``i_T1``, both float32."""
 
     r_TD: Tensor
     i_T1: Tensor
-    x_TD: Tensor
 
 
 class Flow(NamedTuple):
@@ -32,31 +32,22 @@ class Flow(NamedTuple):
     low_TD: Tensor
 
 
-class Turned(NamedTuple):
-    """Queries [T, H, E], keys and values [T, G, E] in dt; and what `turn_backward` needs."""
-
-    q_THE: Tensor
-    k_TGE: Tensor
-    v_TGE: Tensor
-    saved: Any
-
-
-def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.dtype) -> Normed:
-    """RMS norm of r + y; ``r_TD`` float32, ``y_TD`` of either dtype, None for 0."""
+def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.dtype) -> tuple[Normed, Tensor]:
+    """RMS norm of r + y, [T, D] in dt; ``r_TD`` float32, ``y_TD`` of either dtype, None for 0."""
     if r_TD.is_cuda:
         return _cuda().norm(r_TD, y_TD, ln_D, eps, dt)
     r_TD = r_TD if y_TD is None else r_TD + y_TD
     i_T1 = torch.rsqrt(r_TD.square().mean(-1, keepdim=True) + eps)
-    return Normed(r_TD, i_T1, (r_TD * i_T1 * ln_D).to(dt))
+    return Normed(r_TD, i_T1), (r_TD * i_T1 * ln_D).to(dt)
 
 
-def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Normed) -> Flow:
+def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Normed, dt: torch.dtype) -> Flow:
     """``d_TD`` (None for 0), which goes past the norm, and ``dx_TD``, which goes through it."""
     if dx_TD.is_cuda:
-        return _cuda().norm_backward(d_TD, dx_TD, ln_D, normed)
+        return _cuda().norm_backward(d_TD, dx_TD, ln_D, normed, dt)
     through = rms_backward(dx_TD * ln_D, normed.r_TD, normed.i_T1)
     d_TD = through if d_TD is None else d_TD + through
-    return Flow(d_TD, d_TD.to(normed.x_TD.dtype))
+    return Flow(d_TD, d_TD.to(dt))
 
 
 def rms_backward(g_TD: Tensor, x_TD: Tensor, inv_T1: Tensor) -> Tensor:
@@ -83,25 +74,25 @@ def gated_backward(gu_T2F: Tensor, dz_TF: Tensor) -> Tensor:
     return torch.cat((dz_TF * u_TF * (s_TF + silu_TF * (1 - s_TF)), dz_TF * silu_TF), -1)
 
 
-def turn(qkv_TX: Tensor, of: QKV, positions_T: Tensor, dt: torch.dtype) -> Turned:
-    """Split, the norm of each head, and the rotary embedding."""
+def turn(qkv_TX: Tensor, of: QKV, positions_T: Tensor, dt: torch.dtype) -> tuple[Own, Any]:
+    """Queries, keys and values in dt: the norm of each head, and the rotary embedding; and what `turn_backward` needs."""
     if qkv_TX.is_cuda:
         return _cuda().turn(qkv_TX, of, positions_T, dt)
     E, H, G = of.head, of.heads, of.kv_heads
     q, k, v = (x.unflatten(-1, (-1, E)) for x in qkv_TX.split([H * E, G * E, G * E], -1))
     (q, q_saved), (k, k_saved) = _head_norm(q, of.q_norm), _head_norm(k, of.k_norm)
     cos, sin = of.cos_sin_PI.index_select(0, positions_T).float().unsqueeze(1).chunk(2, -1)
-    return Turned(_rotate(q, cos, sin).to(dt), _rotate(k, cos, sin).to(dt), v.to(dt), (cos, sin, q_saved, k_saved))
+    return (_rotate(q, cos, sin).to(dt), _rotate(k, cos, sin).to(dt), v.to(dt)), (cos, sin, q_saved, k_saved)
 
 
-def turn_backward(of: QKV, turned: Turned, dq_THE: Tensor, dk_TGE: Tensor, dv_TGE: Tensor) -> Tensor:
-    """The gradient with respect to the projection, [T, X] in dt."""
-    if dq_THE.is_cuda:
-        return _cuda().turn_backward(of, turned, dq_THE, dk_TGE, dv_TGE)
-    cos, sin, q_saved, k_saved = turned.saved
-    dq, dk = (_rotate(x.float(), cos, -sin) for x in (dq_THE, dk_TGE))
+def turn_backward(of: QKV, saved: Any, heads: Own, dt: torch.dtype) -> Tensor:
+    """The gradient with respect to the projection, [T, X] in dt, from those with respect to queries, keys and values."""
+    if heads[0].is_cuda:
+        return _cuda().turn_backward(of, saved, heads, dt)
+    cos, sin, q_saved, k_saved = saved
+    dq, dk = (_rotate(x.float(), cos, -sin) for x in heads[:2])
     dq, dk = _head_norm_backward(dq, of.q_norm, q_saved), _head_norm_backward(dk, of.k_norm, k_saved)
-    return torch.cat((dq, dk, dv_TGE.float()), 1).flatten(1).to(turned.q_THE.dtype)
+    return torch.cat((dq, dk, heads[2].float()), 1).flatten(1).to(dt)
 
 
 def nll(logits_TV: Tensor, t_T: Tensor, scale: float, soft_cap: float | None, backward: bool) -> Tensor:

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_ttt.worker.step.pointwise import Flow, Normed, Turned
+from vllm_ttt.worker.step.attention import Own
+from vllm_ttt.worker.step.pointwise import Flow, Normed
 from vllm_ttt.worker.step.qkv import QKV, HeadNorm
 
 #: Columns that a program of the gated activation, and a pass over a row of logits, has at once.
@@ -171,18 +172,17 @@ def _nll(logits, targets, losses, V, stride, scale, cap, CAP: tl.constexpr, BACK
             tl.store(logits + n, g, n < V)
 
 
-def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.dtype) -> Normed:
+def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.dtype) -> tuple[Normed, Tensor]:
     T, D = r_TD.shape
     out = r_TD if y_TD is None else torch.empty_like(r_TD)
     inv, x = r_TD.new_empty(T, 1), torch.empty(T, D, dtype=dt, device=r_TD.device)
     _norm[(T,)](r_TD, y_TD, ln_D, out, inv, x, D, eps, **_row(D, HAS_Y=y_TD is not None))
-    return Normed(out, inv, x)
+    return Normed(out, inv), x
 
 
-def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Normed) -> Flow:
-    T, D = dx_TD.shape
-    out, low = torch.empty_like(normed.r_TD), torch.empty_like(normed.x_TD)
-    r, inv = normed.r_TD, normed.i_T1
+def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Normed, dt: torch.dtype) -> Flow:
+    (T, D), (r, inv) = dx_TD.shape, normed
+    out, low = torch.empty_like(r), torch.empty_like(r, dtype=dt)
     _norm_backward[(T,)](d_TD, dx_TD.contiguous(), ln_D, r, inv, out, low, D, **_row(D, HAS_D=d_TD is not None))
     return Flow(out, low)
 
@@ -200,7 +200,7 @@ def gated_backward(gu_T2F: Tensor, dz_TF: Tensor) -> Tensor:
     return dgu
 
 
-def turn(qkv_TX: Tensor, of: QKV, positions_T: Tensor, dt: torch.dtype) -> Turned:
+def turn(qkv_TX: Tensor, of: QKV, positions_T: Tensor, dt: torch.dtype) -> tuple[Own, Any]:
     T, (H, G, E) = len(qkv_TX), (of.heads, of.kv_heads, of.head)
     q, k = (torch.empty(T, n, E, dtype=dt, device=qkv_TX.device) for n in (H, G))
     inv = torch.empty(T, H + G, device=qkv_TX.device)
@@ -209,15 +209,16 @@ def turn(qkv_TX: Tensor, of: QKV, positions_T: Tensor, dt: torch.dtype) -> Turne
         of.cos_sin_PI.shape[1] // 2, _eps(of.q_norm), _eps(of.k_norm), **_head(of),
     )  # fmt: skip
     v = qkv_TX[:, (H + G) * E :].unflatten(-1, (G, E)).to(dt)
-    return Turned(q, k, v, (qkv_TX, inv, positions_T))
+    return (q, k, v), (qkv_TX, inv, positions_T)
 
 
-def turn_backward(of: QKV, turned: Turned, dq_THE: Tensor, dk_TGE: Tensor, dv_TGE: Tensor) -> Tensor:
-    (qkv, inv, positions), (T, H, E), G = turned.saved, dq_THE.shape, of.kv_heads
-    out = torch.empty(qkv.shape, dtype=turned.q_THE.dtype, device=qkv.device)
+def turn_backward(of: QKV, saved: Any, heads: Own, dt: torch.dtype) -> Tensor:
+    (qkv, inv, positions), (T, H, E), G = saved, heads[0].shape, of.kv_heads
+    dq, dk, dv = (x.contiguous() for x in heads)
+    out = torch.empty(qkv.shape, dtype=dt, device=qkv.device)
     _turn_backward[(T, H + 2 * G)](
-        qkv, of.cos_sin_PI, positions, _weight(of.q_norm), _weight(of.k_norm), inv, dq_THE.contiguous(), dk_TGE.contiguous(),
-        dv_TGE.contiguous(), out, H, G, E, of.cos_sin_PI.shape[1] // 2, **_head(of),
+        qkv, of.cos_sin_PI, positions, _weight(of.q_norm), _weight(of.k_norm), inv, dq, dk, dv, out, H, G, E,
+        of.cos_sin_PI.shape[1] // 2, **_head(of),
     )  # fmt: skip
     return out
 

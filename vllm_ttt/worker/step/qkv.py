@@ -7,15 +7,15 @@ Dimension suffixes as in micro_step.py and attention.py; X = (H + 2 G) E.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.step import pointwise
-from vllm_ttt.worker.step.attention import Attended, Attention, Layout
-from vllm_ttt.worker.step.pointwise import Flow, Normed, Turned
+from vllm_ttt.worker.step.attention import Attention, Layout, Own
+from vllm_ttt.worker.step.pointwise import Flow, Normed
 from vllm_ttt.worker.step.products import linear, through
 
 
@@ -66,9 +66,10 @@ class Past:
     source_P: Tensor
     cache: Served
 
-    def served(self, layer: int) -> tuple[Tensor, Tensor]:
+    def served(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [P, G, E] of a layer."""
-        return self.cache.read(layer, self.source_P)
+        keys, values = self.cache.read(layer, self.source_P)
+        return keys.to(dtype), values.to(dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What differs from step to step; `by` takes it back."""
@@ -88,32 +89,33 @@ class Rotated:
     """What the backward needs."""
 
     normed: Normed
-    turned: Turned
-    attended: Attended
+    own: Own
+    #: of `pointwise.turn`
+    turned: Any
+    #: the layer's number
+    layer: int
 
 
 def forward(
-    w: QKV, kernel: Attention, past: Past, layer: int, r_TD: Tensor, y_TD: Tensor | None, grad: bool
+    w: QKV, kernel: Attention, past: Past, layer: int, r_TD: Tensor, y_TD: Tensor | None
 ) -> tuple[Tensor, Tensor, Rotated]:
     """The residual stream r + y [T, D] that enters the layer, float32, and its attention output [T, Q], in the weights' dtype.
 
     Args:
         layer: counted from the lowest whose attention the step computes.
-        grad: whether `backward` will be called.
     """
     dt = w.wqkv_XD.dtype
-    normed = pointwise.norm(r_TD, y_TD, w.ln_D, w.eps, dt)
-    qkv_TX, _ = linear(normed.x_TD, w.wqkv_XD, None, None, w.bqkv_X, 1)
-    turned = pointwise.turn(qkv_TX, w, past.positions_T, dt)
-    keys, values = past.served(layer)
-    own = turned.q_THE, turned.k_TGE, turned.v_TGE
-    attended = kernel.forward(own, (keys.to(dt), values.to(dt)), past.layout, w.scale, grad)
-    return normed.r_TD, attended.out_THE.detach().flatten(1), Rotated(normed, turned, attended)
+    normed, x_TD = pointwise.norm(r_TD, y_TD, w.ln_D, w.eps, dt)
+    qkv_TX, _ = linear(x_TD, w.wqkv_XD, None, None, w.bqkv_X, 1)
+    own, turned = pointwise.turn(qkv_TX, w, past.positions_T, dt)
+    out_THE = kernel.forward(own, past.served(layer, dt), past.layout, w.scale)
+    return normed.r_TD, out_THE.flatten(1), Rotated(normed, own, turned, layer)
 
 
-def backward(w: QKV, kernel: Attention, saved: Rotated, da_TQ: Tensor, flow: Flow) -> Flow:
+def backward(w: QKV, kernel: Attention, past: Past, saved: Rotated, da_TQ: Tensor, flow: Flow) -> Flow:
     """The gradient with respect to the residual stream: that which comes through the attention, and ``flow``, past it."""
     dt, E = w.wqkv_XD.dtype, w.head
-    heads = kernel.backward(saved.attended, da_TQ.to(dt).unflatten(-1, (-1, E)))
-    dx_TD = through(pointwise.turn_backward(w, saved.turned, *heads), w.wqkv_XD, None, None, 1)
-    return pointwise.norm_backward(flow.d_TD, dx_TD, w.ln_D, saved.normed)
+    da_THE = da_TQ.to(dt).unflatten(-1, (-1, E))
+    heads = kernel.backward(saved.own, past.served(saved.layer, dt), past.layout, w.scale, da_THE)
+    dx_TD = through(pointwise.turn_backward(w, saved.turned, heads, dt), w.wqkv_XD, None, None, 1)
+    return pointwise.norm_backward(flow.d_TD, dx_TD, w.ln_D, saved.normed, dt)

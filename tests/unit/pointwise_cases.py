@@ -1,0 +1,75 @@
+"""The kernels of worker/step/pointwise_cuda.py beside plain torch: test_pointwise.py runs this file in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_ttt.worker.step import pointwise
+from vllm_ttt.worker.step import pointwise_cuda as kernels
+from vllm_ttt.worker.step.qkv import QKV, HeadNorm
+
+pytestmark = pytest.mark.unit
+
+T = 5
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
+
+
+def near(found: Any, expected: Any) -> None:
+    found, expected = (list(x) if isinstance(x, tuple) else [x] for x in (found, expected))
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [96, 128])
+def test_norms(width: int) -> None:
+    r, y, ln = draw(T, width), draw(T, width, seed=1), draw(width).abs()
+    for more in (y, None):
+        expected, x = pointwise.norm(r, more, ln, 1e-5, torch.float32)
+        found = kernels.norm(r, more, ln, 1e-5, torch.float32)
+        near((*found[0], found[1]), (*expected, x))
+        for past in (draw(T, width, seed=2), None):
+            args = past, draw(T, width, seed=3), ln, expected, torch.float32
+            near(kernels.norm_backward(*args), pointwise.norm_backward(*args))
+
+
+@pytest.mark.parametrize("width", [64, 1500])
+def test_the_gated_activation(width: int) -> None:
+    gu, dz = draw(T, 2 * width), draw(T, width)
+    near(kernels.gated(gu, torch.float32), pointwise.gated(gu, torch.float32))
+    near(kernels.gated_backward(gu, dz), pointwise.gated_backward(gu, dz))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "half", "normed"),
+    [(4, 2, 32, 16, True), (4, 2, 32, 16, False), (3, 1, 48, 8, True)],
+    ids=["normed", "plain", "turned in part"],
+)
+def test_heads(heads: int, kv_heads: int, width: int, half: int, normed: bool) -> None:
+    X = (heads + 2 * kv_heads) * width
+    norms = [HeadNorm(draw(width, seed=i).abs(), 10.0**-i) for i in (5, 6)] if normed else [None, None]
+    of = QKV(draw(X, 8), draw(8), 1e-5, heads, kv_heads, 1.0, draw(50, 2 * half), None, *norms)
+    qkv, positions = draw(T, X), torch.tensor([0, 49, 7, 7, 30])
+    (expected, saved), (found, kept) = (x.turn(qkv, of, positions, torch.float32) for x in (pointwise, kernels))
+    near(found, expected)
+    d = draw(T, heads, width), draw(T, kv_heads, width), draw(T, kv_heads, width, seed=1)
+    near(kernels.turn_backward(of, kept, d, torch.float32), pointwise.turn_backward(of, saved, d, torch.float32))
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (0.5, 3.0)])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, of -inf - -inf, which is then replaced
+@pytest.mark.parametrize("vocabulary", [700, 9001])
+def test_losses(vocabulary: int, scale: float, cap: float | None) -> None:
+    logits, targets = 4 * draw(T, vocabulary), torch.tensor([0, vocabulary - 1, 5, 600, 5])
+    for backward in (False, True):
+        one, other = logits.clone(), logits.clone()
+        near(kernels.nll(one, targets, scale, cap, backward), pointwise.nll(other, targets, scale, cap, backward))
+        near(one, other)
+        assert torch.equal(one, logits) != backward
