@@ -99,7 +99,7 @@ class SessionSummary(_Model):
     """Whose it is, as the state dir names the API key; only where the admin key lists all."""
 
 
-class Session(SessionSummary):
+class SessionDetail(SessionSummary):
     """A session."""
 
     losses: list[ChunkLoss]
