@@ -24,7 +24,7 @@ def render() -> str:
     parts = {
         "settings": settings(), "constants": fixed(),
         "flags": flags(), "commands": commands(), "routes": routes(), "id": SESSION_ID_RULE,
-        "session": fields("Session"), "chunk": fields("ChunkLoss"),
+        "session": fields("SessionDetail"), "chunk": fields("ChunkLoss"),
     }  # fmt: skip
     text = (FOLDER / "reference.template").read_text(encoding="utf-8")
     for name, part in parts.items():

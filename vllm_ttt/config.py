@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +39,7 @@ LETTERS: dict[str, str] = {"o_proj": "o", "gate_up_proj": "gu", "down_proj": "d"
 
 
 #: What only the experiments of this project can choose. The code and the oracle read it as they read settings; a config file
-#: may not name it, unless EXPERIMENTS is set.
+#: may not change it, unless EXPERIMENTS is set.
 CONSTANT = Field(json_schema_extra={"constant": True})
 EXPERIMENTS = "VLLM_TTT_EXPERIMENTS"
 
@@ -51,13 +52,13 @@ class AdaptConfig(_Model):
     """Which layers carry a delta, and how large it is."""
 
     preset: Literal["deep", "last"] = "deep"
-    """`deep`: every layer, or several, with attention in the step. `last`: the last; no key or value depends on its delta."""
+    """What is adapted: `deep`, every layer, or the last `layers` of them; `last`, the last layer alone."""
     layers: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = "all"
-    """How many layers, counted from the end, or `all`. `last` has one."""
-    modules: tuple[Module, ...] = ("o_proj", "down_proj")
+    """How many layers are adapted, counted from the end, or `all`. The preset `last` has one."""
+    modules: Annotated[tuple[Module, ...], CONSTANT] = ("o_proj", "down_proj")
     """The linear layers that get a delta: some of o_proj, gate_up_proj and down_proj."""
     rank: int = 64
-    """Rank of a delta; one of the ranks that vLLM's LoRA slots can have."""
+    """Rank of a delta. A higher rank gains more, and each session takes more memory."""
     seed: Annotated[int, Field(ge=0, lt=2**63), CONSTANT] = 0
     """Seed of the fixed projections A. Deltas learned under one seed mean nothing under another."""
 
@@ -92,15 +93,15 @@ class LearnConfig(_Model):
     """The micro-step: what is learned and how fast (docs/algorithm.md)."""
 
     tokens: Literal["prompt", "all"] = "prompt"
-    """What is learned where a request does not say: its prompt, or (`all`) the answer too (`ttt_learn_output`)."""
-    chunk: Annotated[int, Field(ge=16, le=4096)] = 512
+    """What a request learns that does not say so itself: its prompt, or (`all`) its answer too."""
+    chunk: Annotated[int, Field(ge=16, le=4096), CONSTANT] = 512
     """Tokens per step of the optimiser."""
     rate: Annotated[float, Field(ge=1e-5, le=0.1), CONSTANT] = 0.012
-    """Length of a session's first step, relative to the norm of the weight; from then on the rate sets itself."""
+    """Length of a session's first step, relative to the norm of the weight. From then on the rate sets itself."""
     adapt_rate: Annotated[float, Field(ge=0, le=1000), CONSTANT] = 20.0
-    """How decidedly the rate follows the agreement of one chunk's gradient with the update before it; 0: it stays as it is."""
+    """How strongly the rate follows the agreement of a chunk's gradient with the update before it. 0: the rate is fixed."""
     decay: Annotated[float, Field(ge=0, lt=1), CONSTANT] = 0.015
-    """Share of the delta that is forgotten at each step."""
+    """Share of the delta that each step forgets."""
     max_norm: Annotated[float, Field(gt=0, le=10), CONSTANT] = 0.35
     """Trust region: the delta's norm relative to the weight's never exceeds this."""
     max_loss: Annotated[float, Field(gt=0, le=2), CONSTANT] = 0.7
@@ -108,11 +109,11 @@ class LearnConfig(_Model):
     min_chunk: Annotated[int, Field(ge=1, le=1024), CONSTANT] = 8
     """A remainder of a prompt shorter than this is not learned."""
     filter: tuple[str, ...] = ()
-    """Regular expressions: what of a prompt's text is part of a match is not learned ([operators.md](operators.md#filter))."""
+    """Regular expressions. Text of a prompt that matches one is not learned ([operators.md](operators.md#filter))."""
     history: Annotated[Literal["skip", "learn"], CONSTANT] = "skip"
-    """Where a prompt goes on from an earlier one of its session: whether what they share is skipped, or learned again."""
+    """Whether a prompt that begins like an earlier one of its session skips that beginning, or learns it again."""
     interleave: bool = False
-    """Whether a prompt is read chunk by chunk, each learned before the next is scored, where a request does not say."""
+    """`true`: a prompt is read in chunks, each learned before the next one is read. A request can say otherwise."""
 
     @field_validator("filter")
     @classmethod
@@ -126,16 +127,16 @@ class LearnConfig(_Model):
 class ScheduleConfig(_Model):
     """When the micro-steps run."""
 
-    tokens_per_step: Annotated[int, Field(ge=16, le=65536)] = 512
-    """At most this many tokens are learned between two iterations of the engine."""
+    tokens_per_step: Annotated[int, Field(ge=16, le=65536), CONSTANT] = 512
+    """Most tokens that are learned between two iterations of the engine."""
     max_slowdown: Annotated[float, Field(ge=1.01, le=100)] = 1.25
-    """While requests are being served, learning takes at most this factor less one of the serving time."""
+    """How much longer serving may take because of learning. 1.25: learning takes at most a quarter of the serving time."""
     backlog_tokens: Annotated[int, Field(ge=1024, le=2**24)] = 65536
-    """Captured tokens that may wait for their step, over all sessions, a shorter chunk counted as a full one; on the device."""
+    """Tokens of all sessions together that may wait to be learned. They take memory of the device."""
     consistency: Literal["read-your-writes", "eventual"] = "read-your-writes"
-    """Whether a session's next request waits until what its earlier requests sent has been learned."""
+    """Whether a session's next request waits until its earlier requests have been learned."""
     kv_epoch: Annotated[float, Field(ge=0, le=10), CONSTANT] = 0.05
-    """`deep`: how far a delta may move, relative to its weights, while the session reads what it had cached; 0: not at all."""
+    """`deep`: how far a delta may move, relative to its weights, before cached keys and values are computed anew."""
 
     @field_validator("max_slowdown", mode="before")
     @classmethod
@@ -152,35 +153,35 @@ class SessionsConfig(_Model):
     """How many sessions, and where they live."""
 
     resident: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Sessions that can be served at the same time: vLLM's multi-LoRA slots."""
+    """Sessions that can be served at the same time. Each takes one of vLLM's LoRA slots."""
     host_gib: Annotated[float, Field(gt=0, le=65536)] = 8.0
-    """GiB of memory for sessions without a slot. Where it is full: to the state dir; without one, a new session is a 429."""
+    """GiB of host memory for sessions without a slot. When it is full, sessions move to the state dir; without one, a 429."""
     state_dir: str | None = None
-    """Folder in which sessions outlive the server (`--ttt-state-dir`); null: they end with it."""
+    """Folder in which sessions outlive the server (`--ttt-state-dir`). null: they end with it."""
     autosave: Annotated[float, Field(ge=0.1, le=86400)] = 30.0
-    """Seconds after which a session that has learned is saved, at the latest."""
+    """Seconds until a session that has learned is saved, at the latest. A crash loses what was learned since."""
     keep_versions: Annotated[int, Field(ge=1, le=1000)] = 3
-    """Earlier versions of each session that it can be rolled back to: so many in memory, and so many on disk."""
+    """Earlier versions of each session that are kept for a rollback: this many in memory, and this many on disk."""
     disk_gib: Annotated[float, Field(gt=0, le=2**20)] = 100.0
-    """GiB of files in the state dir. Where they are full, older versions go first; then a new session is refused with 429."""
+    """GiB that the state dir may take. When it is full, older versions are removed first; then a new session is a 429."""
     ttl: Annotated[str, Field(pattern=r"^([1-9][0-9]{0,5}[smhd]|never)$")] = "30d"
-    """A session that was not used for so long is removed, with its files."""
+    """A session that nobody has used for this long is removed, with its files."""
     admin_key_file: str | None = None
     """File with an API key that may list the sessions of all keys."""
     per_key: Annotated[int | None, Field(ge=1, le=10**9)] = None
-    """Sessions of one API key; one more is refused with 429. null: as many as fit, or as `key_share` leaves it."""
-    key_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Several API keys: what one may have of its sessions and the free places (disk_gib, or host_gib) together. 1: all."""
-    held_per_session: Annotated[int, Field(ge=1, le=10**6)] = 1000
-    """Requests of one session that may wait for it; one more is refused with 429."""
+    """Sessions that one API key may have; one more is a 429. null: as many as its share of the room allows."""
+    key_share: Annotated[float, Field(gt=0, le=1), CONSTANT] = 0.5
+    """Where there are several API keys: the share of the room (its own sessions and what is free) that one key may take."""
+    held_per_session: Annotated[int, Field(ge=1, le=10**6), CONSTANT] = 1000
+    """Requests of one session that may wait for it; one more is a 429."""
     version_every: Annotated[int, Field(ge=1, le=10**6), CONSTANT] = 16
-    """Commits from one version that is kept in memory to the next."""
+    """Updates between two versions that are kept in memory."""
     versions_gib: Annotated[float, Field(ge=0, le=65536), CONSTANT] = 2.0
-    """GiB of memory for kept versions; where it is full, the session that has most gives up its oldest. 0: none are."""
+    """GiB of memory for kept versions. When it is full, the session with the most of them loses its oldest. 0: none is kept."""
     key_file: str | None = None
-    """File with the 32 bytes with which the state dir is encrypted; null: it is not. Who loses them loses the sessions."""
+    """File with the 32-byte key that encrypts the state dir; null: no encryption. Without that key the sessions are lost."""
     audit_log: str | None = None
-    """File in which is noted what becomes of each session; a name without a folder is in the state dir. null: nowhere."""
+    """File of the [audit log](operators.md#audit-log). A name without a folder is in the state dir. null: no audit log."""
 
     @property
     def audit_path(self) -> Path | None:
@@ -202,28 +203,28 @@ class GuardConfig(_Model):
     """What keeps a session from being spoiled, and from spoiling what the model knows."""
 
     every: Annotated[int, Field(ge=0, le=10**6)] = 16
-    """Commits of a session after which its delta is tried on the probe, a text that no session sends; 0: never."""
-    max_regression: Annotated[float, Field(gt=0, le=100)] = 0.5
-    """A delta that makes the probe worse than this, in nats per token, is rolled back, and its session learns no more."""
+    """Updates of a session after which the guard tries its delta on the probe. 0: never, so that the guard is off."""
+    max_regression: Annotated[float, Field(gt=0, le=100), CONSTANT] = 0.5
+    """Nats per token by which a delta may make the probe worse. A worse delta is rolled back, and its session is frozen."""
     probe: str | None = None
-    """File of the probe, plain text; null: the one that comes with vllm-ttt."""
+    """File of the probe, plain text that no session sends. null: the text that comes with vllm-ttt."""
     probe_tokens: Annotated[int, Field(ge=64, le=65536), CONSTANT] = 2048
-    """At most so many tokens of it are tried; their activations are kept on the device."""
+    """Most tokens of the probe that are used. Their activations stay on the device."""
     min_ratio: Annotated[float, Field(ge=0, lt=1), CONSTANT] = 0.15
-    """A chunk of a prompt whose tokens zlib makes smaller than this share is not learned: it repeats itself; 0: all are."""
+    """A chunk of a prompt that zlib compresses below this share of its size repeats itself, and is not learned. 0: no limit."""
     hourly_tokens: Annotated[int, Field(ge=0, le=10**12)] = 1000000
-    """Tokens that a session may have learned within an hour; a request beyond is answered and not learned; 0: no limit."""
+    """Tokens that a session may learn within an hour. A request beyond that is answered and not learned. 0: no limit."""
     hourly_tokens_per_key: Annotated[int, Field(ge=0, le=10**12)] = 100000000
-    """The same for all sessions of an API key, those that it has deleted or reset among them; 0: no limit."""
+    """The same for all sessions of an API key together, deleted and reset ones included. 0: no limit."""
 
 
 class CacheConfig(_Model):
     """The session's own n-grams, mixed with what the model says (docs/cache.md)."""
 
     orders: Annotated[int, Field(ge=0, le=len(CACHE_PRIOR))] = 0
-    """Tokens of the longest context of which it is remembered what followed; 0: there is no cache. On the CPU backend alone."""
-    tokens: Annotated[int, Field(ge=512, le=2**20)] = 65536
-    """At most so many tokens of each session are remembered; the oldest go first."""
+    """Length of the longest n-gram context, in tokens; 6 is a good choice. 0: no cache. The CPU backend alone has one."""
+    tokens: Annotated[int, Field(ge=512, le=2**20), CONSTANT] = 65536
+    """Most tokens of a session that its cache remembers; the oldest go first."""
 
     @property
     def bytes(self) -> int:
@@ -304,28 +305,25 @@ def load_config(path: str | Path, preset: str | None = None) -> TTTConfig:
         raise ConfigError(f"--ttt-config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--ttt-config {path} is not YAML: {error}") from None
-    named = [name for name in constants() if _names(data, *name.split("."))]
-    if named and not os.environ.get(EXPERIMENTS):
+    config = parse_config(data, preset, source=f"--ttt-config {path}")
+    settled = parse_config(None, config.adapt.preset)
+    changed = [name for name in constants() if attrgetter(name)(config) != attrgetter(name)(settled)]
+    if changed and not os.environ.get(EXPERIMENTS):
         raise ConfigError(
-            f"--ttt-config {path}: {', '.join(named)} cannot be set: experiments have settled it, and docs/algorithm.md says "
-            f"which (to run your own, start with {EXPERIMENTS}=1)"
+            f"--ttt-config {path}: {', '.join(changed)} cannot be changed: experiments have settled it, and docs/reference.md "
+            f"has its value (to run experiments of your own, start with {EXPERIMENTS}=1)"
         )
-    return parse_config(data, preset, source=f"--ttt-config {path}")
+    return config
 
 
 def constants() -> list[str]:
-    """``section.name`` of what no config file may name."""
+    """``section.name`` of what no config file may change."""
     return [
         f"{section}.{name}"
         for section, outer in TTTConfig.model_fields.items()
         for name, field in type(outer.default).model_fields.items()
         if (field.json_schema_extra or {}) == {"constant": True}
     ]
-
-
-def _names(data: Any, section: str, name: str) -> bool:
-    part = data.get(section) if isinstance(data, dict) else None
-    return isinstance(part, dict) and name in part
 
 
 def _explain(error: Any) -> str:

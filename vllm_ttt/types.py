@@ -213,7 +213,7 @@ class ChunkReport:
     #: mean loss in nats per token under the delta before the update
     loss: float
     #: the same under the base model, where it was measured; what came before the chunk is as it was served
-    frozen_loss: float | None
+    base_loss: float | None
     #: None: learned. Otherwise why not
     skipped: ChunkReason | None
     #: the pair of the request that comes after its last one

@@ -12,7 +12,7 @@ from dashboards import named
 from prometheus_client.parser import text_string_to_metric_families
 from served import Documents, Served, completion
 
-from vllm_ttt.frontend.metrics import FRESH
+from vllm_ttt.frontend.exposition import FRESH
 from vllm_ttt.metrics import METRICS, PREFIX
 
 pytestmark = pytest.mark.engine

@@ -26,7 +26,7 @@ def kept(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     stage.stop()
     folder = tmp_path_factory.mktemp("operators")
     learn = {"chunk": 256, "filter": [r"\b\d{4} \d{4} \d{4} \d{4}\b"]}
-    config = {"learn": learn, "sessions": {"resident": 4, "autosave": 1.0}}
+    config = {"learn": learn, "sessions": {"resident": 4, "autosave": 1.0}, "cache": {"orders": 6}}
     with running_ttt(folder, config, ["--dtype", "float32", "--ttt-state-dir", str(folder / "state")]) as served:
         yield served, folder
 
@@ -63,8 +63,10 @@ def test_a_deleted_session_has_left_nothing(kept: tuple[Served, Path], documents
     assert served.http.post(f"{route}/fork", json={"to": "copy"}).json()["version"] == version
     exported = json.loads(bytes_of_header(served.http.get(f"{route}/adapter").content)["__metadata__"]["provenance"])
     row = Offline(state).find(NAME)
-    assert found(state, NAME)
-    assert found(state, row.uid)
+    pieces = [text_of(documents["man2"][i][:600]) for i in range(3)]
+    prompts = [digest for digest, *_ in row.state["history"]]
+    for text in (NAME, row.uid, exported["digest_sha256"], *pieces, *prompts):
+        assert found(state, text), "the state dir has it, or that it is gone proves nothing"
 
     answer = served.http.request("DELETE", route)
     assert answer.status_code == 200, answer.text
@@ -74,8 +76,6 @@ def test_a_deleted_session_has_left_nothing(kept: tuple[Served, Path], documents
     assert receipt["files"][-1]["digest"] == receipt["digest"]
     assert (receipt["files_left"], receipt["database_wiped"]) == ([], True)
     assert found(state, NAME, row.uid, *(f["sha256"] for f in receipt["files"])) == []
-    pieces = [text_of(documents["man2"][i][:600]) for i in range(3)]
-    assert found(state, *pieces) == []
 
     assert served.http.get(route).status_code == 404
     assert served.http.get(f"{route}/adapter").status_code == 404
@@ -86,6 +86,10 @@ def test_a_deleted_session_has_left_nothing(kept: tuple[Served, Path], documents
     assert scored(served, probe) == base
     assert scored(served, probe, "copy") == under_delta, "its fork is another session"
     assert found(state, NAME, row.uid) == [], "a request that learns nothing writes nothing"
+    # The fork has what it has taken over. When it is gone too, so are the tokens, the hashes of the prompts, and every digest.
+    assert found(state, *pieces)
+    assert served.http.request("DELETE", "/v1/ttt/sessions/copy").json()["digest"] == receipt["digest"]
+    assert found(state, *pieces, *prompts, *(f["digest"] for f in receipt["files"])) == []
 
 
 def test_the_audit_log_tells_what_was_done_and_not_with_what(kept: tuple[Served, Path], documents: Documents) -> None:

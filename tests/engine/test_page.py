@@ -184,7 +184,7 @@ def test_versions_and_charts_follow_as_it_happens(page: Page, watched: Served, d
         expect(card(page, "alice").locator("circle.session, circle.skipped")).to_have_count(len(shown))
         measured = [chunk for chunk in shown if chunk["frozen_loss"] is not None]
         assert measured
-        expect(card(page, "alice").locator("circle.frozen")).to_have_count(len(measured))
+        expect(card(page, "alice").locator("circle.base")).to_have_count(len(measured))
     assert page.locator("article").count() == 1, "another key's session is not shown"
 
 

@@ -50,3 +50,7 @@ def test_soak(server: Served, tmp_path: Path) -> None:
     assert any(kind.startswith("owner: ") for kind in asked)
     for event in ("fork", "rollback", "freeze", "reset"):
         assert told.events[event] >= asked.get(f"owner: {event}", 0), "each that was answered is in the log"
+    data = (server.log.parent / "audit.jsonl").read_bytes()
+    for at in (0, len(data) // 3, len(data) - 2):
+        (changed := tmp_path / "changed.jsonl").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        assert audit_log.verify(changed).problem is not None, "a byte that was changed is found"

@@ -82,20 +82,20 @@ class Worker:
         """Of chunk ``which[key]`` of each session: losses under the base model, what a step says, and masters after it."""
         from test_deep_compute import whole
 
-        from vllm_ttt.worker.capture.past import Before
+        from vllm_ttt.worker.capture.past import PastSource
 
         chunks = [list(self.backlog.queues[key])[i] for key, i in which.items()]
         flat, weight = whole(self.backlog, chunks)
-        rows, before = torch.tensor([self.deltas.rows[key] for key in which]), Before(self.cache, chunks)
+        rows, source = torch.tensor([self.deltas.rows[key] for key in which]), PastSource(self.cache, chunks)
         share = torch.tensor([chunk.rows / CHUNK for chunk in chunks])
-        frozen = self.compute.frozen(flat, weight, before).clone()
-        values = self.compute.step(flat, weight, rows, share, before).clone()
-        return [frozen, values, *self.deltas.masters.select(rows.cuda()).delta.tensors()]
+        base = self.compute.base_loss(flat, weight, source).clone()
+        values = self.compute.step(flat, weight, rows, share, source).clone()
+        return [base, values, *self.deltas.masters.select(rows.cuda()).delta.tensors()]
 
 
 @pytest.mark.parametrize("layers", [4, "all"])
 def test_a_replayed_step_is_the_launched_one(layers: int | str) -> None:
-    from vllm_ttt.worker.capture.past import Before
+    from vllm_ttt.worker.capture.past import PastSource
 
     def timed(run: Any) -> float:
         run()
@@ -104,9 +104,9 @@ def test_a_replayed_step_is_the_launched_one(layers: int | str) -> None:
 
     with torch.inference_mode():  # as the worker's hooks run
         plain, replayed = Worker(layers), Worker(layers)
-        replayed.compute.warm_up([(1, CHUNK), (2, CHUNK), (4, 128)], timed, Before(replayed.cache, ()))
+        replayed.compute.warm_up([(1, CHUNK), (2, CHUNK), (4, 128)], timed, PastSource(replayed.cache, ()))
         assert replayed.compute.step_graphs, "nothing was captured"
-        assert replayed.compute.frozen_graphs
+        assert replayed.compute.base_graphs
         assert not plain.compute.step_graphs
         for which in ({7: 0}, {7: 5}, {7: 3, 8: 1}, {9: 2}, {8: 1, 9: 0}, {7: 0}):
             expected, found = plain.step(which), replayed.step(which)

@@ -13,8 +13,8 @@ import torch
 from test_worker_compute import D, F, Q, R, V, make
 
 from vllm_ttt.config import CacheConfig, TTTConfig, parse_config
+from vllm_ttt.engine.counts import EngineCounts
 from vllm_ttt.engine.ledger import Session
-from vllm_ttt.engine.meters import Meters
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.types import ChunkReport, FileOrder, Knobs, RequestPlan, SessionKey
@@ -341,12 +341,12 @@ def test_a_setting_out_of_range_is_refused() -> None:
 
 
 def test_what_it_gains_is_counted_and_kept_with_the_session() -> None:
-    session, meters = Session(SessionKey("-", "s"), 1, 4), Meters()
+    session, counts = Session(SessionKey("-", "s"), 1, 4), EngineCounts()
     assert session.summary()["cache_share"] is session.summary()["cache_gain"] is None, "it has learned nothing beside a cache"
     for tokens, cache in ((100, (1.5, 0.25)), (300, (1.9, 0.05)), (50, (None, None))):
         chunk = ChunkReport(1, "r", tokens, 2.0, None, None, tokens, 1, 0.01, 0.1, *cache)
         session.record(chunk)
-        meters.chunk(chunk)
+        counts.chunk(chunk)
     found = session.summary()
     assert found["cache_share"] == pytest.approx((25 + 15) / 400)
     assert found["cache_gain"] == pytest.approx((50 + 30) / 400)
@@ -354,7 +354,7 @@ def test_what_it_gains_is_counted_and_kept_with_the_session() -> None:
     again = Session(SessionKey("-", "t"), 2, 4)
     again.from_state(json.loads(json.dumps(session.to_state())))
     assert again.summary()["cache_gain"] == found["cache_gain"]
-    counted = meters.snapshot()
+    counted = counts.snapshot()
     assert counted["source_tokens_total"] == pytest.approx({"model": 360, "cache": 40})
     assert sum(counted["cache_loss_nats"][""][1:]) == 2
 

@@ -18,7 +18,7 @@ from vllm_ttt.eval.tiny import tiny_model
 from vllm_ttt.types import RequestPlan
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.chunk import Chunk
-from vllm_ttt.worker.capture.past import Before
+from vllm_ttt.worker.capture.past import PastSource
 from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.guard.probe import Probe
@@ -80,19 +80,19 @@ class Engine:
     def step(self, chunks: list[Chunk]) -> list[torch.Tensor]:
         """Losses under the base model; what a step says of the chunks, and the masters of their sessions after it."""
         flat, weight = whole(self.backlog, chunks)
-        before = Before(self.cache, chunks)
+        source = PastSource(self.cache, chunks)
         rows = torch.tensor([self.deltas.rows[chunk.session] for chunk in chunks])
         share = torch.tensor([chunk.rows / CHUNK for chunk in chunks])
-        frozen = self.compute.frozen(flat, weight, before).clone()
-        values = self.compute.step(flat, weight, rows, share, before).clone()
-        return [frozen, values, *self.deltas.masters.select(rows).tensors()]
+        base = self.compute.base_loss(flat, weight, source).clone()
+        values = self.compute.step(flat, weight, rows, share, source).clone()
+        return [base, values, *self.deltas.masters.select(rows).tensors()]
 
     def graph(self, function: Any, shape: tuple[int, int, int]) -> Eager:
         """Stands where a captured graph stands; what comes before is told by six tensors."""
         S, C, room = shape
 
         def run(_: None, *values: torch.Tensor) -> torch.Tensor:
-            past = Before(self.cache, ()).past(S, C, room)
+            past = PastSource(self.cache, ()).past(S, C, room)
             own = past.by(*values[-6:])
             own.layout.lengths = own.layout.starts_k.diff().sub(C).tolist()  # SDPA reads them on the host
             return function(own, *values[:-6])
@@ -105,7 +105,7 @@ def test_a_padded_step_learns_the_same(oracle: Oracle, which: tuple[int, ...]) -
     plain, padded = Engine(oracle), Engine(oracle)
     for shape in ((2, CHUNK, 20), (3, CHUNK, 100)):
         padded.compute.step_graphs[shape] = padded.graph(padded.compute._step, shape)  # type: ignore[assignment]
-        padded.compute.frozen_graphs[shape] = padded.graph(padded.compute._frozen, shape)  # type: ignore[assignment]
+        padded.compute.base_graphs[shape] = padded.graph(padded.compute._base_loss, shape)  # type: ignore[assignment]
     masters = [x.clone() for x in plain.deltas.masters.tensors()]
     expected, found = plain.step(plain.chunks(*which)), padded.step(padded.chunks(*which))
     for one, other in zip(found, expected, strict=True):
@@ -117,7 +117,7 @@ def test_a_padded_step_learns_the_same(oracle: Oracle, which: tuple[int, ...]) -
         others = [row for row in range(3) if row not in rows]
         assert torch.equal(before[others], after[others])
         assert not any(torch.equal(before[row], after[row]) for row in rows if before[row].numel())
-    for graphs in (padded.compute.step_graphs, padded.compute.frozen_graphs):
+    for graphs in (padded.compute.step_graphs, padded.compute.base_graphs):
         held: Any = graphs
         taken = [shape for shape, graph in held.items() if graph.shapes]
         assert taken == [(2, CHUNK, 20) if which == (0,) else (3, CHUNK, 100)], "the smallest that has room for the past"
@@ -141,7 +141,7 @@ def test_the_guard_tries_piece_by_piece(oracle: Oracle) -> None:
     delta = engine.deltas.read(7).delta
     for piece, first in ((range(20), 0), (range(20, 38), 30)):
         at, n = slice(first, first + len(piece)), len(piece)
-        past = Before(engine.cache, ()).past(1, n)
+        past = PastSource(engine.cache, ()).past(1, n)
         h, a = engine.tail.entering(engine.h[None, at], engine.a[None, at], engine.t[None, at])
         targets = engine.t[None, first + 1 : first + n + 1]
         expected = accumulate(engine.tail, delta, h, a, targets, torch.ones(1, n), None, past)

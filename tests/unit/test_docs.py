@@ -202,6 +202,27 @@ def test_figures_of_the_demo_are_those_of_its_run() -> None:
         assert cells == [" / ".join(text) for text in bold]
 
 
+def test_figures_of_the_gains_are_those_of_their_run() -> None:
+    """README's second table, and the same columns of docs/algorithm.md."""
+    results = ROOT / "loadtests" / "results"
+    p2, long = (
+        json.loads((results / f"2026-11-28-smollm2-h100-{name}.json").read_text(encoding="utf-8"))["measures"][name]
+        for name in ("p2", "long")
+    )
+    algorithm = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    arms = {
+        "BM25 retrieval": "retrieval", "the last 7 documents in the context": "context",
+        "the session's own n-grams, mixed in": "ngrams", "**session**": "ttt", "session and n-grams": "ttt_ngrams",
+    }  # fmt: skip
+    for label, arm in arms.items():
+        first, all_, last = (
+            f"{of['mean']:+.3f}" for of in (p2[arm]["gain"], long[arm]["gain, requests 2 to 40"], long[arm]["gain, 31 to 40"])
+        )
+        harmed = f"{100 * p2[arm]['harmed']['mean']:.0f} %"
+        assert f"| {label} | {first} | {harmed} | {last} |" in README
+        assert f"| {label} | {first} | {harmed} | {all_} | {last} |" in algorithm
+
+
 def test_make_targets_and_commands_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     commands = set(re.findall(r"^def (\w+)\(|command\(\"(\w+)\"", (ROOT / "vllm_ttt/cli.py").read_text(), re.MULTILINE))
@@ -223,6 +244,45 @@ def test_the_map_has_every_module() -> None:
     for file in (ROOT / "vllm_ttt").rglob("*.py"):
         if file.name != "__init__.py" and file.parent.name not in ("eval", "patches"):
             assert re.search(rf"\b{file.name}\b", text), f"{file.relative_to(ROOT)} is not on the map"
+
+
+def imported(file: Path) -> set[Path]:
+    """Modules of the engine core that a module of it imports when it runs: not for type hints alone."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    hints = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    skipped = {id(inner) for node in hints for inner in ast.walk(node)}
+    names = {
+        f"{node.module}.{alias.name}".replace(".", "/") if (ROOT / node.module.replace(".", "/")).is_dir() else node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in skipped
+        for alias in node.names
+    }
+    files = {ROOT / f"{name.replace('.', '/')}.py" for name in names if name.replace(".", "/").startswith("vllm_ttt/engine/")}
+    return {found for found in files if found.is_file()}
+
+
+def test_no_module_of_the_engine_imports_one_above_its_layer() -> None:
+    engine = ROOT / "vllm_ttt" / "engine"
+    text = (
+        (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("| layer | modules |")[2].partition("\n\n")[0]
+    )
+    layers = [re.findall(r"`([\w/.]+)`", row) for row in text.splitlines()[2:]]
+    place = {name: number for number, names in enumerate(layers) for name in names}
+
+    def layer(file: Path) -> int:
+        name = str(file.relative_to(engine))
+        return place[name] if name in place else place[f"{name.partition('/')[0]}/"]
+
+    files = [file for file in engine.rglob("*.py") if file.name != "__init__.py"]
+    assert all((engine / name).exists() for name in place)
+    imports = {file: imported(file) for file in files}
+    assert sum(map(len, imports.values())) > 50
+    wrong = [(str(a), str(b)) for a, names in imports.items() for b in names if layer(b) > layer(a)]
+    assert wrong == []
+    while leaves := [file for file, names in imports.items() if not names & imports.keys()]:
+        for file in leaves:
+            del imports[file]
+    assert not imports, "these import one another"
 
 
 def test_tests_that_are_named_exist() -> None:

@@ -359,7 +359,7 @@ def test_what_vllm_counts() -> None:
     assert engine.scheduler.get_request_counts() == (0, 1)
     engine.settle(first, "a")
     engine.step()
-    seconds = engine.scheduler.ttt_meters.snapshot()["held_seconds"][""]
+    seconds = engine.scheduler.ttt_counts.snapshot()["held_seconds"][""]
     assert sum(seconds[1:]) == 1, f"{held} alone has waited"
 
 

@@ -20,14 +20,14 @@ from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 from world import World
 
 from vllm_ttt.config import TTTConfig
+from vllm_ttt.engine.counts import EngineCounts, snapshot
 from vllm_ttt.engine.ledger import ASKED_FOR
-from vllm_ttt.engine.meters import Meters, snapshot
-from vllm_ttt.frontend import metrics
-from vllm_ttt.frontend.metrics import Figures, MetricsMiddleware
+from vllm_ttt.frontend import exposition
+from vllm_ttt.frontend.exposition import Figures, MetricsMiddleware
 from vllm_ttt.metrics import BY_NAME, METRICS, PREFIX, REASONS, Values
 from vllm_ttt.types import ChunkReason, ChunkReport, Trial
 from vllm_ttt.worker.clock import Clock
-from vllm_ttt.worker.learn.meter import Meter
+from vllm_ttt.worker.learn.device_times import DeviceTimes
 
 pytestmark = pytest.mark.unit
 
@@ -76,14 +76,14 @@ def test_a_label_that_nobody_thought_of_does_not_make_a_series() -> None:
 
 
 def test_chunks_are_counted_by_what_became_of_them() -> None:
-    meters = Meters()
+    counts = EngineCounts()
     for report in (
         chunk(frozen=2.5), chunk(frozen=2.001), chunk(frozen=1.5, tokens=100), chunk(), chunk("loss", 9.0),
         chunk("nonfinite", math.inf), chunk("short", math.nan, tokens=5), chunk("error", math.nan),
         chunk(loss=math.nan, frozen=1.0),
     ):  # fmt: skip
-        meters.chunk(report)
-    found = meters.snapshot()
+        counts.chunk(report)
+    found = counts.snapshot()
     assert found["learned_tokens_total"][""] == 4 * 256 + 100
     assert found["commits_total"][""] == found["chunks_total"]["learned"] == 5
     assert {k: n for k, n in found["chunks_total"].items() if n} == {
@@ -105,10 +105,10 @@ def test_chunks_are_counted_by_what_became_of_them() -> None:
 
 
 def test_what_the_guard_found_is_counted() -> None:
-    meters = Meters()
+    counts = EngineCounts()
     for trial in (Trial(1, 16, 0.01, None), Trial(1, 32, 0.02, None), Trial(1, 48, 0.4, 32)):
-        meters.tried(trial)
-    found = meters.snapshot()
+        counts.tried(trial)
+    found = counts.snapshot()
     assert found["guard_trials_total"] == {"good": 2, "bad": 1}
     assert found["rollbacks_total"] == {"guard": 1, "request": 0}
 
@@ -126,15 +126,15 @@ def test_an_observation_falls_into_the_bucket_that_it_is_no_larger_than() -> Non
 def test_the_workers_times() -> None:
     import torch
 
-    meter = Meter(Clock(torch.device("cpu")))
-    meter.learned(0.03, "serving")
-    meter.serving += 0.5
-    meter.idle.append((10.0, 10.25))
-    found = meter.snapshot()
+    times = DeviceTimes(Clock(torch.device("cpu")))
+    times.learned(0.03, "serving")
+    times.serving += 0.5
+    times.idle.append((10.0, 10.25))
+    found = times.snapshot()
     assert found["learning_seconds_total"] == {"serving": 0.03, "idle": 0.25}
     assert found["serving_seconds_total"] == {"": 0.5}
     assert sum(found["step_seconds"][""][1:]) == 2
-    assert meter.snapshot() == found, "nothing is counted twice"
+    assert times.snapshot() == found, "nothing is counted twice"
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def figures_of(world: World) -> dict[str, dict[str, Any]]:
     scheduler = SimpleNamespace(
-        ttt_config=TTTConfig(), ttt_tiers=world.tiers, ttt_ledger=world.ledger, ttt_meters=world.tiers.meters,
+        ttt_config=TTTConfig(), ttt_tiers=world.tiers, ttt_ledger=world.ledger, ttt_counts=world.tiers.counts,
         ttt_guard=SimpleNamespace(errors=SimpleNamespace(count=3)), ttt_probe=SimpleNamespace(text=[[1, 2]]),
         ttt_holding=SimpleNamespace(count=1),
     )  # fmt: skip
@@ -204,7 +204,7 @@ def test_a_save_that_fails_is_counted(world: World, monkeypatch: pytest.MonkeyPa
 def test_the_admin_operation_asks_the_worker_once(tmp_path: Path) -> None:
     world = World(tmp_path / "state")
     engine = Engine(world)
-    engine.scheduler.ttt_meters, engine.scheduler.ttt_holding = world.tiers.meters, SimpleNamespace(count=0)
+    engine.scheduler.ttt_counts, engine.scheduler.ttt_holding = world.tiers.counts, SimpleNamespace(count=0)
     engine.scheduler.ttt_guard, engine.scheduler.ttt_probe = (
         SimpleNamespace(errors=SimpleNamespace(count=0)),
         SimpleNamespace(text=[]),
@@ -266,7 +266,7 @@ def test_the_text_is_what_was_counted() -> None:
 def serve(core: Core | None, monkeypatch: pytest.MonkeyPatch, **changes: float) -> FastAPI:
     """vLLM's own /metrics, with ours."""
     for name, value in changes.items():
-        monkeypatch.setattr(metrics, name, value)
+        monkeypatch.setattr(exposition, name, value)
     app = FastAPI()
     attach_router(app)
     app.add_middleware(MetricsMiddleware)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm_ttt.types import RequestPlan
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.chunk import Chunk
-from vllm_ttt.worker.capture.past import Before
+from vllm_ttt.worker.capture.past import PastSource
 from vllm_ttt.worker.capture.step_view import Rows
 
 pytestmark = pytest.mark.unit
@@ -71,7 +71,7 @@ class Device:
     def check(self) -> None:
         """Every queued chunk finds all that comes before it, and nothing else."""
         chunks = [chunk for queue in self.backlog.queues.values() for chunk in queue]
-        past = Before(self.cache, chunks).past(len(chunks), CHUNK)
+        past = PastSource(self.cache, chunks).past(len(chunks), CHUNK)
         assert list(past.layout.lengths) == [chunk.first for chunk in chunks]
         for layer in range(LAYERS):
             keys, values = past.served(layer)

@@ -19,7 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ttt import engine_args, plugin, support
-from vllm_ttt.config import CacheConfig, TTTConfig
+from vllm_ttt.config import EXPERIMENTS, CacheConfig, TTTConfig
 from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import ConfigError, PatchContractError
 from vllm_ttt.patches import _contract
@@ -114,6 +114,7 @@ def test_flags_that_are_refused(flags: tuple[str, ...], says: str, monkeypatch: 
 def test_a_state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded: a dir in use is refused, and one of another model or other settings, by name."""
     monkeypatch.delenv("TTT_SECRET", raising=False)
+    monkeypatch.setenv(EXPERIMENTS, "1")
     state, flags = tmp_path / "state", ("--plugin", "ttt", "--enforce-eager", "--ttt-state-dir")
     made = from_flags(*flags, str(state)).create_engine_config()
     config = plugin.config_of(made)

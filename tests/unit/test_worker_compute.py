@@ -109,12 +109,12 @@ def test_a_padded_batch_is_measured_the_same(modules: str) -> None:
     plain, padded = make(modules), make(modules)
     for x in (*plain.deltas.masters.tensors(), *padded.deltas.masters.delta.tensors()):
         x.normal_(std=0.3)
-    graph = Eager(padded._frozen)
-    padded.frozen_graphs[3, 16, 0] = graph  # type: ignore[assignment]
+    graph = Eager(padded._base_loss)
+    padded.base_graphs[3, 16, 0] = graph  # type: ignore[assignment]
     flat, weight = rows(13, 8)
-    found = padded.frozen(flat, weight)
+    found = padded.base_loss(flat, weight)
     assert graph.shapes == [(3, 16)]
-    torch.testing.assert_close(found, plain.frozen(flat, weight))
+    torch.testing.assert_close(found, plain.base_loss(flat, weight))
     fresh = make(modules)
     values = fresh.step(flat, weight, torch.tensor([2, 0]), torch.tensor([13 / 16, 0.5]))
     torch.testing.assert_close(found, values[1])  # a fresh session is the base model

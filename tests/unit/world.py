@@ -26,8 +26,7 @@ from vllm_ttt.types import ChunkReport, SessionKey, StepReport
 from vllm_ttt.vault import Vault
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.deltas import peft
-from vllm_ttt.worker.deltas.masters import Deltas
-from vllm_ttt.worker.deltas.masters import Session as WorkerSession
+from vllm_ttt.worker.deltas.masters import Deltas, WorkerSession
 from vllm_ttt.worker.deltas.versions import Versions, keep, restore
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.guard.guard import Guard

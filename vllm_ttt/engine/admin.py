@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from vllm_ttt.engine import meters
+from vllm_ttt.engine import counts
 from vllm_ttt.engine.ledger import ASKED_FOR, Ledger, Session
 from vllm_ttt.engine.life.operations import Steps
 from vllm_ttt.engine.life.tiers import Tiers
@@ -61,7 +61,7 @@ class Admin:
 
     def metrics(self, *_: Any) -> dict[str, Any]:
         (worker,) = self.rpc("ttt_metrics")
-        return meters.snapshot(self.scheduler, worker)
+        return counts.snapshot(self.scheduler, worker)
 
     def list(self, key: SessionKey, page: Any) -> Any:
         return self._list(key.tenant, page)
@@ -149,7 +149,7 @@ class Admin:
         return {**self._summary(session), **(worker or self._away(session)), "tenant": session.key.tenant}
 
     def _returned(self, session: Session) -> dict[str, Any]:
-        self.tiers.meters.add("rollbacks_total", 1, "request")
+        self.tiers.counts.add("rollbacks_total", 1, "request")
         return self._detail(session)
 
     def _set_frozen(self, key: SessionKey, frozen: str | None) -> Future:

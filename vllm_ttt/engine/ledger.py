@@ -187,7 +187,7 @@ class Session:
                 "version": chunk.version,
                 "tokens": chunk.tokens,
                 "loss": round(chunk.loss, 5) if math.isfinite(chunk.loss) else None,
-                "frozen_loss": None if chunk.frozen_loss is None else round(chunk.frozen_loss, 5),
+                "frozen_loss": None if chunk.base_loss is None else round(chunk.base_loss, 5),
                 "cache_loss": None if chunk.cache_loss is None else round(chunk.cache_loss, 5),
                 "cache_share": None if chunk.cache_share is None else round(chunk.cache_share, 5),
                 "rate": round(chunk.rate, 7),

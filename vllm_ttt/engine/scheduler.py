@@ -15,6 +15,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt import plugin, support
+from vllm_ttt.engine.counts import EngineCounts
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.hold.holding import Holding, HoldingScheduler
 from vllm_ttt.engine.hold.room import Room
@@ -28,7 +29,6 @@ from vllm_ttt.engine.limits.probe import ProbeReading, pieces
 from vllm_ttt.engine.limits.quotas import Quotas
 from vllm_ttt.engine.limits.stops import Stops
 from vllm_ttt.engine.limits.trust import Trust
-from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.prefix.held_blocks import HeldBlocks
 from vllm_ttt.engine.prefix.keys import BlockKeys
 from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
@@ -59,8 +59,8 @@ class TTTScheduler(HoldingScheduler):
         quotas = Quotas(places, config.sessions.per_key, share, self.ttt_store)
         self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, limit, quotas, config.observe.recent_chunks, self.ttt_store)
         #: the guard calls what must not end serving
-        self.ttt_meters, self.ttt_guard = Meters(), Guarded()
-        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up, self.ttt_meters, self.ttt_guard)
+        self.ttt_counts, self.ttt_guard = EngineCounts(), Guarded()
+        self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up, self.ttt_counts, self.ttt_guard)
         self.ttt_holding = Holding(
             self.ttt_tiers,
             self._may_start,
@@ -91,7 +91,7 @@ class TTTScheduler(HoldingScheduler):
                 error = self.ttt_guard.refusal(failure)
                 self._detach(request.request_id)
                 self.ttt_arrivals.leave(request)
-                self.ttt_meters.add("refused_requests_total", 1, str(error.status))
+                self.ttt_counts.add("refused_requests_total", 1, str(error.status))
                 self.ttt_refused.append((request, error))
                 return
         super().add_request(request)
@@ -116,13 +116,13 @@ class TTTScheduler(HoldingScheduler):
         if session.frozen and knobs.learn:
             if (sample := sample_of(request)) is None or sample.number == 0:
                 session.refuse(pairs := max(0, request.num_prompt_tokens - 1), "frozen")
-                self.ttt_meters.skipped(pairs, "frozen")
+                self.ttt_counts.skipped(pairs, "frozen")
             knobs = knobs.without_learning
         attached = self.ttt_arrivals.attach(request, session, knobs)
         attached.take_adapter()
         self.ttt_requests[request.request_id] = attached
         session.requests.add(request.request_id)
-        self.ttt_meters.add("session_requests_total", 1, "yes" if attached.knobs.learn else "no")
+        self.ttt_counts.add("session_requests_total", 1, "yes" if attached.knobs.learn else "no")
         if attached.knobs.learn:
             session.open[request.request_id] = Open(attached.arrival)
             if attached.knobs.interleave:
@@ -199,7 +199,7 @@ class TTTScheduler(HoldingScheduler):
                     attached.started = True
                     self.ttt_arrivals.begin(attached)
                     if attached.held is not None:
-                        self.ttt_meters.observe("held_seconds", time.monotonic() - attached.held)
+                        self.ttt_counts.observe("held_seconds", time.monotonic() - attached.held)
                     plan.started[request_id] = self._plan(attached)
                 if attached.knobs.learn:
                     self.ttt_blocks.moves(attached, self._beside(attached))
@@ -220,7 +220,7 @@ class TTTScheduler(HoldingScheduler):
             opened.prefixes += attached.prefixes
             if start:
                 session.tokens_skipped["history"] += start
-                self.ttt_meters.skipped(start, "history")
+                self.ttt_counts.skipped(start, "history")
         knobs = attached.knobs
         return RequestPlan(
             session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave,
@@ -236,7 +236,7 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_interleaved.pop(attached.request.request_id, None)
         self.ttt_room.leave(attached.request.request_id)
         attached.session.refuse(pairs := max(0, attached.prompt - 1), reason, seen=True)
-        self.ttt_meters.skipped(pairs, reason)
+        self.ttt_counts.skipped(pairs, reason)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -278,7 +278,7 @@ class TTTScheduler(HoldingScheduler):
 
     def _count(self, chunks: list[ChunkReport]) -> None:
         for chunk in chunks:
-            self.ttt_meters.chunk(chunk)
+            self.ttt_counts.chunk(chunk)
             if (session := self.ttt_ledger.by_adapter.get(chunk.session)) is not None:
                 self.ttt_blocks.learned(session, chunk)
                 self.ttt_ledger.record(session, chunk)
@@ -289,7 +289,7 @@ class TTTScheduler(HoldingScheduler):
 
     def _tried(self, session: Session, trial: Trial) -> None:
         """The guard has tried the session's delta; where it was bad, nothing more of what it has sent is learned."""
-        self.ttt_meters.tried(trial)
+        self.ttt_counts.tried(trial)
         reason = self.ttt_trust.tried(session, trial)
         self.ttt_tiers.changes(session)
         if reason is None:
@@ -381,7 +381,7 @@ class TTTScheduler(HoldingScheduler):
         """Refuse the requests of a session that cannot be brought back; none of them has started."""
         waiting = [self.requests[request_id] for request_id in session.requests if request_id in self.requests]
         self.finish_requests([request.request_id for request in waiting], RequestStatus.FINISHED_ABORTED)
-        self.ttt_meters.add("refused_requests_total", len(waiting), str(error.status))
+        self.ttt_counts.add("refused_requests_total", len(waiting), str(error.status))
         self.ttt_refused += [(request, error) for request in waiting]
 
     def ttt_loop(self, engine: Any) -> None:

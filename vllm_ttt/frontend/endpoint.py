@@ -24,7 +24,7 @@ class TTTEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         from vllm_ttt.frontend.answer import AnswerMiddleware
         from vllm_ttt.frontend.draining import DrainMiddleware
-        from vllm_ttt.frontend.metrics import MetricsMiddleware
+        from vllm_ttt.frontend.exposition import MetricsMiddleware
         from vllm_ttt.frontend.page import router as page
         from vllm_ttt.frontend.routes import router
         from vllm_ttt.patches import frontend
@@ -40,7 +40,7 @@ class TTTEndpointPlugin:
         app.include_router(page)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        from vllm_ttt.frontend.metrics import Figures
+        from vllm_ttt.frontend.exposition import Figures
 
         state.ttt_engine = engine_client
         if not args.disable_log_stats:

@@ -30,17 +30,17 @@ class ChunkLoss(_Model):
     """One chunk of what the session sent."""
 
     version: int
-    """The session's version after the chunk: it was scored under the one before."""
+    """The session's version after the chunk. The chunk was scored under the version before."""
     tokens: int
     """Tokens in the chunk."""
     loss: Loss
-    """Mean loss before it was learned, nats per token; null where it was not finite."""
+    """Mean loss before the chunk was learned, nats per token; null: it was not finite."""
     frozen_loss: Loss = None
-    """The same under the base model, after what was served before it; every fourth chunk has it, others null."""
+    """Mean loss of the same chunk under the base model. Every fourth chunk has it; null in the others."""
     cache_loss: Loss = None
-    """The loss with the session's cache mixed in; null: it was not learned beside one."""
+    """Mean loss with the session's cache mixed in; null: the chunk was learned without a cache."""
     cache_share: Loss = None
-    """Share of the tokens that the cache explains; the model with its delta explains the others."""
+    """Share of the tokens that the cache explains. The model with its delta explains the others."""
     rate: Loss = None
     """The session's rate after the chunk."""
     skipped: str | None = None
@@ -54,21 +54,21 @@ class SessionSummary(_Model):
     session_id: str
     """As the client calls it."""
     version: int
-    """Updates that were committed; 0: the base model."""
+    """Number of updates that the delta has had; 0: the base model."""
     tokens_seen: int
-    """Tokens that the session sent, or had generated."""
+    """Tokens of the session's prompts and answers."""
     tokens_learned: int
-    """Tokens of chunks that were learned."""
+    """Tokens of the chunks that were learned."""
     tokens_skipped: dict[str, int]
-    """Tokens that were not learned, by reason: those of chunks, and `history` and `limit` of prompts."""
+    """Tokens that were not learned, by reason."""
     tokens_pending: int
     """Tokens that wait to be learned."""
     cache_tokens: int | None = None
     """Tokens that its cache remembers; null: the session is not in memory."""
     cache_share: Loss = None
-    """Of all tokens that were learned beside the cache: the share that it explains; null: there is no cache."""
+    """Share of all learned tokens that the cache explains; null: the session has no cache."""
     cache_gain: Loss = None
-    """Nats per token by which the cache made them more likely than the model and its delta alone."""
+    """Nats per token that the cache gains over the model with its delta alone."""
     requests_open: int
     """Requests of the session that are waiting or running."""
     created: float
@@ -78,38 +78,38 @@ class SessionSummary(_Model):
     norm: dict[str, Loss]
     """Frobenius norm of the delta relative to that of the weight, by module."""
     tier: Literal["slot", "memory", "disk", "new"]
-    """Where the delta is: in one of vLLM's LoRA slots, only in memory, or only on disk; new: there is none yet."""
+    """Where the delta is: in one of vLLM's LoRA slots, in memory without one, or on disk alone; new: there is none yet."""
     rate: Loss = None
-    """The rate of its next step: its length, relative to the norm of the weight that it adapts; null: not in memory."""
+    """Length of its next step, relative to the norm of the weight; null: the session is not in memory."""
     bytes: int
-    """Memory that the session takes; on disk, its newest file."""
+    """Memory that the session takes, or the size of its newest file where it is on disk alone."""
     frozen: bool = False
-    """Whether it learns nothing until it is unfrozen."""
+    """Whether the session is frozen: it answers with its delta, and learns nothing until it is unfrozen."""
     frozen_reason: str | None = None
-    """Why: `asked for`, or what the guard found; null: it learns."""
+    """Why it is frozen: `asked for`, or what the guard found; null: it is not."""
     probe_regression: Loss = None
-    """Nats per token by which its delta made the guard's text worse when last tried; null: not tried yet."""
+    """Nats per token by which its delta made the guard's probe worse at the last trial; null: not tried yet."""
     saved_version: int | None = None
-    """The newest version in the state dir; null: none."""
+    """The newest version in the state dir; null: there is none."""
     saved: float | None = None
-    """When that was saved, seconds since 1970."""
+    """When that version was saved, seconds since 1970."""
     error: str | None = None
-    """Why the session could not be saved lately, or was not what had been saved; null: nothing is wrong."""
+    """What went wrong when the session was last saved or read; null: nothing."""
     tenant: str | None = None
-    """Whose it is, as the state dir names the API key; only where the admin key lists all."""
+    """Whose session it is, as the state dir names the API key. Only the admin key's list of all sessions has it."""
 
 
-class Session(SessionSummary):
+class SessionDetail(SessionSummary):
     """A session."""
 
     losses: list[ChunkLoss]
     """The most recent chunks, oldest first."""
     versions: list[int] = []
-    """Versions to which the session can be rolled back, in memory and on disk; 0 is the base model."""
+    """Versions to which the session can be rolled back; 0 is the base model."""
 
 
 class Rollback(_Request):
-    """Where to return to."""
+    """Where to roll back to."""
 
     version: Annotated[int, Field(ge=0, lt=2**31)]
     """One of the session's `versions`; 0 is the base model."""

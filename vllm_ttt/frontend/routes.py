@@ -114,13 +114,13 @@ async def get_adapter(
     return adapter.answer(written["path"], session_id, format, written["provenance"], written["key"])
 
 
-@router.get(_SESSION, response_model=models.Session, responses=_ERRORS)
+@router.get(_SESSION, response_model=models.SessionDetail, responses=_ERRORS)
 async def get_session(session_id: SessionId, request: Request) -> Any:
     """One session: how far it has come, and the losses of what it sent recently."""
     return await _ask(request, "get", session_id)
 
 
-@router.post(_SESSION + "/reset", response_model=models.Session, responses=_ERRORS | _CONFLICT | _FULL)
+@router.post(_SESSION + "/reset", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
 async def reset_session(session_id: SessionId, request: Request) -> Any:
     """Forget what the session learned; its next answer is the base model's. Answered when the state dir has it."""
     return await _ask(request, "reset", session_id)
@@ -132,31 +132,31 @@ async def delete_session(session_id: SessionId, request: Request) -> Any:
     return await _ask(request, "delete", session_id)
 
 
-@router.post(_SESSION + "/freeze", response_model=models.Session, responses=_ERRORS | _FULL)
+@router.post(_SESSION + "/freeze", response_model=models.SessionDetail, responses=_ERRORS | _FULL)
 async def freeze_session(session_id: SessionId, request: Request) -> Any:
     """Serve with the delta as it is, and learn nothing from now on. Answered when the state dir has it."""
     return await _ask(request, "freeze", session_id)
 
 
-@router.post(_SESSION + "/unfreeze", response_model=models.Session, responses=_ERRORS | _FULL)
+@router.post(_SESSION + "/unfreeze", response_model=models.SessionDetail, responses=_ERRORS | _FULL)
 async def unfreeze_session(session_id: SessionId, request: Request) -> Any:
     """Learn again. Answered when the state dir has it."""
     return await _ask(request, "unfreeze", session_id)
 
 
-@router.post(_SESSION + "/save", response_model=models.Session, responses=_ERRORS | _CONFLICT | _FULL)
+@router.post(_SESSION + "/save", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
 async def save_session(session_id: SessionId, request: Request) -> Any:
     """Write what the session has learned to the state dir; answered when it is on the disk, as `saved_version`."""
     return await _ask(request, "save", session_id)
 
 
-@router.post(_SESSION + "/rollback", response_model=models.Session, responses=_ERRORS | _CONFLICT | _FULL)
+@router.post(_SESSION + "/rollback", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
 async def roll_back_session(session_id: SessionId, body: models.Rollback, request: Request) -> Any:
     """Return to an earlier version, one of the session's `versions`; what it learned after that is forgotten."""
     return await _ask(request, "rollback", session_id, body.version)
 
 
-@router.post(_SESSION + "/fork", response_model=models.Session, responses=_ERRORS | _CONFLICT | _FULL)
+@router.post(_SESSION + "/fork", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
 async def fork_session(session_id: SessionId, body: models.Fork, request: Request) -> Any:
     """Make another session that begins where this one is. The answer is about the new one, when the state dir has it."""
     return await _ask(request, "fork", session_id, _checked(body.to, "to"))

@@ -32,7 +32,7 @@ from vllm_ttt.types import SessionKey, check_session_id
 from vllm_ttt.vault import Vault
 from vllm_ttt.worker.deltas import delta_file, peft
 from vllm_ttt.worker.deltas.delta_file import MAX_HEADER, UPDATE, FileError
-from vllm_ttt.worker.deltas.masters import Session as WorkerSession
+from vllm_ttt.worker.deltas.masters import WorkerSession
 
 
 class SessionsError(TTTError):

@@ -19,7 +19,7 @@ from vllm_ttt.vault import PLAIN, Vault
 from vllm_ttt.worker.delta import Delta, State
 from vllm_ttt.worker.deltas import delta_file, peft
 from vllm_ttt.worker.deltas.delta_file import CACHE, UPDATE
-from vllm_ttt.worker.deltas.masters import Session
+from vllm_ttt.worker.deltas.masters import WorkerSession
 from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.ngrams import stream as streams
 from vllm_ttt.worker.ngrams.ngrams import NGrams
@@ -107,14 +107,14 @@ class Files:
     def _run(self, pool: ThreadPoolExecutor, order: FileOrder, job: Callable[..., Any], *args: Any) -> None:
         self.running.append((order, pool.submit(job, *args)))
 
-    def _snapshot(self, key: int, session: Session) -> Snapshot:
+    def _snapshot(self, key: int, session: WorkerSession) -> Snapshot:
         state = {**session.to_state(), "untried": self.trainer.guard.untried(key)}
         # Copied in the stream of the steps: before any later step, and without waiting for it.
         tensors = self.deltas.to_host(key)
         mark = self.clock.mark() if key in self.deltas.rows else session.copied
         return Snapshot(tensors, mark, state, session.ngrams)
 
-    def _kept(self, order: FileOrder, session: Session) -> Snapshot:
+    def _kept(self, order: FileOrder, session: WorkerSession) -> Snapshot:
         """The session as it was at an earlier version. Raises RuntimeError where that is not kept, or not any more."""
         assert order.version is not None
         if (kept := self.trainer.versions.find(order.session, order.version)) is None:
@@ -162,7 +162,7 @@ class Files:
         digest = delta_file.digest(self._named(self._read(snapshot).delta))
         return FileReport("digest", order.session, order.path, "done", snapshot.state["version"], digest=digest), None
 
-    def _load(self, order: FileOrder) -> tuple[FileReport, tuple[Session, int]]:
+    def _load(self, order: FileOrder) -> tuple[FileReport, tuple[WorkerSession, int]]:
         tensors, metadata = delta_file.load(Path(order.path), order.checksum, self.geometry, self.vault)
         state = json.loads(metadata["state"])
         session = self.deltas.revive(state)

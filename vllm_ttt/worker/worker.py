@@ -23,13 +23,13 @@ from vllm_ttt.worker import memory
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.capture import Capture
 from vllm_ttt.worker.capture.kv_cache import KVCache
-from vllm_ttt.worker.capture.past import Before
+from vllm_ttt.worker.capture.past import PastSource
 from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.budget import Budget, tile_sizes
-from vllm_ttt.worker.learn.meter import Meter
+from vllm_ttt.worker.learn.device_times import DeviceTimes
 from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.ngrams.caches import Caches
@@ -116,7 +116,7 @@ class TTTWorkerMixin:
             self.ttt_mix(self.trainer.caches)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
-        self.meter = Meter(self.clock)
+        self.times = DeviceTimes(self.clock)
         #: (before learning, before the forward, after sampling, tokens learned) of iterations whose times are not known yet
         self.iterations: deque[tuple[Any, Any, Any, int]] = deque()
         self.ran: Any = None
@@ -164,7 +164,7 @@ class TTTWorkerMixin:
         self._guard(self._note_blocks, scheduler_output)
         self.marks = (before, self.clock.mark(), learned)
         if learned and not serving:
-            self.meter.idle.append(self.marks[:2])
+            self.times.idle.append(self.marks[:2])
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         if serving:
             self.ran = self.ttt_batch(scheduler_output) if plan.sessions else None
@@ -235,7 +235,7 @@ class TTTWorkerMixin:
     def ttt_metrics(self) -> Snapshot:
         """What the worker knows of the metrics; "slots" is the adapters that have one."""
         trainer = self.trainer
-        return self.meter.snapshot() | {
+        return self.times.snapshot() | {
             "pending_tokens": {"": self.backlog.pending},
             "evictions_total": {"device": trainer.deltas.evictions},
             "errors_total": {"worker": trainer.errors.count},
@@ -249,13 +249,13 @@ class TTTWorkerMixin:
     def ttt_warm_up(self, config: TTTConfig) -> None:
         """Run steps of each size: measures what they cost, loads the kernels that they use, and captures their graphs."""
         sizes = tile_sizes(config.schedule.tokens_per_step, config.learn.chunk)
-        before = None if self.cache is None else Before(self.cache, ())
+        source = None if self.cache is None else PastSource(self.cache, ())
         sessions = [min(-(-tokens // config.learn.chunk), config.sessions.resident) for tokens in sizes]
         shapes = [(S, min(-(-tokens // S), config.learn.chunk)) for S, tokens in zip(sessions, sizes, strict=True)]
         many = min(config.schedule.tokens_per_step // SMALLEST_SHARE, config.sessions.resident)
         if many > 1 and self.clock.cuda:
             shapes.append((many, min(SMALLEST_SHARE, config.learn.chunk)))  # many sessions with a little to learn each
-        for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed, before), strict=False):
+        for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed, source), strict=False):
             self.budget.calibrate(tokens, seconds)
         tokens = config.schedule.tokens_per_step
         logger.info("vllm-ttt: %d tokens are learned in %.1f ms", tokens, 1e3 * self.budget.costs[tokens])
@@ -330,11 +330,11 @@ class TTTWorkerMixin:
             before, start, end, tokens = self.iterations.popleft()
             seconds = self.clock.seconds(start, end)
             self.budget.served(seconds)
-            self.meter.serving += seconds
+            self.times.serving += seconds
             if tokens:
                 seconds = self.clock.seconds(before, start)
                 self.budget.learned(tokens, seconds)
-                self.meter.learned(seconds, "serving")
+                self.times.learned(seconds, "serving")
 
     def _take(self) -> None:
         """After an iteration: keep the rows that are to be learned, before the next one overwrites them."""

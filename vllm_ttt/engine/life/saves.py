@@ -10,11 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 
+from vllm_ttt.engine.counts import EngineCounts
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.operations import Operations, Steps
 from vllm_ttt.engine.life.orders import Orders
 from vllm_ttt.engine.life.states import State
-from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.storage.records import Row, Version
 from vllm_ttt.engine.storage.store import Store, StoreError, store_error
 from vllm_ttt.errors import RequestError
@@ -30,9 +30,11 @@ _TRIES = 8
 
 
 class Saves:
-    def __init__(self, ledger: Ledger, store: Store, autosave: float, orders: Orders, operations: Operations, meters: Meters):
+    def __init__(
+        self, ledger: Ledger, store: Store, autosave: float, orders: Orders, operations: Operations, counts: EngineCounts
+    ):
         self.ledger, self.store, self.autosave = ledger, store, autosave
-        self.orders, self.operations, self.meters = orders, operations, meters
+        self.orders, self.operations, self.counts = orders, operations, counts
         #: sessions that have changed since the last round; who changed first comes first
         self.changed: dict[SessionKey, Session] = {}
         #: sessions to be saved, in order, and the operation that waits for its turn, where there is one
@@ -88,12 +90,12 @@ class Saves:
             newest = Version(version, file, report.bytes, report.checksum, time.time(), {**state, "digest": report.digest})
             yield from self._put(replace(session.row(newest), state=state))
         except (StoreError, OSError) as error:
-            self.meters.add("saves_total", 1, "failed")
+            self.counts.add("saves_total", 1, "failed")
             self.store.failed(found := store_error(error))
             raise found from None
         finally:
             self.under_way -= 1
-        self.meters.add("saves_total", 1, "done")
+        self.counts.add("saves_total", 1, "done")
         return newest
 
     def record(self, session: Session) -> None:
@@ -167,8 +169,8 @@ class Saves:
             raise self._failed(session, store_error(error)) from None
         finally:
             self.under_way -= 1
-        self.meters.add("saves_total", 1, "done")
-        self.meters.observe("save_seconds", time.monotonic() - began)
+        self.counts.add("saves_total", 1, "done")
+        self.counts.observe("save_seconds", time.monotonic() - began)
         self.failing.discard(session.key)
         if session.unsaved or session.life.unrecorded:
             self.changed[session.key] = session
@@ -224,7 +226,7 @@ class Saves:
 
     def _failed(self, session: Session, error: StoreError) -> RequestError:
         """The session stays as it is, in memory; the next round tries again."""
-        self.meters.add("saves_total", 1, "failed")
+        self.counts.add("saves_total", 1, "failed")
         self.store.failed(error)
         session.error = why = error.message
         self.failing.add(session.key)

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from vllm_ttt.config import SessionsConfig
+from vllm_ttt.engine.counts import EngineCounts
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.changes import Changes
@@ -19,7 +20,6 @@ from vllm_ttt.engine.life.operations import ROOM, Operations, Steps
 from vllm_ttt.engine.life.orders import Orders
 from vllm_ttt.engine.life.saves import AT_ONCE, Saves
 from vllm_ttt.engine.life.states import State
-from vllm_ttt.engine.meters import Meters
 from vllm_ttt.engine.storage import records
 from vllm_ttt.engine.storage.audit import open_audit
 from vllm_ttt.engine.storage.lists import Lists
@@ -42,19 +42,19 @@ class Tiers:
         config: SessionsConfig,
         store: Store | None,
         give_up: Callable[[Session, RequestError], None],
-        meters: Meters | None = None,
+        counts: EngineCounts | None = None,
         guard: Guarded | None = None,
     ):
-        """``give_up`` refuses the waiting requests of a session that cannot be brought back; ``meters`` count; ``guard``
+        """``give_up`` refuses the waiting requests of a session that cannot be brought back; ``counts`` count; ``guard``
         calls what must not end serving. Raises ConfigError where the audit log cannot be written."""
         self.ledger, self.store, self.give_up = ledger, store, give_up
-        self.meters, self.guard = meters or Meters(), guard or Guarded()
+        self.counts, self.guard = counts or EngineCounts(), guard or Guarded()
         self.audit = ledger.audit = open_audit(config)
         self.orders = Orders()
         self.operations = Operations(self.guard, self._settled)
         #: runs an operation on a session, in its turn
         self.run = self.operations.run
-        tools = self.orders, self.operations, self.meters
+        tools = self.orders, self.operations, self.counts
         self.saves = Saves(ledger, store, config.autosave, *tools) if store is not None else None
         self.exports, self.lists, self.owner = Exports(self.orders), Lists(ledger, store), Changes(self)
         self.expiry = Expiry(ledger, store, config.ttl_seconds, self.owner.expire)
@@ -233,7 +233,7 @@ class Tiers:
             return False
         for session in self.ledger.sessions.values():
             if session.life.state is State.IN_MEMORY and session.idle and not session.unsaved:
-                self.meters.add("evictions_total", 1, "memory")
+                self.counts.add("evictions_total", 1, "memory")
                 self.saves.record(session)
                 self._put_away(session)
                 return True
@@ -285,7 +285,7 @@ class Tiers:
         assert self.store is not None
         path = str(self.store.folder.path(saved.file))
         report: FileReport = yield self.orders.ask(FileOrder("load", session.adapter, path, saved.checksum))
-        self.meters.add("loads_total", 1, report.outcome)
+        self.counts.add("loads_total", 1, report.outcome)
         if report.outcome == "done" and report.version != saved.version:
             return f"it holds version {report.version}; recorded is version {saved.version}"
         if report.outcome == "failed":

@@ -226,9 +226,9 @@ function draw(card, s, chart = false) {
     ["waiting", `${number(s.tokens_pending)} tokens`],
     ["not learned", skipped.length ? skipped.map(([reason, n]) => `${number(n)} ${why(reason)}`).join(", ") : "–"],
     ["rate", given(s.rate) ? rate(s.rate) + ` (from ${rate(settings.learn.rate)})` : "–"],
-    ["by the cache", typeof s.cache_share === "number" ? `${(100 * s.cache_share).toFixed(0)} % of them, ` +
-      `${nats(Math.abs(s.cache_gain))} nats per token ${s.cache_gain < 0 ? "lost" : "gained"}` : "–"],
     ["delta's norm", norms.length ? `${(100 * Math.max(...norms)).toFixed(0)} %` : "–"],
+    ...(typeof s.cache_share === "number" ? [["by the cache", `${(100 * s.cache_share).toFixed(0)} % of them, ` +
+      `${nats(Math.abs(s.cache_gain))} nats per token ${s.cache_gain < 0 ? "lost" : "gained"}`]] : []),
   ]);
   q(".card > .error").textContent = s.error ?? (s.frozen_reason && s.frozen_reason !== "asked for" ? `It learns no more: ${s.frozen_reason}.` : "");
   q('[data-action="freeze"]').textContent = s.frozen ? "Unfreeze" : "Freeze";
@@ -243,14 +243,15 @@ function plot(card) {
   const chunks = card.session.losses.filter((c) => c.loss !== null);
   const measured = chunks.filter((c) => c.frozen_loss !== null);
   const gain = card.element.querySelector(".gain");
-  const last = measured.slice(-8);
+  const last = measured.filter((c) => c.version > (c.skipped ? 0 : 1)).slice(-8);  // version 0 is the base model itself
   const mean = last.reduce((sum, c) => sum + c.frozen_loss - c.loss, 0) / last.length;
-  if (Math.abs(mean) < 0.005) gain.textContent = "no difference from the frozen model so far";
-  else if (last.length && card.session.version) {
+  if (!last.length) gain.textContent = chunks.length ? "not yet compared with the base model: every fourth chunk is" : "nothing learned yet";
+  else if (Math.abs(mean) < 0.005) gain.textContent = "no difference from the base model";
+  else {
     const percent = 100 * (1 - Math.exp(-mean));
     gain.replaceChildren(make("b", { class: mean < 0 ? "worse" : "" }, `${mean < 0 ? "+" : "−"}${Math.abs(percent).toFixed(0)} %`),
-      ` perplexity against the frozen model (${nats(Math.abs(mean))} nats per token ${mean < 0 ? "lost" : "gained"})`);
-  } else gain.textContent = chunks.length ? "the first chunks are the frozen model's" : "nothing learned yet";
+      ` perplexity against the base model (${nats(Math.abs(mean))} nats per token ${mean < 0 ? "lost" : "gained"})`);
+  }
   card.points = [];
   card.at = -1;
   card.element.querySelector(".readout").textContent = "";
@@ -281,15 +282,15 @@ function plot(card) {
     const below = chunks.map((c, i) => [i, c.loss]).slice(at[0][0], at.at(-1)[0] + 1);
     svg.append(make("path", { class: "between", d: `${line([...at.map(([i, c]) => [i, c.frozen_loss]), ...below.toReversed()])}Z` }));
   }
-  svg.append(make("path", { class: "frozen", d: line(at.map(([i, c]) => [i, c.frozen_loss])) }));
+  svg.append(make("path", { class: "base", d: line(at.map(([i, c]) => [i, c.frozen_loss])) }));
   svg.append(make("path", { class: "session", d: line(chunks.map((c, i) => [i, c.loss])) }));
-  for (const [i, c] of at) svg.append(make("circle", { class: "frozen", cx: x(i), cy: y(c.frozen_loss), r: 2.5 }));
+  for (const [i, c] of at) svg.append(make("circle", { class: "base", cx: x(i), cy: y(c.frozen_loss), r: 2.5 }));
   chunks.forEach((c, i) => svg.append(make("circle", { class: c.skipped ? "skipped" : "session", cx: x(i), cy: y(c.loss), r: 2.5 })));
   card.points = chunks.map((c, i) => ({ x: x(i), chunk: c }));
   read(card, -1);
   const latest = measured.at(-1);
   svg.setAttribute("aria-label", `Loss of ${chunks.length} chunks, now ${nats(chunks.at(-1).loss)} nats per token` +
-    (latest ? `; latest measurement: frozen model ${nats(latest.frozen_loss)}, session ${nats(latest.loss)}` : ""));
+    (latest ? `; latest measurement: base model ${nats(latest.frozen_loss)}, session ${nats(latest.loss)}` : ""));
 }
 
 function point(card, at) {
@@ -307,7 +308,7 @@ function read(card, i) {
   if (i >= 0) svg.prepend(make("line", { class: "at", x1: x, x2: x, y1: 8, y2: svg.viewBox.baseVal.height - 20 }));
   return readout.textContent = [`version ${chunk.version}`, `${chunk.tokens} tokens`, `session ${nats(chunk.loss)}`,
     typeof chunk.cache_loss === "number" ? `with its cache ${nats(chunk.cache_loss)}` : "",
-    chunk.frozen_loss === null ? "" : `frozen ${nats(chunk.frozen_loss)}`, given(chunk.rate) ? `rate ${rate(chunk.rate)}` : "",
+    chunk.frozen_loss === null ? "" : `base model ${nats(chunk.frozen_loss)}`, given(chunk.rate) ? `rate ${rate(chunk.rate)}` : "",
     chunk.skipped ? `not learned: ${why(chunk.skipped)}` : ""]
     .filter(Boolean).join(" · ");
 }
@@ -325,7 +326,7 @@ const QUESTIONS = {
     button: "Roll back", label: "Version", choices: s.versions.toReversed(), body: (version) => ({ version: Number(version) }),
     danger: true }),
   reset: (s) => ({ action: "reset", title: "Reset",
-    text: `All that it has learned (${number(s.tokens_learned)} tokens) is lost. Its next answer is the frozen model's.`,
+    text: `All that it has learned (${number(s.tokens_learned)} tokens) is lost. Its next answer is the base model's.`,
     button: "Reset", danger: true }),
 };
 let question = null;

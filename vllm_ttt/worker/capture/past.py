@@ -14,8 +14,8 @@ from vllm_ttt.worker.step.qkv import Past
 
 
 @dataclass
-class Before:
-    """What some chunks attend to besides themselves."""
+class PastSource:
+    """Some chunks of a step, and the cache that has what they attend to: from these comes the step's `Past`."""
 
     cache: KVCache
     chunks: Sequence[Chunk]

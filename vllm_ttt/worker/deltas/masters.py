@@ -20,7 +20,7 @@ from vllm_ttt.worker.step.micro_step import Tail
 
 
 @dataclass(slots=True)
-class Session:
+class WorkerSession:
     """A session as the worker knows it."""
 
     #: updates committed to the master, as far as their outcome is known
@@ -73,30 +73,30 @@ class Deltas:
         self.tail, self.rate, self.spare = tail, rate, rows
         self.clock = Clock(tail.head_VD.device)
         self.masters = self.fresh_state(rows + 1)
-        self.sessions: dict[int, Session] = {}
+        self.sessions: dict[int, WorkerSession] = {}
         self.free = list(range(rows - 1, -1, -1))
         #: session -> row, least recently used first
         self.rows: OrderedDict[int, int] = OrderedDict()
         self.evictions = 0
 
-    def session(self, key: int) -> Session:
+    def session(self, key: int) -> WorkerSession:
         if key not in self.sessions:
             self.sessions[key] = self.fresh()
         return self.sessions[key]
 
-    def fresh(self) -> Session:
+    def fresh(self) -> WorkerSession:
         """A session that has learned nothing."""
-        return Session(rate=self.rate, norms=[0.0] * len(self.tail.modules))
+        return WorkerSession(rate=self.rate, norms=[0.0] * len(self.tail.modules))
 
     def fresh_state(self, sessions: int) -> State:
         """On the device."""
         rates = torch.full((sessions,), self.rate, device=self.tail.head_VD.device)
         return State(self.tail.zeros(sessions), self.tail.zeros(sessions, torch.bfloat16), rates)
 
-    def revive(self, state: dict[str, Any]) -> Session:
-        """The session of which `Session.to_state` said that, without its tensors, which become ``host``."""
+    def revive(self, state: dict[str, Any]) -> WorkerSession:
+        """The session of which `WorkerSession.to_state` said that, without its tensors, which become ``host``."""
         rate = self.rate if state["rate"] is None else float(state["rate"])  # None: it was imported
-        return Session(int(state["version"]), rate, [float(x) for x in state["norms"]])
+        return WorkerSession(int(state["version"]), rate, [float(x) for x in state["norms"]])
 
     def row(self, key: int, keep: Container[int] = ()) -> int | None:
         """The session's row, brought in where it has none; None where every row belongs to one of the sessions ``keep``."""

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from vllm_ttt.worker.delta import State
-from vllm_ttt.worker.deltas.masters import Deltas, Session
+from vllm_ttt.worker.deltas.masters import Deltas, WorkerSession
 from vllm_ttt.worker.ngrams.ngrams import NGrams
 
 
@@ -15,7 +15,7 @@ class Kept(NamedTuple):
 
     #: on the host; None: fresh
     state: State | None
-    #: as in `Session`; None: fresh
+    #: as in `WorkerSession`; None: fresh
     rate: float | None = None
     norms: list[float] | None = None
     ngrams: NGrams | None = None
@@ -92,7 +92,7 @@ def keep(deltas: Deltas, key: int) -> Kept:
     return Kept(deltas.to_host(key), session.rate, session.norms, session.ngrams)
 
 
-def restore(deltas: Deltas, key: int, version: int, kept: Kept) -> Session:
+def restore(deltas: Deltas, key: int, version: int, kept: Kept) -> WorkerSession:
     """Make the session what it was; what has been kept stays as it is."""
     session, fresh = deltas.session(key), deltas.fresh()
     if key in deltas.rows:

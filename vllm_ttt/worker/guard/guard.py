@@ -19,7 +19,7 @@ from vllm_ttt.log import logger_of
 from vllm_ttt.types import Trial
 from vllm_ttt.worker.clock import Clock, to_host
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.deltas.masters import Deltas, Session
+from vllm_ttt.worker.deltas.masters import Deltas, WorkerSession
 from vllm_ttt.worker.deltas.versions import Kept, Versions, keep
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.step.micro_step import Tail
@@ -36,7 +36,7 @@ class Task:
 
     #: None: of the base model
     key: int | None
-    session: Session | None
+    session: WorkerSession | None
     version: int
     #: what is served, in the tail's dtype; and the session as it is, to return to
     delta: Delta
@@ -55,7 +55,7 @@ class Guard:
         self.task: Task | None = None
         self.outcomes: deque[tuple[Task, Tensor, Any]] = deque()
         #: nats per token under the base model, once it is known
-        self.frozen: float | None = None
+        self.base_loss: float | None = None
         self.failures = 0
 
     def committed(self, key: int) -> None:
@@ -126,7 +126,7 @@ class Guard:
                 break  # a request that comes meanwhile waits for one piece, and not for all of them
         return tokens - max(left, 0)
 
-    def collect(self, sessions: dict[int, Session], wait: bool = False) -> list[Trial]:
+    def collect(self, sessions: dict[int, WorkerSession], wait: bool = False) -> list[Trial]:
         """Trials whose outcome has come home. A good version is kept; of a bad one the trial says where to return to."""
         trials = []
         while self.outcomes and (wait or self.clock.done(self.outcomes[0][2])):
@@ -134,13 +134,13 @@ class Guard:
             self.clock.wait(mark)
             loss, self.failures = values.item() / self.probe.rows, 0
             if task.key is None:
-                self.frozen = loss
+                self.base_loss = loss
                 continue
-            assert self.frozen is not None
+            assert self.base_loss is not None
             assert task.kept is not None
             if sessions.get(task.key) is not task.session or task.session is None or task.session.version < task.version:
                 continue  # reset or rolled back meanwhile
-            regression = loss - self.frozen
+            regression = loss - self.base_loss
             bad = not math.isfinite(regression) or regression > self.config.max_regression
             if bad:
                 trials.append(Trial(task.key, task.version, regression, self.versions.last_good(task.key)))
@@ -164,7 +164,7 @@ class Guard:
         if key is None:
             return False
         zero = torch.zeros(1, device=self.probe.t_P.device)
-        if self.frozen is None:
+        if self.base_loss is None:
             if any(task.key is None for task, *_ in self.outcomes):
                 return False  # its outcome is on its way
             self.task = Task(None, None, 0, self.tail.zeros(1, self.tail.wo_DQ.dtype), None, zero)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
 from vllm_ttt.worker.capture.kv_cache import KVCache
-from vllm_ttt.worker.capture.past import Before
+from vllm_ttt.worker.capture.past import PastSource
 from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
@@ -102,6 +102,6 @@ class Probe:
         """[1] float32: the sum of the losses of some rows in nats, under ``delta``, one session's in the tail's dtype."""
         at, count = slice(rows.start, rows.stop), len(rows)
         weight = torch.ones(1, count, device=self.t_P.device)
-        past = None if self.cache is None else Before(self.cache, ()).past(1, count).to(self.t_P.device)
+        past = None if self.cache is None else PastSource(self.cache, ()).past(1, count).to(self.t_P.device)
         h, a = tail.entering(self.h_PD[None, at], self.a_PQ[None, at], self.x_P[None, at])
         return accumulate(tail, delta, h, a, self.t_P[None, at], weight, None, past)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.worker.capture.backlog import Backlog
-from vllm_ttt.worker.capture.past import Before
+from vllm_ttt.worker.capture.past import PastSource
 from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
@@ -49,7 +49,7 @@ ROOMS = (1024, 4096)
 
 class Compute:
     """Arguments are host tensors. ``flat`` [S, C] are row numbers in the flattened pages, ``weight`` [S, C] the weights of
-    their losses, ``rows`` [S] rows of the masters, ``before`` what comes before those rows; None where the step needs none.
+    their losses, ``rows`` [S] rows of the masters, ``source`` what comes before those rows; None where the step needs none.
     """
 
     def __init__(self, tail: Tail, learn: LearnConfig, backlog: Backlog, deltas: Deltas):
@@ -60,56 +60,56 @@ class Compute:
         self.keep_rows = False
         self.rows_SC: Tensor | None = None
         self.step_graphs: dict[Shape, Graph] = {}
-        self.frozen_graphs: dict[Shape, Graph] = {}
+        self.base_graphs: dict[Shape, Graph] = {}
 
-    def step(self, flat: Tensor, weight: Tensor, rows: Tensor, share: Tensor, before: Before | None = None) -> Tensor:
+    def step(self, flat: Tensor, weight: Tensor, rows: Tensor, share: Tensor, source: PastSource | None = None) -> Tensor:
         """Learn a chunk of each session. ``share`` [S]: rows of the chunk / rows of a full one.
 
         Returns:
             [3 + modules, S]: whether it was applied, the chunk's loss, the rate from now on, norms of B relative to W by
             adapted module; on the device, overwritten by the next call.
         """
-        S, shape = len(rows), _fitting(self.step_graphs, flat, before)
+        S, shape = len(rows), _fitting(self.step_graphs, flat, source)
         if shape is None:
-            past = None if before is None else before.past(*flat.shape).to(self.device)
+            past = None if source is None else source.past(*flat.shape).to(self.device)
             return self._step(past, *(to_device(x, self.device) for x in (flat, weight, rows, share)))
         more = shape[0] - S
         rows = torch.cat((rows, rows.new_full((more,), self.deltas.spare)))
         share = torch.cat((share, share.new_zeros(more)))
-        return self.step_graphs[shape](*_pad(shape, flat, weight), rows, share, *_static(before, shape))[:, :S]
+        return self.step_graphs[shape](*_pad(shape, flat, weight), rows, share, *_static(source, shape))[:, :S]
 
-    def frozen(self, flat: Tensor, weight: Tensor, before: Before | None = None) -> Tensor:
+    def base_loss(self, flat: Tensor, weight: Tensor, source: PastSource | None = None) -> Tensor:
         """Losses [S] of some rows under the base model, after what comes before them as it was served; on the device,
         overwritten by the next call."""
-        S, shape = len(flat), _fitting(self.frozen_graphs, flat, before)
+        S, shape = len(flat), _fitting(self.base_graphs, flat, source)
         if shape is None:
-            past = None if before is None else before.past(*flat.shape).to(self.device)
-            return self._frozen(past, *(to_device(x, self.device) for x in (flat, weight)))
-        return self.frozen_graphs[shape](*_pad(shape, flat, weight), *_static(before, shape))[:S]
+            past = None if source is None else source.past(*flat.shape).to(self.device)
+            return self._base_loss(past, *(to_device(x, self.device) for x in (flat, weight)))
+        return self.base_graphs[shape](*_pad(shape, flat, weight), *_static(source, shape))[:S]
 
     def warm_up(
         self,
         shapes: list[tuple[int, int]],
         timed: Callable[[Callable[[], None]], float],
-        before: Before | None = None,
+        source: PastSource | None = None,
     ) -> list[float]:
         """Run each shape [S, C] on the spare row, on CUDA capture it; returns seconds per shape.
 
         Args:
-            before: of no chunk; None where the step needs none.
+            source: of no chunk; None where the step needs none.
         """
         times = []
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         for S, C in shapes:
             flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.full((S, C), 1.0 / C)
             rows, share = torch.full((S,), self.deltas.spare), torch.ones(S)
-            if pool is not None and before is None:
+            if pool is not None and source is None:
                 self._capture_shape((S, C, 0), (flat, weight, rows, share), None, pool)
             elif pool is not None and self.tail.kernel.static:
                 for room in ROOMS:
-                    self._capture_shape((S, C, S * room), (flat, weight, rows, share), before, pool)
+                    self._capture_shape((S, C, S * room), (flat, weight, rows, share), source, pool)
 
-            def once(args: Any = (flat, weight, rows, share, before)) -> None:
+            def once(args: Any = (flat, weight, rows, share, source)) -> None:
                 self.step(*args)
 
             times.append(timed(once))
@@ -117,10 +117,10 @@ class Compute:
             x[self.deltas.spare].zero_()
         return times
 
-    def _capture_shape(self, shape: Shape, values: tuple[Tensor, ...], before: Before | None, pool: Any) -> None:
+    def _capture_shape(self, shape: Shape, values: tuple[Tensor, ...], source: PastSource | None, pool: Any) -> None:
         S, C, room = shape
-        for graphs, function, count in ((self.step_graphs, self._step, 4), (self.frozen_graphs, self._frozen, 2)):
-            past = None if before is None else before.past(S, C, room)
+        for graphs, function, count in ((self.step_graphs, self._step, 4), (self.base_graphs, self._base_loss, 2)):
+            past = None if source is None else source.past(S, C, room)
             graphs[shape] = self._capture(function, values[:count], pool, past)
 
     def _step(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, share: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Compute:
             x.index_copy_(0, rows, part)
         return torch.cat((torch.stack((ok_S.float(), loss_S, new.rate_S)), norm_MS))
 
-    def _frozen(self, past: Past | None, flat: Tensor, weight: Tensor) -> Tensor:
+    def _base_loss(self, past: Past | None, flat: Tensor, weight: Tensor) -> Tensor:
         nothing = self.tail.zeros(len(flat), self.tail.head_VD.dtype)
         return accumulate(self.tail, nothing, *self._gather(flat), weight, None, past)
 
@@ -162,15 +162,15 @@ class Compute:
         return Graph(graph, inputs, output)
 
 
-def _fitting(graphs: Iterable[Shape], flat: Tensor, before: Before | None) -> Shape | None:
+def _fitting(graphs: Iterable[Shape], flat: Tensor, source: PastSource | None) -> Shape | None:
     """The smallest shape that has a graph and room for these rows."""
-    (S, C), rows = flat.shape, 0 if before is None else before.rows
+    (S, C), rows = flat.shape, 0 if source is None else source.rows
     return min((s for s in graphs if s[0] >= S and s[1] >= C and s[2] >= rows), default=None)
 
 
-def _static(before: Before | None, shape: Shape) -> tuple[Tensor, ...]:
+def _static(source: PastSource | None, shape: Shape) -> tuple[Tensor, ...]:
     """The inputs of a graph that say what comes before."""
-    return () if before is None else before.past(*shape).tensors()
+    return () if source is None else source.past(*shape).tensors()
 
 
 def _pad(shape: Shape, flat: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

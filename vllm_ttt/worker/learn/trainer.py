@@ -17,9 +17,9 @@ from vllm_ttt.types import ChunkReason, ChunkReport, RequestPlan, StepReport
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.chunk import Chunk
 from vllm_ttt.worker.capture.kv_cache import KVCache
-from vllm_ttt.worker.capture.past import Before
+from vllm_ttt.worker.capture.past import PastSource
 from vllm_ttt.worker.clock import Clock, copy_to_host, to_device, to_host
-from vllm_ttt.worker.deltas.masters import Deltas, Session
+from vllm_ttt.worker.deltas.masters import Deltas, WorkerSession
 from vllm_ttt.worker.deltas.versions import Kept, Versions, keep, restore
 from vllm_ttt.worker.guard.guard import Guard
 from vllm_ttt.worker.guard.probe import Probe
@@ -55,7 +55,7 @@ class Outcome:
     #: what `Compute.step` returns
     values: Tensor
     #: [chunks], losses under the base model; NaN where they were not measured
-    frozen: Tensor
+    base_loss: Tensor
     mark: Any
     #: of each chunk that joins its session's cache
     texts: list[Text | None]
@@ -133,8 +133,8 @@ class Trainer:
         while self.outcomes and (wait or self.clock.done(self.outcomes[0].mark)):
             outcome = self.outcomes.popleft()
             self.clock.wait(outcome.mark)
-            values, frozen = outcome.values.T.tolist(), outcome.frozen.tolist()
-            each = zip(outcome.chunks, outcome.kept, outcome.texts, values, frozen, strict=True)
+            values, base = outcome.values.T.tolist(), outcome.base_loss.tolist()
+            each = zip(outcome.chunks, outcome.kept, outcome.texts, values, base, strict=True)
             for chunk, kept, text, value, base in each:
                 try:
                     self._learned(chunk, kept, text, value, None if math.isnan(base) else base)
@@ -210,7 +210,7 @@ class Trainer:
             self.versions.add_good(to, *self.versions.good[key])
         return self.deltas.session(to).version
 
-    def resume(self, key: int, session: Session, untried: int) -> None:
+    def resume(self, key: int, session: WorkerSession, untried: int) -> None:
         """The session has come back from a file, with so many commits that the guard has not tried; with none, it is good."""
         self.deltas.sessions[key] = session
         self.guard.resume(key, untried)
@@ -252,7 +252,7 @@ class Trainer:
             self.failed("a delta could not be tried on the guard's text")
             return tokens
 
-    def _write(self, key: int, session: Session) -> None:
+    def _write(self, key: int, session: WorkerSession) -> None:
         try:
             self.slots.write(key, session)
         except Exception:
@@ -284,25 +284,25 @@ class Trainer:
     def _step(self, tiles: list[Tile]) -> None:
         chunks, sessions = [tile.chunk for tile in tiles], [self.deltas.session(tile.chunk.session) for tile in tiles]
         self._keep_serving(chunks)
-        frozen = torch.full((len(tiles),), math.nan)
+        base = torch.full((len(tiles),), math.nan)
         due = [s for s, x in enumerate(sessions) if x.steps % FROZEN_EVERY == 0 and (x.steps or x.version)]
         if due:
-            losses = self.compute.frozen(*self._rows([chunks[s] for s in due]))
-            frozen = losses.new_full((len(tiles),), math.nan)
-            frozen.index_copy_(0, to_device(torch.tensor(due), losses.device), losses)
-        flat, weight, before = self._rows(chunks)
+            losses = self.compute.base_loss(*self._rows([chunks[s] for s in due]))
+            base = losses.new_full((len(tiles),), math.nan)
+            base.index_copy_(0, to_device(torch.tensor(due), losses.device), losses)
+        flat, weight, source = self._rows(chunks)
         rows = torch.tensor([tile.row for tile in tiles])
         share = torch.tensor([(chunk.rows - chunk.out) / self.config.learn.chunk for chunk in chunks])
-        values = self.compute.step(flat, weight, rows, share, before)
+        values = self.compute.step(flat, weight, rows, share, source)
         kept = [keep(self.deltas, c.session) if self.versions.due(c.session) else None for c in chunks]
         texts = self.caches.texts(chunks, self.backlog, self.compute.rows_SC)  # before their pages are given back
-        self.outcomes.append(Outcome(chunks, kept, to_host(values), to_host(frozen), self.clock.mark(), texts))
+        self.outcomes.append(Outcome(chunks, kept, to_host(values), to_host(base), self.clock.mark(), texts))
         for chunk, session in zip(chunks, sessions, strict=True):
             session.steps += 1
             self.dirty.add(chunk.session)
             self.backlog.advance(chunk)
 
-    def _rows(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor, Before | None]:
+    def _rows(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor, PastSource | None]:
         """Where the rows of some chunks are, what each weighs in their mean loss, and what comes before them."""
         flat = self.backlog.rows_of(chunks)
         weight = torch.zeros(flat.shape)
@@ -310,7 +310,7 @@ class Trainer:
             weight[s, : chunk.rows] = 1.0 / (chunk.rows - chunk.out)
             for first, end in chunk.left_out:
                 weight[s, first:end] = 0.0
-        return flat, weight, None if self.cache is None else Before(self.cache, chunks)
+        return flat, weight, None if self.cache is None else PastSource(self.cache, chunks)
 
     def _kept_still(self) -> set[int]:
         """Sessions that are served as they are for now."""
@@ -328,14 +328,14 @@ class Trainer:
                 session.serving_copied = self.clock.mark()
                 session.serving_version, session.serving_ngrams = session.version, session.ngrams
 
-    def _learned(self, chunk: Chunk, kept: Kept | None, text: Text | None, values: list[float], frozen: float | None) -> None:
+    def _learned(self, chunk: Chunk, kept: Kept | None, text: Text | None, values: list[float], base: float | None) -> None:
         """The outcome of a chunk's step is known."""
         ok, loss, rate, *norms = values
         self.backlog.settle(chunk)
         if (session := self.deltas.sessions.get(chunk.session)) is None:
             return  # dropped meanwhile
         if session.version == 0 and math.isfinite(loss):
-            frozen = loss
+            base = loss
         session.rate, known = rate, None
         if ok:
             known = None if text is None else self.caches.commit(session, text)
@@ -350,7 +350,7 @@ class Trainer:
         if reason == "nonfinite" and self.nonfinite.again():
             count = self.nonfinite.count
             logger.warning("vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", count)
-        self._report_chunk(chunk, loss, reason, frozen, known)
+        self._report_chunk(chunk, loss, reason, base, known)
 
     def _give_up(self, chunk: Chunk, reason: ChunkReason) -> None:
         queue = self.backlog.queues.get(chunk.session)
@@ -364,18 +364,18 @@ class Trainer:
         chunk: Chunk,
         loss: float,
         skipped: ChunkReason | None,
-        frozen: float | None = None,
+        base_loss: float | None = None,
         known: Known | None = None,
     ) -> None:
         session = self.deltas.session(chunk.session)
         norm, out = max(session.norms) if skipped is None else None, 0 if skipped == "filter" else chunk.out
         report = ChunkReport(
-            chunk.session, chunk.request, chunk.rows - out, loss, frozen, skipped, chunk.end, session.version, session.rate,
+            chunk.session, chunk.request, chunk.rows - out, loss, base_loss, skipped, chunk.end, session.version, session.rate,
             norm, *(known or ()),
         )  # fmt: skip
         self.report.chunks.append(report)
         if out:
-            said = {"tokens": out, "loss": math.nan, "frozen_loss": None, "skipped": "filter", "norm": None}
+            said = {"tokens": out, "loss": math.nan, "base_loss": None, "skipped": "filter", "norm": None}
             self.report.chunks.append(replace(report, **said))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_ttt.config import CacheConfig
 from vllm_ttt.types import RequestPlan
 from vllm_ttt.worker.capture.backlog import Backlog, Chunk
-from vllm_ttt.worker.deltas.masters import Session
+from vllm_ttt.worker.deltas.masters import WorkerSession
 from vllm_ttt.worker.ngrams.index import Index
 from vllm_ttt.worker.ngrams.ngrams import Indexes, Known, NGrams, commit
 from vllm_ttt.worker.ngrams.stream import BREAK, Tokens
@@ -36,7 +36,7 @@ class Served(NamedTuple):
 
 
 class Caches:
-    def __init__(self, config: CacheConfig, sessions: Mapping[int, Session], resident: int):
+    def __init__(self, config: CacheConfig, sessions: Mapping[int, WorkerSession], resident: int):
         """``sessions``: as the worker knows them. ``resident``: how many may be served at once."""
         self.config, self.sessions, self.indexes = config, sessions, Indexes(resident)
         #: running requests that are served with a cache, and their sessions
@@ -66,7 +66,7 @@ class Caches:
         """Of each chunk of a step that has run, whose page is still its own. ``rows_SC``: weighted losses of its rows."""
         return [self._text(chunk, backlog, None if rows_SC is None else rows_SC[s]) for s, chunk in enumerate(chunks)]
 
-    def commit(self, session: Session, text: Text) -> Known:
+    def commit(self, session: WorkerSession, text: Text) -> Known:
         """The chunk has been learned: from the version that follows on, the session remembers it."""
         ngrams = session.ngrams or NGrams.fresh(self.config.orders)
         index = self.indexes.of(ngrams)

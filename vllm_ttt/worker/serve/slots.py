@@ -14,7 +14,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ADAPTER_PATH, NO_ADAPTERS
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.deltas.masters import Deltas, Session
+from vllm_ttt.worker.deltas.masters import Deltas, WorkerSession
 from vllm_ttt.worker.step.tail import LayerModules, TailModules
 
 
@@ -115,7 +115,7 @@ class Slots:
         )
         return LoRAModel(key, rank, {w.module_name: w for w in weights})
 
-    def write(self, key: int, session: Session) -> None:
+    def write(self, key: int, session: WorkerSession) -> None:
         """Bring what is served of the session, and its slot where it has one, to the master's version.
 
         A slot that cannot be written is given back, so that vLLM fills another from the master when the session is served next.

@@ -1,5 +1,5 @@
 """One adapted layer after its attention, forward and backward by hand: o_proj, the norm and the MLP, with the deltas of several
-sessions beside the frozen weights. Dimension suffixes as in micro_step.py.
+sessions beside the model's weights. Dimension suffixes as in micro_step.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Block:
-    """The frozen weights of one layer, as `Tail` has those of the last: [out, in], and ``norm``, their Frobenius norms."""
+    """The model's weights of one layer, as `Tail` has those of the last: [out, in], and ``norm``, their Frobenius norms."""
 
     wo_DQ: Tensor
     wgu_2FD: Tensor

@@ -30,7 +30,7 @@ LOSS_ROWS = 256
 
 @dataclass
 class Tail:
-    """The frozen weights that the step needs, in the dtype of its matrix products; those of a layer are of the last one.
+    """The model's weights that the step needs, in the dtype of its matrix products; those of a layer are of the last one.
 
     wo_DQ, wgu_2FD, wd_DF and head_VD are weights as [out, in]; ao_RQ, ai_RD, ad_RF the fixed projections A. ``head_VD`` holds
     the real vocabulary alone, without padding. ``norm`` are the Frobenius norms of the weights by MODULES, of which ``modules``

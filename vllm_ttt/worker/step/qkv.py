@@ -1,5 +1,5 @@
 """The attention of one layer, forward and backward by hand, the attention proper apart: its norm,
-the projection to queries, keys and values, Qwen3's norms of each head, and the rotary embedding. All of it is frozen.
+the projection to queries, keys and values, Qwen3's norms of each head, and the rotary embedding. None of it is learned.
 
 Dimension suffixes as in micro_step.py and attention.py; X = (H + 2 G) E.
 """

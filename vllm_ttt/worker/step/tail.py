@@ -116,7 +116,7 @@ def find_modules(model: nn.Module, layers: int = 1, adapted: str = "ogud", deep:
 
 
 def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_len: int) -> Tail:
-    """Collect the frozen weights and draw the projections A.
+    """Collect the model's weights and draw the projections A.
 
     The weights are the model's, in the `step_dtype`. A is rounded to the model's dtype, as it stands in vLLM's LoRA slots.
     Raises ConfigError where the attention between adapted layers is one that the step does not follow.

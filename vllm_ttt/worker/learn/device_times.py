@@ -9,7 +9,7 @@ from vllm_ttt.metrics import Snapshot, Values
 from vllm_ttt.worker.clock import Clock
 
 
-class Meter(Values):
+class DeviceTimes(Values):
     """Fed with times that are known anyway. Iterations without learning cost one addition."""
 
     def __init__(self, clock: Clock):

@@ -14,7 +14,7 @@ from vllm_ttt.types import ChunkReport, Reason, Trial
 EVEN = 0.005
 
 
-class Meters(Values):
+class EngineCounts(Values):
     """Counted as it happens; what can be looked up is looked up when somebody asks."""
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class Meters(Values):
             self.observe("cache_loss_nats", chunk.cache_loss)
             self.add("source_tokens_total", chunk.tokens * (1 - chunk.cache_share), "model")
             self.add("source_tokens_total", chunk.tokens * chunk.cache_share, "cache")
-        if chunk.frozen_loss is not None:
-            self._measured(chunk.frozen_loss, chunk.loss)
+        if chunk.base_loss is not None:
+            self._measured(chunk.base_loss, chunk.loss)
 
     def tried(self, trial: Trial) -> None:
         """The guard has tried a delta; where it was bad, its session went back."""
@@ -56,12 +56,12 @@ class Meters(Values):
         """Tokens that were sent are not learned."""
         self.add("skipped_tokens_total", tokens, reason)
 
-    def _measured(self, frozen: float, session: float) -> None:
-        if not (math.isfinite(frozen) and math.isfinite(session)):
+    def _measured(self, base: float, session: float) -> None:
+        if not (math.isfinite(base) and math.isfinite(session)):
             return
-        self.observe("measured_loss_nats", frozen, "frozen")
+        self.observe("measured_loss_nats", base, "frozen")
         self.observe("measured_loss_nats", session, "session")
-        gain = frozen - session
+        gain = base - session
         self.add("measured_total", 1, "better" if gain > EVEN else "worse" if gain < -EVEN else "even")
 
 
@@ -73,7 +73,7 @@ def snapshot(scheduler: Any, worker: Snapshot) -> Snapshot:
         worker: what the worker's `ttt_metrics` says.
     """
     config, tiers, ledger = scheduler.ttt_config, scheduler.ttt_tiers, scheduler.ttt_ledger
-    found: Snapshot = scheduler.ttt_meters.snapshot()
+    found: Snapshot = scheduler.ttt_counts.snapshot()
     for name, series in worker.items():
         found.setdefault(name, {}).update(series)
     store, sessions = ledger.store, list(ledger.sessions.values())
