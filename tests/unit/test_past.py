@@ -74,7 +74,7 @@ class Device:
         past = PastSource(self.cache, chunks).past(len(chunks), CHUNK)
         assert list(past.layout.lengths) == [chunk.first for chunk in chunks]
         for layer in range(LAYERS):
-            keys, values = past.served(layer)
+            keys, values = past.served(layer, torch.float32)
             assert torch.equal(keys, torch.cat([self.key(c.session, 0, c.first, layer) for c in chunks]))
             assert torch.equal(values, -keys)
         positions = [torch.arange(c.first, c.first + CHUNK).clamp(max=c.end - 1) for c in chunks]

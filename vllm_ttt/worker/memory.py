@@ -78,9 +78,15 @@ def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_l
     layer = 4 * 2 * D + kept * 2 * (F + X) + itemsize * (X + 3 * geometry.rank)
     once = 4 * 4 * D + kept * 4 * F + itemsize * X
     sessions = max(1, tokens // SMALLEST_SHARE)
-    # Of one layer at a time: keys and values as packed, as each of their queries' heads sees them, and their gradients.
-    packed = sessions * max_model_len * 3 * 2 * (geometry.keys + Q) * itemsize
+    packed = packed_bytes(geometry, config, itemsize, max_model_len)
     return tokens * (geometry.layers * layer + once) + packed + 4 * sessions * geometry.bytes
+
+
+def packed_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int) -> int:
+    """What the sessions of a step attend to, one layer at a time: keys and values as they are packed, as each of their queries'
+    heads sees them, and their gradients."""
+    sessions = max(1, config.schedule.tokens_per_step // SMALLEST_SHARE)
+    return sessions * max_model_len * 3 * 2 * (geometry.keys + geometry.attention) * itemsize
 
 
 def check(parts: dict[str, int], left: int) -> None:

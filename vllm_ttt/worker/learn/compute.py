@@ -59,6 +59,8 @@ class Compute:
         #: the weighted losses [S, C] of the last step's rows, where ``keep_rows``; a graph keeps none
         self.keep_rows = False
         self.rows_SC: Tensor | None = None
+        #: what a step works in: graphs, and steps of other shapes, which are launched, one after the other
+        self.pool = torch.cuda.MemPool() if self.device.type == "cuda" else None
         self.step_graphs: dict[Shape, Graph] = {}
         self.base_graphs: dict[Shape, Graph] = {}
 
@@ -71,8 +73,7 @@ class Compute:
         """
         S, shape = len(rows), _fitting(self.step_graphs, flat, source)
         if shape is None:
-            past = None if source is None else source.past(*flat.shape).to(self.device)
-            return self._step(past, *(to_device(x, self.device) for x in (flat, weight, rows, share)))
+            return self._launch(self._step, source, flat, weight, rows, share)
         more = shape[0] - S
         rows = torch.cat((rows, rows.new_full((more,), self.deltas.spare)))
         share = torch.cat((share, share.new_zeros(more)))
@@ -83,8 +84,7 @@ class Compute:
         overwritten by the next call."""
         S, shape = len(flat), _fitting(self.base_graphs, flat, source)
         if shape is None:
-            past = None if source is None else source.past(*flat.shape).to(self.device)
-            return self._base_loss(past, *(to_device(x, self.device) for x in (flat, weight)))
+            return self._launch(self._base_loss, source, flat, weight)
         return self.base_graphs[shape](*_pad(shape, flat, weight), *_static(source, shape))[:S]
 
     def warm_up(
@@ -99,15 +99,14 @@ class Compute:
             source: of no chunk; None where the step needs none.
         """
         times = []
-        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         for S, C in shapes:
             flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.full((S, C), 1.0 / C)
             rows, share = torch.full((S,), self.deltas.spare), torch.ones(S)
-            if pool is not None and source is None:
-                self._capture_shape((S, C, 0), (flat, weight, rows, share), None, pool)
-            elif pool is not None and self.tail.kernel.static:
+            if self.pool is not None and source is None:
+                self._capture_shape((S, C, 0), (flat, weight, rows, share), None)
+            elif self.pool is not None and self.tail.kernel.static:
                 for room in ROOMS:
-                    self._capture_shape((S, C, S * room), (flat, weight, rows, share), source, pool)
+                    self._capture_shape((S, C, S * room), (flat, weight, rows, share), source)
 
             def once(args: Any = (flat, weight, rows, share, source)) -> None:
                 self.step(*args)
@@ -117,11 +116,21 @@ class Compute:
             x[self.deltas.spare].zero_()
         return times
 
-    def _capture_shape(self, shape: Shape, values: tuple[Tensor, ...], source: PastSource | None, pool: Any) -> None:
+    def _launch(self, function: Callable[..., Tensor], source: PastSource | None, flat: Tensor, *values: Tensor) -> Tensor:
+        """What ``function`` returns, without a graph."""
+        past = None if source is None else source.past(*flat.shape).to(self.device)
+        inputs = [to_device(x, self.device) for x in (flat, *values)]
+        if self.pool is None:
+            return function(past, *inputs)
+        with torch.cuda.use_mem_pool(self.pool):
+            found = function(past, *inputs)
+        return found.clone()  # out of the pool, which the next graph overwrites
+
+    def _capture_shape(self, shape: Shape, values: tuple[Tensor, ...], source: PastSource | None) -> None:
         S, C, room = shape
         for graphs, function, count in ((self.step_graphs, self._step, 4), (self.base_graphs, self._base_loss, 2)):
             past = None if source is None else source.past(S, C, room)
-            graphs[shape] = self._capture(function, values[:count], pool, past)
+            graphs[shape] = self._capture(function, values[:count], past)
 
     def _step(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, share: Tensor) -> Tensor:
         state, grad = self.deltas.masters.select(rows), self.tail.zeros(len(rows))
@@ -142,9 +151,7 @@ class Compute:
         pick = lambda x: x.flatten(0, 1).index_select(0, flat).view(*flat_SC.shape, *x.shape[2:])  # noqa: E731
         return *self.tail.entering(pick(pages.h_PCD), pick(pages.a_PCQ), pick(pages.x_PC)), pick(pages.t_PC)
 
-    def _capture(
-        self, function: Callable[..., Tensor], values: tuple[Tensor, ...], pool: Any, past: Past | None = None
-    ) -> Graph:
+    def _capture(self, function: Callable[..., Tensor], values: tuple[Tensor, ...], past: Past | None) -> Graph:
         """A graph of ``function``, whose inputs are ``values`` and the tensors of ``past``."""
         with torch.inference_mode(False):  # autograd keeps some of them
             inputs = tuple(x.to(self.device) for x in (*values, *(() if past is None else past.tensors())))
@@ -152,12 +159,13 @@ class Compute:
         run = lambda: function(static, *inputs[: len(values)])  # noqa: E731
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # load every kernel before the capture
+        assert self.pool is not None
+        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self.pool):  # load every kernel before the capture
             for _ in range(2):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=self.pool.id):  # type: ignore[arg-type]
             output = run()
         return Graph(graph, inputs, output)
 
