@@ -367,6 +367,22 @@ def test_who_is_waited_for_learns_first_and_the_others_every_other_time() -> Non
     assert [chunk.session for chunk in trainer.take_report().chunks] == [3, 1, 3, 2, 3, 1]
 
 
+def test_no_more_is_learned_at_once_than_was_asked_for() -> None:
+    """A prompt of 512 tokens has 511 to learn: the token that is left over must not buy another chunk."""
+    config = parse_config({"learn": {"chunk": 256, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 0}})
+    h, a, tokens = torch.randn(512, D), torch.randn(512, Q), torch.randint(0, V, (512,))
+    backlog, deltas = Backlog(16, 256, 1, h, a), Deltas(make().tail, 5, config.learn.rate)
+    slots: Any = SimpleNamespace(write=lambda *_: None, drop=lambda _: None, holds=lambda _: False)
+    trainer = Trainer(make().tail, config, backlog, deltas, slots, Probe(1, h, a))
+    for key in (1, 2, 3):
+        backlog.start(f"r{key}", RequestPlan(key, 256, True, False))
+        backlog.take([Rows(f"r{key}", 0, 0, tokens[:256])], h, a)
+    trainer.learn(256)
+    assert [chunk.tokens for chunk in trainer.take_report().chunks] == [255]
+    trainer.learn(64)
+    assert [chunk.tokens for chunk in trainer.take_report().chunks] == [255], "one at least"
+
+
 def test_what_repeats_itself_is_found() -> None:
     draw = torch.randint(0, 8192, (1025,), generator=torch.Generator().manual_seed(0)).tolist()
     line = draw[:20]

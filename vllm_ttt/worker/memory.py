@@ -7,6 +7,8 @@ from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.worker.step.micro_step import LOSS_ROWS
 
+#: What CUDA keeps of the graphs of the step, as far as it was seen to, in bytes.
+GRAPHS = 2**30
 #: A tile counts as at least so many tokens: reading a session's B and one step of its optimiser cost as much.
 SMALLEST_SHARE = 128
 

@@ -96,6 +96,7 @@ class TTTWorkerMixin:
         packed = memory.packed_bytes(geometry, config, products.itemsize, model.max_model_len)
         if modules.attending and self.device.type == "cuda":
             needs["what such a step attends to, where no graph fits (--max-model-len)"] = packed
+            needs["the graphs of such steps"] = memory.GRAPHS
         memory.check(needs, left)
         tail = build_tail(runner.get_model(), modules, config.adapt, model.max_model_len)
         dtype, device = model.dtype, tail.head_VD.device
@@ -128,7 +129,7 @@ class TTTWorkerMixin:
         if self.cache is None:
             self.ttt_warm_up(config)
         elif device.type == "cuda":
-            self.reserve = [torch.empty(size, dtype=torch.uint8, device=device) for size in (packed, step)]
+            self.reserve = [torch.empty(size, dtype=torch.uint8, device=device) for size in (packed, step + memory.GRAPHS)]
         logger.info(
             "vllm-ttt: adapting %s; rank %d, %d resident sessions of %.1f MB, backlog of %d tokens, %.2f GiB in all",
             f"{', '.join(config.adapt.modules)} of {geometry.layers} layers", config.adapt.rank, config.sessions.resident,

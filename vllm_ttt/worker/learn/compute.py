@@ -7,7 +7,8 @@ take the host longer than running them takes the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,21 @@ from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
 from vllm_ttt.worker.step.qkv import Past
 from vllm_ttt.worker.step.update import update
+
+
+class Bench:
+    """Memory of their own for steps on CUDA, and the stream to which it belongs: what one is done with, the next one takes."""
+
+    def __init__(self) -> None:
+        self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
+
+    @contextmanager
+    def at(self) -> Iterator[None]:
+        """What is allocated inside is the bench's. The stream outside waits, then goes on."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 @dataclass
@@ -43,8 +59,9 @@ class Graph:
 #: Sessions, rows of each, and rows of the past of all of them together.
 Shape = tuple[int, int, int]
 
-#: Rows of the past of each session, on average, for which a step is captured: what is not filled is read all the same.
-ROOMS = (1024, 4096)
+#: Rows of the past of each session, on average, for which a step is captured: what is not filled is read all the same. The
+#: first chunk of a prompt, often the only one, has no past.
+ROOMS = (0, 1024, 4096)
 
 
 class Compute:
@@ -59,8 +76,8 @@ class Compute:
         #: the weighted losses [S, C] of the last step's rows, where ``keep_rows``; a graph keeps none
         self.keep_rows = False
         self.rows_SC: Tensor | None = None
-        #: what a step works in: graphs, and steps of other shapes, which are launched, one after the other
-        self.pool = torch.cuda.MemPool() if self.device.type == "cuda" else None
+        #: where graphs, and steps of other shapes, which are launched, do their work, one after the other
+        self.bench = Bench() if self.device.type == "cuda" else None
         self.step_graphs: dict[Shape, Graph] = {}
         self.base_graphs: dict[Shape, Graph] = {}
 
@@ -102,9 +119,9 @@ class Compute:
         for S, C in shapes:
             flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.full((S, C), 1.0 / C)
             rows, share = torch.full((S,), self.deltas.spare), torch.ones(S)
-            if self.pool is not None and source is None:
+            if self.bench is not None and source is None:
                 self._capture_shape((S, C, 0), (flat, weight, rows, share), None)
-            elif self.pool is not None and self.tail.kernel.static:
+            elif self.bench is not None and self.tail.kernel.static:
                 for room in ROOMS:
                     self._capture_shape((S, C, S * room), (flat, weight, rows, share), source)
 
@@ -120,11 +137,11 @@ class Compute:
         """What ``function`` returns, without a graph."""
         past = None if source is None else source.past(*flat.shape).to(self.device)
         inputs = [to_device(x, self.device) for x in (flat, *values)]
-        if self.pool is None:
+        if self.bench is None:
             return function(past, *inputs)
-        with torch.cuda.use_mem_pool(self.pool):
+        with self.bench.at():
             found = function(past, *inputs)
-        return found.clone()  # out of the pool, which the next graph overwrites
+        return found.clone()  # off the bench, which the next graph overwrites
 
     def _capture_shape(self, shape: Shape, values: tuple[Tensor, ...], source: PastSource | None) -> None:
         S, C, room = shape
@@ -157,15 +174,12 @@ class Compute:
             inputs = tuple(x.to(self.device) for x in (*values, *(() if past is None else past.tensors())))
         static = None if past is None else past.by(*inputs[len(values) :])
         run = lambda: function(static, *inputs[: len(values)])  # noqa: E731
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        assert self.pool is not None
-        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self.pool):  # load every kernel before the capture
+        assert self.bench is not None
+        with self.bench.at():  # load every kernel before the capture
             for _ in range(2):
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool.id):  # type: ignore[arg-type]
+        with torch.cuda.graph(graph, pool=self.bench.pool.id, stream=self.bench.stream):  # type: ignore[arg-type]
             output = run()
         return Graph(graph, inputs, output)
 

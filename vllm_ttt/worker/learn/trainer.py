@@ -109,7 +109,9 @@ class Trainer:
     def _turn(self, tokens: int, first: frozenset[int]) -> int:
         """`learn`, the sessions of ``first`` before others."""
         left = tokens - self._try(tokens, first)  # before it learns: no session goes on beyond what has not been tried
-        while left > 0 and (tiles := self._pick(left, first)):
+        one = True
+        while left > 0 and (tiles := self._pick(left, first, one)):
+            one = False
             try:
                 self._step(tiles)
             except Exception:
@@ -263,15 +265,15 @@ class Trainer:
         for chunk in self.backlog.drop_session(key):
             self._report_chunk(chunk, math.nan, reason)
 
-    def _pick(self, tokens: int, first: frozenset[int]) -> list[Tile]:
-        """The next chunk of as many sessions as fit, those of ``first`` before others, but of one at least; this bounds the
-        workspace of a step, too."""
+    def _pick(self, tokens: int, first: frozenset[int], one: bool) -> list[Tile]:
+        """The next chunk of as many sessions as fit, those of ``first`` before others; with ``one``, of one at least. This
+        bounds the workspace of a step, too."""
         tiles: list[Tile] = []
         due, chosen, heads = self.guard.due(), set[int](), self.backlog.heads()
         for chunk in sorted(heads, key=lambda chunk: chunk.session not in first) if first else heads:
             if tokens <= 0:
                 break
-            if chunk.session in due or (tiles and _cost(chunk) > tokens):
+            if chunk.session in due or (_cost(chunk) > tokens and not (one and not tiles)):
                 continue
             row = self.deltas.row(chunk.session, keep=chosen)
             if row is None:

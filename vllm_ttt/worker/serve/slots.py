@@ -60,9 +60,10 @@ class SharedA:
             b[index] = 0
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """vLLM's, for B alone: a slot has room for exactly our rank."""
+        """vLLM's, for B alone; its own dummies at start have a smaller rank."""
+        self.reset_lora(index)
         for b, given in zip(self.lora_b_stacked, lora_b if isinstance(lora_b, list) else [lora_b], strict=True):
-            b[index, 0].copy_(given, non_blocking=True)
+            b[index, 0, :, : given.shape[1]].copy_(given, non_blocking=True)
 
 
 def share(layer: Any, a_RI: Tensor) -> None:
