@@ -52,7 +52,7 @@ class AdaptConfig(_Model):
     """Which layers carry a delta, and how large it is."""
 
     preset: Literal["deep", "last"] = "deep"
-    """What is adapted: `deep`, every layer, or the last `layers` of them; `last`, the last layer alone."""
+    """`deep` adapts every layer, or the last `layers` of them. `last` adapts the last layer alone."""
     layers: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = "all"
     """How many layers are adapted, counted from the end, or `all`. The preset `last` has one."""
     modules: Annotated[tuple[Module, ...], CONSTANT] = ("o_proj", "down_proj")
@@ -93,7 +93,7 @@ class LearnConfig(_Model):
     """The micro-step: what is learned and how fast (docs/algorithm.md)."""
 
     tokens: Literal["prompt", "all"] = "prompt"
-    """What a request learns that does not say so itself: its prompt, or (`all`) its answer too."""
+    """What is learned of a request that does not say: its prompt, or (`all`) its answer too."""
     chunk: Annotated[int, Field(ge=16, le=4096), CONSTANT] = 512
     """Tokens per step of the optimiser."""
     rate: Annotated[float, Field(ge=1e-5, le=0.1), CONSTANT] = 0.012
@@ -107,11 +107,11 @@ class LearnConfig(_Model):
     max_loss: Annotated[float, Field(gt=0, le=2), CONSTANT] = 0.7
     """A chunk whose loss exceeds this times ln(vocabulary) is not learned: it is noise."""
     min_chunk: Annotated[int, Field(ge=1, le=1024), CONSTANT] = 8
-    """A remainder of a prompt shorter than this is not learned."""
+    """A chunk shorter than this is not learned."""
     filter: tuple[str, ...] = ()
     """Regular expressions. Text of a prompt that matches one is not learned ([operators.md](operators.md#filter))."""
     history: Annotated[Literal["skip", "learn"], CONSTANT] = "skip"
-    """Whether a prompt that begins like an earlier one of its session skips that beginning, or learns it again."""
+    """Whether the history of a prompt is skipped, or learned again."""
     interleave: bool = False
     """`true`: a prompt is read in chunks, each learned before the next one is read. A request can say otherwise."""
 
@@ -155,7 +155,7 @@ class SessionsConfig(_Model):
     resident: Annotated[int, Field(ge=1, le=1024)] = 64
     """Sessions that can be served at the same time. Each takes one of vLLM's LoRA slots."""
     host_gib: Annotated[float, Field(gt=0, le=65536)] = 8.0
-    """GiB of host memory for sessions without a slot. When it is full, sessions move to the state dir; without one, a 429."""
+    """GiB of host memory for sessions without a slot. Others move to the state dir; without one, a new session is a 429."""
     state_dir: str | None = None
     """Folder in which sessions outlive the server (`--ttt-state-dir`). null: they end with it."""
     autosave: Annotated[float, Field(ge=0.1, le=86400)] = 30.0

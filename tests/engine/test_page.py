@@ -157,13 +157,13 @@ def test_depth_rate_and_reasons_are_told(page: Page, watched: Served, documents:
     session = at_rest(watched, "told")
     assert set(session["tokens_skipped"]) >= {"repetition", "short"}
     enter(page)
-    expect(page.locator("#totals")).to_contain_text("every layer: o_proj, down_proj, rank 64")
+    expect(page.locator("#depth")).to_contain_text("in every layer: o_proj and down_proj, rank 64")
     facts = card(page, "told").locator(".facts")
     rate = session["rate"]
     expect(facts).to_contain_text(f"{rate:#.2g} (from 0.012)")
     for reason, words in {"repetition": "repeats itself", "short": "too short"}.items():
         count = session["tokens_skipped"][reason]
-        expect(facts).to_contain_text(f"{count} {words}")
+        expect(facts).to_contain_text(f"{count} tokens: {words}")
     card(page, "told").locator("svg").focus()
     page.keyboard.press("ArrowLeft")
     shown = [chunk for chunk in session["losses"] if chunk["loss"] is not None]

@@ -100,11 +100,11 @@ async function model() {
   return $("model").textContent;
 }
 
-// How deep it learns: of which layers, which modules.
+/** How deep a session learns: in which layers and modules. */
 function depth() {
   const { layers, modules, rank } = settings.adapt;
   const which = layers === "all" ? "every layer" : layers === 1 ? "the last layer" : `the last ${layers} layers`;
-  return [["adapted", `${which}: ${modules.join(", ")}, rank ${rank}`]];
+  return `A session learns in ${which}: ${modules.join(" and ")}, rank ${rank}.`;
 }
 
 async function show(sessions, more) {
@@ -114,7 +114,8 @@ async function show(sessions, more) {
   if (!sessions.length) await command();
   const sum = (name) => sessions.reduce((total, s) => total + s[name], 0);
   const totals = [[more ? "sessions, of more" : "sessions", sessions.length], ["tokens learned", sum("tokens_learned")], ["waiting", sum("tokens_pending")]];
-  describe($("totals"), [...totals.map(([name, value]) => [name, number(value)]), ...depth()]);
+  describe($("totals"), totals.map(([name, value]) => [name, number(value)]));
+  $("depth").textContent = depth();
   const wanted = $("find").value.trim();
   const found = sessions.filter((s) => s.session_id.includes(wanted));
   const visible = found.slice(0, shown);
@@ -224,11 +225,11 @@ function draw(card, s, chart = false) {
   describe(q(".facts"), [
     ["learned", `${number(s.tokens_learned)} tokens`],
     ["waiting", `${number(s.tokens_pending)} tokens`],
-    ["not learned", skipped.length ? skipped.map(([reason, n]) => `${number(n)} ${why(reason)}`).join(", ") : "–"],
     ["rate", given(s.rate) ? rate(s.rate) + ` (from ${rate(settings.learn.rate)})` : "–"],
     ["delta's norm", norms.length ? `${(100 * Math.max(...norms)).toFixed(0)} %` : "–"],
-    ...(typeof s.cache_share === "number" ? [["by the cache", `${(100 * s.cache_share).toFixed(0)} % of them, ` +
+    ...(typeof s.cache_share === "number" ? [["by its cache", `${(100 * s.cache_share).toFixed(0)} % of the tokens, ` +
       `${nats(Math.abs(s.cache_gain))} nats per token ${s.cache_gain < 0 ? "lost" : "gained"}`]] : []),
+    ["not learned", skipped.length ? skipped.map(([reason, n]) => `${number(n)} tokens: ${why(reason)}`).join(", ") : "–"],
   ]);
   q(".card > .error").textContent = s.error ?? (s.frozen_reason && s.frozen_reason !== "asked for" ? `It learns no more: ${s.frozen_reason}.` : "");
   q('[data-action="freeze"]').textContent = s.frozen ? "Unfreeze" : "Freeze";
@@ -245,7 +246,7 @@ function plot(card) {
   const gain = card.element.querySelector(".gain");
   const last = measured.filter((c) => c.version > (c.skipped ? 0 : 1)).slice(-8);  // version 0 is the base model itself
   const mean = last.reduce((sum, c) => sum + c.frozen_loss - c.loss, 0) / last.length;
-  if (!last.length) gain.textContent = chunks.length ? "not yet compared with the base model: every fourth chunk is" : "nothing learned yet";
+  if (!last.length) gain.textContent = chunks.length ? "not yet compared with the base model (every fourth chunk is)" : "nothing learned yet";
   else if (Math.abs(mean) < 0.005) gain.textContent = "no difference from the base model";
   else {
     const percent = 100 * (1 - Math.exp(-mean));
