@@ -65,8 +65,9 @@ def test_a_deleted_session_has_left_nothing(kept: tuple[Served, Path], documents
     row = Offline(state).find(NAME)
     pieces = [text_of(documents["man2"][i][:600]) for i in range(3)]
     prompts = [digest for digest, *_ in row.state["history"]]
-    for text in (NAME, row.uid, exported["digest_sha256"], *pieces, *prompts):
+    for text in (NAME, row.uid, exported["digest_sha256"], *pieces):
         assert found(state, text), "the state dir has it, or that it is gone proves nothing"
+    assert found(state, *prompts)
 
     answer = served.http.request("DELETE", route)
     assert answer.status_code == 200, answer.text

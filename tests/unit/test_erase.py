@@ -34,6 +34,8 @@ def churn(folder: StateDir, rng: random.Random, steps: int) -> tuple[int, int]:
     db = database.connect(folder.database)
     database.create(db, {})
     live: dict[str, tuple[str, int]] = {}
+    #: of each session: all losses that its states have had
+    losses: dict[str, list[str]] = {}
     gone, left = 0, 0
     for i in range(steps):
         act = rng.random()
@@ -43,6 +45,7 @@ def churn(folder: StateDir, rng: random.Random, steps: int) -> tuple[int, int]:
         if act < 0.85 or uid not in live:
             live[uid] = name, version + 1
             state = {"version": version + 1, "losses": [{"x": rng.random()} for _ in range(rng.choice([0, 3, 30, 300]))]}
+            losses.setdefault(uid, []).extend(str(loss["x"]) for loss in state["losses"])
             file = f"sessions/{uid[:2]}/{uid}-{rng.getrandbits(32):08x}.safetensors"
             saved = Version(version + 1, file, 10, f"{rng.getrandbits(256):064x}", 0.5, state)
             records.put(db, Row(uid, SessionKey("-", name), 1.5 * i + 0.25, 1.5 * i + 0.25, state, saved), keep=3)
@@ -55,6 +58,8 @@ def churn(folder: StateDir, rng: random.Random, steps: int) -> tuple[int, int]:
         gone, left = gone + 1, left + bool(found(folder.root, uid, name))
         assert erase.wipe(db, folder, uid, name)
         assert found(folder.root, uid, name) == []
+        data = folder.database.read_bytes()
+        assert not any(loss.encode() in data for loss in losses.pop(uid)), "nor what any of its states said"
     assert len(records.listing(db, None)) == len(live)
     db.close()
     return gone, left
