@@ -23,8 +23,8 @@ from vllm_ttt.types import FileOrder, FileReport
 
 #: Of a kill. At all but the first, a write of the database is begun, and cut off there.
 MOMENTS = ("now", "in a transaction", "after a commit")
-#: What each thread does.
-WORK = {"store": "", "writer": "save", "reader": "load", "exporter": "export"}
+#: What each thread does, of the worker's orders.
+WORK = {"store": (), "writer": ("save",), "reader": ("load", "digest"), "exporter": ("export",)}
 
 
 class Disk:
@@ -40,7 +40,7 @@ class Disk:
     def check_files(self, order: FileOrder) -> None:
         if order.action == "load" and self.unreadable:
             raise OSError(5, "Input/output error")
-        if order.action != "load" and self.files_full:
+        if order.action in ("save", "export") and self.files_full:
             raise OSError(28, "No space left on device")
 
 
@@ -69,7 +69,7 @@ class Lockstep(World):
         if thread == "store":
             futures = [written for written, _, _ in self.store._done]
         else:
-            futures = [future for order, future in self.files.running if order.action == WORK[thread]]
+            futures = [future for order, future in self.files.running if order.action in WORK[thread]]
         if (future := next((f for f in futures if not f.done()), None)) is None:
             return False
         self.gates[thread].release()
@@ -126,7 +126,7 @@ class Lockstep(World):
         return write
 
     def _file(self, order: FileOrder, job: Callable[..., tuple[FileReport, Any]]) -> Callable[..., tuple[FileReport, Any]]:
-        thread = next(thread for thread, action in WORK.items() if action == order.action)
+        thread = next(thread for thread, actions in WORK.items() if order.action in actions)
 
         def work(*args: Any) -> tuple[FileReport, Any]:
             self._wait(thread)
