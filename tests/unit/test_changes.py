@@ -437,6 +437,26 @@ def test_the_guard_returns_a_session_further_while_its_rollback_is_written(engin
     assert world.value("a") == 7.0
 
 
+def test_a_version_that_is_given_up_while_a_rollback_waits_is_a_conflict(engine: Engine, tmp_path: Path) -> None:
+    """As if it had not been kept when it was asked for: nothing is wrong with the disk. It is what the guard made of it."""
+    world = engine.world
+    session = world.use("a", 4.0, 8.0)
+    rollback = ask(engine, "rollback", argument=3)
+    world.run(lambda: "a" in {key.name for key in world.saves.due})  # it was found to be kept
+    assert world.trainer.roll_back(session.adapter, 2)
+    Trust(TTTConfig()).tried(session, Trial(session.adapter, 4, 1.0, 2))
+    world.tiers.changes(session)
+    world.run(rollback.done)
+    refused = rollback.result()
+    assert (refused["status"], world.store.full) == (409, "")
+    assert "version 3" in refused["message"]
+    world.run()
+    shown = engine.ask("get", "a")
+    assert (shown["version"], shown["frozen"], shown["error"]) == (2, True, None)
+    assert world.value("a") == 3.0
+    assert on_disk(engine, tmp_path) == {"a": 2}
+
+
 def test_a_rollback_that_the_worker_cannot_do_is_done_from_the_file(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is on disk by then: the call is a 500, and the session is what the state dir says, in no state between two."""
     world, worker = engine.world, engine.world.worker
