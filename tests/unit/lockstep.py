@@ -7,12 +7,11 @@ is chosen too: between two writes, within a transaction, or before the files are
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ class Lockstep(World):
         self.image = folder.with_name(f"{folder.name}k")
         super().__init__(folder, **options)
         write, discard, run = self.store.write, self.store.discard, self.files._run
-        self.store.write = lambda job, frees=False: write(self._row(job), frees)  # type: ignore[method-assign]
+        self.store.write = lambda job, **how: write(self._row(job), **how)  # type: ignore[method-assign]
 
         def late(file: str) -> None:
             self._at("after a commit")
@@ -67,14 +66,13 @@ class Lockstep(World):
     def let(self, thread: str) -> bool:
         """Let a thread do one piece of work, and wait until that is done; False where there is none."""
         if thread == "store":
-            futures = [written for written, _, _ in self.store._done]
+            futures = self.store.unwritten
         else:
             futures = [future for order, future in self.files.running if order.action in WORK[thread]]
-        if (future := next((f for f in futures if not f.done()), None)) is None:
+        if not (waiting := [future for future in futures if not future.done()]):
             return False
         self.gates[thread].release()
-        with contextlib.suppress(Exception):
-            future.result(timeout=20)
+        wait(waiting, timeout=20, return_when=FIRST_COMPLETED)
         return True
 
     def run(self, until: Callable[[], bool] | None = None) -> None:

@@ -223,7 +223,7 @@ def test_a_rollback_to_a_version_that_is_being_dropped_costs_none(engine: Engine
     session = world.use("a", 16.0)
     held = Held(world)
     save = world.tiers.save(session)
-    while len(world.store._done) < 2:
+    while len(world.store.unwritten) < 2:
         world.step()
     rollback = ask(engine, "rollback", argument=2)
     held.release()
