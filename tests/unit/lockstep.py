@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,20 @@ class Lockstep(World):
     def __init__(self, folder: Path, **options: Any):
         self.gates = {thread: threading.Semaphore(0) for thread in WORK}
         self.disk, self.moment, self.killed = Disk(), "", False
+        #: the store's thread has taken its next piece of work: which one that is does not depend on what is asked for later
+        self.taken = threading.Event()
         #: the gates are open: nothing waits at them any more
         self.open = False
         self.image = folder.with_name(f"{folder.name}k")
         super().__init__(folder, **options)
         write, discard, run = self.store.write, self.store.discard, self.files._run
-        self.store.write = lambda job, **how: write(self._row(job), **how)  # type: ignore[method-assign]
+
+        def ask(job: Write, **how: Any) -> Future:
+            answer = write(self._row(job), **how)
+            assert self.open or self.taken.wait(20)
+            return answer
+
+        self.store.write = ask  # type: ignore[method-assign]
 
         def late(file: str) -> None:
             self._at("after a commit")
@@ -71,8 +79,12 @@ class Lockstep(World):
             futures = [future for order, future in self.files.running if order.action in WORK[thread]]
         if not (waiting := [future for future in futures if not future.done()]):
             return False
+        if thread == "store":
+            self.taken.clear()
         self.gates[thread].release()
         wait(waiting, timeout=20, return_when=FIRST_COMPLETED)
+        if thread == "store" and any(not future.done() for future in self.store.unwritten):
+            assert self.open or self.taken.wait(20)
         return True
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
@@ -114,6 +126,7 @@ class Lockstep(World):
 
         def write(db: sqlite3.Connection) -> Change:
             if not passed:  # else it is tried again, with the room that was kept aside
+                self.taken.set()
                 passed.append(self._wait("store"))
             self._at("")
             change = job(db)

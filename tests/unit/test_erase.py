@@ -156,7 +156,7 @@ def test_a_text_is_found_wherever_the_pieces_end(monkeypatch: pytest.MonkeyPatch
         at = [0, 5, 6, 62, 64, 127, 190, 4096 - 3]
         for place in at:
             data[place : place + 3] = b"aaa" if place == 5 else b"abc"
-        for piece in (3, 64, 100, 4096, 2**20):
+        for piece in (64, 100, 4096, 2**20):
             monkeypatch.setattr(erase, "_PIECE", piece)
             assert list(erase.places(data, b"abc")) == [i for i in range(4094) if data[i : i + 3] == b"abc"]
             assert list(erase.places(data, b"aa")) == [i for i in range(4095) if data[i : i + 2] == b"aa"]
