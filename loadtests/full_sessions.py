@@ -1,12 +1,12 @@
-"""What a page of a long list costs: a state dir of many full sessions, asked over HTTP.
+"""What many full sessions cost: a page of a long list, and removals. Over HTTP.
 
-    python loadtests/list_pages.py [--sessions 10000] [--asked 50]
+    python loadtests/full_sessions.py [--sessions 10000] [--asked 50]
 
 One session learns until it has as many losses and as much history as a session keeps. The server is stopped, and its rows are
 written again under other names, and its file as hard links: each of the sessions is one that has learned as much. Then the
-server is started on them, and asked for the first page: of 100 sessions, and of 1,000, which is the default. A base answer is
-decoded all the while: told is its time between two tokens, alone and beside the lists. The state dir is on a file system in
-memory where there is one.
+server is started on them, and asked for the first page: of 100 sessions, and of 1,000, which is the default. Then some sessions
+are removed at once, while another one is saved. A base answer is decoded all the while: told is its time between two tokens,
+alone and beside. The state dir is on a file system in memory where there is one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sqlite3
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -30,8 +31,8 @@ from runs import EAGER, HERE, about, save, served
 CONFIG: dict[str, Any] = {"sessions": {"resident": 4, "keep_versions": 1}, "learn": {"chunk": 64}}
 #: Requests of the session, each longer by so many tokens, until its lists of losses and of history are full.
 TURNS, TURN = 140, 70
-#: Tokens of a prompt of those, at most.
-LONGEST = 1900
+#: Sessions that are removed at once.
+REMOVED = 30
 
 
 def grow(url: str) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def grow(url: str) -> dict[str, Any]:
     with httpx.Client(base_url=url, timeout=300, trust_env=False) as http:
         ids = [token for _, document in texts.documents for token in document]
         for turn in range(TURNS):
-            at = turn * TURN % (len(ids) - LONGEST)
+            at = turn * TURN % (len(ids) - TURN)
             prompt = ids[at : at + TURN]
             http.post("/v1/completions", json={"model": "demo", "prompt": prompt, "max_tokens": 1, "session_id": "full"})
         while (state := http.get("/v1/ttt/sessions/full").json())["tokens_pending"] or state["requests_open"]:
@@ -104,6 +105,22 @@ def asked(url: str, limit: int, count: int) -> list[float]:
     return took
 
 
+def removed(url: str, count: int) -> list[float]:
+    """Remove so many sessions at once; how long a save took that was asked for behind them, and then all of them."""
+    with httpx.Client(base_url=url, timeout=600, trust_env=False) as http, ThreadPoolExecutor(count) as pool:
+        body = {"model": "demo", "prompt": "In the beginning there was something to learn.", "session_id": "saved"}
+        http.post("/v1/completions", json=body).raise_for_status()
+        began = time.perf_counter()
+        remove = lambda i: httpx.delete(f"{url}/v1/ttt/sessions/full-{i}", timeout=600, trust_env=False)  # noqa: E731
+        removals = [pool.submit(remove, i) for i in range(count)]
+        time.sleep(0.2)
+        asked = time.perf_counter()
+        http.post("/v1/ttt/sessions/saved/save").raise_for_status()
+        saved = time.perf_counter() - asked
+        assert all(removal.result().json()["database_wiped"] for removal in removals)
+        return [saved, time.perf_counter() - began]
+
+
 def shown(seconds: list[float]) -> str:
     cut = quantiles(seconds, n=100)
     return f"{1e3 * cut[49]:.1f} / {1e3 * cut[98]:.1f}"
@@ -115,7 +132,7 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=50)
     parser.add_argument("--out", default=str(HERE / "out"))
     args = parser.parse_args()
-    run = about("list_pages.py")
+    run = about("full_sessions.py")
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         flags = [*EAGER, "--ttt-state-dir", folder]
         with served(flags, CONFIG) as url:
@@ -127,7 +144,7 @@ def main() -> None:
             alone: list[float] = []
             with decoding(url, alone):
                 time.sleep(15)
-            found: list[list[Any]] = [["page of", "median / p99, ms", "between two tokens of a base answer beside, ms"]]
+            found: list[list[Any]] = [["a page of", "median / p99, ms", "between two tokens of a base answer beside, ms"]]
             for limit in (100, 1000):
                 run[f"idle_{limit}"] = asked(url, limit, args.asked)
                 gaps: list[float] = []
@@ -135,9 +152,15 @@ def main() -> None:
                     run[f"busy_{limit}"] = asked(url, limit, args.asked)
                 found.append([f"{limit}, idle", shown(run[f"idle_{limit}"]), ""])
                 found.append([f"{limit}, beside", shown(run[f"busy_{limit}"]), f"{shown(gaps)} (alone {shown(alone)})"])
+            beside: list[float] = []
+            with decoding(url, beside):
+                run["removed"] = removed(url, REMOVED)
+            longest = f"{shown(beside)}, at most {1e3 * max(beside):.0f} (alone {1e3 * max(alone):.0f})"
+            took = " / ".join(f"{1e3 * x:.0f}" for x in run["removed"])
+            found.append([f"{REMOVED} removals: a save behind them / all of them", took, longest])
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [found[0], ["---"] * 3, *found[1:]]]
     said = f"{args.sessions:,} sessions with {run['losses']} losses each; {run['bytes']:,} bytes are recorded of each.\n\n"
-    save("A page of a list", run, said + "\n".join(lines), args.out, "list-pages")
+    save("Many full sessions", run, said + "\n".join(lines), args.out, "many-full-sessions")
 
 
 if __name__ == "__main__":
