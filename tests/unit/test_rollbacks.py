@@ -176,6 +176,25 @@ def test_the_guard_returns_a_session_further_while_its_rollback_is_written(engin
     assert world.value("a") == 7.0
 
 
+def test_what_a_rollback_that_fails_leaves_is_saved_all_the_same(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round of saves was due for the session, whose turn the rollback took. Else it would keep its place for ever."""
+    world = engine.world
+    session = world.use("a", 4.0, 8.0)
+    rollback = ask(engine, "rollback", argument=3)
+    world.saves.next_round = 0.0
+    with monkeypatch.context() as full:
+        full.setattr(delta_file, "encode", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        world.run(rollback.done)
+        assert rollback.result()["status"] == 507
+        world.run()
+    world.saves.next_round = 0.0
+    world.run()
+    assert (session.unsaved, world.store.full) == (False, "")
+    assert on_disk(engine, tmp_path) == {"a": 4}
+
+
 def test_a_version_that_is_given_up_while_a_rollback_waits_is_a_conflict(engine: Engine, tmp_path: Path) -> None:
     """As if it had not been kept when it was asked for: nothing is wrong with the disk. It is what the guard made of it."""
     world = engine.world

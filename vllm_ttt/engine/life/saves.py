@@ -84,18 +84,22 @@ class Saves:
         turn: Future = Future()
         self.due[session.key] = session, turn
         yield turn
+        written = False
         try:
             file = self.store.folder.new_file(session.uid)
             report = yield from self._file(session, file, version=version)
             state = {**session.state_at(version), **session.standing()}
             newest = Version(version, file, report.bytes, report.checksum, time.time(), {**state, "digest": report.digest})
             yield from self._put(replace(session.row(newest), state=state))
+            written = True
         except (StoreError, OSError) as error:
             self.counts.add("saves_total", 1, "failed")
             self.store.failed(found := store_error(error))
             raise found from None
         finally:
             self.under_way -= 1
+            if not written and session.unsaved:  # what it is, and stays, may have been due: its turn went to this
+                self.due.setdefault(session.key, (session, None))
         self.counts.add("saves_total", 1, "done")
         return newest
 
