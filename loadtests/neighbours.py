@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,15 +211,52 @@ class Flood:
         for i in range(40):
             await self.send(f"row-{i}", 600)
             found.append(await self.call(f"row-{i}", "save"))
-        for i in range(80):  # others take their places in memory
-            await self.send(f"other-{i}")
+        await self.put_away()
         with contextlib.closing(sqlite3.connect(self.state / "sessions.db", timeout=30)) as db, db:
             db.execute("UPDATE sessions SET summary = substr(summary, 1, 20) WHERE name LIKE 'row-%'")
             db.execute("UPDATE versions SET detail = '{' WHERE uid IN (SELECT uid FROM sessions WHERE name LIKE 'row-%')")
         return found + [await self.send(f"row-{i}") for i in range(40)]
 
+    async def read_error(self) -> list[httpx.Response]:
+        """forty sessions' files answer with an input/output error, and each is sent a request; then one more, without it"""
+        names, versions = [f"unread-{i}" for i in range(40)], []
+        for name in names:
+            await self.send(name, 600)
+            versions.append((await self.call(name, "save")).json()["version"])
+        await self.put_away()
+        with contextlib.closing(sqlite3.connect(self.state / "sessions.db", timeout=30)) as db:
+            found = db.execute("SELECT file FROM versions JOIN sessions USING (uid) WHERE name LIKE 'unread-%'").fetchall()
+        with unreadable([self.state / file for (file,) in found]):
+            failed = [await self.send(name) for name in names]
+        again = [await self.send(name) for name in names]
+        for answer, version in zip(again, versions, strict=True):
+            if answer.status_code == 200 and answer.json()["ttt"]["version"] < version:
+                raise RuntimeError(f"{answer.text[:200]}: it was saved at version {version}")
+        return failed + again
 
-CASES: tuple[str, ...] = ("held", "exports", "lists", "sessions", "calls", "full_disk", "damaged_row")
+    async def put_away(self) -> None:
+        """Others take the places in memory of all that were used before."""
+        for i in range(80):
+            await self.send(f"other-{i}")
+
+
+CASES: tuple[str, ...] = ("held", "exports", "lists", "sessions", "calls", "full_disk", "damaged_row", "read_error")
+#: Those in which something is mounted.
+ROOT = {"full_disk", "read_error"}
+
+
+@contextlib.contextmanager
+def unreadable(files: list[Path]) -> Iterator[None]:
+    """Whoever reads one of them meets an input/output error: it is the memory of this process, which does not begin at 0."""
+    mounted = []
+    try:
+        for file in files:
+            subprocess.run(["mount", "--bind", f"/proc/{os.getpid()}/mem", str(file)], check=True)
+            mounted.append(file)
+        yield
+    finally:
+        for file in mounted:
+            subprocess.run(["umount", str(file)], check=True)
 
 
 async def measure(url: str, state: Path, cases: list[str]) -> dict[str, Any]:
@@ -256,8 +293,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", folder]
         mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
-        if not mounted and "full_disk" in cases:
-            parser.error("full_disk needs root, who may mount a file system; --only the others")
+        if not mounted and ROOT & set(cases):
+            parser.error(f"{' and '.join(sorted(ROOT))} need root, who may mount; --only the others")
         try:
             state = Path(folder) / "state"
             with served([*FLAGS, "--ttt-state-dir", str(state)], CONFIG) as url:

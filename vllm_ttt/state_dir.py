@@ -71,6 +71,7 @@ class StateDir:
             self.check_format()
             for folder in (self.sessions, self.damaged, self.exports):
                 folder.mkdir(mode=0o700, exist_ok=True)
+            _sync(self.sessions)  # whoever made a folder in it may have been killed before that
             self._close_to_others()
         except OSError as error:
             raise ConfigError(f"the state dir {self.root} cannot be used: {error.strerror or error}") from None

@@ -154,8 +154,8 @@ class FileReport:
     session: int
     path: str
     #: "taken": a save has its snapshot, and the file is being written; the others are final. "damaged": the file is not what
-    #: was saved; "failed": it could not be read or written
-    outcome: Literal["taken", "done", "failed", "damaged"]
+    #: was saved; "failed": it could not be read or written; "gone": the version to be saved is not kept any more
+    outcome: Literal["taken", "done", "failed", "damaged", "gone"]
     #: of the delta in the file
     version: int = 0
     #: taken: how many of the chunks in the same report the snapshot holds; the others came later

@@ -102,9 +102,19 @@ class OwnerUser(Person):
 
     def roll_back(self) -> None:
         versions = [v for v in self.state.get("versions", ()) if v <= self.state["version"]]
-        if versions:
-            version = self.rng.choice(versions)
-            self.operate("rollback", version, json={"version": version})
+        if not versions:
+            return
+        version, before = self.rng.choice(versions), self.state
+        answer = self.ask("rollback", (200, 409), json={"version": version})
+        if answer is None:
+            return
+        self.state = self.at_rest()
+        if "error" in answer:
+            # A save that has come meanwhile may have taken its place: then it is not there any more, and nothing has changed.
+            if version in self.state["versions"] or self.state["version"] != before["version"]:
+                self.wrong(f"a rollback to {version}, refused: {answer['error']['message']}", before["version"], self.state)
+            return
+        self.agree("rollback", version, answer)
 
     def reset(self) -> None:
         self.operate("reset", 0)
@@ -128,12 +138,15 @@ class OwnerUser(Person):
         if answer is None:
             return
         self.state = self.at_rest()
+        self.agree(what, version, answer)
+
+    def agree(self, what: str, version: int, answer: dict[str, Any]) -> None:
         for found in (answer, self.state):
             if found["version"] != version:
                 self.wrong(what, version, found)
 
-    def ask(self, what: str, **options: Any) -> Any:
-        return self.client.ask(f"owner: {what}", "POST", f"/v1/ttt/sessions/{self.name}/{what}", (200,), **options)
+    def ask(self, what: str, expected: tuple[int, ...] = (200,), **options: Any) -> Any:
+        return self.client.ask(f"owner: {what}", "POST", f"/v1/ttt/sessions/{self.name}/{what}", expected, **options)
 
     def gone(self, name: str | None) -> None:
         """Delete a session; it is not there any more."""

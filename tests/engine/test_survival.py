@@ -243,4 +243,5 @@ def test_while_it_drains_it_takes_nothing_new(stage: Stage, tmp_path: Path, docu
                 answer = http.post("/v1/completions", json=body)
                 assert (answer.status_code, running.done()) == (503, False), answer.text
                 assert "shutting down" in answer.json()["error"]["message"]
+            assert http.get("/v1/ttt/sessions").status_code == 503
         assert running.result()["usage"]["completion_tokens"] == 1500, "what was asked before is answered"

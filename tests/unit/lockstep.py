@@ -7,12 +7,11 @@ is chosen too: between two writes, within a transaction, or before the files are
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from vllm_ttt.types import FileOrder, FileReport
 
 #: Of a kill. At all but the first, a write of the database is begun, and cut off there.
 MOMENTS = ("now", "in a transaction", "after a commit")
-#: What each thread does.
-WORK = {"store": "", "writer": "save", "reader": "load", "exporter": "export"}
+#: What each thread does, of the worker's orders.
+WORK = {"store": (), "writer": ("save",), "reader": ("load", "digest"), "exporter": ("export",)}
 
 
 class Disk:
@@ -40,7 +39,7 @@ class Disk:
     def check_files(self, order: FileOrder) -> None:
         if order.action == "load" and self.unreadable:
             raise OSError(5, "Input/output error")
-        if order.action != "load" and self.files_full:
+        if order.action in ("save", "export") and self.files_full:
             raise OSError(28, "No space left on device")
 
 
@@ -48,12 +47,20 @@ class Lockstep(World):
     def __init__(self, folder: Path, **options: Any):
         self.gates = {thread: threading.Semaphore(0) for thread in WORK}
         self.disk, self.moment, self.killed = Disk(), "", False
+        #: the store's thread has taken its next piece of work: which one that is does not depend on what is asked for later
+        self.taken = threading.Event()
         #: the gates are open: nothing waits at them any more
         self.open = False
         self.image = folder.with_name(f"{folder.name}k")
         super().__init__(folder, **options)
         write, discard, run = self.store.write, self.store.discard, self.files._run
-        self.store.write = lambda job, frees=False: write(self._row(job), frees)  # type: ignore[method-assign]
+
+        def ask(job: Write, **how: Any) -> Future:
+            answer = write(self._row(job), **how)
+            assert self.open or self.taken.wait(20)
+            return answer
+
+        self.store.write = ask  # type: ignore[method-assign]
 
         def late(file: str) -> None:
             self._at("after a commit")
@@ -67,14 +74,17 @@ class Lockstep(World):
     def let(self, thread: str) -> bool:
         """Let a thread do one piece of work, and wait until that is done; False where there is none."""
         if thread == "store":
-            futures = [written for written, _, _ in self.store._done]
+            futures = self.store.unwritten
         else:
-            futures = [future for order, future in self.files.running if order.action == WORK[thread]]
-        if (future := next((f for f in futures if not f.done()), None)) is None:
+            futures = [future for order, future in self.files.running if order.action in WORK[thread]]
+        if not (waiting := [future for future in futures if not future.done()]):
             return False
+        if thread == "store":
+            self.taken.clear()
         self.gates[thread].release()
-        with contextlib.suppress(Exception):
-            future.result(timeout=20)
+        wait(waiting, timeout=20, return_when=FIRST_COMPLETED)
+        if thread == "store" and any(not future.done() for future in self.store.unwritten):
+            assert self.open or self.taken.wait(20)
         return True
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
@@ -116,6 +126,7 @@ class Lockstep(World):
 
         def write(db: sqlite3.Connection) -> Change:
             if not passed:  # else it is tried again, with the room that was kept aside
+                self.taken.set()
                 passed.append(self._wait("store"))
             self._at("")
             change = job(db)
@@ -126,7 +137,7 @@ class Lockstep(World):
         return write
 
     def _file(self, order: FileOrder, job: Callable[..., tuple[FileReport, Any]]) -> Callable[..., tuple[FileReport, Any]]:
-        thread = next(thread for thread, action in WORK.items() if action == order.action)
+        thread = next(thread for thread, actions in WORK.items() if order.action in actions)
 
         def work(*args: Any) -> tuple[FileReport, Any]:
             self._wait(thread)

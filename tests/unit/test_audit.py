@@ -299,9 +299,12 @@ def test_commands_on_a_state_dir_are_told(tmp_path: Path) -> None:
     world.end()
     assert run("export", state, "a", out) == run("import", state, "b", out) == run("rm", state, "a") == 0
     assert told(state / "audit.jsonl")[-3:] == ["export a", "import b", "delete a"]
+    assert run("move", state, "--to", "somebody") == 0
+    assert told(state / "audit.jsonl")[-1] == "move b"
+    assert run("move", state, "--from", "somebody", "--to", "") == 0
     World(state).end()  # without a log
     assert run("rm", state, "b") == 0
-    assert told(state / "audit.jsonl")[-1] == "delete a"
+    assert told(state / "audit.jsonl")[-1] == "move b"
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:

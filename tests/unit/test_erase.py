@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import mmap
 import random
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from test_admin import Engine
+from test_changes import ask
 from typer.testing import CliRunner
 from world import World
 
 from vllm_ttt.cli import app
 from vllm_ttt.engine.storage import database, erase, records
 from vllm_ttt.engine.storage.records import Row, Version
+from vllm_ttt.engine.storage.turns import Turns
 from vllm_ttt.state_dir import StateDir
 from vllm_ttt.types import SessionKey
 
@@ -148,3 +154,75 @@ def test_the_command_gives_a_receipt(tmp_path: Path) -> None:
     receipt = json.loads(result.stdout)
     assert (receipt["digest"], receipt["version"], receipt["database_wiped"]) == (digest, 1, True)
     assert found(tmp_path / "state", NAME, digest) == []
+
+
+def test_a_text_is_found_wherever_the_pieces_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with mmap.mmap(-1, 4096) as data:
+        at = [0, 5, 6, 62, 64, 127, 190, 4096 - 3]
+        for place in at:
+            data[place : place + 3] = b"aaa" if place == 5 else b"abc"
+        for piece in (64, 100, 4096, 2**20):
+            monkeypatch.setattr(erase, "_PIECE", piece)
+            assert list(erase.places(data, b"abc")) == [i for i in range(4094) if data[i : i + 3] == b"abc"]
+            assert list(erase.places(data, b"aa")) == [i for i in range(4095) if data[i : i + 2] == b"aa"]
+            assert not list(erase.places(data, b"abd"))
+
+
+def test_other_threads_run_while_the_database_is_searched() -> None:
+    """The engine's is one: it would decode nothing meanwhile. No thread is interrupted here that does not give way itself."""
+    turns, end, before = 0, threading.Event(), sys.getswitchinterval()
+
+    def others() -> None:
+        nonlocal turns
+        while not end.is_set():
+            turns += 1
+            time.sleep(1e-4)
+
+    thread = threading.Thread(target=others)
+    with mmap.mmap(-1, 2**26) as data:
+        try:
+            sys.setswitchinterval(60)
+            thread.start()
+            begun = turns
+            assert not list(erase.places(data, b"0123456789abcdef"))
+            assert turns > begun
+        finally:
+            end.set()
+            sys.setswitchinterval(before)
+            thread.join()
+
+
+def test_a_save_waits_for_one_removal_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody removes all that he has: what others ask for is done in between, and his removals are done in the end."""
+    world = World(tmp_path / "state", limit=20)
+    engine = Engine(world)
+    for i in range(12):
+        world.use(f"s{i}", 1.0)
+        world.save(f"s{i}")
+    gate, begun, wipe = threading.Semaphore(0), threading.Event(), erase.wipe
+    monkeypatch.setattr(erase, "wipe", lambda *args: (begun.set(), gate.acquire(), wipe(*args))[2])
+    removals = [ask(engine, "delete", f"s{i}") for i in range(12)]
+    world.run(begun.is_set)  # the first is under way, the others wait
+    save = world.tiers.save(world.use("theirs", 1.0, tenant="b"))
+    world.run(lambda: len(world.store.unwritten) > 12)
+    gate.release()
+    world.run(save.done)
+    assert sum(removal.done() for removal in removals) <= 1
+    gate.release(12)
+    world.run(lambda: all(removal.done() for removal in removals))
+    assert all(removal.result()["result"]["database_wiped"] for removal in removals)
+    world.end()
+
+
+def test_who_yields_has_its_turn_in_the_end() -> None:
+    turns = Turns()
+    for i in range(40):
+        turns.put(("slow", i), yields=True)
+        turns.put(("quick", i))
+    turns.put(None)
+    taken = list(iter(turns.get, None))
+    assert len(taken) == 80
+    for kind in ("slow", "quick"):
+        assert [i for what, i in taken if what == kind] == list(range(40)), "each in its order"
+    first = [what for what, _ in taken].index("slow")
+    assert 0 < first <= 20

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 
 import pytest
 from test_tiers import Make, files, make
 
+from vllm_ttt.engine.storage import records
 from vllm_ttt.engine.storage.store import Change
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
@@ -83,6 +85,33 @@ def test_a_clock_that_is_set_ends_no_session(make: Make, monkeypatch: pytest.Mon
     monkeypatch.setattr("time.time", lambda: real() + 7200)
     monkeypatch.setattr("time.monotonic", lambda: passed() + 7200)
     assert sweep() == []
+
+
+def test_a_clock_that_the_state_dir_cannot_follow_ends_no_session(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told again with the next look, and until then nobody expires."""
+    world, real = make(limit=1, ttl="1h"), time.time
+    for name in "abc":
+        world.use(name, 1.0)
+        world.run()
+
+    def look() -> list[str]:
+        world.tiers.expiry.next_look = 0.0
+        world.step()
+        world.run()
+        return sorted(s["session_id"] for s in Offline(world.store.folder.root).list())
+
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("time.time", lambda: real() + 86400)
+    with monkeypatch.context() as full:
+        full.setattr(records, "follow_clock", fail)
+        assert look() == look() == ["a", "b", "c"]
+    assert look() == ["a", "b", "c"]
+    passed = time.monotonic
+    monkeypatch.setattr("time.time", lambda: real() + 86400 + 7200)
+    monkeypatch.setattr("time.monotonic", lambda: passed() + 7200)
+    assert look() == [], "it has followed by then: an hour unused is an hour"
 
 
 def test_a_session_that_was_used_since_it_was_found_stays(make: Make) -> None:

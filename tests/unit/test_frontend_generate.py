@@ -163,3 +163,21 @@ def test_over_http_sampling_parameters_name_no_session() -> None:
         receipt.current.reset(token)
     # From Python it is the engine that takes it.
     assert len(collect(llm.generate(extra={"session_id": "s"}))) == 1
+
+
+def test_who_waits_for_an_engine_that_ends_is_answered() -> None:
+    """vLLM's HTTP server waits for all of its requests before it ends: one that nobody answers would keep it for ever."""
+
+    async def run() -> str:
+        waiting = asyncio.get_running_loop().create_future()
+        answered = asyncio.get_running_loop().create_future()
+        answered.set_result("in time")
+        core = SimpleNamespace(shutdown=lambda timeout: None, utility_results={1: waiting, 2: answered})
+        client: Any = SimpleNamespace(engine_core=core)
+        await asyncio.get_running_loop().run_in_executor(None, AsyncLLM.shutdown, client)
+        assert answered.result() == "in time"
+        with pytest.raises(RuntimeError) as error:
+            await asyncio.wait_for(waiting, 20)
+        return str(error.value)
+
+    assert "shutting down" in asyncio.run(run())

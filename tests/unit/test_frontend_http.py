@@ -392,8 +392,8 @@ def test_a_server_that_ends_takes_nothing_new(serving: FakeServing, monkeypatch:
         answer = client.post(path, json={})
         refused(answer, "shutting down", status=503)
         assert answer.headers["connection"] == "close", "the next request of this client goes to another server"
-    for path in ("/health", "/ping"):
-        refused(client.get(path), "shutting down", status=503)
-    assert asked() == before
     serving.admin = {"ok": True, "result": {}}
-    assert client.get("/v1/ttt/config").status_code == 200, "who only looks may look"
+    for path in ("/health", "/ping", "/v1/ttt/config", "/v1/ttt/sessions"):
+        refused(client.get(path), "shutting down", status=503)
+    refused(client.delete("/v1/ttt/sessions/s"), "shutting down", status=503)
+    assert asked() == before

@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from held import Held, other
 from hypothesis import given
 from hypothesis import strategies as st
-from test_deep_scheduler import PROMPT, Engine
+from test_deep_scheduler import PROMPT
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_ttt.engine.admin import admin
 from vllm_ttt.engine.hold import holding
 from vllm_ttt.engine.hold.holding import Entry, Lane, Line
-from vllm_ttt.types import SAMPLES, FileOrder, FileReport, SessionKey
+from vllm_ttt.types import SAMPLES, SessionKey
 
 pytestmark = pytest.mark.unit
-
-
-class Held(Engine):
-    """With a look at what waits where, and with a worker that has files."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__("last", **options)
-        self.holding = self.scheduler.ttt_holding
-        #: orders to load that have not been carried out
-        self.loads: list[FileOrder] = []
-
-    def step(self) -> SchedulerOutput:
-        output = super().step()
-        for order in output.ttt.files:  # type: ignore[attr-defined]
-            if order.action == "load":
-                self.loads.append(order)
-            elif order.action == "save":
-                session = self.scheduler.ttt_ledger.by_adapter[order.session]
-                Path(order.path).write_bytes(b"0123456789")
-                taken = FileReport("save", order.session, order.path, "taken", session.version)
-                done = FileReport("save", order.session, order.path, "done", session.version, bytes=10, checksum="00")
-                self.report.files += [taken, done]
-        return output
-
-    def run(self, until: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 20
-        while not until():
-            assert time.monotonic() < deadline, "it does not come to that"
-            self.step()
-            time.sleep(0.0005)  # what is written is written by a thread
-
-    def load(self) -> None:
-        """The oldest order to load is carried out; the engine hears of it with the next step."""
-        order = self.loads.pop(0)
-        session = self.scheduler.ttt_ledger.by_adapter[order.session]
-        self.report.files.append(FileReport("load", order.session, order.path, "done", session.version))
-
-    def settle(self, request: str, session: str) -> None:
-        """The request has been learned, which the engine hears now."""
-        self.learned(request, session, 1)
-        self.step()
-
-    def new(self) -> set[str]:
-        """The requests that the next step begins."""
-        output = self.step()
-        return {r.req_id for r in output.scheduled_new_reqs}
-
-    def begun(self, count: int) -> list[str]:
-        """The next so many requests that begin, in order."""
-        found, deadline = list[str](), time.monotonic() + 20
-        while len(found) < count:
-            assert time.monotonic() < deadline, f"only {found} begin"
-            found += sorted(self.new())
-            time.sleep(0.0005)
-        return found
-
-
-def other(n: int) -> list[int]:
-    return [*range(5000 + 100 * n, 5100 + 100 * n)]
 
 
 def test_those_that_wait_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,86 +325,6 @@ def test_from_python_any_number_may_wait() -> None:
         engine.send("a", other(i))
     assert engine.holding.count == 10
     assert not engine.scheduler.ttt_refused
-
-
-@pytest.fixture
-def on_disk(tmp_path: Path) -> Held:
-    """An engine that finds the sessions a and b, of version 1, on disk."""
-    options: dict[str, Any] = {"sessions": {"resident": 1, "host_gib": 1e-9, "state_dir": str(tmp_path / "state")}}
-    engine = Held(**options)
-    for name in "ab":
-        engine.learn(name, 1)
-        engine.run(lambda: not engine.scheduler.has_requests())
-        saved = engine.scheduler.ttt_tiers.save(engine.session(name))
-        engine.run(saved.done)
-    engine.run(lambda: not engine.scheduler.has_requests())
-    engine.scheduler.shutdown()
-    return Held(**options)
-
-
-def test_a_session_on_disk_is_waited_for(on_disk: Held) -> None:
-    """And who waits for a place in memory gets it when there is one: there is one place."""
-    engine = on_disk
-    first, second, other_ = engine.send("a", learn=True), engine.send("a", PROMPT[:50]), engine.send("b", other(1))
-    assert engine.new() == set()
-    (order,) = engine.loads
-    assert order.session == engine.session("a").adapter
-    assert engine.new() == set()
-    engine.load()
-    assert engine.begun(1) == [first]
-    engine.settle(first, "a")
-    assert engine.new() == {second}
-    engine.run(lambda: engine.loads)
-    assert other_ not in engine.scheduled
-    engine.load()
-    assert engine.begun(1) == [other_]
-
-
-def test_who_waits_for_room_that_cannot_come_is_refused(on_disk: Held) -> None:
-    """There is one place, and what has it cannot be saved any more: that begins after the other request has come."""
-    engine = on_disk
-    first = engine.send("a", learn=True)
-    engine.run(lambda: engine.loads)
-    engine.load()
-    assert engine.begun(1) == [first]
-    engine.learned(first, "a", 1)
-    saves = engine.scheduler.ttt_tiers.saves
-    assert saves is not None
-    saves.failing.add(engine.session("a").key)
-    other_ = engine.send("b", other(1))
-    engine.run(lambda: first not in engine.scheduler.requests and not engine.session("a").open)
-    engine.run(lambda: other_ not in engine.scheduler.requests)
-    assert other_ not in engine.scheduled
-    assert engine.holding.count == 0
-
-
-def test_a_session_that_is_being_changed_is_waited_for(on_disk: Held) -> None:
-    engine = on_disk
-    rpc = lambda method, args=(): [{"tier": "memory", "bytes": 1, "tokens_pending": 0, "norm": {}}]  # noqa: E731
-    core = SimpleNamespace(scheduler=engine.scheduler, model_executor=SimpleNamespace(collective_rpc=rpc))
-    answer = admin(core, "reset", "-", "a")
-    held = engine.send("a", learn=True)
-    assert engine.holding.count == 1
-    engine.run(answer.done)
-    assert engine.begun(1) == [held]
-    assert engine.session("a").version == 0
-
-
-def test_a_fork_is_waited_for(on_disk: Held) -> None:
-    engine = on_disk
-    engine.scheduler.ttt_ledger.limit = 2
-
-    def rpc(method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        return [1 if method == "ttt_copy" else {"tier": "memory", "bytes": 1, "tokens_pending": 0, "norm": {}}]
-
-    core = SimpleNamespace(scheduler=engine.scheduler, model_executor=SimpleNamespace(collective_rpc=rpc))
-    answer = admin(core, "fork", "-", "a", "c")
-    held = engine.send("c", learn=True)
-    assert engine.new() == set()
-    engine.load()
-    assert engine.begun(1) == [held]
-    assert answer.done()
-    assert engine.session("c").version == 1
 
 
 @given(st.lists(st.tuples(st.sampled_from(["push", "remove", "pop"]), st.integers(0, 40)), max_size=200))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from lockstep import MOMENTS, WORK, Lockstep
 from test_admin import Engine
+from truth import FRESH, Chain, Frozen, Truth, kind
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.admin import admin
-from vllm_ttt.engine.ledger import ASKED_FOR, Session
+from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.errors import RequestError
@@ -33,87 +33,6 @@ from vllm_ttt.types import SessionKey, Trial
 pytestmark = pytest.mark.unit
 
 NAMES = st.sampled_from("abc")
-#: What a session's delta held at version 0, 1, 2, ...; None: there is no such session.
-Chain = tuple[float, ...] | None
-FRESH: Chain = (0.0,)
-#: Why a session is frozen; None: it is not.
-Frozen = str | None
-GUARD = "by the guard"
-
-
-class Truth:
-    """What a session is, and what may be found of it after a kill."""
-
-    def __init__(self) -> None:
-        self.chain: Chain = None
-        self.found: set[Chain] = {None}
-        self.frozen: Frozen = None
-        #: the same of ``frozen``
-        self.found_frozen: set[Frozen] = {None}
-        #: what was asked of it and is not answered, in order; a fork no longer than until its copy is made
-        self.asked: list[tuple[str, Any]] = []
-        #: what a fork that is under way has made of it, and what the guard has made of that
-        self.copied: list[tuple[Chain, Frozen]] = []
-        #: what it was before the guard returned it, while it is to be rolled back
-        self.before: Chain = None
-        #: how often the guard has stopped it
-        self.stops = 0
-
-    def learn(self, value: float) -> None:
-        assert self.chain is not None
-        self.chain = (*self.chain, self.chain[-1] + value)
-        self.found.add(self.chain)
-
-    def back_to(self, version: int) -> Chain:
-        """What it was at a version, also where the guard has returned it further since it was asked to go back."""
-        chain = max(self.chain or (), self.before or (), key=len)
-        assert version < len(chain)
-        return chain[: version + 1]
-
-    def stop(self, version: int) -> None:
-        """The guard has frozen it, and it is at ``version``."""
-        if self.copied:
-            self.copied.append(((self.copied[-1][0] or ())[: version + 1], GUARD))
-            return
-        assert self.chain is not None
-        if any(op == "rollback" for op, _ in self.asked):
-            self.before = max(self.chain, self.before or (), key=len)
-        self.chain = self.chain[: version + 1]
-        self.found.add(self.chain)
-        self.frozen, self.stops = GUARD, self.stops + 1
-        self.found_frozen.add(GUARD)
-
-    def promise(self, chain: Chain) -> None:
-        """It is that, on disk."""
-        self.chain, self.found = chain, {chain}
-
-    def promise_frozen(self, frozen: Frozen, unless: Iterable[Frozen] = ()) -> None:
-        """It is that, on disk; or it is one of ``unless``, which is not."""
-        self.frozen, self.found_frozen = frozen, {frozen, *unless}
-
-    def after_reset(self) -> Frozen:
-        return ASKED_FOR if self.frozen == ASKED_FOR else None  # the guard's goes with the delta
-
-    def after_a_kill(self) -> tuple[set[Chain], set[Frozen]]:
-        """What may be found. The first of what is asked may have been written and not answered."""
-        found, frozen = set(self.found), set(self.found_frozen)
-        op, argument = self.asked[0] if self.asked else ("", 0)
-        if op == "become":
-            found |= {chain for chain, _ in self.copied}
-            frozen |= {why for _, why in self.copied}
-        elif self.chain is not None:
-            if op == "rollback" and argument < len(max(self.chain, self.before or (), key=len)):
-                found.add(self.back_to(argument))
-            elif op in ("reset", "delete"):
-                found.add(FRESH if op == "reset" else None)
-                frozen |= {ASKED_FOR, None}
-            elif op in ("freeze", "unfreeze"):
-                frozen.add(ASKED_FOR if op == "freeze" else None)
-        return found, frozen
-
-
-def kind(frozen: str | None) -> Frozen:
-    return frozen if frozen in (None, ASKED_FOR) else GUARD
 
 
 class Lives(RuleBasedStateMachine):
@@ -284,7 +203,7 @@ class Lives(RuleBasedStateMachine):
         if not answer["ok"]:
             assert answer["status"] in (404, 409, 429, 503, 507), answer
         elif op != "fork":
-            self.done(truth, name, op, argument, answer["result"], stops)
+            truth.done(op, argument, answer["result"], stops, named=name in self.requests)
         if not any(op == "rollback" for op, _ in truth.asked):
             truth.before = None
 
@@ -299,41 +218,6 @@ class Lives(RuleBasedStateMachine):
             target.chain = FRESH if self.session(to) is not None else None
             target.found = {None, target.chain}
         target.copied = []
-
-    def done(self, truth: Truth, name: str, op: str, argument: Any, result: dict[str, Any], stops: int) -> None:
-        assert truth.chain is not None or op == "delete"
-        is_frozen = kind(result.get("frozen_reason"))
-        meanwhile: set[Frozen] = {GUARD} if truth.stops != stops else set()
-        if op == "save":
-            assert truth.chain is not None
-            if result["saved_version"] is not None:
-                truth.found = {truth.back_to(v) for v in range(result["saved_version"], len(truth.chain))}
-                assert truth.found, "it was saved at a version that it went back from"
-                truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else ())
-        elif op == "rollback":
-            assert result["version"] == argument == result["saved_version"]
-            truth.promise(truth.back_to(argument))
-            truth.promise_frozen(truth.frozen, truth.found_frozen if meanwhile else ())
-        elif op == "reset":
-            truth.promise(FRESH)
-            assert is_frozen in ({ASKED_FOR, None} if meanwhile else {truth.after_reset()})
-            truth.promise_frozen(is_frozen)
-        elif op == "delete":
-            truth.promise(None)
-            truth.promise_frozen(None)
-            if name in self.requests:  # it was named again meanwhile
-                truth.chain, truth.found = FRESH, {None, FRESH}
-        elif op in ("freeze", "unfreeze"):
-            why = ASKED_FOR if op == "freeze" else None
-            assert is_frozen in {why} | meanwhile
-            truth.promise_frozen(why, meanwhile)
-            truth.frozen = is_frozen
-            if op == "freeze":
-                truth.found.discard(None)
-        elif op == "export":
-            Path(result["path"]).unlink()
-        if op in ("rollback", "reset"):
-            assert result["version"] == len(truth.chain or ()) - 1
 
     # What the engine does.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -239,3 +240,34 @@ def test_what_a_log_must_not_say() -> None:
     ]
     bad += ["ERROR vllm-ttt: _take failed (error 1)"]
     assert unexpected("\n".join([*fine, *bad])) == bad
+
+
+#: An owner at version 5, who asks to go back to version 3 and is refused; argv[1]: what the session has afterwards.
+REFUSED_OWNER = """
+import json, random, sys
+from types import SimpleNamespace
+from load.owners import OwnerUser
+after = {"tokens_learned": 9, "tokens_seen": 9, "tokens_skipped": {}, "tokens_pending": 0, "requests_open": 0}
+owner = OwnerUser.__new__(OwnerUser)
+owner.name, owner.rng, owner.state = "s", random.Random(0), {"version": 5, "versions": [3]}
+refusal = {"error": {"message": "no version 3"}}
+owner.client = SimpleNamespace(ask=lambda kind, method, path, expected, **_: refusal if 409 in expected else None)
+owner.world = SimpleNamespace(get=lambda path: {**after, **json.loads(sys.argv[1])}, problems=[])
+owner.roll_back()
+print(len(owner.world.problems), owner.state["version"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ({"version": 5, "versions": [4, 5]}, "0 5"),  # a save has taken its place
+        ({"version": 5, "versions": [3, 5]}, "1 5"),  # it is there all the same
+        ({"version": 3, "versions": [3]}, "1 3"),  # it was done all the same
+    ],
+)
+def test_an_owner_whose_version_is_gone(after: dict[str, Any], said: str) -> None:
+    """In a process of its own: locust changes the standard library's sockets for everybody."""
+    command = [sys.executable, "-c", REFUSED_OWNER, json.dumps(after)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT / "loadtests", timeout=60)
+    assert done.stdout.strip() == said

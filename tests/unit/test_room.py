@@ -18,7 +18,8 @@ class Small(Engine):
     """The worker has so many complete chunks that wait."""
 
     def __init__(self, queued: int = 0) -> None:
-        super().__init__("last", {"max_model_len": 2048}, learn={"chunk": CHUNK}, schedule={"backlog_tokens": TOKENS})
+        options: dict[str, Any] = {"learn": {"chunk": CHUNK}, "schedule": {"backlog_tokens": TOKENS}}
+        super().__init__("last", {"max_model_len": 2048}, sessions={"resident": 16}, **options)  # slots for everybody
         self.queued = queued
 
     def step(self) -> SchedulerOutput:
@@ -39,9 +40,9 @@ def test_short_prompts_are_counted_as_the_pages_that_they_take() -> None:
     """Four prompts of 40 tokens fill the pages of 1,024: a fifth would be learned at the cost of those who are served."""
     engine = Small()
     names = [engine.send(f"s{i}", prompt(i, 40), learn=True, outputs=3) for i in range(5)]
+    engine.queued = 4  # as the worker reports at the end of the step
     engine.step()
     assert set(engine.scheduled) == set(names[:4])
-    engine.queued = 4
     engine.step()
     assert names[4] not in engine.scheduled
     engine.queued = 3

@@ -136,6 +136,27 @@ def test_an_api_key_shows_its_own(state: Path) -> None:
     assert [s["session_id"] for s in run("list", state, "--api-key", "somebody")] == ["c"]
 
 
+def test_a_key_that_is_replaced_loses_no_session(state: Path) -> None:
+    """All of them or none; what they have learned, their versions and their counts are what they were."""
+    before = {s["session_id"]: s for s in run("list", state) if s["tenant"] == "-"}
+    done = run("move", state, "--to", "first")  # of a server that had no keys
+    assert (done["from"], done["moved"]) == ("-", 2)
+    run("move", state, "--from", "first", "--to", "second")
+    assert run("list", state, "--api-key", "first") == []
+    after = {s["session_id"]: s for s in run("list", state, "--api-key", "second")}
+    same = lambda s: {key: s[key] for key in s if key != "tenant"}  # noqa: E731
+    assert {name: same(s) for name, s in after.items()} == {name: same(s) for name, s in before.items()}
+    world = World(state)
+    assert world.value("a", tenant=after["a"]["tenant"]) == 3.0
+    assert "in use by process" in str(run("move", state, "--from", "second", "--to", "third", fails=True))
+    world.end()
+    run("import", state, "a", adapter(state.parent / "ad"), "--api-key", "third")
+    assert "of the same name, nothing was moved: a" in str(run("move", state, "--from", "second", "--to", "third", fails=True))
+    assert len(run("list", state, "--api-key", "second")) == 2
+    assert "same" in str(run("move", state, "--from", "second", "--to", "second", fails=True))
+    assert run("fsck", state)["problems"] == []
+
+
 def test_export_and_import(state: Path, tmp_path: Path) -> None:
     run("export", state, "a", tmp_path / "out")
     assert run("import", state, "copy", tmp_path / "out")["version"] == 2

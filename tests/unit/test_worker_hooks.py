@@ -16,6 +16,7 @@ from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.budget import Budget
+from vllm_ttt.worker.learn.device_times import DeviceTimes
 from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.serve.slots import Slots
 from vllm_ttt.worker.worker import TTTWorkerMixin
@@ -35,11 +36,11 @@ class Hooks(TTTWorkerMixin):
         h, a = torch.randn(256, D), torch.randn(256, Q)
         self.tokens = torch.randint(0, V, (256,))
         self.backlog, deltas = Backlog(pages, CHUNK, 1, h, a), Deltas(tail, 3, config.learn.rate)
-        slots: Any = SimpleNamespace(write=Slots.write, drop=lambda _: None, holds=lambda _: False, deltas=deltas)
+        slots: Any = SimpleNamespace(drop=lambda _: None, holds=lambda _: False, held=list, deltas=deltas)
         slots.write = lambda key, session: Slots.write(slots, key, session)
         self.probe, self.capture = Probe(1, h, a), SimpleNamespace(h_ND=h, a_NQ=a)  # type: ignore[assignment]
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe)
-        self.budget, self.ran = Budget(CHUNK, 1.25), None
+        self.budget, self.ran, self.times = Budget(CHUNK, 1.25), None, DeviceTimes(self.trainer.clock)
 
     def ttt_view(self, ran: Any, wanted: Any) -> list[Rows]:
         return [rows for rows in ran if rows.request in wanted]
@@ -140,6 +141,16 @@ def test_what_is_served_while_a_prompt_is_read_is_kept_on_the_host(monkeypatch: 
     worker.batch(("a", 20, 29))
     worker.learn()
     assert session.served == session.version == 3
+
+
+def test_the_metrics_say_whether_the_guard_works() -> None:
+    worker = Hooks()
+    assert worker.ttt_metrics()["guard_active"] == {"": 0}, "guard.every is 0"
+    worker.trainer.guard.config = worker.trainer.guard.config.model_copy(update={"every": 1})
+    assert worker.ttt_metrics()["guard_active"] == {"": 1}
+    for _ in range(3):
+        worker.trainer.guard.failed()
+    assert worker.ttt_metrics()["guard_active"] == {"": 0}, "it has failed three times in a row"
 
 
 def test_a_session_is_served_as_it_is_while_samples_are_to_begin() -> None:

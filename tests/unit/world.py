@@ -212,7 +212,7 @@ class World:
 
     def crash(self) -> None:
         """Let go of everything, as if the process had been killed: nothing is saved."""
-        self.store._queue.put(None)
+        self.store._turns.put(None)
         self.store._thread.join()
         self.store.reader.close()
         self.store.folder.unlock()

@@ -20,7 +20,8 @@ HEALTH = frozenset({"/health", "/ping"})
 
 
 class DrainMiddleware:
-    """Answers 503 to what is to be done, and to who asks whether the server is well. What was asked before goes on."""
+    """Answers 503 to what is to be done, to all that asks the engine core, and to who asks whether the server is well. What was
+    asked before goes on."""
 
     def __init__(self, app: Callable[[Any, Any, Any], Awaitable[None]]):
         self.app = app
@@ -28,7 +29,7 @@ class DrainMiddleware:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "http" and getattr(getattr(scope["app"].state, "engine_client", None), MARK, False):
             path = path_of(scope)
-            if scope["method"] == "POST" or path in HEALTH:
+            if scope["method"] == "POST" or path in HEALTH or path.startswith("/v1/ttt"):
                 error = RequestError("the server is shutting down; send the request to another, or again later", status=503)
                 return await send_error(error, send, [(b"connection", b"close")])
         return await self.app(scope, receive, send)

@@ -3,11 +3,13 @@
 The engine attaches it to every output as ``kv_transfer_params["ttt"]``. All online generation passes here, whichever
 route it came by, so the ``ttt_*`` knobs and the prompt are checked here too.
 
-``shutdown``: from its beginning on the API server takes nothing new (frontend/draining.py).
+``shutdown``: from its beginning on the API server takes nothing new (frontend/draining.py). At its end, whoever still waits for
+the engine core is answered.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -69,8 +71,16 @@ def _shutdown(original: Callable) -> Callable:
     def shutdown(self: Any, timeout: float | None = None) -> None:
         setattr(self, draining.MARK, True)
         original(self, timeout=timeout)
+        # Calls that the engine core had not answered when it ended: vLLM's HTTP server would wait for them, and never end.
+        for future in list(getattr(getattr(self, "engine_core", None), "utility_results", {}).values()):
+            future.get_loop().call_soon_threadsafe(_give_up, future)
 
     return shutdown
+
+
+def _give_up(future: asyncio.Future) -> None:
+    if not future.done():
+        future.set_exception(RuntimeError("the engine core is shutting down"))
 
 
 def _check(prompt: Any, sampling_params: Any, lora_request: Any | None, session_id: str | None) -> str | None:

@@ -86,6 +86,24 @@ def rm(
 
 
 @app.command()
+def move(
+    target: Annotated[str, typer.Argument(help="A state dir.")],
+    to: Annotated[str, typer.Option(envvar="TTT_TO_KEY", help="The API key whose they are from now on.")],
+    from_: Annotated[str, typer.Option("--from", envvar="TTT_FROM_KEY", help="The one whose they were; none: nobody's.")] = "",
+    key_file: KeyFile = None,
+    as_json: Json = False,
+) -> None:
+    """Make all sessions of an API key another key's, in a state dir that no server uses: a key that is replaced loses none."""
+    if _is_url(target):
+        raise TTTError("no server does that: stop it, move them in its state dir, and start it again")
+    from vllm_ttt.sessions.offline import tenant_of
+
+    offline = _sessions(target, key_file=key_file)
+    done = offline.move(tenant_of(offline.folder, from_), tenant_of(offline.folder, to))
+    _print(done, as_json, lambda: _pairs(done))
+
+
+@app.command()
 def fsck(
     target: Annotated[str, typer.Argument(help="A state dir.")],
     repair: Annotated[bool, typer.Option("--repair", help="Set damaged files aside, remove leftovers.")] = False,

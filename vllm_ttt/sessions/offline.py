@@ -144,6 +144,20 @@ class Offline:
             note("delete", row.key, row.uid, **receipt)
         return {"session_id": name, "tenant": row.key.tenant, "deleted": True, **receipt, "time": time.time()}
 
+    def move(self, tenant: str, to: str) -> dict[str, Any]:
+        """Make all sessions of a tenant another's, all or none: whose API key is replaced keeps what it has."""
+        if tenant == to:
+            raise SessionsError("both keys are the same")
+        with self._locked(), noting(self.db, self.folder.root) as note:
+            try:
+                with self._transaction():
+                    moved = records.move(self.db, tenant, to)
+            except ValueError as error:
+                raise SessionsError(f"both keys have sessions of the same name, nothing was moved: {error}") from None
+            for row in moved:
+                note("move", row.key, row.uid, to_tenant=to)
+        return {"from": tenant, "to": to, "moved": len(moved)}
+
     def fsck(self, repair: bool = False) -> dict[str, Any]:
         """Check the database, and every file that it names.
 

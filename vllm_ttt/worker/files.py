@@ -37,6 +37,10 @@ class Snapshot:
     ngrams: NGrams | None
 
 
+class _GoneError(Exception):
+    """The version that is to be saved is not kept any more."""
+
+
 class Files:
     """``step`` runs between iterations and never raises. No thread and no memory before the first order."""
 
@@ -66,6 +70,8 @@ class Files:
         for order in waiting:
             try:
                 self._begin(order)
+            except _GoneError as error:
+                self.reports.append(FileReport(order.action, order.session, order.path, "gone", error=str(error)))
             except Exception as error:
                 logger.exception("vllm-ttt: %s of a session failed", order.action)
                 self._failed(order, error)
@@ -115,10 +121,10 @@ class Files:
         return Snapshot(tensors, mark, state, session.ngrams)
 
     def _kept(self, order: FileOrder, session: WorkerSession) -> Snapshot:
-        """The session as it was at an earlier version. Raises RuntimeError where that is not kept, or not any more."""
+        """The session as it was at an earlier version. Raises _GoneError where that is not kept, or not any more."""
         assert order.version is not None
         if (kept := self.trainer.versions.find(order.session, order.version)) is None:
-            raise RuntimeError(f"version {order.version} is not kept any more")
+            raise _GoneError(f"version {order.version} is not kept any more")
         state, since = self.deltas.fresh().to_state() | {"version": order.version}, session.version - order.version
         if kept.rate is not None:
             state |= {"rate": kept.rate, "norms": kept.norms}

@@ -18,7 +18,7 @@ from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.life.operations import Steps
 from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.storage.records import Row
-from vllm_ttt.engine.storage.store import Store
+from vllm_ttt.engine.storage.store import Store, StoreError
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import FileOrder, SessionKey
 
@@ -202,7 +202,7 @@ class Changes:
         """What ``steps`` return; what they cannot write is the answer."""
         try:
             return (yield from steps)
-        except RequestError as error:
+        except StoreError as error:
             message = f"session {session.key.name!r} stays as it was: the state dir cannot be written: {error}"
             raise RequestError(message, 507) from None
 

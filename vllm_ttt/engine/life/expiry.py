@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,7 +11,7 @@ from typing import Any
 
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.storage import records
-from vllm_ttt.engine.storage.store import Change, Store
+from vllm_ttt.engine.storage.store import Change, Store, Write
 from vllm_ttt.log import logger_of
 from vllm_ttt.types import SessionKey
 
@@ -31,6 +32,8 @@ class Expiry:
         self.next_look = time.monotonic()
         #: the clock less the time that has passed: it changes where somebody sets the clock
         self.skew = time.time() - time.monotonic()
+        #: seconds by which the clock was set ahead (0: back) and which the state dir does not know of yet; None: it knows
+        self.unwritten: float | None = None
         #: resolves to sessions of the state dir that nobody uses
         self.found: Future | None = None
 
@@ -43,18 +46,28 @@ class Expiry:
         if self.found is not None and self.found.done():
             found, self.found = self.found, None
             if found.exception() is None:
+                self.unwritten = None
                 self._expire(found.result())
         if self.found is not None or not self.due:
             return
         self.next_look = time.monotonic() + min(SWEEP, self.ttl)
         self._follow_clock()
-        if self.ttl == math.inf:
-            return
         oldest = time.time() - self.ttl
         for session in [s for s in self.ledger.sessions.values() if s.last_used < oldest and s.idle]:
             self.remove(session)
-        if self.store is not None:
-            self.found = self.store.write(lambda db: Change(records.unused_since(db, oldest, _AT_ONCE)))
+        if self.store is not None and (self.unwritten is not None or self.ttl < math.inf):
+            self.found = self.store.write(self._look(self.unwritten, oldest))
+
+    @staticmethod
+    def _look(ahead: float | None, oldest: float) -> Write:
+        """In one transaction: nobody is found by the new clock where the times of the state dir could not follow it."""
+
+        def look(db: sqlite3.Connection) -> Change:
+            if ahead is not None:
+                records.follow_clock(db, ahead, time.time())
+            return Change(records.unused_since(db, oldest, _AT_ONCE))
+
+        return look
 
     def _follow_clock(self) -> None:
         """Where the clock was set, sessions stay as old as they are: a jump of years must not remove them all."""
@@ -66,8 +79,7 @@ class Expiry:
         ahead = max(jump, 0.0)  # after a step back, what lies in the future was used just now
         for session in self.ledger.sessions.values():
             session.last_used = min(session.last_used + ahead, now)
-        if self.store is not None:
-            self.store.write(lambda db: Change(records.follow_clock(db, ahead, now)))
+        self.unwritten = (self.unwritten or 0.0) + ahead
 
     def _expire(self, keys: list[SessionKey]) -> None:
         if len(keys) == _AT_ONCE:

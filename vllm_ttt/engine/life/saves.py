@@ -78,23 +78,28 @@ class Saves:
     def earlier(self, session: Session, version: int) -> Steps:
         """Part of an operation: have a version written that the worker keeps, and make it the newest of an idle session.
 
-        Returns it. Raises StoreError: the session is, in memory and on disk, what it was.
+        Returns it. Raises StoreError, or RequestError (409) where the worker has given that version up meanwhile: the session
+        is, in memory and on disk, what it was.
         """
         turn: Future = Future()
         self.due[session.key] = session, turn
         yield turn
+        written = False
         try:
             file = self.store.folder.new_file(session.uid)
             report = yield from self._file(session, file, version=version)
             state = {**session.state_at(version), **session.standing()}
             newest = Version(version, file, report.bytes, report.checksum, time.time(), {**state, "digest": report.digest})
             yield from self._put(replace(session.row(newest), state=state))
+            written = True
         except (StoreError, OSError) as error:
             self.counts.add("saves_total", 1, "failed")
             self.store.failed(found := store_error(error))
             raise found from None
         finally:
             self.under_way -= 1
+            if not written and session.unsaved:  # what it is, and stays, may have been due: its turn went to this
+                self.due.setdefault(session.key, (session, None))
         self.counts.add("saves_total", 1, "done")
         return newest
 
@@ -207,10 +212,13 @@ class Saves:
         taken: Callable[[FileReport], None] | None = None,
         version: int | None = None,
     ) -> Steps:
-        """Have the session, or an earlier version of it, written to a file; returns the FileReport. Raises OSError."""
+        """Have the session, or an earlier version of it, written to a file; returns the FileReport. Raises OSError, or
+        RequestError (409) where that version is not kept any more."""
         metadata = {"uid": session.uid, "tenant": session.key.tenant, "session_id": session.key.name}
         path = str(self.store.folder.path(file))
         report = yield self.orders.ask(FileOrder("save", session.adapter, path, metadata=metadata, version=version), taken)
+        if report.outcome == "gone":
+            raise RequestError(f"session {session.key.name!r} has no version {version} any more", 409, "version")
         if report.outcome != "done":
             raise OSError(report.errno, report.error)
         return report

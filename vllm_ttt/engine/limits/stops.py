@@ -30,7 +30,7 @@ class Stops:
         stops = [params.stop] if isinstance(params.stop, str) else params.stop
         room = _OF_A_LETTER * max(map(len, stops)) + _MORE
         first = max(0, outputs - room)
-        tokens = list(attached.request.output_token_ids)[first:outputs]
+        tokens = list(attached.request.output_token_ids[first:outputs])
         text = self._text(tokens, params)
         found = [at for stop in stops if (at := text.find(stop)) >= 0]
         if not found:

@@ -166,6 +166,15 @@ def remove(db: sqlite3.Connection, uid: str) -> list[str]:
     return gone
 
 
+def move(db: sqlite3.Connection, tenant: str, to: str) -> list[Row]:
+    """Make all sessions of a tenant another's. Raises ValueError, with their names, where both have some of one name."""
+    rows = listing(db, tenant)
+    if taken := [row.key.name for row in rows if find(db, SessionKey(to, row.key.name)) is not None]:
+        raise ValueError(", ".join(sorted(taken)))
+    db.execute("UPDATE sessions SET tenant = ? WHERE tenant = ?", (to, tenant))
+    return rows
+
+
 def back_to(db: sqlite3.Connection, uid: str, version: int) -> tuple[Version | None, list[str]]:
     """Make a recorded version the newest again.
 

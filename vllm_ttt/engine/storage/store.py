@@ -1,8 +1,8 @@
-"""The state dir as the engine core uses it: reads at once, writes in order on a thread that it never waits for.
+"""The state dir as the engine core uses it: reads at once, writes on a thread that it never waits for, in order.
 
-What a session that leaves memory is being recorded as is already what `find` answers. Writes are answered on the engine's
-thread, in `poll`. Every method raises StoreError and nothing else: what befalls the state dir is an answer to somebody, never
-the end.
+What a session that leaves memory is being recorded as is already what `find` answers. Removals take long, since nothing may be
+left of what is removed: other writes pass them. Writes are answered on the engine's thread, in `poll`. Every method raises
+StoreError and nothing else: what befalls the state dir is an answer to somebody, never the end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import queue
 import sqlite3
 import threading
 from collections import deque
@@ -23,6 +22,7 @@ from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.storage import database, erase, records
 from vllm_ttt.engine.storage.identity import compare, identity
 from vllm_ttt.engine.storage.records import Row
+from vllm_ttt.engine.storage.turns import Turns
 from vllm_ttt.errors import ConfigError, RequestError
 from vllm_ttt.log import logger_of
 from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
@@ -125,9 +125,10 @@ class Store:
         self._unwiped: deque[tuple[str, str]] = deque()
         #: sessions whose damaged rows are being mended
         self._mending: set[str] = set()
-        self._queue: queue.SimpleQueue[tuple[Write, bool, Future] | None] = queue.SimpleQueue()
-        #: of each write, in order: what the thread says of it, what the engine is told, and whether it makes room
-        self._done: deque[tuple[Future, Future, bool]] = deque()
+        self._turns = Turns()
+        #: of writes, and of those that let others pass, in order: what the thread says, what the engine is told, whether it
+        #: makes room
+        self._asked: tuple[deque[tuple[Future, Future, bool]], ...] = deque(), deque()
         self._thread = threading.Thread(target=self._run, name="ttt-store", daemon=True)
         self._thread.start()
 
@@ -206,7 +207,7 @@ class Store:
                 records.put(db, row, self.keep)
             return Change({"files": files}, gone=gone, erased=(uid, name))
 
-        return self.write(write, frees=True)
+        return self.write(write, frees=True, yields=True)
 
     def back_to(self, row: Row, version: int, standing: dict[str, Any]) -> Future:
         """Make a recorded version of a session the newest again. Resolves to it, or to None where it is not recorded.
@@ -223,26 +224,32 @@ class Store:
 
         return self.write(write, frees=True)
 
-    def write(self, write: Write, frees: bool = False) -> Future:
+    def write(self, write: Write, frees: bool = False, yields: bool = False) -> Future:
         """Run ``write`` after everything that was asked for before. Resolves in `poll`, to its result or a StoreError.
 
         Args:
             frees: it makes room, and may use what is kept for that where the disk is full.
+            yields: it takes long: what is asked for later, of other sessions, may be done before.
         """
         written: Future = Future()
         answer: Future = Future()
-        self._done.append((written, answer, frees))
-        self._queue.put((write, frees, written))
+        self._asked[yields].append((written, answer, frees))
+        self._turns.put((write, frees, written), yields)
         return answer
 
     @property
     def busy(self) -> bool:
-        return bool(self._done)
+        return any(self._asked)
+
+    @property
+    def unwritten(self) -> list[Future]:
+        """What is still to be written, or to be answered."""
+        return [written for asked in self._asked for written, _, _ in asked]
 
     def poll(self) -> None:
         """Take in what has been written."""
-        while self._done and self._done[0][0].done():
-            written, answer, frees = self._done.popleft()
+        while asked := next((asked for asked in self._asked if asked and asked[0][0].done()), None):
+            written, answer, frees = asked.popleft()
             if (error := written.exception()) is not None:
                 assert isinstance(error, StoreError)
                 self.failed(error)
@@ -269,7 +276,7 @@ class Store:
 
     def close(self) -> None:
         """Write what is queued, and let others in."""
-        self._queue.put(None)
+        self._turns.put(None)
         self._thread.join(timeout=30)
         self.poll()
         self.reader.close()
@@ -316,7 +323,7 @@ class Store:
 
     def _run(self) -> None:
         db: sqlite3.Connection | None = None
-        while (first := self._queue.get()) is not None:
+        while (first := self._turns.get()) is not None:
             write, frees, future = first
             try:
                 db = db or database.connect(self.folder.database, vault=self.vault)
