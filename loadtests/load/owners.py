@@ -17,7 +17,7 @@ _SHOWN = (
     "requests_open", "frozen_reason",
 )  # fmt: skip
 #: Seconds for which a session may be under way.
-LONGEST = 120
+LONGEST = 600
 #: Requests and operations, in turns, after which a session is deleted.
 TURNS = 12
 
@@ -34,6 +34,8 @@ class OwnerUser(Person):
     def on_start(self) -> None:
         super().on_start()
         self.name: str | None = None
+        #: tokens that were under way when the version was saved to which the session has returned
+        self.given_up = 0
         self.state: dict[str, Any] = {}
 
     def on_stop(self) -> None:
@@ -44,6 +46,7 @@ class OwnerUser(Person):
     def act(self) -> None:
         if self.name is None:
             self.name, self.left, self.state = self.fresh(), TURNS, {"version": 0, "losses": []}
+            self.given_up = 0
         self.left -= 1
         prompt = self.world.texts.window(self.rng, self.rng.randrange(*REQUEST))
         body = {"session_id": self.name, "prompt": prompt, "max_tokens": 4, "ignore_eos": True, "temperature": 0}
@@ -108,7 +111,8 @@ class OwnerUser(Person):
         answer = self.ask("rollback", (200, 409), json={"version": version})
         if answer is None:
             return
-        self.state = self.at_rest()
+        self.state = self.world.get(f"/v1/ttt/sessions/{self.name}")  # nothing can be under way
+        self.given_up = self.state["tokens_seen"] - self.state["tokens_learned"] - sum(self.state["tokens_skipped"].values())
         if "error" in answer:
             # A save that has come meanwhile may have taken its place: then it is not there any more, and nothing has changed.
             if version in self.state["versions"] or self.state["version"] != before["version"]:
@@ -117,6 +121,7 @@ class OwnerUser(Person):
         self.agree("rollback", version, answer)
 
     def reset(self) -> None:
+        self.given_up = 0
         self.operate("reset", 0)
 
     def freeze(self) -> None:
@@ -158,7 +163,7 @@ class OwnerUser(Person):
         deadline = time.monotonic() + LONGEST
         while True:
             found = self.world.get(f"/v1/ttt/sessions/{self.name}")
-            settled = found["tokens_learned"] + sum(found["tokens_skipped"].values()) >= found["tokens_seen"]
+            settled = found["tokens_learned"] + sum(found["tokens_skipped"].values()) + self.given_up >= found["tokens_seen"]
             if settled and not found["tokens_pending"] and not found["requests_open"]:
                 return found
             if time.monotonic() > deadline:

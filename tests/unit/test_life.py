@@ -310,13 +310,3 @@ def test_a_fork_for_which_there_is_no_room_is_answered(tmp_path: Path) -> None:
     assert world.value("a") == world.value("b") == world.value("b2") == 1.0
     assert world.ledger.peek(SessionKey("-", "a2")) is None
     world.end()
-
-
-def test_what_was_under_way_when_a_version_was_saved_is_accounted_for_when_it_returns() -> None:
-    """Else tokens would be missing for good: neither learned, nor skipped, nor pending."""
-    session = Session(SessionKey("-", "a"), 1, 8)
-    session.from_state({"version": 1, "tokens_seen": 847, "tokens_learned": 512, "tokens_skipped": {"history": 35}})
-    assert session.tokens_skipped == {"history": 35, "rollback": 300}
-    again = Session(SessionKey("-", "b"), 2, 8)
-    again.from_state(session.to_state())
-    assert again.tokens_skipped == session.tokens_skipped

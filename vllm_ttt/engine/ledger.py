@@ -139,15 +139,11 @@ class Session:
         return _standing(self.to_state())
 
     def from_state(self, state: dict[str, Any]) -> None:
-        """Take over what `to_state` said; a key that is missing keeps what a fresh session has.
-
-        What was still to be learned then is not going to be: the session is what the version had learned."""
+        """Take over what `to_state` said; a key that is missing keeps what a fresh session has."""
         self.version = state.get("version", 0)
         self.tokens_seen = state.get("tokens_seen", 0)
         self.tokens_learned = state.get("tokens_learned", 0)
         self.tokens_skipped = Counter(state.get("tokens_skipped", {}))
-        if (left := self.tokens_seen - self.tokens_learned - self.tokens_skipped.total()) > 0:
-            self.tokens_skipped["rollback"] += left
         self.asked = state.get("requests", 0)
         self.losses = deque(state.get("losses", ()), maxlen=self.recent)
         self.cache = {name: float(state.get("cache", {}).get(name, 0)) for name in _CACHE}
