@@ -28,7 +28,8 @@ from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.trainer import Trainer
-from vllm_ttt.worker.serve.head_slots import HeadSlots, replaced
+from vllm_ttt.worker.serve.head_slots import HeadSlots
+from vllm_ttt.worker.serve.replaced import replaced
 from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.micro_step import accumulate
 

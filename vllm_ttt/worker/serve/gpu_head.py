@@ -16,7 +16,8 @@ from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm_ttt.patches import _contract
 from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.serve.head_runner import Adapting
-from vllm_ttt.worker.serve.head_slots import HeadSlots, replaced
+from vllm_ttt.worker.serve.head_slots import HeadSlots
+from vllm_ttt.worker.serve.replaced import replaced
 
 #: Up to so many rows, sampled ones for the most part, take the kernel that reads a B for each row.
 ROWS = 256

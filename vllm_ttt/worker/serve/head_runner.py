@@ -13,7 +13,8 @@ from torch import Tensor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ttt.patches import _contract
-from vllm_ttt.worker.serve.head_slots import HeadSlots, replaced
+from vllm_ttt.worker.serve.head_slots import HeadSlots
+from vllm_ttt.worker.serve.replaced import replaced
 
 
 class Adapting:

@@ -6,9 +6,7 @@ vLLM's LoRA has no part in it: the model, its kernels and its graphs are what th
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -100,18 +98,3 @@ class HeadSlots:
         b_1DR = (session.serving or self.deltas.read(key).delta).layer(0).y
         assert b_1DR is not None
         self.b_KDR[slot].copy_(b_1DR[0], non_blocking=True)
-
-
-@contextmanager
-def replaced(owner: Any, name: str, function: Callable) -> Iterator[None]:
-    """Let the instance ``owner`` have ``function`` under that name for a time, in front of its class's."""
-    missing = object()
-    before = vars(owner).get(name, missing)
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        if before is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)

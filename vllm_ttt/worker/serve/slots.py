@@ -81,6 +81,7 @@ class Slots:
         wrapped = set(manager._adapter_manager.modules)
         assert wrapped == set(modules.names), f"LoRA slots on {wrapped}, expected {set(modules.names)}"
         tail = deltas.tail
+        assert isinstance(tail, Tail)
         for layer in modules.layers:
             for letters, module, a in (
                 ("o", layer.o_proj, tail.ao_RQ),

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.step.attention import Attention, SDPAAttention
-from vllm_ttt.worker.step.block import add_outer
 from vllm_ttt.worker.step.loss import cross_entropy, workspace
+from vllm_ttt.worker.step.pointwise import Flow
+from vllm_ttt.worker.step.products import add_outer
 from vllm_ttt.worker.step.update import Norms
 
 #: Rows of lm_head that an export multiplies at once, in float32.
@@ -80,5 +81,5 @@ def accumulate(
         rows_SC.copy_(loss_T.view(S, C))
     if grad is not None:
         assert dy_TD is not None
-        add_outer(grad.layer(0).y, dy_TD, ya_SCR.view(S * C, -1), S)
+        add_outer(grad.layer(0).y, Flow(dy_TD, dy_TD.to(dt)), ya_SCR.view(S * C, -1), S)
     return loss_T.view(S, C).sum(1)

@@ -125,6 +125,9 @@ def _watched(calls: list[Found]) -> Iterator[None]:
     original = _contract.check(LogitsProcessor, "forward", "self lm_head hidden_states embedding_bias skip_gather")
 
     def forward(self: Any, lm_head: Any, hidden_states: Tensor, embedding_bias: Any = None, *args: Any, **rest: Any) -> Any:
+        width = getattr(lm_head, "embedding_dim", hidden_states.shape[-1])
+        if width != hidden_states.shape[-1]:  # some kernels would read what is not there
+            raise ValueError(f"lm_head takes {width}")
         logits = original(self, lm_head, hidden_states, embedding_bias, *args, **rest)
         calls.append(Found(self, lm_head, hidden_states, embedding_bias, logits))
         return logits
