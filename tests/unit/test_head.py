@@ -59,7 +59,10 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return y, t, weight
 
 
-@pytest.mark.parametrize("more", [{}, {"bias_V": torch.linspace(-1, 1, V)}, {"soft_cap": 3.0}, {"logit_scale": 0.4}], ids=" ".join)
+MORE = [{}, {"bias_V": torch.linspace(-1, 1, V)}, {"soft_cap": 3.0}, {"logit_scale": 0.4}]
+
+
+@pytest.mark.parametrize("more", MORE, ids=" ".join)
 def test_the_gradient_is_autograds(more: dict[str, Any]) -> None:
     """In float64, session by session; with what some models do to their logits."""
     head, (y, t, weight) = head_of(**more), batch()
