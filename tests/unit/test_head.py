@@ -28,6 +28,7 @@ from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.trainer import Trainer
+from vllm_ttt.worker.serve.head_runner import HeadRunnerV1
 from vllm_ttt.worker.serve.head_slots import HeadSlots
 from vllm_ttt.worker.serve.replaced import replaced
 from vllm_ttt.worker.step.head import Head
@@ -238,6 +239,66 @@ def test_replaced_gives_back_what_was_there() -> None:
         assert owner.say() == "outer"
     assert owner.say() == "class"
     assert not vars(owner)
+
+
+class Runner:
+    """What of vLLM's model runner makes logits: a batch of three requests, of 3, 1 and 4 tokens."""
+
+    def __init__(self, W: Tensor):
+        self.model, self.hidden = Model(W), torch.randn(8, D, generator=torch.Generator().manual_seed(12))
+        self.query_start_loc = SimpleNamespace(np=[0, 3, 4, 8])
+        self.input_batch = SimpleNamespace(req_ids=["old"], req_id_to_index={"a": 0, "base": 1, "b": 2})
+        self.num_prompt_logprobs = {"base": 0, "b": 0}
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Tensor:
+        self.input_batch.req_ids = list(scheduler_output.num_scheduled_tokens)  # the batch is ordered in here
+        return self.model.compute_logits(self.hidden[[2, 3, 7]])
+
+    def _get_prompt_logprobs_dict(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Tensor]:
+        parts = {"base": slice(3, 4), "b": slice(4, 7)}
+        return {name: self.model.compute_logits(hidden_states[part]) for name, part in parts.items()}
+
+
+class Model:
+    def __init__(self, W: Tensor):
+        self.W = W
+
+    def compute_logits(self, states: Tensor) -> Tensor:
+        return states @ self.W.T
+
+
+def test_the_runner_serves_each_request_with_its_sessions_delta() -> None:
+    """Sampled tokens and prompts; the states that it keeps, and a request of nobody, stay as they are."""
+    served, failures = moving(1, 2), list[str]()
+    W = served.head.head_VD
+    runner: Any = Runner(W)
+    HeadRunnerV1.adopt(runner, served.slots, failures.append)
+    hidden, batch = runner.hidden.clone(), SimpleNamespace(num_scheduled_tokens={"a": 3, "base": 1, "b": 4})
+    plain = runner.execute_model(batch)
+    assert torch.equal(plain, hidden[[2, 3, 7]] @ W.T), "nobody is a session's"
+    served.slots.start("a", 1)
+    served.slots.start("b", 2)
+    found = runner.execute_model(batch)
+    for row, state, key in ((0, 2, 1), (2, 7, 2)):
+        assert torch.allclose(found[row], served.serve(hidden[state][None], key)[0] @ W.T, atol=1e-4)
+        assert (found[row] - plain[row]).abs().max() > 0.1
+    assert torch.equal(found[1], plain[1])
+    prompts = runner._get_prompt_logprobs_dict(runner.hidden, batch.num_scheduled_tokens)
+    assert torch.equal(prompts["base"], hidden[3:4] @ W.T)
+    assert torch.allclose(prompts["b"], served.serve(hidden[4:7], 2, 2, 2) @ W.T, atol=1e-4)
+    assert torch.equal(runner.hidden, hidden)
+    assert not failures
+    assert torch.equal(runner.model.compute_logits(hidden), hidden @ W.T), "outside of a batch the model is as it was"
+
+
+def test_what_cannot_be_applied_is_counted_and_the_base_model_answers() -> None:
+    served, failures = moving(1), list[str]()
+    runner: Any = Runner(served.head.head_VD)
+    HeadRunnerV1.adopt(runner, served.slots, failures.append)
+    served.slots.start("a", 1)
+    found = runner.execute_model(SimpleNamespace(num_scheduled_tokens={"a": 8}))  # one request, and three rows
+    assert torch.equal(found, runner.hidden[[2, 3, 7]] @ served.head.head_VD.T)
+    assert len(failures) == 1
 
 
 def test_an_adapter_of_lm_head_is_the_delta() -> None:
