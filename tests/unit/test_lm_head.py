@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import pytest
 import torch
 from test_deep_tail import distributed, loaded  # noqa: F401
@@ -44,6 +45,21 @@ def test_lm_head_is_the_models_own(model: Any) -> None:
         assert head.head_VD.data_ptr() == model.lm_head.weight.data_ptr(), "no copy"
     eye = head.ay_RD.float() @ head.ay_RD.float().T
     assert torch.allclose(eye, torch.eye(16), atol=0.02)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_it_is_found_in_any_architecture(distributed: None, tmp_path: Path, family: str) -> None:  # noqa: F811
+    """A mixture of experts; an embedding for lm_head; a bias; vLLM's Transformers backend: as transformers has it."""
+    from vllm_ttt.eval.oracle import load_model
+
+    folder = families.write(family, tmp_path)
+    head = build_head(find_head(loaded(folder), 128, torch.float32, CPU), ADAPT, 16, torch.float32)
+    theirs: Any = load_model(folder)
+    output = theirs.get_output_embeddings()
+    assert torch.equal(head.head_VD, output.weight)
+    assert (head.bias_V is None) == (output.bias is None)
+    assert head.bias_V is None or torch.equal(head.bias_V, output.bias)
+    assert (head.logit_scale, head.soft_cap) == (1.0, getattr(theirs.config, "final_logit_softcapping", None))
 
 
 class Wrapped:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-DEMO = Path(__file__).parents[2] / "demo" / "model"
+DEMO = Path(__file__).parents[1] / "demo" / "model"
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
