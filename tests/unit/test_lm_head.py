@@ -53,8 +53,12 @@ def test_it_is_found_in_any_architecture(distributed: None, tmp_path: Path, fami
     from vllm_ttt.eval.oracle import load_model
 
     folder = families.write(family, tmp_path)
+    for preset in ("deep", "last"):
+        with pytest.raises(ConfigError, match=r"is not supported with --plugin ttt.*Or serve with --ttt-preset head"):
+            offline(model=str(folder), **engine_args(preset)).create_engine_config()
+    assert offline(model=str(folder), **engine_args("head")).create_engine_config().lora_config is None
+    theirs: Any = load_model(folder)  # first: vLLM's Transformers backend changes its classes
     head = build_head(find_head(loaded(folder), 128, torch.float32, CPU), ADAPT, 16, torch.float32)
-    theirs: Any = load_model(folder)
     output = theirs.get_output_embeddings()
     assert torch.equal(head.head_VD, output.weight)
     assert (head.bias_V is None) == (output.bias is None)
