@@ -51,6 +51,10 @@ def _move_rows(r, b, y, slots, y_stride, b_stride, D, R, BLOCK_D: tl.constexpr, 
 class GPUHeadSlots(HeadSlots):
     """With the kernel, for few rows."""
 
+    def warm_up(self) -> None:
+        """Compile the kernel, which the first request of a session would wait for."""
+        self._moved(self.b_KDR.new_zeros(1, self.b_KDR.shape[1]), [-1])
+
     def _moved(self, y_ND: Tensor, slots: list[int]) -> Tensor:
         rows, D = y_ND.shape
         if rows > ROWS:
@@ -78,6 +82,8 @@ class HeadRunnerV2(Adapting):
     @classmethod
     def adopt(cls, runner: Any, slots: HeadSlots, failed: Any) -> None:
         super().adopt(runner, slots, failed)
+        assert isinstance(slots, GPUHeadSlots)
+        slots.warm_up()
         prompts = runner.prompt_logprobs_worker
         for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
             setattr(prompts, name, _of_prompts(runner, getattr(prompts, name)))
