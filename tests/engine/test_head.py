@@ -52,9 +52,10 @@ def stocks(model: Path, documents: Documents, stage: Stage) -> list[list[float]]
 
 @pytest.fixture(scope="module")
 def server(model: Path, stocks: Any, stage: Stage) -> Iterator[Served]:
+    stage.stop()  # what starts another server stops this one, too
+    stage.name, served = "moe", stage.running.enter_context(running_ttt(stage.folder / "moe", CONFIG, FLAGS, model))
+    yield served
     stage.stop()
-    with running_ttt(stage.folder / "moe", CONFIG, FLAGS, model) as served:
-        yield served
 
 
 @pytest.fixture
@@ -198,8 +199,9 @@ def test_another_family_learns(name: str, documents: Documents, stage: Stage, tm
     with running_ttt(tmp_path / "served", CONFIG, flags, model) as served:
         base = -torch.tensor(logprobs(served.complete(text, prompt_logprobs=0)))
         first = -torch.tensor(logprobs(served.complete(text, "s", prompt_logprobs=0)))
-        delta, state = served.delta("s"), served.settle()
+        delta = served.delta("s")
         second = -torch.tensor(logprobs(served.complete(text, "s", prompt_logprobs=0)))
+        state = served.settle()
         assert torch.equal(base, first), "a fresh session is the base model"
         assert second.mean() < first.mean() - 0.02, "it has learned"
         assert torch.equal(-torch.tensor(logprobs(served.complete(text, prompt_logprobs=0))), base), "and nobody else has"
