@@ -54,7 +54,7 @@ class AdaptConfig(_Model):
     """Which layers carry a delta, and how large it is."""
 
     preset: Literal["deep", "last", "head"] = "deep"
-    """`deep` adapts every layer, or the last `layers`; `last` the last one; [`head`](head.md) the last hidden state of any model."""
+    """`deep` adapts every layer, or the last `layers`; `last` the last one; [`head`](head.md) the last hidden state."""
     layers: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = "all"
     """How many layers are adapted, counted from the end, or `all`. `last` has one; with `head` it is 1, and none is meant."""
     modules: Annotated[tuple[Module, ...], CONSTANT] = ("o_proj", "down_proj")
