@@ -164,6 +164,9 @@ def evaluate(
 def check(
     model: Annotated[str | None, typer.Argument(help="Model folder or name; default: check the installation only.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    preset: Annotated[
+        str, typer.Option("--ttt-preset", help="What the model is to be served with: deep, last or head.")
+    ] = "deep",
 ) -> None:
     """Is this vLLM supported, do the patched functions have the signatures we know, does the model fit?"""
     from rich.console import Console
@@ -173,9 +176,12 @@ def check(
 
     ensure_vllm_metadata()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_ttt.config import PRESETS
     from vllm_ttt.plugin import check as run
 
-    rows = run(model)
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"{preset!r}; allowed: {', '.join(PRESETS)}", param_hint="--ttt-preset")
+    rows = run(model, preset)
     if as_json:
         typer.echo(json.dumps([{"check": name, "ok": ok, "detail": detail} for name, ok, detail in rows], indent=1))
     else:

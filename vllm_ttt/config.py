@@ -31,11 +31,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "adapt": {"layers": 1, "modules": ["o_proj", "gate_up_proj", "down_proj"], "rank": 128},
         "learn": {"rate": 0.008},
     },
+    "head": {"adapt": {"layers": 1, "modules": ["lm_head"], "rank": 512}, "learn": {"rate": 0.012}},
 }
 
-Module = Literal["o_proj", "gate_up_proj", "down_proj"]
+Module = Literal["o_proj", "gate_up_proj", "down_proj", "lm_head"]
 #: Modules as the step names them; gate and up, one tensor of vLLM's, are two there. In the order in which a layer applies them.
-LETTERS: dict[str, str] = {"o_proj": "o", "gate_up_proj": "gu", "down_proj": "d"}
+#: The delta of lm_head is on its input, the last hidden state y.
+LETTERS: dict[str, str] = {"o_proj": "o", "gate_up_proj": "gu", "down_proj": "d", "lm_head": "y"}
 
 
 #: What only the experiments of this project can choose. The code and the oracle read it as they read settings; a config file
@@ -51,14 +53,14 @@ class _Model(BaseModel):
 class AdaptConfig(_Model):
     """Which layers carry a delta, and how large it is."""
 
-    preset: Literal["deep", "last"] = "deep"
-    """`deep` adapts every layer, or the last `layers` of them. `last` adapts the last layer alone."""
+    preset: Literal["deep", "last", "head"] = "deep"
+    """`deep` adapts every layer, or the last `layers`; `last` the last one; [`head`](head.md) the last hidden state."""
     layers: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = "all"
-    """How many layers are adapted, counted from the end, or `all`. The preset `last` has one."""
+    """How many layers are adapted, counted from the end, or `all`. `last` has one; with `head` it is 1, and none is meant."""
     modules: Annotated[tuple[Module, ...], CONSTANT] = ("o_proj", "down_proj")
-    """The linear layers that get a delta: some of o_proj, gate_up_proj and down_proj."""
+    """The linear layers that get a delta: some of o_proj, gate_up_proj and down_proj; with `head`, lm_head alone."""
     rank: int = 64
-    """Rank of a delta. A higher rank gains more, and each session takes more memory."""
+    """Rank of a delta. A higher rank gains more, and each session takes more memory. `head`: at most the hidden size."""
     seed: Annotated[int, Field(ge=0, lt=2**63), CONSTANT] = 0
     """Seed of the fixed projections A. Deltas learned under one seed mean nothing under another."""
 
@@ -72,21 +74,29 @@ class AdaptConfig(_Model):
     @field_validator("layers")
     @classmethod
     def _layers(cls, layers: int | str, info: ValidationInfo) -> int | str:
-        if info.data.get("preset") == "last" and layers != 1:
-            raise ValueError("layers must be 1 with the preset last; the preset deep takes more")
+        if (preset := info.data.get("preset")) in ("last", "head") and layers != 1:
+            raise ValueError(f"layers must be 1 with the preset {preset}; the preset deep takes more")
         return layers
 
     @field_validator("modules")
     @classmethod
-    def _modules(cls, modules: tuple[Module, ...]) -> tuple[str, ...]:
+    def _modules(cls, modules: tuple[Module, ...], info: ValidationInfo) -> tuple[str, ...]:
+        head = info.data.get("preset") == "head"
+        if modules != ("lm_head",) if head else "lm_head" in modules:
+            raise ValueError("modules must be lm_head alone with the preset head, and lm_head has a delta with no other")
         if not modules or len(set(modules)) != len(modules):
             raise ValueError("modules must be one or more of o_proj, gate_up_proj and down_proj, each once")
         return tuple(m for m in LETTERS if m in modules)
 
     @property
     def letters(self) -> str:
-        """The modules as the step names them: a part of "ogud"."""
+        """The modules as the step names them: a part of "ogud", or "y"."""
         return "".join(LETTERS[m] for m in self.modules)
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether deltas are served from vLLM's LoRA slots: a session's request then has an adapter of vLLM's."""
+        return self.preset != "head"
 
 
 class LearnConfig(_Model):

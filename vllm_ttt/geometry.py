@@ -41,7 +41,10 @@ class Geometry:
 
     @classmethod
     def of(cls, hf: Any, adapt: AdaptConfig) -> Geometry:
-        """Of a Hugging Face configuration (that of the text model)."""
+        """Of a Hugging Face configuration (that of the text model). With the preset head, its hidden size alone counts."""
+        if adapt.preset == "head":
+            rank = min(adapt.rank, hf.hidden_size)
+            return cls(hf.num_hidden_layers, rank, adapt.seed, hf.hidden_size, 0, 0, modules=adapt.modules)
         head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
         attention, keys = (head * n for n in (hf.num_attention_heads, hf.num_key_value_heads))
         layers = adapted_layers(hf.num_hidden_layers, adapt)
@@ -51,12 +54,21 @@ class Geometry:
     @property
     def outputs(self) -> dict[str, int]:
         """Rows of each module's B, in one layer."""
+        if self.head:
+            return {"lm_head": self.hidden}
         rows = {"o_proj": self.hidden, "gate_up_proj": 2 * self.feed_forward, "down_proj": self.hidden}
         return {module: rows[module] for module in PATHS if module in self.modules}
 
     @property
+    def head(self) -> bool:
+        """Whether the delta is on the last hidden state, the input of lm_head, and on no layer."""
+        return "lm_head" in self.modules
+
+    @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Tensor name in a session's file -> shape of B: [out, rank]; layer by layer, in the order of ``outputs``."""
+        if self.head:
+            return {"lm_head": (self.hidden, self.rank)}
         return {
             f"model.layers.{i}.{PATHS[m]}.{m}": (out, self.rank)
             for i in range(self.layer, self.layer + self.layers)

@@ -28,7 +28,7 @@ def engine_args(preset: str | None = None, config: str | dict[str, Any] | TTTCon
     """Arguments for ``vllm.LLM`` that switch test-time training on: ``LLM(model=..., **engine_args())``.
 
     Args:
-        preset: `last` or `deep`.
+        preset: `deep`, `last` or `head`.
         config: a path to a YAML file, the same as a dict, or a TTTConfig.
     Raises:
         ConfigError: the config is not valid.
@@ -78,8 +78,9 @@ def installed_plugins() -> dict[str, str]:
     return found
 
 
-def check(model: str | None = None) -> list[tuple[str, bool, str]]:
-    """Can this installation serve? (what, whether, why) for the vLLM release, each patch, and ``model`` where given."""
+def check(model: str | None = None, preset: str = "deep") -> list[tuple[str, bool, str]]:
+    """Can this installation serve? (what, whether, why) for the vLLM release, each patch, and ``model`` where given, with a
+    preset."""
     from vllm_ttt import patches, support
 
     rows = [support.vllm_release()]
@@ -93,7 +94,7 @@ def check(model: str | None = None) -> list[tuple[str, bool, str]]:
             rows.append((f"patch {name}", False, str(error)))
     if model is not None:
         try:
-            rows.append((f"model {model}", True, support.describe_model(model)))
+            rows.append((f"model {model}", True, support.describe_model(model, preset)))
         except (ConfigError, OSError, ValueError) as error:
             rows.append((f"model {model}", False, str(error)))
     return rows

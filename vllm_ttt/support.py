@@ -17,6 +17,11 @@ from vllm_ttt.types import NO_ADAPTERS
 #: Architectures with a tail that worker/step/tail.py knows, by the name in the model's config.json.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
+#: What else there is where the other presets cannot be served.
+HEAD_INSTEAD = "Or serve with --ttt-preset head, which learns on the last hidden state alone, of any such model"
+
+ENCODER_DECODER = "an encoder-decoder model"
+
 #: Seconds between SIGTERM and SIGKILL with a state dir, where the user sets no --shutdown-timeout.
 SHUTDOWN_TIMEOUT = 60
 #: Seconds for which a script waits at its end until all is learned and saved, where it sets no shutdown_timeout.
@@ -130,13 +135,15 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     for flag, refused in refusals.items():
         if refused:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
-    _check_weights(model.quantization)
     if vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
         raise ConfigError("on CUDA, --plugin ttt needs vLLM's model runner V2; unset VLLM_USE_V2_MODEL_RUNNER")
     if config.guard.every and config.guard.probe is not None and not Path(config.guard.probe).is_file():
         raise ConfigError(f"guard.probe {config.guard.probe} is not a file; name a text, or set guard.every to 0")
     hf = model.hf_text_config
-    _check_architecture(model.architectures, hf)
+    if config.adapt.preset == "head":
+        _check_head(vllm_config)
+        return
+    _check_layered(model.architectures, hf, model.quantization)
     check_layers(hf, config, model.max_model_len)
     lora = LoRAConfig(
         max_lora_rank=config.adapt.rank,  # type: ignore[arg-type]  # one of RANKS
@@ -146,6 +153,24 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     )
     lora.verify_with_model_config(model)
     vllm_config.lora_config = lora
+
+
+def _check_head(vllm_config: Any) -> None:
+    """Raise ConfigError where the preset head cannot serve. What only the loaded model can tell is refused by
+    worker/step/lm_head.py."""
+    _refuse_for_head(
+        {
+            ENCODER_DECODER: vllm_config.model_config.is_encoder_decoder,
+            "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,  # not every token has a last state
+            "--enable-batch-sharded-sampling": bool(vllm_config.parallel_config.enable_batch_sharded_sampling),
+        }
+    )
+
+
+def _refuse_for_head(refusals: dict[str, bool]) -> None:
+    for what, refused in refusals.items():
+        if refused:
+            raise ConfigError(f"{what} is not supported with the preset head; serve without ttt")
 
 
 def adapted_modules(num_layers: int, config: TTTConfig) -> list[str]:
@@ -176,15 +201,18 @@ def served_name(model_config: Any) -> str:
     return snapshot[1].replace("--", "/") if snapshot else name
 
 
-def describe_model(model: str) -> str:
-    """One line about a model that can be served. Raises ConfigError (unsupported) or OSError (no config found)."""
+def describe_model(model: str, preset: str = "deep") -> str:
+    """One line about a model that a preset can serve. Raises ConfigError (unsupported) or OSError (no config found)."""
     from transformers import AutoConfig
 
     hf = AutoConfig.from_pretrained(model)
-    _check_architecture(hf.architectures, hf)
-    _check_weights(_quantization(model, hf))
+    text = hf.get_text_config()
+    if preset == "head":
+        _refuse_for_head({ENCODER_DECODER: hf.is_encoder_decoder})
+    else:
+        _check_layered(hf.architectures, hf, _quantization(model, hf))
     kind = (hf.architectures or ["unknown"])[0]
-    return f"{kind}, {hf.num_hidden_layers} layers, hidden {hf.hidden_size}, vocabulary {hf.vocab_size}"
+    return f"{kind}, {text.num_hidden_layers} layers, hidden {text.hidden_size}, vocabulary {text.vocab_size}"
 
 
 def _quantization(model: str, hf: Any) -> str | None:
@@ -193,6 +221,15 @@ def _quantization(model: str, hf: Any) -> str | None:
         if found := getattr(hf, name, None):
             return str(found.get("quant_method") or name if isinstance(found, dict) else name)
     return "modelopt" if (Path(model) / "hf_quant_config.json").is_file() else None
+
+
+def _check_layered(architectures: list[str] | None, hf: Any, quantization: str | None) -> None:
+    """Raise ConfigError where no layer of the model can have a delta."""
+    try:
+        _check_architecture(architectures, hf)
+        _check_weights(quantization)
+    except ConfigError as error:
+        raise ConfigError(f"{error}. {HEAD_INSTEAD}") from None
 
 
 def _check_weights(quantization: str | None) -> None:

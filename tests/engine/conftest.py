@@ -75,7 +75,7 @@ def running(log: Path, module: str, flags: list[str], environment: dict[str, str
 
 
 @contextlib.contextmanager
-def running_ttt(folder: Path, config: dict[str, Any], flags: list[str]) -> Iterator[Served]:
+def running_ttt(folder: Path, config: dict[str, Any], flags: list[str], model: Path = MODEL) -> Iterator[Served]:
     """A server with the plugin, whose worker the tests can watch and break. Its audit log is beside its own."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**config, "sessions": {"audit_log": str(folder / "audit.jsonl"), **config.get("sessions", {})}}
@@ -84,7 +84,7 @@ def running_ttt(folder: Path, config: dict[str, Any], flags: list[str]) -> Itera
     flags = ["--ttt-config", str(file), "--worker-cls", "faulty_worker.FaultyWorker", *flags]
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     environment = {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    with running(folder / "server.log", "vllm_ttt.cli", flags, environment) as served:
+    with running(folder / "server.log", "vllm_ttt.cli", flags, environment, model) as served:
         served.complete(list(range(10, 30)), prompt_logprobs=0)  # vLLM compiles a kernel at the first of these
         yield served
 

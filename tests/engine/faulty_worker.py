@@ -13,6 +13,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm_ttt.worker.cpu_worker import TTTCPUWorker
 from vllm_ttt.worker.learn import compute
 from vllm_ttt.worker.serve.cpu_lora import GroupedPunicaCPU
+from vllm_ttt.worker.serve.head_slots import HeadSlots
 
 
 class FaultyWorker(TTTCPUWorker):
@@ -53,6 +54,9 @@ class FaultyWorker(TTTCPUWorker):
         slots, key = self.trainer.slots, self.test_asked
         if not slots.holds(key):
             return {"held": False, "equal": False}
+        if isinstance(slots, HeadSlots):
+            slot, (b,) = slots.b_KDR[slots.table[key]], self.trainer.deltas.read(key).delta.thin[0]
+            return {"held": True, "equal": torch.equal(slot, b.to(slot.dtype))}
         slot = slots.manager._adapter_manager.lora_index_to_id.index(key)
         parts = self.trainer.deltas.read(key).delta.to(slots.dtype).parts()
         equal = [bool((stack[slot, 0] == b[0]).all()) for (_, b), stack in zip(parts, slots.stacks, strict=True)]

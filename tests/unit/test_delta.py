@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.config import LETTERS, AdaptConfig
-from vllm_ttt.geometry import Geometry
+from vllm_ttt.geometry import PATHS, Geometry
 from vllm_ttt.worker.delta import Delta, LayerDelta, State
 
 pytestmark = pytest.mark.unit
 
 D, F, R, LAYERS, SESSIONS = 6, 10, 2, 3, 2
-SUBSETS = [modules for n in (1, 2, 3) for modules in combinations(LETTERS, n)]
+SUBSETS = [modules for n in (1, 2, 3) for modules in combinations(PATHS, n)]
 ROWS = {"o": D, "g": F, "u": F, "d": D}
 
 

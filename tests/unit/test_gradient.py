@@ -16,7 +16,7 @@ from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.eval.oracle import KV, LayerWeights, Oracle, _attention, projection, rms_norm, stack_nll
 from vllm_ttt.eval.tiny import ARCHITECTURES, tiny_model
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.step import micro_step
+from vllm_ttt.worker.step import loss as losses_of
 from vllm_ttt.worker.step.attention import Layout, SDPAAttention
 from vllm_ttt.worker.step.block import Block
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
@@ -248,7 +248,7 @@ def test_loss_tiles(oracle: Oracle, batch: Batch, monkeypatch: pytest.MonkeyPatc
     """Rows of logits are bounded: more rows than fit give the same."""
     delta, results = random_deltas(tail_of(oracle), 0.05), []
     for size in (256, 11):
-        monkeypatch.setattr(micro_step, "LOSS_ROWS", size)
+        monkeypatch.setattr(losses_of, "LOSS_ROWS", size)
         tail = tail_of(oracle)
         tail.softmax_rows = min(tail.softmax_rows, 5)
         grad = tail.zeros(len(ROWS))

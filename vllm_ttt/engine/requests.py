@@ -60,9 +60,13 @@ class Attached:
     version: int = 0
     #: since when it has been held, time.monotonic(); None: it never was
     held: float | None = None
+    #: it is served from vLLM's LoRA slots
+    in_slots: bool = True
 
     def take_adapter(self) -> None:
         """Give the request its session's adapter: another one, where the session was changed while the request waited."""
+        if not self.in_slots:
+            return
         lora, adapter = self.request.lora_request, self.session.adapter
         if lora is None or lora.lora_int_id != adapter:
             self.request.lora_request = LoRARequest(f"ttt:{adapter}", adapter, f"{ADAPTER_PATH}{adapter}")
@@ -146,8 +150,9 @@ class Samples:
 class Arrivals:
     """Numbers requests in the order in which they arrive, and keeps samples of one request together."""
 
-    def __init__(self) -> None:
-        self.number = 0
+    def __init__(self, in_slots: bool = True) -> None:
+        """``in_slots``: whether sessions are served from vLLM's LoRA slots."""
+        self.number, self.in_slots = 0, in_slots
         #: by parent
         self.samples: dict[str, Samples] = {}
         #: those of ``samples`` whose first has left; with short answers, before the second arrives
@@ -158,7 +163,9 @@ class Arrivals:
     def attach(self, request: Request, session: Session, knobs: Knobs) -> Attached:
         """The request with its number; of n samples the first alone learns."""
         self.number += 1
-        attached = Attached(request, session, knobs, knobs.learn, self.number, request.num_prompt_tokens)
+        attached = Attached(
+            request, session, knobs, knobs.learn, self.number, request.num_prompt_tokens, in_slots=self.in_slots
+        )
         if (sample := sample_of(request)) is None:
             return attached
         if sample.number == 0:

@@ -47,7 +47,6 @@ class TTTScheduler(HoldingScheduler):
         engine_patches.install()
         config = plugin.config_of(self.vllm_config)
         assert config is not None
-        assert self.lora_config is not None
         self.ttt_config = config
         additional = self.vllm_config.additional_config
         assert isinstance(additional, dict)
@@ -57,14 +56,14 @@ class TTTScheduler(HoldingScheduler):
         places = limit if self.ttt_store is None else support.max_saved(self.vllm_config.model_config.hf_text_config, config)
         share = config.sessions.key_share if additional[plugin.NAME].get("keys", 0) > 1 else 1.0
         quotas = Quotas(places, config.sessions.per_key, share, self.ttt_store)
-        self.ttt_ledger = Ledger(self.lora_config.max_loras + 1, limit, quotas, config.observe.recent_chunks, self.ttt_store)
+        self.ttt_ledger = Ledger(config.sessions.resident + 1, limit, quotas, config.observe.recent_chunks, self.ttt_store)
         #: the guard calls what must not end serving
         self.ttt_counts, self.ttt_guard = EngineCounts(), Guarded()
         self.ttt_tiers = Tiers(self.ttt_ledger, config.sessions, self.ttt_store, self._give_up, self.ttt_counts, self.ttt_guard)
         self.ttt_holding = Holding(
             self.ttt_tiers,
             self._may_start,
-            slots=self.lora_config.max_loras,
+            slots=config.sessions.resident,
             most=config.sessions.held_per_session if self.ttt_http else 0,
             wait=config.schedule.consistency == "read-your-writes",
             priority=self.policy == SchedulingPolicy.PRIORITY,
@@ -73,12 +72,12 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_blocks = BlockKeys(config)
         self.ttt_held = HeldBlocks(self.kv_cache_manager.block_pool)
         self.ttt_trust = Trust(config, self.vllm_config.model_config)
-        self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve())
+        self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve(), config.adapt.in_slots)
         self.ttt_room, self.ttt_ending = Room(config.schedule.backlog_tokens, config.learn.chunk), Ending(self)
         self.ttt_alarm: Alarm | None = None
         self.ttt_requests: dict[str, Attached] = {}
         self.ttt_refused: list[tuple[Request, RequestError]] = []
-        self.ttt_arrivals = Arrivals()
+        self.ttt_arrivals = Arrivals(config.adapt.in_slots)
         self.ttt_stops, self.ttt_interleaved = Stops(self.vllm_config.model_config), dict[str, Attached]()
         self.ttt_report, self.ttt_ended = StepReport(), dict[str, int]()
 

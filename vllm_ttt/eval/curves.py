@@ -18,6 +18,7 @@ from rich.console import Console
 
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.eval import report, runner, texts
+from vllm_ttt.eval.head_oracle import HeadOracle
 from vllm_ttt.eval.oracle import Oracle, load_model
 
 
@@ -27,7 +28,7 @@ class OracleScorer:
     def __init__(self, folder: str | Path, config: TTTConfig | None = None, dtype: torch.dtype | None = None):
         self.folder, self.model, self.config = folder, load_model(folder, dtype), config or TTTConfig()
         self.max_model_len: int = self.model.config.max_position_embeddings  # pyright: ignore
-        self.frozen, self.sessions = self._session(), dict[str, Oracle]()
+        self.frozen, self.sessions = self._session(), dict[str, Oracle | HeadOracle]()
 
     async def tokenize(self, text: str) -> list[int]:
         return self._tokenizer(text, verbose=False)["input_ids"]
@@ -48,8 +49,8 @@ class OracleScorer:
         oracle.learn(ids)
         return losses
 
-    def _session(self) -> Oracle:
-        return Oracle(self.model, self.config)
+    def _session(self) -> Oracle | HeadOracle:
+        return (HeadOracle if self.config.adapt.preset == "head" else Oracle)(self.model, self.config)
 
     async def forget(self, session: str) -> None:
         self.sessions.pop(session, None)
@@ -65,7 +66,7 @@ async def main() -> None:
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--protocols", default="p2,p3")
     parser.add_argument("--retrieval", action="store_true")
-    parser.add_argument("--preset", default="deep", help="`deep` (default) or `last`")
+    parser.add_argument("--preset", default="deep", help="`deep` (default), `last` or `head`")
     parser.add_argument("--layers", type=int, help="adapted layers; default: what the preset says")
     parser.add_argument("--float32", action="store_true", help="load the model in float32 instead of its own dtype")
     parser.add_argument("--json")

@@ -61,7 +61,9 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     group.add_argument("--ttt-config", metavar="FILE", help="YAML file with vllm-ttt's settings.")
     group.add_argument(
-        "--ttt-preset", metavar="PRESET", help="What is adapted: `deep` (default), every layer, or `last`, the last layer."
+        "--ttt-preset",
+        metavar="PRESET",
+        help="What is adapted: `deep` (default), every layer; `last`, the last; `head`, the last hidden state, of any model.",
     )
     group.add_argument("--ttt-state-dir", metavar="DIR", help="Folder in which sessions outlive the server.")
 

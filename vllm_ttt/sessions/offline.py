@@ -81,6 +81,11 @@ class Offline:
 
     def export(self, name: str, out: Path) -> dict[str, Any]:
         """Write the newest version that is whole as a PEFT adapter: the folder ``out``, as peft and vLLM load it."""
+        if self.geometry.head:
+            raise SessionsError(
+                "an adapter of the preset head holds lm_head times the delta, and a state dir has no weights of the model: "
+                "serve it, and ask GET /v1/ttt/sessions/{id}/adapter"
+            )
         saved, tensors = self._newest(name)
         version = saved.version
         dtype = getattr(torch, self.identity["dtype"])

@@ -10,9 +10,13 @@ from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ttt.worker.capture.step_view import Rows, view_v1
+from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.ngrams.caches import Caches
 from vllm_ttt.worker.serve.cpu_lora import GroupedPunicaCPU
 from vllm_ttt.worker.serve.cpu_runner import MixingModelRunner
+from vllm_ttt.worker.serve.head_runner import HeadRunnerV1
+from vllm_ttt.worker.serve.head_slots import HeadSlots
+from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.tail import TailModules
 from vllm_ttt.worker.worker import TTTWorkerMixin
 
@@ -25,6 +29,13 @@ class TTTCPUWorker(TTTWorkerMixin, CPUWorker):
     def ttt_mix(self, caches: Caches) -> None:
         MixingModelRunner.adopt(self.model_runner, caches, self.trainer.failed)
 
+    def ttt_head_slots(self, deltas: Deltas, slots: int) -> HeadSlots:
+        assert isinstance(deltas.tail, Head)
+        return HeadSlots(deltas.tail, deltas, slots)
+
+    def ttt_adapt(self, slots: HeadSlots) -> None:
+        HeadRunnerV1.adopt(self.model_runner, slots, self.trainer.failed)
+
     def ttt_memory_left(self) -> int:
         explicit = self.cache_config.kv_cache_memory_bytes
         if explicit is not None:
@@ -33,7 +44,8 @@ class TTTCPUWorker(TTTWorkerMixin, CPUWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         plan = getattr(scheduler_output, "ttt", None)
-        self.idle.fill_(plan is None or not plan.sessions)
+        if self.idle is not None:
+            self.idle.fill_(plan is None or not plan.sessions)
         return super().execute_model(scheduler_output)
 
     def ttt_batch(self, scheduler_output: Any) -> Any:

@@ -9,7 +9,11 @@ from torch import Tensor
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ttt.worker.capture.step_view import Rows, view_v2
+from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.serve.gpu_head import GPUHeadSlots, HeadRunnerV2
 from vllm_ttt.worker.serve.gpu_lora import SessionPunicaGPU
+from vllm_ttt.worker.serve.head_slots import HeadSlots
+from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.tail import TailModules
 from vllm_ttt.worker.worker import TTTWorkerMixin
 
@@ -20,6 +24,13 @@ class TTTCUDAWorker(TTTWorkerMixin, Worker):
         SessionPunicaGPU.adopt(wrapper)
         # The flag that makes vLLM's own LoRA kernels return at once; graphs are captured for either value of it.
         return wrapper.token_mapping_meta.no_lora_flag_cpu
+
+    def ttt_head_slots(self, deltas: Deltas, slots: int) -> HeadSlots:
+        assert isinstance(deltas.tail, Head)
+        return GPUHeadSlots(deltas.tail, deltas, slots)
+
+    def ttt_adapt(self, slots: HeadSlots) -> None:
+        HeadRunnerV2.adopt(self.model_runner, slots, self.trainer.failed)
 
     def ttt_memory_left(self) -> int:
         torch.cuda.empty_cache()  # at start only: what the loading of the weights has left behind

@@ -3,7 +3,7 @@
 Modules of one shape are one tensor, so that a step of the optimiser is a few large kernels, however many layers are adapted.
 
 Dimension suffixes:
-  S sessions   M modules that write to the residual stream (o, d)   N modules of the feed-forward (g, u)
+  S sessions   M modules as wide as the residual stream (o, d, y)   N modules of the feed-forward (g, u)
   D hidden size   F intermediate size   R rank
 """
 
@@ -15,16 +15,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: The modules that can be adapted, in the order in which a layer applies them. gate and up are one tensor of vLLM's.
-MODULES = "ogud"
+#: The modules that can be adapted, in the order in which a layer applies them. gate and up are one tensor of vLLM's. "y" is the
+#: last hidden state, which has a delta where no layer has one.
+MODULES = "ogudy"
+#: Those whose B is [D, R], and those whose B is [F, R].
+THIN, WIDE = "ody", "gu"
 
 
 class LayerDelta(NamedTuple):
-    """Views of one layer: o [S, D, R], gu [S, 2F, R] (gate first), d [S, D, R]; None: that module is not adapted."""
+    """Views of one layer: o [S, D, R], gu [S, 2F, R] (gate first), d and y [S, D, R]; None: that module is not adapted."""
 
     o: Tensor | None
     gu: Tensor | None
     d: Tensor | None
+    y: Tensor | None = None
 
 
 class Delta:
@@ -44,7 +48,7 @@ class Delta:
         cls, modules: str, layers: int, sessions: int, hidden: int, intermediate: int, rank: int,
         dtype: torch.dtype = torch.float32, device: torch.device | None = None,
     ) -> Delta:  # fmt: skip
-        thin, wide = (layers * len(set(modules) & set(kind)) for kind in ("od", "gu"))
+        thin, wide = (layers * len(set(modules) & set(kind)) for kind in (THIN, WIDE))
         return cls(
             modules,
             torch.zeros(sessions, thin, hidden, rank, dtype=dtype, device=device),
@@ -72,12 +76,14 @@ class Delta:
 
     @property
     def layers(self) -> int:
-        kind = "od" if self.thin.shape[1] else "gu"
-        return (self.thin if kind == "od" else self.wide).shape[1] // len(set(self.modules) & set(kind))
+        kind, matrices = (THIN, self.thin) if self.thin.shape[1] else (WIDE, self.wide)
+        return matrices.shape[1] // len(set(self.modules) & set(kind))
 
     def layer(self, i: int) -> LayerDelta:
         """Of one layer, counted from the lowest."""
-        count = len(set(self.modules) & set("od"))
+        if self.modules == "y":
+            return LayerDelta(None, None, None, self.thin[:, i])
+        count = len(set(self.modules) & set(THIN))
         thin = self.thin[:, i * count : (i + 1) * count]
         gu = self.wide[:, 2 * i : 2 * i + 2].flatten(1, 2) if "g" in self.modules else None
         return LayerDelta(thin[:, 0] if "o" in self.modules else None, gu, thin[:, count - 1] if "d" in self.modules else None)
@@ -93,6 +99,8 @@ class Delta:
                 yield "u", self.wide[:, 2 * i + 1]
             if layer.d is not None:
                 yield "d", layer.d
+            if layer.y is not None:
+                yield "y", layer.y
 
     def matrices(self) -> Iterator[Tensor]:
         """[out, R] views of the first session, as `Geometry.shapes` names them: gate and up are one."""

@@ -186,11 +186,11 @@ class Files:
     def _export(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
         metadata = {**order.metadata, "version": str(snapshot.state["version"])}
         tail = self.deltas.tail
-        served = {a.shape[1]: a.cpu() for a in (tail.ao_RQ, tail.ai_RD, tail.ad_RF)}
+        served = {width: a.cpu() for width, a in tail.projections.items()}
         tensors = self._named(self._read(snapshot).delta)
         path = Path(order.path)
         key = Vault(bytes.fromhex(order.key) if order.key else None)
-        data = key.seal(peft.adapter(tensors, served, self.geometry, self.base_model, metadata), path.name)
+        data = key.seal(peft.adapter(tail.exported(tensors), served, self.geometry, self.base_model, metadata), path.name)
         delta_file.write(path, data)
         report = FileReport("export", order.session, order.path, "done", snapshot.state["version"], bytes=len(data))
         return replace(report, digest=delta_file.digest(tensors), metadata={"rate": str(snapshot.state["rate"])}), None

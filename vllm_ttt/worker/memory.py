@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
-from vllm_ttt.worker.step.micro_step import LOSS_ROWS
+from vllm_ttt.worker.step.loss import LOSS_ROWS
 
 #: What CUDA keeps of the graphs of the step, as far as it was seen to, in bytes.
 GRAPHS = 2**30
@@ -45,6 +45,8 @@ def needs(
     tokens = pages(config) * config.learn.chunk
     tried = config.guard.probe_tokens if config.guard.every else 1
     captured = 16 + (0 if begins_at_embedding(geometry, config) else (D + Q) * itemsize)
+    if geometry.head:  # the model runner has the states of a batch anyway
+        max_tokens = 0
     parts = {
         f"masters of {rows} resident sessions (sessions.resident, adapt.rank)": (rows + 1) * geometry.bytes,
         f"activations of {tokens:,} tokens that may wait to be learned (schedule.backlog_tokens)": tokens * captured,
@@ -52,7 +54,11 @@ def needs(
         f"activations of a batch of {max_tokens:,} tokens (--max-num-batched-tokens)": max_tokens * (captured - 16),
         "fixed projections and the workspace of the loss": step_itemsize * (geometry.rank * (D + Q + F) + LOSS_ROWS * vocab),
     }
-    if step_itemsize != itemsize:
+    if geometry.head:
+        parts["deltas that are being served (sessions.resident, adapt.rank)"] = rows * D * geometry.rank * step_itemsize
+        if step_itemsize != itemsize:
+            parts["a float32 copy of lm_head (this CPU has no 16-bit products)"] = step_itemsize * vocab * D
+    elif step_itemsize != itemsize:
         attending = geometry.layers - (not begins_at_embedding(geometry, config))
         weights = geometry.layers * D * (Q + 3 * F) + attending * D * (Q + 2 * geometry.keys) + vocab * D
         parts["float32 copies of the adapted layers and lm_head (this CPU has no 16-bit products)"] = step_itemsize * weights

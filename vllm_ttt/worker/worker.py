@@ -21,7 +21,6 @@ from vllm_ttt.types import NO_ADAPTERS, StepPlan
 from vllm_ttt.vault import Vault
 from vllm_ttt.worker import memory
 from vllm_ttt.worker.capture.backlog import Backlog
-from vllm_ttt.worker.capture.capture import Capture
 from vllm_ttt.worker.capture.kv_cache import KVCache
 from vllm_ttt.worker.capture.past import PastSource
 from vllm_ttt.worker.capture.step_view import Rows
@@ -33,9 +32,10 @@ from vllm_ttt.worker.learn.device_times import DeviceTimes
 from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.ngrams.caches import Caches
-from vllm_ttt.worker.serve.slots import Slots
+from vllm_ttt.worker.serve.head_slots import HeadSlots
 from vllm_ttt.worker.signals import leave_with_the_engine
-from vllm_ttt.worker.step.tail import TailModules, build_tail, find_modules, step_dtype
+from vllm_ttt.worker.sites import site_of
+from vllm_ttt.worker.step.tail import TailModules, step_dtype
 
 logger = logger_of(__name__)
 
@@ -47,6 +47,8 @@ class TTTWorkerMixin:
     model_runner: Any
     vllm_config: Any
     trainer: Trainer
+    #: a bool tensor on the host, as `ttt_idle_flag` says; None with the preset head
+    idle: Tensor | None = None
 
     # What differs between devices and model runners.
 
@@ -66,6 +68,14 @@ class TTTWorkerMixin:
         """Serve what the sessions' caches say, mixed with the model's logits."""
         raise NotImplementedError
 
+    def ttt_head_slots(self, deltas: Deltas, slots: int) -> HeadSlots:
+        """Of the preset head."""
+        raise NotImplementedError
+
+    def ttt_adapt(self, slots: HeadSlots) -> None:
+        """Let the model runner serve with them."""
+        raise NotImplementedError
+
     def ttt_memory_left(self) -> int:
         """Bytes that vLLM may still use on the device once the model is loaded, KV cache included."""
         raise NotImplementedError
@@ -78,10 +88,9 @@ class TTTWorkerMixin:
         assert config is not None, "a TTT worker needs additional_config['ttt']"
         if config.sessions.state_dir is not None:
             leave_with_the_engine()
-        runner = self.model_runner
         model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
         geometry = Geometry.of(model.hf_text_config, config.adapt)
-        modules = find_modules(runner.get_model(), geometry.layers, config.adapt.letters, config.adapt.preset == "deep")
+        site = site_of(self, geometry, config)
         left, products = self.ttt_memory_left(), step_dtype(model.dtype, self.device)
         if products != model.dtype:
             logger.warning(
@@ -94,21 +103,19 @@ class TTTWorkerMixin:
         needs = memory.needs(geometry, config, max_tokens, *sizes)
         step = memory.step_bytes(geometry, config, products.itemsize, model.max_model_len, kept)
         packed = memory.packed_bytes(geometry, config, products.itemsize, model.max_model_len)
-        if modules.attending and self.device.type == "cuda":
+        if site.attentions and self.device.type == "cuda":
             needs["what such a step attends to, where no graph fits (--max-model-len)"] = packed
             needs["the graphs of such steps"] = memory.GRAPHS
         memory.check(needs, left)
-        tail = build_tail(runner.get_model(), modules, config.adapt, model.max_model_len)
+        tail, self.capture = site.build()
         dtype, device = model.dtype, tail.head_VD.device
-        self.idle = self.ttt_idle_flag(modules)
-        self.capture = Capture(modules, max_tokens, dtype, device, self.idle)
         pages = memory.pages(config)
         self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, self.capture.h_ND, self.capture.a_NQ)
         deltas = Deltas(tail, config.sessions.resident, config.learn.rate)
         assert deltas.bytes_per_session() == geometry.bytes, "the model's configuration and its weights disagree"
-        slots = Slots(runner.lora_manager, modules, deltas, dtype)
+        slots = site.slots(deltas)
         #: what the step attends to; None where it does not
-        self.cache = KVCache([x.attention.attn for x in modules.attending], dtype) if modules.attending else None
+        self.cache = KVCache(site.attentions, dtype) if site.attentions else None
         tried = config.guard.probe_tokens if config.guard.every else 1
         self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ, self.cache)
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.cache)
@@ -116,6 +123,7 @@ class TTTWorkerMixin:
         self.files = Files(self.trainer, geometry, served_name(model), vault, config.cache)
         if self.trainer.caches.on:
             self.ttt_mix(self.trainer.caches)
+        site.serve(slots)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
         self.times = DeviceTimes(self.clock)
@@ -132,7 +140,8 @@ class TTTWorkerMixin:
             self.reserve = [torch.empty(size, dtype=torch.uint8, device=device) for size in (packed, step + memory.GRAPHS)]
         logger.info(
             "vllm-ttt: adapting %s; rank %d, %d resident sessions of %.1f MB, backlog of %d tokens, %.2f GiB in all",
-            f"{', '.join(config.adapt.modules)} of {geometry.layers} layers", config.adapt.rank, config.sessions.resident,
+            "the last hidden state" if geometry.head else f"{', '.join(config.adapt.modules)} of {geometry.layers} layers",
+            geometry.rank, config.sessions.resident,
             deltas.bytes_per_session() / 1e6, pages * config.learn.chunk, (left - self.ttt_memory_left()) / 2**30,
         )  # fmt: skip
 
@@ -170,6 +179,8 @@ class TTTWorkerMixin:
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         if serving:
             self.ran = self.ttt_batch(scheduler_output) if plan.sessions else None
+            if self.ran is not None:
+                self.capture.ran(self.model_runner.execute_model_state)
         elif output is not None:
             output = copy.copy(output)  # vLLM shares one empty output
             output.ttt = self._guard(self._report)
@@ -292,6 +303,7 @@ class TTTWorkerMixin:
         for request in scheduler_output.finished_req_ids:
             self.backlog.finish(request, plan.ended.get(request))
             self.trainer.caches.finish(request)
+            self.trainer.slots.finish(request)
             self.probe.finish(request)
 
     def _start(self, plan: StepPlan) -> None:
@@ -301,6 +313,7 @@ class TTTWorkerMixin:
                 continue
             self.trainer.start(request, request_plan)
             self.trainer.caches.start(request, request_plan)
+            self.trainer.slots.start(request, request_plan.session)
             self.began[request] = self.trainer.deltas.session(request_plan.session).served
 
     def _between(self, serving: bool, urgent: list[str]) -> int:
@@ -343,14 +356,15 @@ class TTTWorkerMixin:
         ran, self.ran = self.ran, None
         captured = self.backlog.wanted()
         wanted = {**captured, **self.probe.reading}
-        if not wanted:
-            return
         try:
-            self._keep(ran, wanted)
+            if wanted:
+                self._keep(ran, wanted)
         except Exception:
             self.trainer.failed("_take failed; what the sessions of the batch have waiting is given up")
             for key in {reading.plan.session for reading in captured.values()}:
                 self.trainer.lose(key, "error")
+        finally:
+            self.capture.taken()
 
     def _keep(self, ran: Any, wanted: dict[str, Any]) -> None:
         view = self.ttt_view(ran, wanted)

@@ -76,9 +76,10 @@ def pieces(guard: GuardConfig, vllm_config: VllmConfig) -> list[list[int]]:
 class ProbeReading:
     """The requests that read the text, which begin with the first session's."""
 
-    def __init__(self, pieces: list[list[int]], adapter: int):
-        """``adapter``: an id that is no session's. Its delta is all zero; with it, a batch counts as one with session rows."""
-        self.text, self.adapter = pieces, adapter
+    def __init__(self, pieces: list[list[int]], adapter: int, in_slots: bool = True):
+        """``adapter``: an id that is no session's. Its delta is all zero; with it, a batch counts as one with session rows.
+        ``in_slots``: whether sessions are served from vLLM's LoRA slots."""
+        self.text, self.adapter, self.in_slots = pieces, adapter, in_slots
         #: what is still to be read; requests that have been made for it so far
         self.pieces, self.number = pieces, 0
         #: requests that have not ended yet, and whether the worker knows them
@@ -86,7 +87,7 @@ class ProbeReading:
 
     def begin(self, like: Request) -> list[Request]:
         """The requests, where they have not been made yet; ``like`` is any, for what the engine core gives them all."""
-        lora = LoRARequest(f"ttt:{self.adapter}", self.adapter, f"{ADAPTER_PATH}{self.adapter}")
+        lora = LoRARequest(f"ttt:{self.adapter}", self.adapter, f"{ADAPTER_PATH}{self.adapter}") if self.in_slots else None
         made = []
         for piece in self.pieces:
             self.number += 1

@@ -86,3 +86,9 @@ class Capture:
         ):
             module.__class__ = cls
             module.ttt_buffer, module.ttt_idle = buffer, idle
+
+    def ran(self, state: object) -> None:
+        """The forward of a batch has been launched: it has filled the buffers."""
+
+    def taken(self) -> None:
+        """What is to be learned of the batch has been copied."""

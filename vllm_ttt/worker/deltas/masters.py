@@ -16,6 +16,7 @@ import torch
 from vllm_ttt.worker.clock import Clock, copy_to_host
 from vllm_ttt.worker.delta import Delta, State
 from vllm_ttt.worker.ngrams.ngrams import NGrams
+from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.micro_step import Tail
 
 
@@ -64,7 +65,7 @@ class WorkerSession:
 class Deltas:
     """``masters``: the states of sessions on the device, one row each."""
 
-    def __init__(self, tail: Tail, rows: int, rate: float):
+    def __init__(self, tail: Tail | Head, rows: int, rate: float):
         """``rows`` sessions on the device, and one spare row that belongs to none: padding of a batch is written there.
 
         Args:

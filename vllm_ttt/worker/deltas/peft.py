@@ -27,7 +27,7 @@ def adapter(
     """``adapter_model.safetensors``. Its metadata holds ``adapter_config``, the text of adapter_config.json.
 
     Args:
-        deltas: B by the names of ``geometry.shapes``, float32, on the host.
+        deltas: B by the names of ``geometry.shapes``, float32, on the host; with the preset head, lm_head times B.
         projections: A by the number of its inputs, in the dtype of the adapter, on the host.
         metadata: further entries.
     """
@@ -63,6 +63,10 @@ def read_adapter(data: bytes, settings: dict[str, Any], geometry: Geometry) -> d
     Raises FileError where its configuration, its tensors or its projections A are not those of ``geometry``: only B can be
     taken over, since every session shares A.
     """
+    if geometry.head:
+        raise FileError(
+            "a session of the preset head takes no adapter: its lora_B is lm_head times what the session has learned"
+        )
     wanted = {"peft_type": "LORA", "r": geometry.rank, "lora_alpha": geometry.rank}
     for key, value in wanted.items():
         if settings.get(key) != value:
@@ -94,12 +98,14 @@ def projections(geometry: Geometry, dtype: torch.dtype) -> dict[int, Tensor]:
     """A by the number of its inputs, as worker/step/tail.py draws it; another build of LAPACK may differ in the last digits."""
     from vllm_ttt.worker.step.tail import make_projection
 
-    widths = {geometry.attention, geometry.hidden, geometry.feed_forward}
+    widths = {geometry.hidden} if geometry.head else {geometry.attention, geometry.hidden, geometry.feed_forward}
     return {width: make_projection(width, geometry.rank, geometry.seed).to(dtype) for width in widths}
 
 
 def _modules(geometry: Geometry) -> dict[str, tuple[int, int]]:
-    """PEFT's module -> (inputs, outputs)."""
+    """PEFT's module -> (inputs, outputs); those of lm_head are the model's vocabulary, which no geometry knows: 0."""
+    if geometry.head:
+        return {"lm_head": (geometry.hidden, 0)}
     D, F = geometry.hidden, geometry.feed_forward
     widths = {
         "o_proj": {"self_attn.o_proj": (geometry.attention, D)},

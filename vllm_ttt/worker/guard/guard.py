@@ -22,6 +22,7 @@ from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.deltas.masters import Deltas, WorkerSession
 from vllm_ttt.worker.deltas.versions import Kept, Versions, keep
 from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.micro_step import Tail
 
 logger = logger_of(__name__)
@@ -48,7 +49,7 @@ class Task:
 
 
 class Guard:
-    def __init__(self, config: GuardConfig, tail: Tail, probe: Probe, versions: Versions, clock: Clock):
+    def __init__(self, config: GuardConfig, tail: Tail | Head, probe: Probe, versions: Versions, clock: Clock):
         self.config, self.tail, self.probe, self.versions, self.clock = config, tail, probe, versions, clock
         #: commits since the last trial of each session
         self.commits: OrderedDict[int, int] = OrderedDict()
@@ -167,10 +168,10 @@ class Guard:
         if self.base_loss is None:
             if any(task.key is None for task, *_ in self.outcomes):
                 return False  # its outcome is on its way
-            self.task = Task(None, None, 0, self.tail.zeros(1, self.tail.wo_DQ.dtype), None, zero)
+            self.task = Task(None, None, 0, self.tail.zeros(1, self.tail.head_VD.dtype), None, zero)
             return True
         session, commits = deltas.session(key), self.commits.pop(key)
-        dtype, device = self.tail.wo_DQ.dtype, self.tail.wo_DQ.device
+        dtype, device = self.tail.head_VD.dtype, self.tail.head_VD.device
         master = deltas.read(key).delta
         delta = master.by(*(x.to(device, dtype, copy=True) for x in master.tensors()))
         self.task = Task(key, session, session.version, delta, keep(deltas, key), zero, commits)

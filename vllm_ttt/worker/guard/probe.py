@@ -15,6 +15,7 @@ from vllm_ttt.worker.capture.kv_cache import KVCache
 from vllm_ttt.worker.capture.past import PastSource
 from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.delta import Delta
+from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
 
 
@@ -98,7 +99,7 @@ class Probe:
             done -= len(piece)
         return range(0)
 
-    def loss(self, tail: Tail, delta: Delta, rows: range) -> Tensor:
+    def loss(self, tail: Tail | Head, delta: Delta, rows: range) -> Tensor:
         """[1] float32: the sum of the losses of some rows in nats, under ``delta``, one session's in the tail's dtype."""
         at, count = slice(rows.start, rows.stop), len(rows)
         weight = torch.ones(1, count, device=self.t_P.device)

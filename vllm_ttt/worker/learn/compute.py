@@ -20,6 +20,7 @@ from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.past import PastSource
 from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
 from vllm_ttt.worker.step.qkv import Past
 from vllm_ttt.worker.step.update import update
@@ -69,7 +70,7 @@ class Compute:
     their losses, ``rows`` [S] rows of the masters, ``source`` what comes before those rows; None where the step needs none.
     """
 
-    def __init__(self, tail: Tail, learn: LearnConfig, backlog: Backlog, deltas: Deltas):
+    def __init__(self, tail: Tail | Head, learn: LearnConfig, backlog: Backlog, deltas: Deltas):
         self.tail, self.learn, self.backlog, self.deltas = tail, learn, backlog, deltas
         self.device = tail.head_VD.device
         self.max_loss = learn.max_loss * math.log(tail.head_VD.shape[0])

@@ -27,7 +27,9 @@ from vllm_ttt.worker.learn.compute import Compute
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.ngrams.caches import Caches, Text
 from vllm_ttt.worker.ngrams.ngrams import Known
+from vllm_ttt.worker.serve.head_slots import HeadSlots
 from vllm_ttt.worker.serve.slots import Slots
+from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.micro_step import Tail
 
 logger = logger_of(__name__)
@@ -66,11 +68,11 @@ class Trainer:
 
     def __init__(
         self,
-        tail: Tail,
+        tail: Tail | Head,
         config: TTTConfig,
         backlog: Backlog,
         deltas: Deltas,
-        slots: Slots,
+        slots: Slots | HeadSlots,
         probe: Probe,
         cache: KVCache | None = None,
     ):

@@ -18,6 +18,7 @@ from vllm_ttt.patches import _contract
 from vllm_ttt.worker.ngrams.caches import Caches
 from vllm_ttt.worker.ngrams.mixing import mix
 from vllm_ttt.worker.ngrams.stream import LONGEST, Tokens
+from vllm_ttt.worker.serve.replaced import replaced
 
 
 class MixingModelRunner(CPUModelRunner):
@@ -59,11 +60,8 @@ class MixingModelRunner(CPUModelRunner):
             first = (rows.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)
             return logits if (name := by_row.get(first)) is None else self._prompt(name, logits)
 
-        self.model.compute_logits = mixed  # type: ignore[assignment]  # hides the class's for the time of this call
-        try:
+        with replaced(self.model, "compute_logits", mixed):
             return super()._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)
-        finally:
-            del self.model.compute_logits
 
     def _sampled(self, scheduler_output: Any, logits: Tensor) -> Tensor:
         """The logits of the tokens that are sampled: a row for each request of the batch, in its order."""

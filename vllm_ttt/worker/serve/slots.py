@@ -15,6 +15,7 @@ from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ADAPTER_PATH, NO_ADAPTERS
 from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.deltas.masters import Deltas, WorkerSession
+from vllm_ttt.worker.step.micro_step import Tail
 from vllm_ttt.worker.step.tail import LayerModules, TailModules
 
 
@@ -80,6 +81,7 @@ class Slots:
         wrapped = set(manager._adapter_manager.modules)
         assert wrapped == set(modules.names), f"LoRA slots on {wrapped}, expected {set(modules.names)}"
         tail = deltas.tail
+        assert isinstance(tail, Tail)
         for layer in modules.layers:
             for letters, module, a in (
                 ("o", layer.o_proj, tail.ao_RQ),
@@ -101,6 +103,12 @@ class Slots:
             if letter in modules.adapted
         ]
 
+    def start(self, request: str, key: int) -> None:
+        """A request of the session begins: its adapter came with it."""
+
+    def finish(self, request: str) -> None:
+        """A request has ended."""
+
     def adapter(self, key: int) -> LoRAModel:
         """The session's adapter with the delta that is to be served: vLLM copies it into the slot that it chooses."""
         session = self.deltas.session(key)
@@ -108,6 +116,7 @@ class Slots:
             self.deltas.clock.wait(session.serving_copied)
         served = (session.serving or self.deltas.read(key).delta).to(self.dtype)
         tail, rank = self.deltas.tail, self.deltas.tail.rank
+        assert isinstance(tail, Tail)
         names = (self._names(layer) for layer in self.modules.layers)
         inputs = {"o": tail.ao_RQ, "g": tail.ai_RD, "u": tail.ai_RD, "d": tail.ad_RF}
         places = [(name, inputs[letter]) for layer in names for letter, name in layer.items()]

@@ -2,7 +2,8 @@
 
 The tail is what follows the attention of the first adapted layer. With `last` that is o_proj, the MLP, the final norm and
 lm_head: it needs no attention and no position, so the tokens of all sessions are rows of the same matrices; only the low-rank
-parts are per session. With `deep` further layers come between, each with its attention (qkv.py).
+parts are per session. With `deep` further layers come between, each with its attention (qkv.py). With `head` nothing is left of
+it but lm_head (head.py).
 The algorithm is docs/algorithm.md; `vllm_ttt.eval.oracle` is the plain loop that this file is held to.
 
 Dimension suffixes:
@@ -18,14 +19,13 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.worker.delta import Delta
-from vllm_ttt.worker.step import block, pointwise, qkv
+from vllm_ttt.worker.step import block, head, pointwise, qkv
 from vllm_ttt.worker.step.attention import Attention, SDPAAttention
 from vllm_ttt.worker.step.block import Block, Passed
+from vllm_ttt.worker.step.head import Head
+from vllm_ttt.worker.step.loss import cross_entropy, workspace
 from vllm_ttt.worker.step.qkv import QKV, Past, Rotated
 from vllm_ttt.worker.step.update import Norms
-
-#: Rows of logits that exist at once, in float32: the loss is computed in tiles of this many.
-LOSS_ROWS = 256
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Tail:
     bo_D: Tensor | None = None
     bgu_2F: Tensor | None = None
     bd_D: Tensor | None = None
+    bias_V: Tensor | None = None
     logit_scale: float = 1.0
     soft_cap: float | None = None
     #: the adapted layers below the last, lowest first, and the attention of each layer above the lowest; of the lowest too
@@ -63,9 +64,7 @@ class Tail:
     kernel: Attention = field(default_factory=SDPAAttention)
 
     def __post_init__(self) -> None:
-        #: the workspace of the loss, [LOSS_ROWS, V]
-        self.logits = self.head_VD.new_empty(LOSS_ROWS, self.head_VD.shape[0])
-        self.softmax_rows = 32 if self.head_VD.device.type == "cpu" else LOSS_ROWS
+        self.logits, self.softmax_rows = workspace(self.head_VD)
         self.norms = Norms(self.modules, [x.norm for x in self.blocks], self.head_VD.device)
 
     @property
@@ -86,6 +85,15 @@ class Tail:
         """What enters the first adapted layer: ``h`` and ``a`` as captured, or the embeddings of the tokens ``x``."""
         return (h, a) if self.embedding_VD is None else (torch.nn.functional.embedding(x, self.embedding_VD), None)
 
+    @property
+    def projections(self) -> dict[int, Tensor]:
+        """A by the number of its inputs."""
+        return {a.shape[1]: a for a in (self.ao_RQ, self.ai_RD, self.ad_RF)}
+
+    def exported(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``delta``, B by name on the host, as an adapter of PEFT has it."""
+        return delta
+
     def zeros(self, sessions: int, dtype: torch.dtype = torch.float32) -> Delta:
         """The delta of so many fresh sessions."""
         D, F = self.wd_DF.shape
@@ -93,7 +101,7 @@ class Tail:
 
 
 def accumulate(
-    tail: Tail,
+    tail: Tail | Head,
     delta: Delta,
     h_SCD: Tensor,
     a_SCQ: Tensor | None,
@@ -117,6 +125,8 @@ def accumulate(
     Returns:
         [S] float32, the weighted sum of each session's losses in nats.
     """
+    if isinstance(tail, Head):
+        return head.accumulate(tail, delta, h_SCD, t_SC, w_SC, grad, rows_SC)
     (S, C, _), blocks = h_SCD.shape, tail.blocks
     r_TD, y_TD, passed, rotated = forward(tail, delta, h_SCD, a_SCQ, past, grad is not None)
     dt = tail.wo_DQ.dtype
@@ -160,20 +170,3 @@ def forward(
         if grad:
             passed.append(saved)
     return r_TD, y_TD, passed, rotated
-
-
-def cross_entropy(tail: Tail, y_TD: Tensor, t_T: Tensor, w_T: Tensor, backward: bool) -> tuple[Tensor, Tensor | None]:
-    """Weighted losses [T] and their gradient with respect to y [T, D].
-
-    One buffer of LOSS_ROWS x V in the model's dtype holds first the logits, then their gradient; float32 exists for
-    ``tail.softmax_rows`` rows at a time (on a CPU, few enough to stay in its cache).
-    """
-    losses, grads = [], []
-    for y, t, w in zip(y_TD.split(LOSS_ROWS), t_T.split(LOSS_ROWS), w_T.split(LOSS_ROWS), strict=True):
-        logits = tail.logits[: y.shape[0]]
-        torch.mm(y, tail.head_VD.T, out=logits)
-        for part, t_part in zip(logits.split(tail.softmax_rows), t.split(tail.softmax_rows), strict=True):
-            losses.append(pointwise.nll(part, t_part, tail.logit_scale, tail.soft_cap, backward))
-        if backward:
-            grads.append((logits @ tail.head_VD).float() * w[:, None])
-    return torch.cat(losses) * w_T, torch.cat(grads) if backward else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.config import LearnConfig
-from vllm_ttt.worker.delta import MODULES, Delta, State
+from vllm_ttt.worker.delta import MODULES, THIN, WIDE, Delta, State
 
 #: Between which a rate stays, and by how much one chunk moves its logarithm at most (docs/algorithm.md).
 RATES = 1e-5, 0.1
@@ -24,7 +24,7 @@ class Norms:
     def __init__(self, modules: str, layers: list[dict[str, float]], device: torch.device):
         """``layers``: of each layer, lowest first, the norms by MODULES."""
         kind = lambda letters: [norm[m] for norm in layers for m in MODULES if m in modules and m in letters]  # noqa: E731
-        self.thin_M, self.wide_N = (torch.tensor(kind(letters), device=device) for letters in ("od", "gu"))
+        self.thin_M, self.wide_N = (torch.tensor(kind(letters), device=device) for letters in (THIN, WIDE))
 
 
 def update(
@@ -96,7 +96,7 @@ def _largest(modules: str, thin_SM: Tensor, wide_SN: Tensor) -> Tensor:
     """[modules, S]: over the layers."""
 
     def by_module() -> Iterator[tuple[str, Tensor]]:
-        for kind, sizes in (("od", thin_SM), ("gu", wide_SN)):
+        for kind, sizes in ((THIN, thin_SM), (WIDE, wide_SN)):
             found = [m for m in modules if m in kind]
             yield from zip(found, sizes.unflatten(1, (-1, len(found))).amax(1).unbind(1), strict=True) if found else ()
 

@@ -1,0 +1,104 @@
+"""The preset `head` as a plain loop, beside `oracle.py`: one session, autograd, no vLLM.
+
+The delta is on the last hidden state: y' = y + B A y, after the final norm and before lm_head. Any causal language model of
+transformers has that place.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_ttt.config import TTTConfig, parse_config
+from vllm_ttt.errors import ConfigError
+from vllm_ttt.eval.oracle import chunks, load_model, projection, update
+
+#: Settings of transformers that change logits in a way that is not followed here.
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class HeadOracle:
+    """One session; arguments and attributes as those of `Oracle`, whose layers are one and whose module is "y"."""
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        config: TTTConfig | None = None,
+        dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ):
+        self.model: Any = model if isinstance(model, nn.Module) else load_model(model, dtype)
+        self.config, self.compute_dtype = config or parse_config(None, "head"), compute_dtype
+        hf = self.model.config.get_text_config()
+        if any(getattr(hf, name, None) for name in _SCALES):
+            raise ConfigError(f"models whose logits have a scale of their own ({', '.join(_SCALES)}) are not known here")
+        self.soft_cap: float | None = getattr(hf, "final_logit_softcapping", None)
+        head, adapt = self.model.get_output_embeddings(), self.config.adapt
+        self.dtype = head.weight.dtype
+        self.head = head.weight.to(compute_dtype)
+        self.bias = None if head.bias is None else head.bias.to(compute_dtype)
+        D = head.weight.shape[1]
+        self.rank = min(adapt.rank, D)
+        self.A = projection(D, self.rank, adapt.seed).to(self.dtype).to(compute_dtype)
+        #: ||W|| is that of the identity
+        self.norms = [{"y": math.sqrt(D)}]
+        self._seen: tuple[list[int], Tensor] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget: B and the last update [D, R] are float32 (float64 where compute_dtype is) and zero again."""
+        master = torch.promote_types(torch.float32, self.compute_dtype)
+        fresh = lambda: [{"y": torch.zeros(self.head.shape[1], self.rank, dtype=master)}]  # noqa: E731
+        self.B, self.last, self.rate = fresh(), fresh(), self.config.learn.rate
+        self.version = 0
+        self.tokens = {"learned": 0, "loss": 0, "nonfinite": 0, "short": 0}
+
+    def states(self, ids: list[int]) -> Tensor:
+        """The last hidden state [T, D] of a request, compute dtype; it does not depend on the delta."""
+        if self._seen is None or self._seen[0] != ids:
+            with torch.no_grad():
+                found = self.model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+            self._seen = list(ids), found.to(self.compute_dtype)
+        return self._seen[1]
+
+    def nll(self, B: Tensor, y: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood [N] in nats of the tokens that follow some states."""
+        logits = F.linear(y + (y @ self.A.T) @ B.T, self.head, self.bias)
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    @torch.no_grad()
+    def score(self, ids: list[int]) -> Tensor:
+        """NLL [T - 1] in nats of each token but the first, all of them under the delta as it is now."""
+        B = self.B[0]["y"].to(self.dtype).to(self.compute_dtype)
+        return self.nll(B, self.states(ids)[:-1], torch.tensor(ids[1:]))
+
+    def learn(self, ids: list[int], start: int = 0) -> list[float]:
+        """Learn a request chunk by chunk, from pair ``start`` on. Returns the loss of each chunk before its step."""
+        y, targets = self.states(ids), torch.tensor(ids[1:])
+        found, rest = chunks(self.config.learn, start, len(targets))
+        self.tokens["short"] += rest
+        return [self.step(y[rows], targets[rows]) for rows in found]
+
+    def step(self, y: Tensor, targets: Tensor) -> float:
+        """One chunk; the loss before its step."""
+        learn, n = self.config.learn, len(targets)
+        B = self.B[0]["y"].to(self.compute_dtype, copy=True).requires_grad_()
+        loss = self.nll(B, y, targets).mean()
+        if not math.isfinite(loss.item()) or loss.item() > learn.max_loss * math.log(self.head.shape[0]):
+            self.tokens["loss" if math.isfinite(loss.item()) else "nonfinite"] += n
+            return loss.item()
+        (grad,) = torch.autograd.grad(loss, B)
+        if not grad.isfinite().all():
+            self.tokens["nonfinite"] += n
+            return loss.item()
+        self.rate = update(learn, self.B, self.last, self.rate, [{"y": grad}], self.norms, n)
+        self.version += 1
+        self.tokens["learned"] += n
+        return loss.item()
