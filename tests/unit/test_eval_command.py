@@ -83,9 +83,10 @@ def test_no_shared_memory_is_left(tmp_path: Path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_no_process_is_left_after_a_signal(tmp_path: Path, number: int):
     code = f"""
-        import sys, time
+        import signal, sys, time
         from pathlib import Path
         from vllm_ttt.eval.server import process_group
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         with process_group([sys.executable, "-c", {STUBBORN!r}], Path(sys.argv[1])) as process:
             print(process.pid, flush=True)
             time.sleep(600)
