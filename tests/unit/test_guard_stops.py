@@ -42,7 +42,9 @@ class Worker:
         tail = make().tail
         self.h, self.a, self.tokens = torch.randn(256, D), torch.randn(256, Q), torch.randint(0, V, (256,))
         self.backlog, self.deltas = Backlog(16, CHUNK, 1, self.h, self.a), Deltas(tail, 3, config.learn.rate)
-        slots: Any = SimpleNamespace(write=lambda *_: None, drop=lambda _: None, holds=lambda _: False)
+        slots: Any = SimpleNamespace(
+            write=lambda *_: None, drop=lambda _: None, holds=lambda _: False, start=lambda *_: None, finish=lambda _: None
+        )
         self.probe = Probe(TEXT, self.h, self.a)
         self.trainer = Trainer(tail, config, self.backlog, self.deltas, slots, self.probe)
         self.hooks: Any = SimpleNamespace(trainer=self.trainer, probe=self.probe, backlog=self.backlog, began={})

@@ -36,9 +36,11 @@ class Hooks(TTTWorkerMixin):
         h, a = torch.randn(256, D), torch.randn(256, Q)
         self.tokens = torch.randint(0, V, (256,))
         self.backlog, deltas = Backlog(pages, CHUNK, 1, h, a), Deltas(tail, 3, config.learn.rate)
-        slots: Any = SimpleNamespace(drop=lambda _: None, holds=lambda _: False, held=list, deltas=deltas)
+        slots: Any = SimpleNamespace(
+            drop=lambda _: None, holds=lambda _: False, held=list, deltas=deltas, start=lambda *_: None, finish=lambda _: None
+        )
         slots.write = lambda key, session: Slots.write(slots, key, session)
-        self.probe, self.capture = Probe(1, h, a), SimpleNamespace(h_ND=h, a_NQ=a)  # type: ignore[assignment]
+        self.probe, self.capture = Probe(1, h, a), SimpleNamespace(h_ND=h, a_NQ=a, taken=lambda: None)  # type: ignore[assignment]
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe)
         self.budget, self.ran, self.times = Budget(CHUNK, 1.25), None, DeviceTimes(self.trainer.clock)
 
