@@ -242,7 +242,7 @@ def test_curves_on_demo_texts_are_the_recorded_ones(preset: str):
     async def measure():
         docs = await encode({d: texts[d] for d in ("kjv", "man_fr")}, scorer.tokenize)
         p2, p3 = plan("p2", {"man_fr": docs["man_fr"]}, 1, 6), plan("p3", {"kjv": docs["kjv"]}, 1, 2)
-        p2.windows[:] = [windows[: 3 if preset == "last" else 2] for windows in p2.windows]
+        p2.windows[:] = [windows[: {"deep": 2, "last": 3, "head": 6}[preset]] for windows in p2.windows]
         return [await run(name, scorer, work, ("frozen", "ttt")) for name, work in (("p2", p2), ("p3", p3))]
 
     for name, result in zip(("p2", "p3"), asyncio.run(measure()), strict=True):
