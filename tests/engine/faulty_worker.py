@@ -99,6 +99,8 @@ class FaultyWorker(TTTCPUWorker):
         manager = self.model_runner.lora_manager._adapter_manager
         for module in manager.modules.values():
             module.punica_wrapper.__class__ = cls
+            slots = len(module.lora_b_stacked[0]) if which == "stock" else 1  # vLLM's looks for an A in each slot
+            module.lora_a_stacked = tuple(a[:1].expand(slots, -1, -1, -1) for a in module.lora_a_stacked)
         manager._last_mapping = None
 
     def test_plant(self, what: str) -> None:
