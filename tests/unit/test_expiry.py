@@ -7,6 +7,7 @@ import time
 
 import pytest
 from test_tiers import Make, files, make
+from world import World
 
 from vllm_ttt.engine.storage import records
 from vllm_ttt.engine.storage.store import Change
@@ -15,6 +16,14 @@ from vllm_ttt.types import SessionKey
 
 __all__ = ["make"]
 pytestmark = pytest.mark.unit
+
+
+def sweep(world: World) -> list[str]:
+    """Sessions of the state dir after the next look for those that nobody uses."""
+    world.tiers.expiry.next_look = 0.0
+    world.step()
+    world.run()
+    return sorted(s["session_id"] for s in Offline(world.store.folder.root).list())
 
 
 def test_sessions_that_nobody_uses_expire(make: Make) -> None:
@@ -31,10 +40,7 @@ def test_sessions_that_nobody_uses_expire(make: Make) -> None:
         world.wait(world.tiers.save(session))
         world.tiers.left(session)
     world.run()
-    world.tiers.expiry.next_look = 0.0
-    world.step()
-    world.run()
-    assert sorted(s["session_id"] for s in Offline(world.store.folder.root).list()) == ["s1", "s2"]
+    assert sweep(world) == ["s1", "s2"]
     assert len(files(world)) == 2
     assert world.ledger.quotas.of("-") == 2
 
@@ -69,22 +75,16 @@ def test_a_clock_that_is_set_ends_no_session(make: Make, monkeypatch: pytest.Mon
         world.use(f"s{i}", 1.0)
         world.run()
 
-    def sweep() -> list[str]:
-        world.tiers.expiry.next_look = 0.0
-        world.step()
-        world.run()
-        return sorted(s["session_id"] for s in Offline(world.store.folder.root).list())
-
     for offset in (jump, 0.0):
         monkeypatch.setattr("time.time", lambda offset=offset: real() + offset)
-        assert sweep() == ["s0", "s1", "s2", "s3"]
+        assert sweep(world) == ["s0", "s1", "s2", "s3"]
         world.use("s1", 1.0)
         assert world.save("s1").saved == pytest.approx(real() + offset, abs=60)
     # An hour passes, by either clock.
     passed = time.monotonic
     monkeypatch.setattr("time.time", lambda: real() + 7200)
     monkeypatch.setattr("time.monotonic", lambda: passed() + 7200)
-    assert sweep() == []
+    assert sweep(world) == []
 
 
 def test_a_clock_that_the_state_dir_cannot_follow_ends_no_session(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,24 +94,18 @@ def test_a_clock_that_the_state_dir_cannot_follow_ends_no_session(make: Make, mo
         world.use(name, 1.0)
         world.run()
 
-    def look() -> list[str]:
-        world.tiers.expiry.next_look = 0.0
-        world.step()
-        world.run()
-        return sorted(s["session_id"] for s in Offline(world.store.folder.root).list())
-
     def fail(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr("time.time", lambda: real() + 86400)
     with monkeypatch.context() as full:
         full.setattr(records, "follow_clock", fail)
-        assert look() == look() == ["a", "b", "c"]
-    assert look() == ["a", "b", "c"]
+        assert sweep(world) == sweep(world) == ["a", "b", "c"]
+    assert sweep(world) == ["a", "b", "c"]
     passed = time.monotonic
     monkeypatch.setattr("time.time", lambda: real() + 86400 + 7200)
     monkeypatch.setattr("time.monotonic", lambda: passed() + 7200)
-    assert look() == [], "it has followed by then: an hour unused is an hour"
+    assert sweep(world) == [], "it has followed by then: an hour unused is an hour"
 
 
 def test_a_session_that_was_used_since_it_was_found_stays(make: Make) -> None:

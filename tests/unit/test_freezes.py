@@ -9,11 +9,8 @@ import pytest
 from test_admin import Engine
 from test_changes import A, Held, ask, engine, full, on_disk
 
-from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.engine.storage import records
 from vllm_ttt.sessions.offline import Offline
-from vllm_ttt.types import Trial
 
 __all__ = ["engine", "full"]
 pytestmark = pytest.mark.unit
@@ -55,9 +52,7 @@ def test_what_the_guard_freezes_while_an_unfreeze_is_written_stays_frozen(engine
     engine.ask("freeze", "a")
     held = Held(world)
     answer = ask(engine, "unfreeze")
-    assert world.trainer.roll_back(session.adapter, 0)
-    Trust(TTTConfig()).tried(session, Trial(session.adapter, 3, 1.0, 0))
-    world.tiers.changes(session)
+    world.guard_stops(session, 3, back_to=0)
     world.tiers.save(session)
     held.release()
     world.run(answer.done)

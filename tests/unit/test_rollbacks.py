@@ -10,9 +10,7 @@ import pytest
 from test_admin import Engine
 from test_changes import Held, ask, engine, full, on_disk
 
-from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.life.states import State
-from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.engine.storage import records
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import Trial
@@ -162,9 +160,7 @@ def test_the_guard_returns_a_session_further_while_its_rollback_is_written(engin
     world.files._save = lambda *args: (gate.wait(), write(*args))[1]
     rollback = ask(engine, "rollback", argument=3)
     world.run(lambda: bool(world.files.running))
-    assert world.trainer.roll_back(session.adapter, 2)
-    Trust(TTTConfig()).tried(session, Trial(session.adapter, 4, 1.0, 2))
-    world.tiers.changes(session)
+    world.guard_stops(session, 4, back_to=2)
     world.tiers.save(session)
     gate.set()
     world.run(rollback.done)
@@ -201,9 +197,7 @@ def test_a_version_that_is_given_up_while_a_rollback_waits_is_a_conflict(engine:
     session = world.use("a", 4.0, 8.0)
     rollback = ask(engine, "rollback", argument=3)
     world.run(lambda: "a" in {key.name for key in world.saves.due})  # it was found to be kept
-    assert world.trainer.roll_back(session.adapter, 2)
-    Trust(TTTConfig()).tried(session, Trial(session.adapter, 4, 1.0, 2))
-    world.tiers.changes(session)
+    world.guard_stops(session, 4, back_to=2)
     world.run(rollback.done)
     refused = rollback.result()
     assert (refused["status"], world.store.full) == (409, "")

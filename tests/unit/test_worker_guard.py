@@ -349,15 +349,20 @@ def test_room_is_made_although_a_session_waits_for_its_trial() -> None:
     assert backlog.queues
 
 
-def test_who_is_waited_for_learns_first_and_the_others_every_other_time() -> None:
-    config = parse_config({"learn": {"chunk": 16, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 0}})
-    h, a, tokens = torch.randn(64, D), torch.randn(64, Q), torch.randint(0, V, (64,))
-    backlog, deltas = Backlog(16, 16, 1, h, a), Deltas(make().tail, 5, config.learn.rate)
+def three_prompts(tokens: int, chunk: int) -> Trainer:
+    """Sessions 1 to 3, a prompt of so many tokens of each that waits to be learned, and no guard."""
+    config = parse_config({"learn": {"chunk": chunk, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 0}})
+    h, a, drawn = torch.randn(tokens, D), torch.randn(tokens, Q), torch.randint(0, V, (tokens,))
+    backlog, deltas = Backlog(16, chunk, 1, h, a), Deltas(make().tail, 5, config.learn.rate)
     slots: Any = SimpleNamespace(write=lambda *_: None, drop=lambda _: None, holds=lambda _: False)
-    trainer = Trainer(make().tail, config, backlog, deltas, slots, Probe(1, h, a))
     for key in (1, 2, 3):
-        backlog.start(f"r{key}", RequestPlan(key, 65, True, False))
-        backlog.take([Rows(f"r{key}", 0, 0, tokens)], h, a)
+        backlog.start(f"r{key}", RequestPlan(key, tokens, True, False))
+        backlog.take([Rows(f"r{key}", 0, 0, drawn)], h, a)
+    return Trainer(make().tail, config, backlog, deltas, slots, Probe(1, h, a))
+
+
+def test_who_is_waited_for_learns_first_and_the_others_every_other_time() -> None:
+    trainer = three_prompts(tokens=64, chunk=16)
     trainer.awaited = frozenset({3})
     for _ in range(6):
         assert trainer.learn(16) == 16, "one chunk"
@@ -366,14 +371,7 @@ def test_who_is_waited_for_learns_first_and_the_others_every_other_time() -> Non
 
 def test_no_more_is_learned_at_once_than_was_asked_for() -> None:
     """A prompt of 512 tokens has 511 to learn: the token that is left over must not buy another chunk."""
-    config = parse_config({"learn": {"chunk": 256, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 0}})
-    h, a, tokens = torch.randn(512, D), torch.randn(512, Q), torch.randint(0, V, (512,))
-    backlog, deltas = Backlog(16, 256, 1, h, a), Deltas(make().tail, 5, config.learn.rate)
-    slots: Any = SimpleNamespace(write=lambda *_: None, drop=lambda _: None, holds=lambda _: False)
-    trainer = Trainer(make().tail, config, backlog, deltas, slots, Probe(1, h, a))
-    for key in (1, 2, 3):
-        backlog.start(f"r{key}", RequestPlan(key, 256, True, False))
-        backlog.take([Rows(f"r{key}", 0, 0, tokens[:256])], h, a)
+    trainer = three_prompts(tokens=256, chunk=256)
     trainer.learn(256)
     assert [chunk.tokens for chunk in trainer.take_report().chunks] == [255]
     trainer.learn(64)

@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_ttt.config import GuardConfig, SessionsConfig
+from vllm_ttt.config import GuardConfig, SessionsConfig, TTTConfig
 from vllm_ttt.engine.guarded import Guarded
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.limits.quotas import Quotas
+from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.engine.storage import database
 from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.state_dir import StateDir
-from vllm_ttt.types import ChunkReport, SessionKey, StepReport
+from vllm_ttt.types import ChunkReport, SessionKey, StepReport, Trial
 from vllm_ttt.vault import Vault
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.deltas import peft
@@ -202,6 +203,12 @@ class World:
 
     def go_back(self, session: Session, version: int) -> Future:
         return self.tiers.owner.go_back(session, version, self.worker)
+
+    def guard_stops(self, session: Session, tried: int, back_to: int) -> None:
+        """The guard has returned the session, and the engine core hears of it as of any trial."""
+        assert self.trainer.roll_back(session.adapter, back_to)
+        Trust(TTTConfig()).tried(session, Trial(session.adapter, tried, 1.0, back_to))
+        self.tiers.changes(session)
 
     def save(self, name: str) -> Any:
         session = self.ledger.find(SessionKey("-", name))

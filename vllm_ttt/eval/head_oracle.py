@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.eval.oracle import chunks, load_model, projection, update
+from vllm_ttt.eval.oracle import Loop, chunks, load_model, projection
 
 #: Settings of transformers that change logits in a way that is not followed here.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-class HeadOracle:
+class HeadOracle(Loop):
     """One session; arguments and attributes as those of `Oracle`, whose layers are one and whose module is "y"."""
 
     def __init__(
@@ -46,17 +46,9 @@ class HeadOracle:
         self.rank = min(adapt.rank, D)
         self.A = projection(D, self.rank, adapt.seed).to(self.dtype).to(compute_dtype)
         #: ||W|| is that of the identity
-        self.norms = [{"y": math.sqrt(D)}]
+        self.norms, self.outputs, self.vocabulary = [{"y": math.sqrt(D)}], [{"y": D}], self.head.shape[0]
         self._seen: tuple[list[int], Tensor] | None = None
         self.reset()
-
-    def reset(self) -> None:
-        """Forget: B and the last update [D, R] are float32 (float64 where compute_dtype is) and zero again."""
-        master = torch.promote_types(torch.float32, self.compute_dtype)
-        fresh = lambda: [{"y": torch.zeros(self.head.shape[1], self.rank, dtype=master)}]  # noqa: E731
-        self.B, self.last, self.rate = fresh(), fresh(), self.config.learn.rate
-        self.version = 0
-        self.tokens = {"learned": 0, "loss": 0, "nonfinite": 0, "short": 0}
 
     def states(self, ids: list[int]) -> Tensor:
         """The last hidden state [T, D] of a request, compute dtype; it does not depend on the delta."""
@@ -76,8 +68,7 @@ class HeadOracle:
     @torch.no_grad()
     def score(self, ids: list[int]) -> Tensor:
         """NLL [T - 1] in nats of each token but the first, all of them under the delta as it is now."""
-        B = self.B[0]["y"].to(self.dtype).to(self.compute_dtype)
-        return self.nll(B, self.states(ids)[:-1], torch.tensor(ids[1:]))
+        return self.nll(self.slot()[0]["y"], self.states(ids)[:-1], torch.tensor(ids[1:]))
 
     def learn(self, ids: list[int], start: int = 0) -> list[float]:
         """Learn a request chunk by chunk, from pair ``start`` on. Returns the loss of each chunk before its step."""
@@ -88,17 +79,5 @@ class HeadOracle:
 
     def step(self, y: Tensor, targets: Tensor) -> float:
         """One chunk; the loss before its step."""
-        learn, n = self.config.learn, len(targets)
-        B = self.B[0]["y"].to(self.compute_dtype, copy=True).requires_grad_()
-        loss = self.nll(B, y, targets).mean()
-        if not math.isfinite(loss.item()) or loss.item() > learn.max_loss * math.log(self.head.shape[0]):
-            self.tokens["loss" if math.isfinite(loss.item()) else "nonfinite"] += n
-            return loss.item()
-        (grad,) = torch.autograd.grad(loss, B)
-        if not grad.isfinite().all():
-            self.tokens["nonfinite"] += n
-            return loss.item()
-        self.rate = update(learn, self.B, self.last, self.rate, [{"y": grad}], self.norms, n)
-        self.version += 1
-        self.tokens["learned"] += n
-        return loss.item()
+        B = self.leaves()
+        return self.commit(B, self.nll(B[0]["y"], y, targets).mean(), len(targets))

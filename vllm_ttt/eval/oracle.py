@@ -182,7 +182,58 @@ def update(
     return rate
 
 
-class Oracle:
+class Loop:
+    """One session as plain matrices, and what a chunk's loss does to them, wherever in the model the delta is.
+
+    A subclass says where that is, and calls `reset` when it is set up.
+    """
+
+    config: TTTConfig
+    #: of the model, as A and B are served; and of the computation
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    rank: int
+    vocabulary: int
+    #: by layer: outputs of each adapted module, and the norm of its weight
+    outputs: list[dict[str, int]]
+    norms: list[dict[str, float]]
+
+    def reset(self) -> None:
+        """Forget: B and the last update [out, R] are float32 (float64 where compute_dtype is) and zero again."""
+        master = torch.promote_types(torch.float32, self.compute_dtype)
+        fresh = lambda: [{k: torch.zeros(n, self.rank, dtype=master) for k, n in layer.items()} for layer in self.outputs]  # noqa: E731
+        self.B, self.last, self.rate = fresh(), fresh(), self.config.learn.rate
+        #: updates so far
+        self.version = 0
+        #: tokens, by what became of them
+        self.tokens = {"learned": 0, "loss": 0, "nonfinite": 0, "short": 0}
+
+    def slot(self) -> list[dict[str, Tensor]]:
+        """B as a slot holds it."""
+        return [{k: v.to(self.dtype).to(self.compute_dtype) for k, v in layer.items()} for layer in self.B]
+
+    def leaves(self) -> list[dict[str, Tensor]]:
+        """A copy of B that autograd follows."""
+        return [{k: v.to(self.compute_dtype, copy=True).requires_grad_() for k, v in layer.items()} for layer in self.B]
+
+    def commit(self, B: list[dict[str, Tensor]], loss: Tensor, n: int) -> float:
+        """The step of a chunk of ``n`` tokens, from its mean loss under ``B``, which `leaves` gave; returns that loss."""
+        learn = self.config.learn
+        if not math.isfinite(loss.item()) or loss.item() > learn.max_loss * math.log(self.vocabulary):
+            self.tokens["loss" if math.isfinite(loss.item()) else "nonfinite"] += n
+            return loss.item()
+        found = iter(torch.autograd.grad(loss, [x for layer in B for x in layer.values()]))
+        grads = [{k: next(found) for k in layer} for layer in B]
+        if not all(g.isfinite().all() for layer in grads for g in layer.values()):
+            self.tokens["nonfinite"] += n
+            return loss.item()
+        self.rate = update(learn, self.B, self.last, self.rate, grads, self.norms, n)
+        self.version += 1
+        self.tokens["learned"] += n
+        return loss.item()
+
+
+class Oracle(Loop):
     """One session.
 
     Args:
@@ -231,18 +282,9 @@ class Oracle:
         #: [R, in], compute dtype, rounded to the model's; the same for every layer, and those of equal width are equal
         self.A = {k: drawn[getattr(lowest, k).shape[1]].to(self.dtype).to(compute_dtype) for k in adapt.letters}
         self._seen: tuple[list[int], tuple[Tensor, Tensor]] | None = None
+        self.rank, self.vocabulary = adapt.rank, self.stack.head.shape[0]
+        self.outputs = [{k: getattr(layer, k).shape[0] for k in self.A} for layer in self.stack.layers]
         self.reset()
-
-    def reset(self) -> None:
-        """Forget: B and the last update [out, R] are float32 (float64 where compute_dtype is) and zero again."""
-        master = torch.promote_types(torch.float32, self.compute_dtype)
-        zeros = lambda w: torch.zeros(w.shape[0], self.config.adapt.rank, dtype=master)  # noqa: E731
-        fresh = lambda: [{k: zeros(getattr(layer, k)) for k in self.A} for layer in self.stack.layers]  # noqa: E731
-        self.B, self.last, self.rate = fresh(), fresh(), self.config.learn.rate
-        #: updates so far
-        self.version = 0
-        #: tokens, by what became of them
-        self.tokens = {"learned": 0, "loss": 0, "nonfinite": 0, "short": 0}
 
     def activations(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         """(h [T, D], a [T, H E]) of the lowest adapted layer, compute dtype. They do not depend on the delta."""
@@ -260,8 +302,7 @@ class Oracle:
     def served(self, ids: list[int]) -> tuple[Tensor, list[KV]]:
         """NLL [T - 1] of a request under the delta as it is now, as a slot holds it, and its keys and values."""
         h, a = self.activations(ids)
-        B = [{k: v.to(self.dtype).to(self.compute_dtype) for k, v in layer.items()} for layer in self.B]
-        return stack_nll(self.stack, self.A, B, h[:-1], a[:-1], torch.tensor(ids[1:]), self.nothing())
+        return stack_nll(self.stack, self.A, self.slot(), h[:-1], a[:-1], torch.tensor(ids[1:]), self.nothing())
 
     def nothing(self) -> list[KV]:
         """No past."""
@@ -285,21 +326,9 @@ class Oracle:
 
     def step(self, h: Tensor, a: Tensor, targets: Tensor, past: Sequence[KV]) -> float:
         """One chunk; the loss before its step."""
-        learn, n = self.config.learn, len(targets)
-        B = [{k: v.to(self.compute_dtype, copy=True).requires_grad_() for k, v in layer.items()} for layer in self.B]
+        B = self.leaves()
         loss = stack_nll(self.stack, self.A, B, h, a, targets, past)[0].mean()
-        if not math.isfinite(loss.item()) or loss.item() > learn.max_loss * math.log(self.stack.head.shape[0]):
-            self.tokens["loss" if math.isfinite(loss.item()) else "nonfinite"] += n
-            return loss.item()
-        found = iter(torch.autograd.grad(loss, [x for layer in B for x in layer.values()]))
-        grads = [{k: next(found) for k in layer} for layer in B]
-        if not all(g.isfinite().all() for layer in grads for g in layer.values()):
-            self.tokens["nonfinite"] += n
-            return loss.item()
-        self.rate = update(learn, self.B, self.last, self.rate, grads, self.norms, n)
-        self.version += 1
-        self.tokens["learned"] += n
-        return loss.item()
+        return self.commit(B, loss, len(targets))
 
 
 def before(kv: Sequence[KV], first: int) -> list[KV]:

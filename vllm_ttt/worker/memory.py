@@ -7,7 +7,7 @@ from vllm_ttt.errors import ConfigError
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.worker.step.loss import LOSS_ROWS
 
-#: What CUDA keeps of the graphs of the step, as far as it was seen to, in bytes.
+#: Left for what CUDA itself keeps of the graphs of the step, in bytes: an allowance, not a measurement.
 GRAPHS = 2**30
 #: A tile counts as at least so many tokens: reading a session's B and one step of its optimiser cost as much.
 SMALLEST_SHARE = 128

@@ -132,7 +132,8 @@ class TTTWorkerMixin:
         self.ran: Any = None
         self.marks: tuple[Any, Any, int] | None = None
         self.began: dict[str, int] = {}
-        #: keeps room on the device for the graphs of the step until vLLM has its KV cache, and for a step until the first one
+        #: keeps room on the device: until vLLM has its KV cache, for the graphs of the step; until the first step, for what one
+        #: without a graph attends to
         self.reserve: list[Tensor] = []
         if self.cache is None:
             self.ttt_warm_up(config)

@@ -190,13 +190,13 @@ def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Norm
 def gated(gu_T2F: Tensor, dt: torch.dtype) -> Tensor:
     T, F = gu_T2F.shape[0], gu_T2F.shape[1] // 2
     z = torch.empty(T, F, dtype=dt, device=gu_T2F.device)
-    _gated[(T, triton.cdiv(F, COLUMNS))](gu_T2F, z, F, **_flags(BLOCK=COLUMNS))
+    _gated[(T, triton.cdiv(F, COLUMNS))](gu_T2F, z, F, **dict[str, Any](BLOCK=COLUMNS))
     return z
 
 
 def gated_backward(gu_T2F: Tensor, dz_TF: Tensor) -> Tensor:
     (T, F), dgu = dz_TF.shape, torch.empty_like(gu_T2F)
-    _gated_backward[(T, triton.cdiv(F, COLUMNS))](gu_T2F, dz_TF, dgu, F, **_flags(BLOCK=COLUMNS))
+    _gated_backward[(T, triton.cdiv(F, COLUMNS))](gu_T2F, dz_TF, dgu, F, **dict[str, Any](BLOCK=COLUMNS))
     return dgu
 
 
@@ -225,7 +225,7 @@ def turn_backward(of: QKV, saved: Any, heads: Own, dt: torch.dtype) -> Tensor:
 
 def nll(logits_TV: Tensor, t_T: Tensor, scale: float, soft_cap: float | None, backward: bool) -> Tensor:
     (T, V), losses = logits_TV.shape, torch.empty(len(t_T), device=logits_TV.device)
-    cap = _flags(CAP=soft_cap is not None, BACKWARD=backward, BLOCK=PIECE, num_warps=8)
+    cap = dict[str, Any](CAP=soft_cap is not None, BACKWARD=backward, BLOCK=PIECE, num_warps=8)
     _nll[(T,)](logits_TV, t_T, losses, V, logits_TV.stride(0), scale, soft_cap or 1.0, **cap)
     return losses
 
@@ -234,13 +234,9 @@ def _row(D: int, **flags: Any) -> dict[str, Any]:
     return {"BLOCK": triton.next_power_of_2(D), "num_warps": 8 if D > 2048 else 4, **flags}
 
 
-def _flags(**flags: Any) -> dict[str, Any]:
-    return flags
-
-
 def _head(of: QKV) -> dict[str, Any]:
     width = triton.next_power_of_2(of.head)
-    return _flags(Q_NORM=of.q_norm is not None, K_NORM=of.k_norm is not None, BLOCK=width, num_warps=1)
+    return dict[str, Any](Q_NORM=of.q_norm is not None, K_NORM=of.k_norm is not None, BLOCK=width, num_warps=1)
 
 
 def _weight(norm: HeadNorm | None) -> Tensor | None:
