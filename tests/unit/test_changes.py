@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -68,10 +70,31 @@ def ask(engine: Engine, op: str, name: str = "a", argument: Any = None) -> Futur
     return answer
 
 
+def image(root: Path, target: Path) -> None:
+    """Copy a folder as it was at one moment, as a kill leaves it, also while another thread writes there."""
+    for _ in range(1000):
+        shutil.rmtree(target, ignore_errors=True)
+        before = listing(root)
+        with contextlib.suppress(FileNotFoundError, shutil.Error):  # a file went meanwhile
+            shutil.copytree(root, target)
+            if listing(root) == before:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"{root} did not stand still for as long as a copy takes")
+
+
+def listing(root: Path) -> dict[Path, tuple[int, int]]:
+    """File -> bytes, and when it was last written."""
+    found = {}
+    for path in root.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return found
+
+
 def on_disk(engine: Engine, tmp_path: Path) -> dict[str, int]:
     """What a server would find that is started after a kill at this moment: session id -> version."""
-    shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-    shutil.copytree(engine.world.store.folder.root, tmp_path / "killed")
+    image(engine.world.store.folder.root, tmp_path / "killed")
     found = {s["session_id"]: s["version"] for s in Offline(tmp_path / "killed").list()}
     assert Offline(tmp_path / "killed").fsck()["problems"] == []
     return found
