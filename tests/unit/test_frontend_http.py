@@ -275,7 +275,7 @@ def test_admin_asks_for_the_sessions_of_the_key(keyed: TestClient, serving: Fake
     keyed.post("/v1/completions", json={"prompt": "x", "session_id": "s"}, headers=key)
     tenant = SessionKey.from_wire(serving.sessions[-1] or "").tenant
     assert keyed.get("/v1/ttt/sessions", headers=key).status_code == 200
-    assert serving.asked[-1] == ("ttt_admin", "list", tenant, "", {"limit": 1000, "after": None})
+    assert serving.asked[-1] == ("ttt_admin", "list", tenant, "", {"limit": 500, "after": None})
     assert keyed.get("/v1/ttt/sessions?limit=3&after=x", headers=key).status_code == 200
     assert serving.asked[-1] == ("ttt_admin", "list", tenant, "", {"limit": 3, "after": "x"})
     before = len(serving.asked)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_deep_scheduler import MODEL, PROMPT, Engine
 from transformers import AutoTokenizer
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt.engine.ledger import Session
@@ -100,6 +101,28 @@ def test_a_stop_string_is_not_learned() -> None:
     assert seen == len(PROMPT) - 1
 
 
+def test_each_token_is_decoded_once_however_long_the_stop_string_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a client with a long stop string has the whole answer decoded at each token, in the loop that serves everybody."""
+    request = Request("r", [1, 2], SamplingParams(max_tokens=100, stop=["x" * 100_000]), None)
+    attached = Attached(request, Session(SessionKey("-", "s"), 1, 4), Knobs(), True, 1, 2)
+    stops, decoded = Stops(Engine("last").config.model_config), list[int]()
+    real = FastIncrementalDetokenizer.decode_next
+
+    def count(self: FastIncrementalDetokenizer, token: int) -> str:
+        decoded.append(token)
+        return real(self, token)
+
+    monkeypatch.setattr(FastIncrementalDetokenizer, "decode_next", count)
+    ids = TOKENIZER(TEXT, add_special_tokens=False)["input_ids"]
+    for token in ids:
+        request.append_output_token_ids(token)
+        attached.outputs += 1
+        stops.look(attached)
+        stops.look(attached)
+    assert decoded == ids
+    assert attached.stopped is None
+
+
 @given(st.integers(0, len(TEXT) - 2), st.integers(1, 12), st.booleans(), st.integers(0, 6))
 def test_the_stop_string_is_found_where_it_is(at: int, length: int, included: bool, least: int) -> None:
     """Token by token, beside the text as it grows."""
@@ -113,10 +136,12 @@ def test_the_stop_string_is_found_where_it_is(at: int, length: int, included: bo
         request.append_output_token_ids(token)
         attached.outputs += 1
         stops.look(attached)
-        text = TOKENIZER.decode(ids[:count])
-        if count > least and stop in text:
+        before, text = TOKENIZER.decode(ids[: count - 1]).rstrip("\ufffd"), TOKENIZER.decode(ids[:count])
+        # It has ended in this token: vLLM looks at nothing that had come by `min_tokens`.
+        found = text.find(stop, max(0, len(before) - length + 1))
+        if count > least and found >= 0:
             assert attached.stopped is not None
-            shown = text[: text.index(stop)]
+            shown = text[:found]
             said = TOKENIZER.decode(ids[: attached.stopped])
             if included:
                 assert attached.stopped == count

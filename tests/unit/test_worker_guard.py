@@ -22,7 +22,7 @@ from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.deltas.versions import Versions, restore
 from vllm_ttt.worker.deltas.versions import keep as keep_session
-from vllm_ttt.worker.guard.guard import Guard
+from vllm_ttt.worker.guard.guard import ROWS_PER_TOKEN, Guard
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.step.micro_step import accumulate
@@ -349,29 +349,51 @@ def test_room_is_made_although_a_session_waits_for_its_trial() -> None:
     assert backlog.queues
 
 
-def three_prompts(tokens: int, chunk: int) -> Trainer:
-    """Sessions 1 to 3, a prompt of so many tokens of each that waits to be learned, and no guard."""
+def prompts(tokens: int, chunk: int, sessions: tuple[int, ...] = (1, 2, 3)) -> Trainer:
+    """A prompt of so many tokens of each session waits to be learned; there is no guard."""
     config = parse_config({"learn": {"chunk": chunk, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 0}})
     h, a, drawn = torch.randn(tokens, D), torch.randn(tokens, Q), torch.randint(0, V, (tokens,))
     backlog, deltas = Backlog(16, chunk, 1, h, a), Deltas(make().tail, 5, config.learn.rate)
     slots: Any = SimpleNamespace(write=lambda *_: None, drop=lambda _: None, holds=lambda _: False)
-    for key in (1, 2, 3):
+    for key in sessions:
         backlog.start(f"r{key}", RequestPlan(key, tokens, True, False))
         backlog.take([Rows(f"r{key}", 0, 0, drawn)], h, a)
     return Trainer(make().tail, config, backlog, deltas, slots, Probe(1, h, a))
 
 
 def test_who_is_waited_for_learns_first_and_the_others_every_other_time() -> None:
-    trainer = three_prompts(tokens=64, chunk=16)
+    trainer = prompts(tokens=64, chunk=16)
     trainer.awaited = frozenset({3})
     for _ in range(6):
         assert trainer.learn(16) == 16, "one chunk"
     assert [chunk.session for chunk in trainer.take_report().chunks] == [3, 1, 3, 2, 3, 1]
 
 
+@pytest.mark.parametrize("calls", [1, 2, 3, 4])
+def test_everybody_has_a_turn_however_many_calls_a_trial_takes(calls: int) -> None:
+    """Else trials that take an even number of them would begin in the turns of those whom somebody waits for alone."""
+    trying, trainer = Trying(GuardConfig(every=1)), prompts(tokens=16, chunk=16, sessions=())
+    trying.read()
+    trying.learn(1, 1, 0.0)
+    trying.run()  # the base model first
+    trying.guard.collect(trying.deltas.sessions)
+    trainer.guard, trainer.deltas, trainer.awaited = trying.guard, trying.deltas, frozenset({1, 2})
+    tried: list[int] = []
+    for key in (2, 3):
+        trying.learn(key, 1, 0.0)
+    piece = -(-ROWS // ROWS_PER_TOKEN // calls)
+    for _ in range(6 * calls):
+        trainer.learn(piece)
+        for trial in trying.guard.collect(trying.deltas.sessions):
+            tried.append(trial.session)
+            if trial.session != 3:
+                trying.learn(trial.session, 1, 0.0)  # somebody goes on waiting for it
+    assert 3 in tried[:4]
+
+
 def test_no_more_is_learned_at_once_than_was_asked_for() -> None:
     """A prompt of 512 tokens has 511 to learn: the token that is left over must not buy another chunk."""
-    trainer = three_prompts(tokens=256, chunk=256)
+    trainer = prompts(tokens=256, chunk=256)
     trainer.learn(256)
     assert [chunk.tokens for chunk in trainer.take_report().chunks] == [255]
     trainer.learn(64)

@@ -12,6 +12,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.limits.stops import AnswerText
 from vllm_ttt.types import ADAPTER_PATH, SAMPLES, ChunkReport, Knobs
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Attached:
     learned: list[tuple[int, int]] = field(default_factory=list)
     #: the guard has stopped its session: the tokens of it that the session still has; None: it has not
     kept: int | None = None
+    #: its answer's text, where a stop string is looked for
+    text: AnswerText | None = None
     #: a stop string has come: tokens before it
     stopped: int | None = None
     #: the version that serves its first token

@@ -82,7 +82,7 @@ router = APIRouter(prefix="/v1/ttt", tags=["test-time training"], route_class=_R
 async def list_sessions(
     request: Request,
     all: bool = False,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 500,
     after: Annotated[str | None, Query(max_length=1000)] = None,
 ) -> Any:
     """The sessions of this API key; with `all`, for the admin key only, those of every key, each with its tenant.

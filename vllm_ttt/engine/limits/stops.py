@@ -1,16 +1,45 @@
 """Stop strings, where an answer is learned: what comes from there on is shown to nobody.
 
-vLLM's API server finds them, and aborts the request; the engine core, which knows token ids alone, looks for itself.
+vLLM's API server finds them, and aborts the request; the engine core, which knows token ids alone, looks for itself, with
+the same class of vLLM, which decodes each token once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from vllm_ttt.engine.requests import Attached
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-#: A letter takes up to so many tokens; and so many tokens more may have come since a stop string ended.
-_OF_A_LETTER, _MORE = 4, 8
+if TYPE_CHECKING:
+    from vllm_ttt.engine.requests import Attached
+
+
+@dataclass(slots=True)
+class AnswerText:
+    """The text of an answer as it grows."""
+
+    detokenizer: Any
+    #: characters after so many tokens
+    ends: list[int] = field(default_factory=lambda: [0])
+
+    def add(self, tokens: list[int], included: bool) -> int | None:
+        """The next tokens; how many of the answer's come before a stop string, once one has come.
+
+        ``included`` is `SamplingParams.include_stop_str_in_output`: the stop string's own tokens are among them.
+        """
+        for token in tokens:
+            found = self.detokenizer.update([token], stop_terminated=False)
+            if found is not None:
+                return len(self.ends) if included else self._before(len(self.detokenizer.output_text))
+            self.ends.append(len(self.detokenizer.output_text))
+        return None
+
+    def _before(self, stop: int) -> int:
+        """Tokens whose text ends by character ``stop``, where vLLM cut it. One that adds no text begins the next letter."""
+        tokens = bisect_left(self.ends, stop)
+        return tokens if tokens < len(self.ends) and self.ends[tokens] == stop else tokens - 1
 
 
 class Stops:
@@ -22,28 +51,19 @@ class Stops:
 
     def look(self, attached: Attached) -> None:
         """New tokens of a request have come: note where a stop string begins, if it ends in them."""
-        params, outputs = attached.request.sampling_params, attached.outputs
-        if params is None or not params.stop or attached.stopped is not None or outputs <= params.min_tokens:
+        request, params = attached.request, attached.request.sampling_params
+        if params is None or not params.stop or attached.stopped is not None or self.model_config.skip_tokenizer_init:
             return
-        if self.model_config.skip_tokenizer_init:
-            return
-        stops = [params.stop] if isinstance(params.stop, str) else params.stop
-        room = _OF_A_LETTER * max(map(len, stops)) + _MORE
-        first = max(0, outputs - room)
-        tokens = list(attached.request.output_token_ids[first:outputs])
-        text = self._text(tokens, params)
-        found = [at for stop in stops if (at := text.find(stop)) >= 0]
-        if not found:
-            return
-        attached.stopped = outputs
-        if not params.include_stop_str_in_output:
-            # The last of the tokens whose text ends before it.
-            kept = next((n for n in range(len(tokens), 0, -1) if len(self._text(tokens[:n], params)) <= min(found)), 0)
-            attached.stopped = first + kept
+        if attached.text is None:
+            attached.text = AnswerText(IncrementalDetokenizer.from_new_request(self.tokenizer, request))  # type: ignore[arg-type]
+        tokens = list(request.output_token_ids[len(attached.text.ends) - 1 : attached.outputs])
+        attached.stopped = attached.text.add(tokens, params.include_stop_str_in_output)
 
-    def _text(self, tokens: list[int], params: Any) -> str:
+    @property
+    def tokenizer(self) -> Any:
+        """The model's, read when it is first needed."""
         if self._tokenizer is None:
             from vllm.tokenizers import cached_tokenizer_from_config
 
             self._tokenizer = cached_tokenizer_from_config(self.model_config)
-        return self._tokenizer.decode(tokens, skip_special_tokens=params.skip_special_tokens)
+        return self._tokenizer

@@ -54,6 +54,8 @@ class Guard:
         #: commits since the last trial of each session
         self.commits: OrderedDict[int, int] = OrderedDict()
         self.task: Task | None = None
+        #: trials that have begun
+        self.begun = 0
         self.outcomes: deque[tuple[Task, Tensor, Any]] = deque()
         #: nats per token under the base model, once it is known
         self.base_loss: float | None = None
@@ -171,6 +173,7 @@ class Guard:
             self.task = Task(None, None, 0, self.tail.zeros(1, self.tail.head_VD.dtype), None, zero)
             return True
         session, commits = deltas.session(key), self.commits.pop(key)
+        self.begun += 1
         dtype, device = self.tail.head_VD.dtype, self.tail.head_VD.device
         master = deltas.read(key).delta
         delta = master.by(*(x.to(device, dtype, copy=True) for x in master.tensors()))

@@ -93,9 +93,9 @@ class Trainer:
         self.stopped: set[int] = set()
         #: sessions some of whose samples have begun: what is served stays until the others have, too
         self.still: set[int] = set()
-        #: sessions that a held request waits for, and whether it is their turn
+        #: sessions that a held request waits for, and whether the next trial or step is theirs
         self.awaited: frozenset[int] = frozenset()
-        self.their_turn = False
+        self.their_turn = True
         self.report = StepReport()
         self.errors, self.nonfinite, self.tokens_learned = Rarely(), Rarely(), 0
 
@@ -103,17 +103,17 @@ class Trainer:
         """Learn up to ``tokens`` tokens of what waits; returns how many, each chunk counted as its cost in tokens, and at most
         ``tokens``. Never raises: what fails is given up and counted.
 
-        Every other time, sessions that somebody waits for come first, with their trials: nobody waits for the work of all
-        others, and those for which nobody waits have the other turns."""
-        self.their_turn = bool(self.awaited) and not self.their_turn
-        return (self._turn(tokens, self.awaited) if self.their_turn else 0) or self._turn(tokens, frozenset())
+        Sessions that somebody waits for come first, with their trials, every other time that a trial or a step begins: nobody
+        waits for the work of all others, and those for which nobody waits have the other turns. A trial may take many calls."""
+        first = self.awaited if self.their_turn else frozenset()
+        return (self._turn(tokens, first) if first else 0) or self._turn(tokens, frozenset())
 
     def _turn(self, tokens: int, first: frozenset[int]) -> int:
         """`learn`, the sessions of ``first`` before others."""
         left = tokens - self._try(tokens, first)  # before it learns: no session goes on beyond what has not been tried
         one = True
         while left > 0 and (tiles := self._pick(left, first, one)):
-            one = False
+            one, self.their_turn = False, not first
             try:
                 self._step(tiles)
             except Exception:
@@ -249,12 +249,15 @@ class Trainer:
 
     def _try(self, tokens: int, first: frozenset[int]) -> int:
         """Let the guard have the time for ``tokens`` tokens; returns how many it took. ``first``: as `Guard.run` has it."""
-        unsettled = frozenset(chunk.session for outcome in self.outcomes for chunk in outcome.chunks)
+        unsettled, begun = frozenset(chunk.session for outcome in self.outcomes for chunk in outcome.chunks), self.guard.begun
         try:
             return self.guard.run(tokens, self.deltas, unsettled, first)
         except Exception:
             self.failed("a delta could not be tried on the guard's text")
             return tokens
+        finally:
+            if self.guard.begun != begun:
+                self.their_turn = not first
 
     def _write(self, key: int, session: WorkerSession) -> None:
         try:
