@@ -80,8 +80,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Unit tests need no server, and run on all cores; the others have the machine for themselves.
 test: lint real
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest -m unit -n logical --maxprocesses 4
+	$(BIN)/python -m pytest -m "not unit"
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 format: setup
 	$(BIN)/ruff check --fix .

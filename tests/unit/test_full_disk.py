@@ -56,6 +56,34 @@ def test_a_real_disk_that_is_full(small_disk: Path) -> None:
     assert Offline(small_disk / "state").fsck()["problems"] == []
 
 
+def test_where_nothing_is_to_be_saved_a_round_lets_new_sessions_in_again(small_disk: Path) -> None:
+    """Else nobody would find out that there is room again: a session that the guard has returned to what is on disk, or a
+    freeze that could not be recorded, leaves nothing behind whose save is tried again."""
+    world = World(small_disk / "state", limit=4)
+    world.use("a", 1.0)
+    world.save("a")
+    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)) == 4096:
+            pass
+    session = world.use("a", 2.0)
+    with pytest.raises(RequestError):
+        world.save("a")
+    with pytest.raises(RequestError, match="no room for another session"):
+        world.use("b")
+    world.saves.next_round = 0.0
+    world.run()
+    assert world.store.full, "what could not be saved still cannot"
+    world.trainer.roll_back(session.adapter, 1)
+    session.back_to(1)
+    session.life.saved_at = session.life.generation
+    (small_disk / "filler").unlink()
+    world.saves.next_round = 0.0
+    world.run()
+    assert world.use("b", 1.0).version == 1
+    assert world.save("b").version == 1
+    world.end()
+
+
 def test_a_session_can_be_removed_from_a_disk_that_is_full(small_disk: Path) -> None:
     """To the last byte, with what SQLite needs for it kept aside: whoever meets "no room" can make some."""
     world = World(small_disk / "state", limit=4)

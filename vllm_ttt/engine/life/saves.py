@@ -52,7 +52,11 @@ class Saves:
             return True
         if self.closing:  # one in use is saved when it is idle, and its requests see to it that the engine steps until then
             return any(session.idle for session in self.changed.values())
-        return bool(self.changed) and time.monotonic() >= self.next_round
+        return self._round_is_due
+
+    @property
+    def _round_is_due(self) -> bool:
+        return bool(self.changed or self.store.full) and time.monotonic() >= self.next_round
 
     def changes(self, session: Session) -> None:
         """The session was used, or has learned."""
@@ -124,7 +128,7 @@ class Saves:
 
     def step(self) -> None:
         """Begin what is due."""
-        if self.changed and (self.closing or time.monotonic() >= self.next_round):
+        if self._round_is_due or (self.closing and self.changed):
             self._round(idle_only=self.closing)
         for session, turn in list(self.due.values()):
             if self.under_way == AT_ONCE:
@@ -147,6 +151,8 @@ class Saves:
 
     def _round(self, idle_only: bool = False) -> None:
         self.next_round = time.monotonic() + self.autosave
+        if not any(session.unsaved for session in self.ledger.sessions.values()):
+            self.store.full = ""  # no save is going to find out whether there is room again: the next one does
         for session in list(self.changed.values()):
             if session.idle or not idle_only:
                 del self.changed[session.key]
