@@ -1,4 +1,4 @@
-# make setup   create .venv from the locked requirements (VARIANT=cpu|cuda, guessed from the machine)
+# make setup   create .venv from the locked requirements (VARIANT=cpu|cuda|cuda-0.33, guessed from the machine)
 # make demo    a real model learns from this project, beside the frozen model and retrieval (KEEP=1: stays; MODEL=folder or name)
 # make real    fetch a real model (SmolLM2-135M-Instruct, 98 MB) and write texts that it cannot know: demo/real/, 270 MB
 # make test    ruff, pyright and pytest (ARGS='-k name' passes options on to pytest)
@@ -100,10 +100,14 @@ load: setup
 	$(BIN)/python loadtests/run_load.py --seconds 60 --beside 30 $(ARGS)
 
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
-	--no-emit-index-url --custom-compile-command "make lock" --no-sources pyproject.toml $(foreach e,$(EXTRAS),--extra $(e))
+	--no-emit-index-url --custom-compile-command "make lock" --no-sources $(foreach e,$(EXTRAS),--extra $(e))
+# cuda.lock has the vLLM that was run. That of cuda-0.33.lock (make setup VARIANT=cuda-0.33) was not, and brings a torch of its own.
 lock: | $(UV)
-	$(COMPILE) --extra cpu --output-file requirements/cpu.lock
-	$(COMPILE) --extra cuda --output-file requirements/cuda.lock
+	$(COMPILE) pyproject.toml --extra cpu --output-file requirements/cpu.lock
+	$(COMPILE) pyproject.toml --extra cuda --constraints <(echo 'vllm<0.33') --output-file requirements/cuda.lock
+	mkdir -p $(TOOLS)/lock && sed '/^override-dependencies/d' pyproject.toml > $(TOOLS)/lock/pyproject.toml
+	$(COMPILE) --directory $(TOOLS)/lock pyproject.toml --extra cuda --constraints <(echo 'vllm>=0.33') \
+		--output-file $(CURDIR)/requirements/cuda-0.33.lock
 	$(UV) pip compile --quiet --no-deps --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command "make lock" \
 		requirements/real.in --output-file requirements/real.lock
 

@@ -1,61 +1,48 @@
 """What test-time training costs, beside stock vLLM, in one run on one machine.
 
-    python loadtests/bench_engine.py MODEL [--load-format dummy] [--batches 1,8,32,64] [--arms stock,ttt,lora]
+    python loadtests/bench_engine.py MODEL [--load-format dummy] [--batches 1,8,32,64] [--arms stock,ttt,lora,lora-same]
+    python loadtests/bench_engine.py --compare RESULT.json[=HEAD] ...
 
-Each engine runs in a process of its own, one after the other: stock vLLM; vLLM with ttt (idle; sessions resident and
-frozen; sessions that learn their prompts; prompts and outputs); and, where asked, stock multi-LoRA with an adapter per request,
-on all layers. A figure is the median over `--repeat` rounds; the table gives it as a ratio to stock in the same run.
+Each engine runs in a process of its own: stock vLLM; vLLM with ttt (idle; sessions resident and frozen; sessions that learn
+their prompts; prompts and outputs); and, where asked, stock multi-LoRA with an adapter per request: `lora-same` on the modules
+that ttt adapts and at its rank, `lora` on all layers at rank 16. They run one after the other, and once more in reverse order
+(`--passes`), so that a machine that gets warm favours none. A figure is the median over `--repeat` rounds of each pass; the
+table gives it as a ratio to stock in the same run. `--compare` prints one table of several runs: those of the documents.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import gzip
 import itertools
 import json
 import platform
 import random
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import engine_figures
 from dummy_adapter import write_adapter
+from engine_figures import EVERYWHERE, SAME, Round
 
 #: Rank of stock multi-LoRA's adapters: at 128, 64 of them on all layers of an 8B model are more than half of an H100.
 LORA_RANK = 16
+#: The arms with stock multi-LoRA, and their cases.
+LORA = {"lora": EVERYWHERE, "lora-same": SAME}
 RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass
-class Round:
-    """What some requests that were handed over at once took. Seconds, one entry per request where it is a list."""
-
-    tokens: int
-    learned: int
-    #: until the last answer, and until all has been learned too
-    wall: float
-    drained: float
-    #: to the first token
-    ttft: list[float]
-    #: from the first token to the last, per token after the first (as `vllm bench serve` counts)
-    tpot: list[float]
-    #: between one token and the next, of all requests
-    itl: list[float]
 
 
 def measure(llm: Any, size: int, args: argparse.Namespace, extra: Any, tokens_out: int | None = None) -> Round:
     """Hand ``size`` requests of random tokens over at once and decode them.
 
     Args:
-        extra: i -> SamplingParams.extra_args of request i, or None; in the arm "lora" its adapter's LoRARequest.
+        extra: i -> SamplingParams.extra_args of request i, or None; in the arms of multi-LoRA its adapter's LoRARequest.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -66,7 +53,7 @@ def measure(llm: Any, size: int, args: argparse.Namespace, extra: Any, tokens_ou
     begin = time.perf_counter()
     for i in range(size):
         prompt = {"prompt_token_ids": [random.randrange(10, vocab) for _ in range(args.tokens_in)]}
-        lora = args.arm == "lora"
+        lora = args.arm in LORA
         params = SamplingParams(
             temperature=0, max_tokens=out, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
             extra_args=None if lora else extra(i),
@@ -77,9 +64,9 @@ def measure(llm: Any, size: int, args: argparse.Namespace, extra: Any, tokens_ou
         outputs = engine.step()
         now = time.perf_counter()
         for output in outputs:
-            times.setdefault(output.request_id, []).append(now)
+            times.setdefault(output.request_id, []).extend([now] * len(output.outputs[0].token_ids))
     wall = time.perf_counter() - begin
-    while args.arm == "ttt" and any(worker["pending"] for worker in llm.collective_rpc("ttt_status")):
+    while args.arm == "ttt" and any(worker["learning"] for worker in llm.collective_rpc("ttt_status")):
         time.sleep(0.001)
     drained = time.perf_counter() - begin
     return Round(
@@ -87,6 +74,7 @@ def measure(llm: Any, size: int, args: argparse.Namespace, extra: Any, tokens_ou
         learned=learned_so_far(llm, args) - learned,
         wall=wall,
         drained=drained,
+        decode=engine_figures.decode_rate(list(times.values())),
         ttft=[t[0] - begin for t in times.values()],
         tpot=[(t[-1] - t[0]) / (len(t) - 1) for t in times.values() if len(t) > 1],
         itl=[b - a for t in times.values() for a, b in itertools.pairwise(t)],
@@ -97,38 +85,17 @@ def learned_so_far(llm: Any, args: argparse.Namespace) -> int:
     return sum(w["tokens_learned"] for w in llm.collective_rpc("ttt_status")) if args.arm == "ttt" else 0
 
 
-def figures(rounds: list[Round], size: int) -> dict[str, float]:
-    """Medians over rounds of what belongs to a round; quantiles over the requests, or tokens, of all rounds."""
-    pooled = lambda name: sorted(x for r in rounds for x in getattr(r, name))  # noqa: E731
-    p99 = lambda values: 1e3 * values[int(len(values) * 0.99)] if values else 0.0  # noqa: E731
-    p50 = lambda values: 1e3 * statistics.median(values) if values else 0.0  # noqa: E731
-    over = lambda count: statistics.median(count(r) for r in rounds)  # noqa: E731
-    ttft, tpot, itl = pooled("ttft"), pooled("tpot"), pooled("itl")
-    return {
-        "wall_s": over(lambda r: r.wall),
-        "drained_s": over(lambda r: r.drained),
-        "tokens_per_s": over(lambda r: r.tokens / r.wall),
-        "tokens_per_s_drained": over(lambda r: r.tokens / r.drained),
-        "learned_per_s": over(lambda r: r.learned / r.drained),
-        "decode_tokens_per_s": size / statistics.median(itl) if itl else 0.0,
-        "ttft_mean_ms": 1e3 * statistics.mean(ttft),
-        "ttft_p99_ms": p99(ttft),
-        "tpot_p50_ms": p50(tpot),
-        "tpot_p99_ms": p99(tpot),
-        "itl_p99_ms": p99(itl),
-    }
-
-
 def cases(args: argparse.Namespace) -> dict[str, Any]:
     """name -> (i -> extra_args, or adapter) for the engine of this process."""
-    if args.arm == "lora":
+    if args.arm in LORA:
         from transformers import AutoConfig
         from vllm.lora.request import LoRARequest
 
         folder = tempfile.mkdtemp(prefix="bench-lora-")
-        path = str(write_adapter(Path(folder), AutoConfig.from_pretrained(args.model), LORA_RANK))
+        rank, modules = adapters(args)
+        path = str(write_adapter(Path(folder), AutoConfig.from_pretrained(args.model), rank, modules))
         # One file under many names: to vLLM they are as many adapters.
-        return {"stock multi-LoRA": lambda i: LoRARequest(f"adapter-{i % args.slots}", 1 + i % args.slots, path)}
+        return {LORA[args.arm]: lambda i: LoRARequest(f"adapter-{i % args.slots}", 1 + i % args.slots, path)}
     if args.arm != "ttt":
         return {args.arm: lambda i: None}
     return {
@@ -139,20 +106,39 @@ def cases(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Of ttt. Random tokens are what the gate and the guard are for: they are learned, and the guard has no say."""
+    found = {"sessions": {"resident": args.slots}, "learn": {"max_loss": 2.0}, "guard": {"max_regression": 100}}
+    for section, values in json.loads(args.config).items():
+        found.setdefault(section, {}).update(values)
+    return found
+
+
+def adapters(args: argparse.Namespace) -> tuple[int, list[str] | None]:
+    """Rank of stock multi-LoRA's adapters, and the modules that they are on: full names, or None for every linear layer."""
+    if args.arm == "lora":
+        return LORA_RANK, None
+    from transformers import AutoConfig
+
+    from vllm_ttt.config import parse_config
+    from vllm_ttt.support import adapted_modules
+
+    config = parse_config(settings(args))
+    return config.adapt.rank, adapted_modules(AutoConfig.from_pretrained(args.model).num_hidden_layers, config)
+
+
 def run_arm(args: argparse.Namespace) -> dict[str, Any]:
+    """One engine: what it takes, and the rounds of each case by batch."""
     from vllm import LLM
 
     options: dict[str, Any] = {"model": args.model, "load_format": args.load_format, "max_model_len": args.max_model_len}
     if args.arm == "ttt":
         import vllm_ttt
 
-        # Random tokens are what the gate and the guard are for: let them be learned, and the guard try without consequence.
-        settings = {"sessions": {"resident": args.slots}, "learn": {"max_loss": 2.0}, "guard": {"max_regression": 100}}
-        for section, values in json.loads(args.config).items():
-            settings.setdefault(section, {}).update(values)
-        options |= vllm_ttt.engine_args(config=settings)
-    if args.arm == "lora":
-        options |= {"enable_lora": True, "max_loras": args.slots, "max_lora_rank": LORA_RANK}
+        options |= vllm_ttt.engine_args(config=settings(args))
+    if args.arm in LORA:
+        rank, modules = adapters(args)
+        options |= {"enable_lora": True, "max_loras": args.slots, "max_lora_rank": rank, "lora_target_modules": modules}
     if args.profile:
         options["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": str(Path(args.profile, args.arm).resolve())}
     begin = time.perf_counter()
@@ -172,9 +158,10 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
             measure(llm, size, args, extra, tokens_out=4)
             while name == "frozen" and llm.collective_rpc("ttt_status")[0]["trying"]:
                 time.sleep(0.01)  # the guard still tries what was learned before
-            measured = figures([measure(llm, size, args, extra) for _ in range(args.repeat)], size)
-            result["cases"].setdefault(name, {})[size] = measured
-            log(f"{name:>14} {size:>3}: " + " ".join(f"{k} {v:.1f}" for k, v in measured.items() if k != "wall_s"))
+            rounds = [measure(llm, size, args, extra) for _ in range(args.repeat)]
+            result["cases"].setdefault(name, {})[size] = [asdict(r) for r in rounds]
+            shown = {k: v for k, v in engine_figures.figures(rounds).items() if isinstance(v, float) and k != "wall_s"}
+            log(f"{name:>14} {size:>3}: " + " ".join(f"{k} {v:.1f}" for k, v in shown.items()))
         if name == "learn prompts" and max(args.batches) > 1:
             if not args.cases:
                 result["together"] = together(llm, args, extra)
@@ -195,6 +182,11 @@ def together(llm: Any, args: argparse.Namespace, extra: Any) -> float:
     return sum(measure(llm, 1, args, lambda _, i=i: extra(i)).drained for i in range(size)) / joint
 
 
+def order(arms: list[str], passes: int) -> list[str]:
+    """Which engine is started when."""
+    return [arm for i in range(passes) for arm in (reversed(arms) if i % 2 else arms)]
+
+
 def device_memory() -> int | None:
     """MiB in use on the first GPU; None without one."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -212,66 +204,14 @@ def hardware() -> str:
         return f"CPU, {platform.machine()}"
 
 
-def table(report: dict[str, Any]) -> str:
-    """Markdown: each case as ratios to stock, or without it to idle ttt, which is given in full."""
-    head = ["case", "batch", "decode tok/s", "tok/s", "tok/s, all learned", "TTFT mean", "TTFT p99", "TPOT p50", "TPOT p99",
-            "ITL p99", "learned tok/s"]  # fmt: skip
-    keys = ["decode_tokens_per_s", "tokens_per_s", "tokens_per_s_drained", "ttft_mean_ms", "ttft_p99_ms", "tpot_p50_ms",
-            "tpot_p99_ms", "itl_p99_ms"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    arms = report["arms"]
-    reference = "stock" if "stock" in arms else "idle"
-    stock = arms["stock" if "stock" in arms else "ttt"]["cases"][reference]
-    for size, values in stock.items():
-        lines.append(f"| {reference} | {size} | " + " | ".join(f"{values[k]:,.1f}" for k in keys) + " | |")
-    for arm in report["arms"].values():
-        for name, sizes in arm["cases"].items():
-            for size, values in sizes.items():
-                if name != reference and size in stock:
-                    ratios = (values[k] / stock[size][k] if stock[size][k] else float("nan") for k in keys)
-                    learned = f" | {values['learned_per_s']:,.0f} |" if values["learned_per_s"] else " | |"
-                    lines.append(f"| {name} / {reference} | {size} | " + " | ".join(f"{r:.3f}" for r in ratios) + learned)
-    return "\n".join(lines)
-
-
-def memory_table(report: dict[str, Any]) -> str:
-    """Markdown: what the engines hold. vLLM fills its share of the device with KV cache, so what ttt takes is missing there."""
-    arms = report["arms"]
-    lines = [f"| engine | device MiB in use | KV cache, tokens | / {next(iter(arms))} |", "| --- | --- | --- | --- |"]
-    stock = next(iter(arms.values()))["kv_tokens"]
-    for name, arm in arms.items():
-        used = "" if arm["device_mib"] is None else f"{arm['device_mib']:,}"
-        lines.append(f"| {name} | {used} | {arm['kv_tokens']:,} | {arm['kv_tokens'] / stock:.3f} |")
-    return "\n".join(lines)
-
-
-def kernels(folder: str) -> dict[str, Counter[str]]:
-    """Case -> how often each kernel ran, from the profiler's traces below ``folder``."""
-    found: dict[str, Counter[str]] = {}
-    for path in sorted(Path(folder).glob("*/*.trace.json.gz")):
-        with gzip.open(path) as file:
-            events = json.load(file)["traceEvents"]
-        found[path.name.split("_rank")[0]] = Counter(e["name"] for e in events if e.get("cat") == "kernel")
-    return found
-
-
-def kernel_table(found: dict[str, Counter[str]]) -> str:
-    """Markdown: kernels in all, and those by name that the cases do not run equally often."""
-    names = sorted({n for c in found.values() for n in c}, key=lambda n: -max(c[n] for c in found.values()))
-    unequal = [n for n in names if len({c[n] for c in found.values()}) > 1]
-    lines = ["| kernel | " + " | ".join(found) + " |", "|" + " --- |" * (len(found) + 1)]
-    lines.append("| all | " + " | ".join(str(c.total()) for c in found.values()) + " |")
-    lines += [f"| `{n[:90]}` | " + " | ".join(str(c[n]) for c in found.values()) + " |" for n in unequal[:25]]
-    return "\n".join(lines)
-
-
 def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--compare", nargs="+", metavar="RESULT.json", help="print a table of these; PATH=HEAD: a head for it")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 64])
@@ -281,6 +221,7 @@ def main() -> None:
     parser.add_argument("--tokens-in", type=int, default=512)
     parser.add_argument("--tokens-out", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=2, help="starts of each engine, every other in reverse order")
     parser.add_argument("--options", default="{}", help="more arguments of vllm.LLM, as JSON")
     parser.add_argument("--config", default="{}", help="more of the configuration of ttt, as JSON")
     parser.add_argument("--profile", help="folder for profiler traces of a few decode steps")
@@ -288,6 +229,11 @@ def main() -> None:
     parser.add_argument("--name", default="engine")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.compare:
+        print(engine_figures.comparison(args.compare))
+        return
+    if args.model is None:
+        parser.error("a model, or --compare, is needed")
     if args.cases and "stock" not in args.arms.split(",") and "idle" not in args.cases.split(","):
         parser.error("--cases: without the arm stock, idle is what the others are compared with, and must be among them")
     random.seed(0)
@@ -304,24 +250,31 @@ def main() -> None:
         "command": command,
         "hardware": hardware(),
         "versions": {"vllm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "order": [],
         "arms": {},
     }
     stem = Path(args.out) / f"{report['date']}-{args.name}"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    for arm in args.arms.split(","):
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in args.arms.split(",")}
+    for arm in order(list(runs), args.passes):
         child = subprocess.run([sys.executable, *sys.argv, "--arm", arm], stdout=subprocess.PIPE, text=True, check=False)
         lines = [line for line in child.stdout.splitlines() if line.startswith("RESULT ")]
         if child.returncode or not lines:
             sys.exit(f"the arm {arm} failed with exit status {child.returncode}; its log is above")
-        report["arms"][arm] = json.loads(lines[-1].removeprefix("RESULT "))
+        runs[arm].append(json.loads(lines[-1].removeprefix("RESULT ")))
+        report["order"].append(arm)
+        report["arms"] = {arm: engine_figures.merge(done) for arm, done in runs.items() if done}
         stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     text = (
-        f"# {args.name}\n\n{report['hardware']}, {report['versions']}, {report['date']}\n\n    {command}\n\n{table(report)}\n\n"
-        f"Ratios to the first line, in the same run; learned tok/s as it is. Times in ms.\n\n{memory_table(report)}\n"
+        f"# {args.name}\n\n{report['hardware']}, {report['versions']}, {report['date']}\n\n    {command}\n\n"
+        f"Engines in this order: {', '.join(report['order'])}.\n\n{engine_figures.table(report)}\n\n"
+        "Ratios to the first line, in the same run; learned tok/s as it is. Times in ms. Decode tok/s are tokens over time, "
+        "from when every request has its first token; all is learned when the last commit is done.\n\n"
+        f"{engine_figures.memory_table(report)}\n"
     )
     if args.profile:
         text += f"\nKernels in one prefill and eight decode steps of {max(args.batches)} requests:\n\n"
-        text += kernel_table(kernels(args.profile)) + "\n"
+        text += engine_figures.kernel_table(engine_figures.kernels(args.profile)) + "\n"
     stem.with_suffix(".md").write_text(text)
     print(text)
 

@@ -167,6 +167,10 @@ def check(
     preset: Annotated[
         str, typer.Option("--ttt-preset", help="What the model is to be served with: deep, last or head.")
     ] = "deep",
+    vllm_source: Annotated[
+        Path | None,
+        typer.Option(help="Folder or wheel of another vLLM: read its source, and say whether it has what vllm-ttt asks of it."),
+    ] = None,
 ) -> None:
     """Is this vLLM supported, do the patched functions have the signatures we know, does the model fit?"""
     from rich.console import Console
@@ -181,7 +185,14 @@ def check(
 
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r}; allowed: {', '.join(PRESETS)}", param_hint="--ttt-preset")
-    rows = run(model, preset)
+    if vllm_source is None:
+        rows = run(model, preset)
+    elif model is not None:
+        raise typer.BadParameter("it says nothing of a model; leave MODEL out", param_hint="--vllm-source")
+    else:
+        from vllm_ttt.patches.source_check import check_source
+
+        rows = check_source(vllm_source)
     if as_json:
         typer.echo(json.dumps([{"check": name, "ok": ok, "detail": detail} for name, ok, detail in rows], indent=1))
     else:

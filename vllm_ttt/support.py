@@ -17,6 +17,11 @@ from vllm_ttt.types import NO_ADAPTERS
 #: Architectures with a tail that worker/step/tail.py knows, by the name in the model's config.json.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
+#: Releases of vLLM that are served with, by device, and the one with which the tests run. What a contract asks of any other has
+#: been looked up in its source (patches/source_check.py).
+RELEASES = {"cpu": ("0.32",), "cuda": ("0.32", "0.33")}
+TESTED = "0.32"
+
 #: What else there is where the other presets cannot be served.
 HEAD_INSTEAD = "Or serve with --ttt-preset head, which learns on the last hidden state alone, of any such model"
 
@@ -40,8 +45,18 @@ def vllm_release() -> tuple[str, bool, str]:
     except ModuleNotFoundError:
         return "vLLM", False, "not installed; pip install 'vllm-ttt[cuda]' or 'vllm-ttt[cpu]', or run make setup"
 
-    supported = __version__.split("+")[0].split(".")[:2] == ["0", "32"]
-    return f"vLLM {__version__}", supported, "supported" if supported else "vllm-ttt supports vLLM 0.32.x"
+    from vllm.platforms import current_platform
+
+    return release(__version__, current_platform.device_type)
+
+
+def release(version: str, device: str = "cuda") -> tuple[str, bool, str]:
+    """`vllm_release` for a version by its name."""
+    known, minor = RELEASES["cpu" if device == "cpu" else "cuda"], ".".join(version.split("+")[0].split(".")[:2])
+    if minor not in known:
+        return f"vLLM {version}", False, f"vllm-ttt supports vLLM {' and '.join(known)}{' on a CPU' * (device == 'cpu')}"
+    by_source = "supported: its source has what vllm-ttt asks of it; nothing of it has been run with vllm-ttt"
+    return f"vLLM {version}", True, "supported" if minor == TESTED else by_source
 
 
 def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
@@ -59,6 +74,11 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         # It opens /v1/load_lora_adapter, and lets resolver plugins load an adapter for any model name.
         raise ConfigError(f"VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be combined with --plugin ttt; unset it: {NO_ADAPTERS}")
+    if envs.VLLM_USE_RUST_FRONTEND and engine_args.additional_config[plugin.NAME]["http"]:
+        raise ConfigError(
+            "VLLM_USE_RUST_FRONTEND cannot be combined with --plugin ttt; unset it: vLLM's front end in Rust loads no plugins, "
+            "and would neither know whose a session is nor say what was learned"
+        )
     if engine_args.fully_sharded_loras:
         raise ConfigError("--fully-sharded-loras is not supported with --plugin ttt; leave it out")
     if engine_args.scheduler_cls is not None:

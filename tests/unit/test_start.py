@@ -201,6 +201,32 @@ def test_adapters_at_run_time_are_refused(start: Any, monkeypatch: pytest.Monkey
     offline(additional_config={}).create_engine_config()  # who does not ask for ttt is not stopped
 
 
+@pytest.mark.parametrize(
+    ("version", "device", "supported", "says"),
+    [
+        ("0.32.0", "cuda", True, "supported"),
+        ("0.32.1+cpu", "cpu", True, "supported"),
+        ("0.33.0", "cuda", True, "nothing of it has been run with vllm-ttt"),
+        ("0.33.0", "cpu", False, "vllm-ttt supports vLLM 0.32 on a CPU"),
+        ("0.34.0", "cuda", False, "vllm-ttt supports vLLM 0.32 and 0.33"),
+    ],
+)
+def test_releases_of_vllm(version: str, device: str, supported: bool, says: str) -> None:
+    """One that was never run says so."""
+    found = support.release(version, device)
+    assert found[:2] == (f"vLLM {version}", supported)
+    assert found[2].endswith(says)
+
+
+def test_the_front_end_in_rust_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers in the place of the API server, and loads no plugins. A script has no front end."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ConfigError, match=r"VLLM_USE_RUST_FRONTEND cannot be combined with --plugin ttt; unset it: .* in Rust"):
+        from_flags("--plugin", "ttt", "--enforce-eager").create_engine_config()
+    from_flags("--enforce-eager").create_engine_config()  # who does not ask for ttt is not stopped
+    assert plugin.config_of(offline().create_engine_config()) is not None
+
+
 def test_a_cache_where_none_is_served_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for, it is refused with the reason; as a default it is off, and the settings say so."""
 

@@ -154,22 +154,24 @@ class TTTScheduler(HoldingScheduler):
         """The other requests of its session."""
         return (self.ttt_requests[name] for name in attached.session.requests if name != attached.request.request_id)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        """A token read from the prefix cache has no activations to learn from: what is to be learned is computed."""
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: Any) -> tuple[KVCacheBlocks, int, int, bool]:
+        """A token read from the prefix cache has no activations to learn from: what is to be learned is computed.
+        ``limit``: the most that may be read, or None, in vLLM 0.33."""
         attached = self.ttt_requests.get(request.request_id)
         if attached is None:
-            return super()._get_local_prefix_cache_hit(request)
+            return super()._get_local_prefix_cache_hit(request, *limit)
         learns = request.request_id in attached.session.open
         if self.ttt_blocks.on:
             alone = not attached.session.open or (learns and len(attached.session.open) == 1)
             exact = alone and not attached.started and not attached.knobs.interleave
             self.ttt_blocks.enter(request, attached.session, exact)
         if not learns:
-            return super()._get_local_prefix_cache_hit(request)
+            return super()._get_local_prefix_cache_hit(request, *limit)
         cache = self.kv_cache_manager
         if not cache.prefix_cache_lookup_enabled(request):
             return cache.empty_kv_cache_blocks, 0, 0, False
-        blocks, tokens, _ = cache.coordinator.find_longest_cache_hit(request.block_hashes, attached.start)
+        most = min(tokens for tokens in (attached.start, *limit) if tokens is not None)
+        blocks, tokens, _ = cache.coordinator.find_longest_cache_hit(request.block_hashes, most)
         return cache.create_kv_cache_blocks(blocks), tokens, 0, False
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:

@@ -25,6 +25,21 @@ def contracts() -> dict[str, Callable[[], None]]:
     return {name: module.check for name, module in modules.items()}
 
 
+def worker_contracts() -> dict[str, Callable[[], None]]:
+    """The same for what the worker changes in a live model runner, or watches: it compares that itself, when it needs it."""
+    from vllm_ttt.worker.serve.cpu_runner import MixingModelRunner
+    from vllm_ttt.worker.serve.gpu_head import HeadRunnerV2
+    from vllm_ttt.worker.serve.head_runner import HeadRunnerV1
+    from vllm_ttt.worker.step import lm_head
+
+    return {
+        "worker/serve/cpu_runner": MixingModelRunner.ttt_check,
+        "worker/serve/head_runner": HeadRunnerV1.ttt_check,
+        "worker/serve/gpu_head": HeadRunnerV2.ttt_check,
+        "worker/step/lm_head": lm_head.check,
+    }
+
+
 def check_all() -> None:
     """Raise PatchContractError for the first vLLM function that changed."""
     for check in contracts().values():

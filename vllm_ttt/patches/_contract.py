@@ -4,33 +4,79 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from vllm_ttt.errors import PatchContractError
 
 MARK = "__vllm_ttt__"
 
 
-def check(owner: Any, name: str, parameters: str) -> Any:
+class Asked(NamedTuple):
+    """What a contract asks of vLLM."""
+
+    module: str
+    #: of the class in it; empty: the function is the module's own
+    owner: str
+    name: str
+    #: signatures that are accepted; none: nothing of that name may be there
+    parameters: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        return ".".join(part for part in (self.module, self.owner, self.name) if part)
+
+    def problem(self, found: str | None) -> str | None:
+        """What is wrong with a function that takes ``found``, or that is not there: None."""
+        if not self.parameters:
+            return None if found is None else f"{self.where.rpartition('.')[0]} has a method {self.name} of its own"
+        if found is None:
+            return f"{self.where} does not exist in this vLLM"
+        if found not in self.parameters:
+            return f"{self.where} takes ({found}) in this vLLM; vllm-ttt was written for ({') or ('.join(self.parameters)})"
+        return None
+
+
+#: where contracts are noted at the moment, instead of being compared
+_notes: list[Asked] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Asked]]:
+    """While it lasts, `check` and `absent` only note what they ask: it can then be looked up in another vLLM."""
+    global _notes
+    _notes = notes = []
+    try:
+        yield notes
+    finally:
+        _notes = None
+
+
+def check(owner: Any, name: str, *parameters: str) -> Any:
     """Return ``owner.name`` after comparing its parameter names.
 
     Args:
         owner: a class or a module of vLLM.
         name: the function's name in it.
-        parameters: the parameter names that we rely on, separated by blanks, with ``*`` and ``**`` where they stand.
+        parameters: the parameter names that we rely on, separated by blanks, with ``*`` and ``**`` where they stand; several,
+            where any of them will do.
     Raises:
         PatchContractError: the function is gone or takes other parameters.
     """
-    where = f"{getattr(owner, '__module__', None) or ''}.{getattr(owner, '__qualname__', owner.__name__)}.{name}".lstrip(".")
     raw = vars(owner).get(name)  # an inherited function of that name is another one
-    if raw is None:
-        raise PatchContractError(f"{where} does not exist in this vLLM; vllm-ttt supports vLLM 0.32. {_ADVICE}")
-    function = inspect.unwrap(raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw)
-    found = " ".join(_show(p) for p in inspect.signature(function).parameters.values())
-    if found != parameters:
-        raise PatchContractError(f"{where} takes ({found}) in this vLLM; vllm-ttt was written for ({parameters}). {_ADVICE}")
+    asked = _asked(owner, name, parameters)
+    if _notes is not None:
+        _notes.append(asked)
+    elif problem := asked.problem(None if raw is None else signature(raw)):
+        raise PatchContractError(f"{problem}. {_ADVICE}")
     return raw
+
+
+def signature(raw: Any) -> str:
+    """The parameter names of what a class or module has under a name, below what was wrapped around it."""
+    function = inspect.unwrap(raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw)
+    return " ".join(_show(p) for p in inspect.signature(function).parameters.values())
 
 
 def wrap(owner: Any, name: str, parameters: str, make: Callable[[Callable], Callable]) -> None:
@@ -53,8 +99,11 @@ def wrap(owner: Any, name: str, parameters: str, make: Callable[[Callable], Call
 def absent(owner: type, name: str) -> None:
     """Raise PatchContractError where the class has a method of that name which is not ours."""
     present = inspect.getattr_static(owner, name, None)
-    if present is not None and not getattr(present, MARK, False):
-        raise PatchContractError(f"{owner.__module__}.{owner.__qualname__} has a method {name} of its own. {_ADVICE}")
+    asked = _asked(owner, name, ())
+    if _notes is not None:
+        _notes.append(asked)
+    elif present is not None and not getattr(present, MARK, False):
+        raise PatchContractError(f"{asked.problem('')}. {_ADVICE}")
 
 
 def add(owner: type, name: str, function: Callable) -> None:
@@ -62,6 +111,12 @@ def add(owner: type, name: str, function: Callable) -> None:
     absent(owner, name)
     setattr(function, MARK, True)
     setattr(owner, name, function)
+
+
+def _asked(owner: Any, name: str, parameters: tuple[str, ...]) -> Asked:
+    if inspect.ismodule(owner):
+        return Asked(owner.__name__, "", name, parameters)
+    return Asked(owner.__module__, owner.__qualname__, name, parameters)
 
 
 def _show(p: inspect.Parameter) -> str:

@@ -50,10 +50,10 @@ def check() -> None:
         "_enqueue_waiting_request": "self request",
         "get_request_counts": "self",
         "make_stats": "self spec_decoding_stats kv_connector_stats cudagraph_stats perf_stats ec_connector_stats",
-        "_get_local_prefix_cache_hit": "self request",
         "_reserve_prefill_lookahead": "self request num_computed_tokens num_new_tokens",
     }.items():
         _contract.check(Scheduler, name, parameters)
+    _contract.check(Scheduler, "_get_local_prefix_cache_hit", "self request", "self request max_cache_hit_length")
     _contract.check(KVCacheManager, "pop_blocks_for_free", "self request")
     _contract.check(BlockPool, "free_blocks", "self ordered_blocks")
 

@@ -234,11 +234,13 @@ class TTTWorkerMixin:
         return None if self.trainer.roll_back(key, version) else self.trainer.versions.of(key)
 
     def ttt_status(self) -> dict[str, Any]:
-        """Captured tokens that wait, whether the guard has deltas to try; updates committed to all sessions, tokens learned and
-        errors since the start; ms that a tile of so many tokens takes."""
+        """Captured tokens that wait; whether any waits or is being learned, until its slot has it; whether the guard has deltas
+        to try; updates committed to all sessions, tokens learned and errors since the start; ms that a tile of so many
+        tokens takes."""
         self.trainer.collect()
         return {
             "pending": self.backlog.pending,
+            "learning": bool(self.backlog.pending) or self.trainer.learning,
             "trying": self.trainer.guard.busy,
             "updates": sum(session.version for session in self.trainer.deltas.sessions.values()),
             "tokens_learned": self.trainer.tokens_learned,

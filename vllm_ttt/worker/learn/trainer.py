@@ -180,8 +180,13 @@ class Trainer:
                 self.report.settled.append((request, key))
         report, self.report = self.report, StepReport()
         report.pending, report.queued = self.backlog.pending, self.backlog.queued
-        report.busy = bool(self.backlog.queues or self.dirty or self.outcomes or self.guard.busy or self.backlog.settled())
+        report.busy = bool(self.learning or self.guard.busy or self.backlog.settled())
         return report
+
+    @property
+    def learning(self) -> bool:
+        """Whether anything waits to be learned, or has been and is not committed yet, or its slot does not say so yet."""
+        return bool(self.backlog.queues or self.outcomes or self.dirty)
 
     def drop(self, key: int) -> None:
         """Make the session the base model again, and forget what waits."""

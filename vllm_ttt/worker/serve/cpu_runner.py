@@ -28,11 +28,16 @@ class MixingModelRunner(CPUModelRunner):
     #: counts and logs an exception that is being handled
     ttt_failed: Callable[[str], None]
 
-    @classmethod
-    def adopt(cls, runner: Any, caches: Caches, failed: Callable[[str], None]) -> None:
+    @staticmethod
+    def ttt_check() -> None:
         """Raises PatchContractError where vLLM's is not what this was written for."""
         _contract.check(GPUModelRunner, "execute_model", "self scheduler_output intermediate_tensors")
         _contract.check(GPUModelRunner, "_get_prompt_logprobs_dict", "self hidden_states num_scheduled_tokens")
+
+    @classmethod
+    def adopt(cls, runner: Any, caches: Caches, failed: Callable[[str], None]) -> None:
+        """Raises as `ttt_check`."""
+        cls.ttt_check()
         runner.__class__ = cls
         runner.ttt_caches, runner.ttt_failed = caches, failed
 

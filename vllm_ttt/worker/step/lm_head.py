@@ -119,10 +119,15 @@ def _logits(head: Head, states: Tensor) -> Tensor:
     return x * head.logit_scale
 
 
+def check() -> Any:
+    """vLLM's function that is watched. Raises PatchContractError where it is another one."""
+    return _contract.check(LogitsProcessor, "forward", "self lm_head hidden_states embedding_bias skip_gather")
+
+
 @contextmanager
 def _watched(calls: list[Found]) -> Iterator[None]:
     """Note every call of a LogitsProcessor."""
-    original = _contract.check(LogitsProcessor, "forward", "self lm_head hidden_states embedding_bias skip_gather")
+    original = check()
 
     def forward(self: Any, lm_head: Any, hidden_states: Tensor, embedding_bias: Any = None, *args: Any, **rest: Any) -> Any:
         width = getattr(lm_head, "embedding_dim", hidden_states.shape[-1])
