@@ -131,7 +131,7 @@ class Source:
     def find(self, module: str, name: str) -> Definition | None:
         """What a module has under a name, as far as imports within the package lead; None: nothing.
 
-        The definition of what comes from another package is the module's own import of it.
+        The definition of what comes from another package, or from a module that is compiled or generated, is the import of it.
         """
         looked: set[tuple[str, str]] = set()
         while (module, name) not in looked:
@@ -147,10 +147,10 @@ class Source:
                 return Definition(inner, None) if self.module(inner) is not None else None
             if not isinstance(found, Imported):
                 return Definition(module, found)
-            if not self._mine(found.module):
+            if not self._mine(found.module) or self.module(found.module) is None:
                 return Definition(module, home.tree)
             if found.name is None:
-                return Definition(found.module, None) if self.module(found.module) is not None else None
+                return Definition(found.module, None)
             module, name = found.module, found.name
         return None
 
