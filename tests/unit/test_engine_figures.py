@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ MARK = "<!-- python loadtests/bench_engine.py --compare "
 
 
 def a_round(wall: float = 2.0, decode: float = 3.0, **fields: Any) -> Round:
-    given = {"tokens": 8, "learned": 4, "wall": wall, "drained": 2 * wall, "decode": decode}
+    given: dict[str, Any] = {"tokens": 8, "learned": 4, "wall": wall, "drained": 2 * wall, "decode": decode}
     return Round(**(given | {"ttft": [1.0], "tpot": [0.5], "itl": [0.5]} | fields))
 
 
@@ -135,7 +136,7 @@ def test_adapters_on_the_same_modules_as_ttt(tmp_path: Path) -> None:
 
     model = ROOT / "demo" / "model"
     config = {"adapt": {"preset": "last"}}
-    args = type("Args", (), {"arm": "lora-same", "model": str(model), "slots": 2, "config": json.dumps(config)})()
+    args = Namespace(arm="lora-same", model=str(model), slots=2, config=json.dumps(config))
     rank, modules = bench_engine.adapters(args)
     assert rank == 128
     hf = AutoConfig.from_pretrained(model)
