@@ -31,7 +31,7 @@ from vllm_ttt.engine.limits.stops import Stops
 from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.engine.prefix.held_blocks import HeldBlocks
 from vllm_ttt.engine.prefix.keys import BlockKeys
-from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
+from vllm_ttt.engine.requests import Arrivals, Attached, accept, distinct, sample_of
 from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.log import logger_of
@@ -215,7 +215,7 @@ class TTTScheduler(HoldingScheduler):
             opened.learned = opened.done = start
             attached.look_at(self.ttt_trust, tokens, start)
             learned = start + accept(attached.prompt - 1 - start, self.ttt_config.learn)
-            attached.prefixes = session.history.add_prompt(tokens, start, learned)
+            attached.prefixes = session.history.add_prompt(distinct(request, tokens), start, learned)
             opened.prefixes += attached.prefixes
             if start:
                 session.tokens_skipped["history"] += start
