@@ -47,11 +47,15 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     what, supported, why = vllm_release()
     if not supported:
         raise ConfigError(f"{what}: {why}")
-    if engine_args.enable_lora or getattr(engine_args, "lora_modules", None):
+    if config.adapt.in_slots and (engine_args.enable_lora or getattr(engine_args, "lora_modules", None)):
         raise ConfigError(f"--enable-lora and --lora-modules cannot be combined with --plugin ttt: {NO_ADAPTERS}")
     if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-        # It opens /v1/load_lora_adapter, and lets resolver plugins load an adapter for any model name.
-        raise ConfigError(f"VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be combined with --plugin ttt; unset it: {NO_ADAPTERS}")
+        # It opens /v1/load_lora_adapter, and lets resolver plugins load an adapter for any model name: another one may get the
+        # name that a session began with.
+        why = (
+            NO_ADAPTERS if config.adapt.in_slots else "name adapters with --lora-modules, so that none changes under a session"
+        )
+        raise ConfigError(f"VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be combined with --plugin ttt; unset it: {why}")
     if engine_args.fully_sharded_loras:
         raise ConfigError("--fully-sharded-loras is not supported with --plugin ttt; leave it out")
     if engine_args.scheduler_cls is not None:

@@ -172,6 +172,12 @@ def test_options_that_are_refused(options: dict[str, Any], says: str) -> None:
     assert says in str(error.value)
 
 
+def test_adapters_are_served_beside_the_preset_head() -> None:
+    made = offline(enable_lora=True, max_lora_rank=8, **engine_args("head")).create_engine_config()
+    assert made.lora_config.max_lora_rank == 8, "they are vLLM's alone"
+    assert made.lora_config.target_modules is None
+
+
 @pytest.mark.parametrize("start", [offline, lambda: from_flags("--plugin", "ttt", "--enforce-eager")], ids=["offline", "serve"])
 def test_adapters_at_run_time_are_refused(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable opens vLLM's route and its resolver plugins, whose adapters would have the ids of sessions."""

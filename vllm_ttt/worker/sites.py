@@ -62,6 +62,8 @@ class AtHead:
     def __init__(self, worker: TTTWorkerMixin, geometry: Geometry, config: TTTConfig):
         self.worker, self.geometry, self.config, self.attentions = worker, geometry, config, []
         model = worker.vllm_config.model_config
+        if worker.vllm_config.lora_config is not None:
+            worker.ttt_adapters()
         self.found = find_head(worker.model_runner.get_model(), geometry.hidden, model.dtype, worker.device)
 
     def copied(self, dtype: torch.dtype) -> int:

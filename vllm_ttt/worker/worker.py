@@ -75,6 +75,9 @@ class TTTWorkerMixin:
         """Let the model runner serve with them."""
         raise NotImplementedError
 
+    def ttt_adapters(self) -> None:
+        """Make vLLM's LoRA, of adapters that are no sessions', what it should be; before the model computes anything."""
+
     def ttt_memory_left(self) -> int:
         """Bytes that vLLM may still use on the device once the model is loaded, KV cache included."""
         raise NotImplementedError
@@ -203,7 +206,9 @@ class TTTWorkerMixin:
 
     def add_lora(self, lora_request: Any) -> bool:
         """vLLM's, for adapters from outside. What a session is served with does not come this way."""
-        raise RequestError(NO_ADAPTERS, param="model")
+        if self.idle is not None:  # sessions have vLLM's slots
+            raise RequestError(NO_ADAPTERS, param="model")
+        return super().add_lora(lora_request)  # type: ignore[misc]
 
     def ttt_session(self, key: int) -> dict[str, Any]:
         """What the worker knows of a session."""
