@@ -1,4 +1,5 @@
-"""Writes docs/reference.md from the code and from reference.template, which has what the code does not say: `make docs`."""
+"""Writes docs/reference.md from the code and from reference.template, which has what the code does not say, and README's table
+of models: `make docs`."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from vllm_ttt import families
 from vllm_ttt.config import RANKS, TTTConfig, constants
 from vllm_ttt.types import SESSION_ID_RULE
 
@@ -24,12 +26,45 @@ def render() -> str:
     parts = {
         "settings": settings(), "constants": fixed(),
         "flags": flags(), "commands": commands(), "routes": routes(), "id": SESSION_ID_RULE,
-        "session": fields("SessionDetail"), "chunk": fields("ChunkLoss"),
+        "session": fields("SessionDetail"), "chunk": fields("ChunkLoss"), "models": models(),
     }  # fmt: skip
     text = (FOLDER / "reference.template").read_text(encoding="utf-8")
     for name, part in parts.items():
         text = text.replace(f"<{name}>", part)
     return text
+
+
+def readme(text: str) -> str:
+    """README with its table of models."""
+    start, end = "<!-- models -->\n", "<!-- -->"
+    before, found, rest = text.partition(start)
+    assert found, "README has no place for it"
+    return f"{before}{start}{kinds()}\n{end}{rest.partition(end)[2]}"
+
+
+def kinds() -> str:
+    """Models by the presets that serve them."""
+    together: dict[tuple[bool, ...], list[str]] = {}
+    for what, _, served, _ in families.table():
+        if not any(served) or what == families.INT8_ON_CPU:
+            continue  # the reference has them
+        together.setdefault(served, []).append(what)
+    presets = ("`deep`", "`last`", "`head`")
+    named = {served: [name for name, ok in zip(presets, served, strict=True) if ok] for served in together}
+    rows = [(", ".join(what), ", ".join(named[served])) for served, what in together.items()]
+    return table(("models ([names](docs/reference.md#models)), quantised or not", "`--ttt-preset`"), *rows)
+
+
+def models() -> str:
+    """The same with every name, and why not."""
+    rows = []
+    for what, names, served, why in families.table():
+        rows.append((what, ", ".join(f"`{name}`" for name in names), *map(_yes, served), why))
+    return table(("models", "`architectures` in config.json", "`deep`", "`last`", "`head`", "why not"), *rows)
+
+
+def _yes(served: bool) -> str:
+    return "yes" if served else "no"
 
 
 def table(*rows: tuple[str, ...]) -> str:
@@ -135,3 +170,5 @@ def fields(name: str) -> str:
 
 if __name__ == "__main__":
     (FOLDER / "reference.md").write_text(render(), encoding="utf-8")
+    page = FOLDER.parent / "README.md"
+    page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")

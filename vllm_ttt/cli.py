@@ -165,14 +165,15 @@ def check(
     model: Annotated[str | None, typer.Argument(help="Model folder or name; default: check the installation only.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     preset: Annotated[
-        str, typer.Option("--ttt-preset", help="What the model is to be served with: deep, last or head.")
-    ] = "deep",
+        str | None,
+        typer.Option("--ttt-preset", help="deep, last or head; default: say of each whether it can serve the model."),
+    ] = None,
     vllm_source: Annotated[
         Path | None,
         typer.Option(help="Folder or wheel of another vLLM: read its source, and say whether it has what vllm-ttt asks of it."),
     ] = None,
 ) -> None:
-    """Is this vLLM supported, do the patched functions have the signatures we know, does the model fit?"""
+    """Is this vLLM supported, do the patched functions have the signatures we know, which presets can serve the model?"""
     from rich.console import Console
     from rich.table import Table
 
@@ -183,7 +184,7 @@ def check(
     from vllm_ttt.config import PRESETS
     from vllm_ttt.plugin import check as run
 
-    if preset not in PRESETS:
+    if preset is not None and preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r}; allowed: {', '.join(PRESETS)}", param_hint="--ttt-preset")
     if vllm_source is None:
         rows = run(model, preset)
@@ -194,13 +195,13 @@ def check(
 
         rows = check_source(vllm_source)
     if as_json:
-        typer.echo(json.dumps([{"check": name, "ok": ok, "detail": detail} for name, ok, detail in rows], indent=1))
+        typer.echo(json.dumps([{"check": name, "ok": ok, "detail": detail} for name, ok, detail, _ in rows], indent=1))
     else:
         table = Table("check", "", "detail")
-        for name, ok, detail in rows:
-            table.add_row(name, "[green]ok[/]" if ok else "[red]failed[/]", detail)
+        for name, ok, detail, needed in rows:
+            table.add_row(name, "[green]ok[/]" if ok else "[red]failed[/]" if needed else "no", detail)
         Console().print(table)
-    if not all(ok for _, ok, _ in rows):
+    if not all(row.ok for row in rows if row.needed):
         raise typer.Exit(1)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_ttt.config import AdaptConfig
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.families import Layers
 
 #: Adapted modules of a layer, as a delta stores them -> where they are in the layer. gate and up are one tensor, gate first.
 PATHS = {"o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
@@ -38,10 +39,18 @@ class Geometry:
     keys: int = 0
     #: the adapted modules
     modules: tuple[str, ...] = tuple(PATHS)
+    #: where the layers are in transformers' model, as an adapter of PEFT names them
+    peft: str = "model.layers"
+    #: gate and up are one module there
+    packed: bool = False
 
     @classmethod
-    def of(cls, hf: Any, adapt: AdaptConfig) -> Geometry:
-        """Of a Hugging Face configuration (that of the text model). With the preset head, its hidden size alone counts."""
+    def of(cls, hf: Any, adapt: AdaptConfig, where: Layers | None = None) -> Geometry:
+        """Of a Hugging Face configuration (that of the text model). With the preset head, its hidden size alone counts.
+
+        Args:
+            where: the layers are; it matters for adapters and for what is captured, and not for sizes.
+        """
         if adapt.preset == "head":
             rank = min(adapt.rank, hf.hidden_size)
             return cls(hf.num_hidden_layers, rank, adapt.seed, hf.hidden_size, 0, 0, modules=adapt.modules)
@@ -49,7 +58,16 @@ class Geometry:
         attention, keys = (head * n for n in (hf.num_attention_heads, hf.num_key_value_heads))
         layers = adapted_layers(hf.num_hidden_layers, adapt)
         first = hf.num_hidden_layers - layers
-        return cls(first, adapt.rank, adapt.seed, hf.hidden_size, attention, hf.intermediate_size, layers, keys, adapt.modules)
+        where = where or Layers()
+        return cls(
+            first, adapt.rank, adapt.seed, hf.hidden_size, attention, hf.intermediate_size, layers, keys, adapt.modules,
+            where.peft, where.packed,
+        )  # fmt: skip
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the language model is a part of the model, which may give it states that no token has."""
+        return self.peft != Layers.peft
 
     @property
     def outputs(self) -> dict[str, int]:

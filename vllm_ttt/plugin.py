@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_ttt.config import TTTConfig, load_config, parse_config
+from vllm_ttt.config import PRESETS, TTTConfig, load_config, parse_config
 from vllm_ttt.errors import ConfigError, TTTError
 
 if TYPE_CHECKING:
@@ -78,23 +78,44 @@ def installed_plugins() -> dict[str, str]:
     return found
 
 
-def check(model: str | None = None, preset: str = "deep") -> list[tuple[str, bool, str]]:
-    """Can this installation serve? (what, whether, why) for the vLLM release, each patch, and ``model`` where given, with a
-    preset."""
+class Checked(NamedTuple):
+    """One line of `check`."""
+
+    what: str
+    ok: bool
+    why: str
+    #: whether the installation cannot serve without it
+    needed: bool = True
+
+
+def check(model: str | None = None, preset: str | None = None) -> list[Checked]:
+    """Can this installation serve? The vLLM release, each patch, and ``model`` where given: with ``preset``, or with any, and
+    then each preset by itself, too."""
     from vllm_ttt import patches, support
 
-    rows = [support.vllm_release()]
-    if not rows[0][1]:
+    rows = [Checked(*support.vllm_release())]
+    if not rows[0].ok:
         return rows
     for name, verify in patches.contracts().items():
         try:
             verify()
-            rows.append((f"patch {name}", True, "signature as expected"))
+            rows.append(Checked(f"patch {name}", True, "signature as expected"))
         except TTTError as error:
-            rows.append((f"patch {name}", False, str(error)))
-    if model is not None:
-        try:
-            rows.append((f"model {model}", True, support.describe_model(model, preset)))
-        except (ConfigError, OSError, ValueError) as error:
-            rows.append((f"model {model}", False, str(error)))
-    return rows
+            rows.append(Checked(f"patch {name}", False, str(error)))
+    if model is None:
+        return rows
+    found = [_with_preset(model, name) for name in ((preset,) if preset else PRESETS)]
+    if preset is None:
+        served = next((row for row in found if row.ok), None)
+        rows.append(Checked(f"model {model}", served is not None, found[0].why if served is None else served.why))
+        return rows + found
+    return [*rows, Checked(f"model {model}", found[0].ok, found[0].why)]
+
+
+def _with_preset(model: str, preset: str) -> Checked:
+    from vllm_ttt import support
+
+    try:
+        return Checked(f"--ttt-preset {preset}", True, support.describe_model(model, preset), False)
+    except (ConfigError, OSError, ValueError) as error:
+        return Checked(f"--ttt-preset {preset}", False, str(error), False)

@@ -9,23 +9,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vllm_ttt.config import TTTConfig
+from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.families import ENCODER_DECODER, HEAD_INSTEAD, LAST_INSTEAD, Layers, check_weights, layers_of
 from vllm_ttt.geometry import Geometry, adapted_layers
 from vllm_ttt.types import NO_ADAPTERS
-
-#: Architectures with a tail that worker/step/tail.py knows, by the name in the model's config.json.
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 #: Releases of vLLM that are served with, by device, and the one with which the tests run. What a contract asks of any other has
 #: been looked up in its source (patches/source_check.py).
 RELEASES = {"cpu": ("0.32",), "cuda": ("0.32", "0.33")}
 TESTED = "0.32"
-
-#: What else there is where the other presets cannot be served.
-HEAD_INSTEAD = "Or serve with --ttt-preset head, which learns on the last hidden state alone, of any such model"
-
-ENCODER_DECODER = "an encoder-decoder model"
 
 #: Seconds between SIGTERM and SIGKILL with a state dir, where the user sets no --shutdown-timeout.
 SHUTDOWN_TIMEOUT = 60
@@ -69,11 +62,15 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     what, supported, why = vllm_release()
     if not supported:
         raise ConfigError(f"{what}: {why}")
-    if engine_args.enable_lora or getattr(engine_args, "lora_modules", None):
+    if config.adapt.in_slots and (engine_args.enable_lora or getattr(engine_args, "lora_modules", None)):
         raise ConfigError(f"--enable-lora and --lora-modules cannot be combined with --plugin ttt: {NO_ADAPTERS}")
     if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-        # It opens /v1/load_lora_adapter, and lets resolver plugins load an adapter for any model name.
-        raise ConfigError(f"VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be combined with --plugin ttt; unset it: {NO_ADAPTERS}")
+        # It opens /v1/load_lora_adapter, and lets resolver plugins load an adapter for any model name: another one may get the
+        # name that a session began with.
+        why = (
+            NO_ADAPTERS if config.adapt.in_slots else "name adapters with --lora-modules, so that none changes under a session"
+        )
+        raise ConfigError(f"VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be combined with --plugin ttt; unset it: {why}")
     if envs.VLLM_USE_RUST_FRONTEND and engine_args.additional_config[plugin.NAME]["http"]:
         raise ConfigError(
             "VLLM_USE_RUST_FRONTEND cannot be combined with --plugin ttt; unset it: vLLM's front end in Rust loads no plugins, "
@@ -163,13 +160,14 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     if config.adapt.preset == "head":
         _check_head(vllm_config)
         return
-    _check_layered(model.architectures, hf, model.quantization)
+    quantised, on_cpu = getattr(model.hf_config, "quantization_config", None), vllm_config.device_config.device_type == "cpu"
+    where = _check_layered(model.architectures, hf, quantised, on_cpu, config.adapt.preset)
     check_layers(hf, config, model.max_model_len)
     lora = LoRAConfig(
         max_lora_rank=config.adapt.rank,  # type: ignore[arg-type]  # one of RANKS
         max_loras=config.sessions.resident,
         max_cpu_loras=config.sessions.resident,
-        target_modules=adapted_modules(hf.num_hidden_layers, config),
+        target_modules=adapted_modules(hf.num_hidden_layers, config, where.path),
     )
     lora.verify_with_model_config(model)
     vllm_config.lora_config = lora
@@ -193,11 +191,17 @@ def _refuse_for_head(refusals: dict[str, bool]) -> None:
             raise ConfigError(f"{what} is not supported with the preset head; serve without ttt")
 
 
-def adapted_modules(num_layers: int, config: TTTConfig) -> list[str]:
+def geometry_of(model: Any, config: TTTConfig) -> Geometry:
+    """Of what a server of vLLM's ModelConfig ``model`` learns."""
+    where = None if config.adapt.preset == "head" else layers_of(model.architectures, model.hf_text_config)
+    return Geometry.of(model.hf_text_config, config.adapt, where)
+
+
+def adapted_modules(num_layers: int, config: TTTConfig, path: str = "model.layers") -> list[str]:
     """Full names of the adapted modules: the only ones that get LoRA slots, so every other layer stays as it was."""
     names = {"o_proj": "self_attn.o_proj", "gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"}
     first = num_layers - adapted_layers(num_layers, config.adapt)
-    return [f"model.layers.{i}.{names[m]}" for i in range(first, num_layers) for m in config.adapt.modules]
+    return [f"{path}.{i}.{names[m]}" for i in range(first, num_layers) for m in config.adapt.modules]
 
 
 def max_sessions(hf: Any, config: TTTConfig) -> int:
@@ -224,15 +228,19 @@ def served_name(model_config: Any) -> str:
 def describe_model(model: str, preset: str = "deep") -> str:
     """One line about a model that a preset can serve. Raises ConfigError (unsupported) or OSError (no config found)."""
     from transformers import AutoConfig
+    from vllm.platforms import current_platform
 
     hf = AutoConfig.from_pretrained(model)
     text = hf.get_text_config()
     if preset == "head":
         _refuse_for_head({ENCODER_DECODER: hf.is_encoder_decoder})
     else:
-        _check_layered(hf.architectures, hf, _quantization(model, hf))
-    kind = (hf.architectures or ["unknown"])[0]
-    return f"{kind}, {text.num_hidden_layers} layers, hidden {text.hidden_size}, vocabulary {text.vocab_size}"
+        quantised = getattr(hf, "quantization_config", None)
+        _check_layered(hf.architectures, text, quantised, current_platform.is_cpu(), preset)
+        check_layers(text, parse_config(None, preset), getattr(text, "max_position_embeddings", 2**62))
+    kind, quantisation = (hf.architectures or ["unknown"])[0], _quantization(model, hf)
+    shape = f"{text.num_hidden_layers} layers, hidden {text.hidden_size}, vocabulary {text.vocab_size}"
+    return f"{kind}, {shape}" + (f", quantised ({quantisation})" if quantisation else "")
 
 
 def _quantization(model: str, hf: Any) -> str | None:
@@ -243,21 +251,18 @@ def _quantization(model: str, hf: Any) -> str | None:
     return "modelopt" if (Path(model) / "hf_quant_config.json").is_file() else None
 
 
-def _check_layered(architectures: list[str] | None, hf: Any, quantization: str | None) -> None:
-    """Raise ConfigError where no layer of the model can have a delta."""
+def _check_layered(architectures: list[str] | None, text: Any, quantised: Any, on_cpu: bool, preset: str) -> Layers:
+    """Where the model's layers are. Raises ConfigError where none can have a delta with the preset."""
     try:
-        _check_architecture(architectures, hf)
-        _check_weights(quantization)
+        where = layers_of(architectures, text)
+        check_weights(quantised, on_cpu)
     except ConfigError as error:
         raise ConfigError(f"{error}. {HEAD_INSTEAD}") from None
-
-
-def _check_weights(quantization: str | None) -> None:
-    if quantization is not None:
+    if preset == "deep" and where.not_deep:
         raise ConfigError(
-            f"quantised weights ({quantization}) are not supported with --plugin ttt, whose step needs 16 or 32 bits: "
-            "leave --quantization out, name the model that was quantised, or serve without ttt"
+            f"the preset deep cannot learn through {(architectures or [''])[0]}: {where.not_deep}; {LAST_INSTEAD}"
         )
+    return where
 
 
 def check_layers(hf: Any, config: TTTConfig, max_model_len: int) -> None:
@@ -279,13 +284,3 @@ def check_layers(hf: Any, config: TTTConfig, max_model_len: int) -> None:
                 f"the model has {what}, which the preset deep cannot learn through: adapt.layers may be at most {most} here, "
                 f"or serve with adapt.preset last, or with --max-model-len {window}"
             )
-
-
-def _check_architecture(architectures: list[str] | None, hf: Any) -> None:
-    if not architectures or architectures[0] not in ARCHITECTURES:
-        raise ConfigError(
-            f"architecture {', '.join(architectures or ['unknown'])} is not supported with --plugin ttt: "
-            f"supported are {', '.join(ARCHITECTURES)}. A new one needs a tail in vllm_ttt/worker/step/tail.py"
-        )
-    if getattr(hf, "hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act {hf.hidden_act!r} is not supported with --plugin ttt: the tail knows silu alone")

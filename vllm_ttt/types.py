@@ -20,10 +20,10 @@ SESSION_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:\-]{1,128}\Z")
 ADAPTER_PATH = "/ttt/"
 #: Key of ``extra_args`` that says of a sample of a request with n > 1 how many there are (patches/samples.py).
 SAMPLES = "vllm_ttt.samples"
-#: Why an adapter that is not a session's is refused, wherever it comes in.
+#: Why an adapter that is not a session's is refused, wherever it comes in; not with the preset head.
 NO_ADAPTERS = (
-    "no LoRA adapter is served beside --plugin ttt: ttt uses vLLM's multi-LoRA slots for its sessions, and an adapter would "
-    "share their ids. Merge the adapter into the model, or serve it without ttt"
+    "no LoRA adapter is served beside --plugin ttt with the presets deep and last: they use vLLM's multi-LoRA slots for "
+    "sessions, and an adapter would share their ids. Serve it with --ttt-preset head, or merge it into the model"
 )
 SESSION_ID_RULE = "1 to 128 characters of A-Z a-z 0-9 . _ : -, and neither . nor .. alone"
 

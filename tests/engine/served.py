@@ -16,8 +16,7 @@ import httpx
 import torch
 from torch import Tensor
 
-from vllm_ttt.eval.head_oracle import HeadOracle
-from vllm_ttt.eval.oracle import Oracle
+from vllm_ttt.eval.oracle import Loop
 
 Delta = dict[str, Tensor]
 Documents = dict[str, list[list[int]]]
@@ -168,7 +167,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found.reshape(expected.shape) - expected).norm() / expected.norm()).item()
 
 
-def assert_same(delta: Delta, oracle: Oracle | HeadOracle) -> None:
+def assert_same(delta: Delta, oracle: Loop) -> None:
     """The delta is the oracle's: relative error under 2 % in every module of every layer."""
     assert len(delta) == sum(map(len, oracle.B))
     for i, layer in enumerate(oracle.B):

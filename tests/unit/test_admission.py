@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from test_deep_scheduler import Engine
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
@@ -12,8 +16,10 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request
 
+from vllm_ttt.engine.ledger import Open, Session
+from vllm_ttt.engine.limits.admission import check_adapter, other_model
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import ADAPTER_PATH
+from vllm_ttt.types import ADAPTER_PATH, SessionKey
 from vllm_ttt.worker.cpu_worker import TTTCPUWorker
 from vllm_ttt.worker.serve.slots import SessionLoRAManager
 
@@ -49,11 +55,51 @@ def test_a_request_that_brings_an_adapter(adapter: LoRARequest, extra: dict[str,
 
 def test_an_adapter_that_is_given_to_the_worker() -> None:
     """`LLM.llm_engine.add_lora`, `AsyncLLM.add_lora` and collective_rpc all end here."""
+    worker = object.__new__(TTTCPUWorker)
+    worker.idle = torch.ones(())  # as with presets that have vLLM's slots
     for adapter in (FOREIGN, DISGUISED):
         with pytest.raises(RequestError, match="no LoRA adapter is served beside --plugin ttt"):
-            TTTCPUWorker.add_lora(object.__new__(TTTCPUWorker), adapter)
+            worker.add_lora(adapter)
     with pytest.raises(RequestError, match="no LoRA adapter is served beside --plugin ttt"):
         SessionLoRAManager._load_adapter(object.__new__(SessionLoRAManager), FOREIGN)
+
+
+def adapter_of(folder: Path, *modules: str) -> LoRARequest:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"target_modules": modules}))
+    return LoRARequest(folder.name, 1 + len(modules), str(folder))
+
+
+def test_adapters_beside_the_preset_head(tmp_path: Path) -> None:
+    """Any but those that the step would not know of, or that would share blocks with the base model."""
+    plain, head = adapter_of(tmp_path / "plain", "q_proj", "down_proj"), adapter_of(tmp_path / "head", "q_proj", "lm_head")
+    check_adapter(SimpleNamespace(lora_request=None), False)  # type: ignore[arg-type]
+    check_adapter(SimpleNamespace(lora_request=plain), False)  # type: ignore[arg-type]
+    for adapter, says in ((head, "the adapter head changes lm_head"), (DISGUISED, "no LoRA adapter is served")):
+        with pytest.raises(RequestError, match=says):
+            check_adapter(SimpleNamespace(lora_request=adapter), False)  # type: ignore[arg-type]
+
+
+def test_a_session_stays_with_the_model_that_it_began_with() -> None:
+    """As soon as it learns; and after a restart, where that was saved with it."""
+
+    def named(name: str) -> Any:
+        return SimpleNamespace(lora_request=LoRARequest(name, 1, "/x") if name else None)
+
+    session = Session(SessionKey("-", "a"), 1, 8)
+    for name in ("", "style", "other"):  # it has learned nothing: it begins anew
+        assert other_model(session, named(name)) is None
+    session.open["r"] = Open(1)
+    error = other_model(session, named("style"))
+    assert error is not None
+    assert error.status == 409
+    assert "session a has learned with the adapter other, and this request names the adapter style" in error.message
+    session.open.clear()
+    session.version = 2
+    again = Session(SessionKey("-", "a"), 1, 8)
+    again.from_state(session.to_state())
+    assert other_model(again, named("other")) is None
+    assert "names the base model" in other_model(again, named("")).message  # type: ignore[union-attr]
 
 
 SEEDED = {"temperature": 1.0, "seed": 1}

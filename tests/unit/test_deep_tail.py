@@ -46,14 +46,19 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     destroy_distributed_environment()
 
 
-def loaded(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> nn.Module:
-    """As a CPU worker loads it, with its weights packed; transformers' classes stay as they are for other tests."""
+def loaded(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32", **options: Any) -> nn.Module:
+    """As a CPU worker loads it, with its weights packed; transformers' classes stay as they are for other tests.
+
+    Args:
+        options: of vLLM's, further ones.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
     from vllm.model_executor.models.transformers.base import Base
 
-    args = EngineArgs(model=str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype=dtype, max_model_len=1024)
+    own: dict[str, Any] = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": dtype, "max_model_len": 1024, **options}
+    args = EngineArgs(model=str(folder), **own)
     config = args.create_engine_config()
     # vLLM's Transformers backend has its way with the class itself, for good, which no one else in the process can use then.
     with set_current_vllm_config(config), patch.object(Base, "_decorate_cls_for_torch_compile"):

@@ -65,6 +65,10 @@ def test_the_reference_is_what_the_code_says() -> None:
         Knobs.parse({key: 1})
 
 
+def test_readmes_table_of_models_is_what_the_check_knows() -> None:
+    assert reference().readme(README) == README, "run `make docs`"
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 1200
 

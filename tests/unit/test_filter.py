@@ -19,7 +19,8 @@ from vllm_ttt.automaton import Automaton
 from vllm_ttt.config import LearnConfig, parse_config
 from vllm_ttt.engine.limits.filter import Filter
 from vllm_ttt.engine.limits.trust import Trust
-from vllm_ttt.engine.requests import Attached
+from vllm_ttt.engine.prefix.history import History
+from vllm_ttt.engine.requests import Attached, distinct, placeholders
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.types import Knobs, RequestPlan
 
@@ -149,7 +150,7 @@ def test_what_is_accepted_is_what_is_left(vllm_model: Any, tokenizer: Any) -> No
     ids = tokenizer(TEXT)["input_ids"]
     config = parse_config({"learn": {"filter": [r"\S+@\S+"], "min_chunk": 1}})
     trust = Trust(config, vllm_model)
-    request: Any = SimpleNamespace(request_id="r", prompt_token_ids=ids)
+    request: Any = SimpleNamespace(request_id="r", prompt_token_ids=ids, mm_features=[])
     session: Any = SimpleNamespace(open={})
     attached = Attached(request, session, Knobs(), True, 1, len(ids))
     attached.look_at(trust, ids, 0)
@@ -160,6 +161,41 @@ def test_what_is_accepted_is_what_is_left(vllm_model: Any, tokenizer: Any) -> No
     attached.look_at(trust, ids, history)
     rest = sum(end - first for first, end in attached.filtered[1:])
     assert attached.accepted(config.learn) == len(ids) - 1 - history - rest, "what of it is history counts once"
+
+
+def picture(offset: int, length: int, digest: str) -> Any:
+    """As vLLM describes it in a request."""
+    return SimpleNamespace(mm_position=SimpleNamespace(offset=offset, length=length), mm_hash=digest, identifier=digest)
+
+
+def test_what_stands_for_an_image_is_left_out(vllm_model: Any, tokenizer: Any) -> None:
+    """Together with what a pattern matches; and it does not count as a text that repeats itself."""
+    ids = tokenizer(TEXT)["input_ids"]
+    config = parse_config({"learn": {"filter": [r"\S+@\S+"], "min_chunk": 1}, "guard": {"min_ratio": 0.9}})
+    trust, session = Trust(config, vllm_model), SimpleNamespace(open={})
+    (first, end), *rest = trust.filter.pairs(ids)
+    many = [5] * 200
+    ids = ids[: first + 1] + many + ids[first + 1 :]
+    request: Any = SimpleNamespace(request_id="r", prompt_token_ids=ids, mm_features=[picture(first + 1, 200, "a")])
+    attached = Attached(request, session, Knobs(), True, 1, len(ids))  # type: ignore[arg-type]
+    attached.look_at(trust, ids, 0)
+    moved = [(a + 200, b + 200) for a, b in rest]
+    assert attached.filtered == [(first, end + 200), *moved]
+    assert attached.repetitive == []
+    assert trust.repetitive(ids, 0) != [], "the tokens themselves would"
+    request.mm_features = [picture(0, 3, "a"), picture(3, 1, "b")]
+    assert placeholders(request) == [(0, 2), (2, 3)]
+
+
+def test_another_image_is_another_prompt() -> None:
+    """What a session has seen of the same words beside one image is no history beside another."""
+    ids, history = [1, 2, 9, 9, 9, 3, 4, *range(10, 30)], History()
+    one, same, other = (SimpleNamespace(mm_features=[picture(2, 3, digest)]) for digest in "aab")
+    history.add_prompt(distinct(one, ids), 0, len(ids) - 1)  # type: ignore[arg-type]
+    longer = [*ids, 31, 32]
+    assert history.known(distinct(same, longer)) == len(ids) - 1  # type: ignore[arg-type]
+    assert history.known(distinct(other, longer)) == 0  # type: ignore[arg-type]
+    assert distinct(SimpleNamespace(mm_features=[]), ids) is ids  # type: ignore[arg-type]
 
 
 def learned(filtered: list[tuple[int, int]], other_tokens: bool) -> tuple[torch.Tensor, list[tuple[str | None, int]], int]:

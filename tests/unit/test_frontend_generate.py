@@ -12,6 +12,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from vllm_ttt import engine_args
 from vllm_ttt.frontend import receipt
 from vllm_ttt.patches import frontend
 
@@ -33,6 +34,7 @@ class FakeLLM:
     """What ``AsyncLLM.generate`` uses of its object; gives the outputs that it is made with, then waits forever."""
 
     log_requests = False
+    vllm_config = SimpleNamespace(additional_config=engine_args()["additional_config"])
 
     def __init__(self, *outputs: RequestOutput):
         self.outputs, self.aborted, self.added = list(outputs), [], {}
@@ -151,6 +153,13 @@ def test_refused_before_anything_is_generated(kwargs: dict[str, Any], message: s
     with pytest.raises(VLLMValidationError, match=message):
         llm.generate(**{"session_id": "-/s", **kwargs})
     assert not llm.added
+
+
+def test_adapters_go_on_to_the_engine_with_the_preset_head() -> None:
+    llm, adapter = FakeLLM(output(None, finished=True)), object()
+    llm.vllm_config = SimpleNamespace(additional_config=engine_args("head")["additional_config"])
+    assert len(collect(llm.generate(session_id="-/s", lora_request=adapter))) == 1
+    assert llm.added["lora_request"] is adapter
 
 
 def test_over_http_sampling_parameters_name_no_session() -> None:

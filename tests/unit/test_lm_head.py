@@ -6,17 +6,17 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import families
 import pytest
+import quantised
 import torch
 from test_deep_tail import distributed, loaded  # noqa: F401
 from test_start import MODEL, changed_model, offline
 from torch import Tensor
 
-from vllm_ttt import plugin, support
+from vllm_ttt import plugin
 from vllm_ttt.config import parse_config
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval.tiny import tiny_model
@@ -109,20 +109,20 @@ class Quantised:
         return (x.float() @ (self.packed * self.scale).T * wrong).to(x.dtype)
 
 
-def quantised(model: Any, monkeypatch: pytest.MonkeyPatch, wrong: float = 1.0) -> Any:
+def in_eight_bits(model: Any, monkeypatch: pytest.MonkeyPatch, wrong: float = 1.0) -> Any:
     weight = model.lm_head.weight.data.float()
     monkeypatch.setattr(model.lm_head, "quant_method", Quantised(weight, wrong))
     return find(model)
 
 
 def test_a_quantised_lm_head_is_read_through_its_product(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = build_head(quantised(model, monkeypatch), ADAPT, 16, torch.bfloat16)
+    head = build_head(in_eight_bits(model, monkeypatch), ADAPT, 16, torch.bfloat16)
     weight = model.lm_head.weight.data[:320].float()
     assert ((head.head_VD.float() - weight).norm() / weight.norm()).item() < 0.02
 
 
 def test_what_cannot_be_read_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = quantised(model, monkeypatch, wrong=1.5)
+    found = in_eight_bits(model, monkeypatch, wrong=1.5)
     with pytest.raises(ConfigError, match=r"lm_head \(Quantised\) cannot be read: logits made of it are off by 50"):
         build_head(found, ADAPT, 16, torch.bfloat16)
 
@@ -140,26 +140,20 @@ def test_what_no_layer_can_is_offered_the_head(tmp_path: Path) -> None:
         if file.suffix == ".json":
             shutil.copy(file, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    quantised = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
     gemma = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}
-    for change in (gemma, {"hidden_act": "gelu"}, {"quantization_config": quantised}):
-        (tmp_path / "config.json").write_text(json.dumps(config | change))
-        *_, (name, ok, said) = plugin.check(str(tmp_path))
-        assert (name, ok) == (f"model {tmp_path}", False)
-        assert "Or serve with --ttt-preset head" in said
-        assert plugin.check(str(tmp_path), "head")[-1][1:] == (True, said_of(config | change))
-        with pytest.raises(ConfigError, match="Or serve with --ttt-preset head"):
-            support._check_layered(**as_start(config | change))
-
-
-def said_of(config: dict[str, Any]) -> str:
-    return f"{config['architectures'][0]}, 8 layers, hidden 384, vocabulary 8192"
-
-
-def as_start(config: dict[str, Any]) -> dict[str, Any]:
-    quantisation = config.get("quantization_config", {}).get("quant_method")
-    hf = SimpleNamespace(hidden_act=config["hidden_act"])
-    return {"architectures": config["architectures"], "hf": hf, "quantization": quantisation}
+    for change in (gemma, {"hidden_act": "gelu"}, {"quantization_config": quantised.INT8}):
+        found = config | change
+        (tmp_path / "config.json").write_text(json.dumps(found))
+        rows = {row.what: row for row in plugin.check(str(tmp_path))[-4:]}
+        says = f"{found['architectures'][0]}, 8 layers, hidden 384, vocabulary 8192"
+        says += ", quantised (compressed-tensors)" if "quantization_config" in change else ""
+        assert rows[f"model {tmp_path}"][1:] == (True, says, True)
+        assert rows["--ttt-preset head"][1:] == (True, says, False)
+        for preset in ("deep", "last"):
+            row = rows[f"--ttt-preset {preset}"]
+            assert not row.ok
+            assert "Or serve with --ttt-preset head" in row.why
+            assert plugin.check(str(tmp_path), preset)[-1][1:] == (False, row.why, True)
 
 
 def test_the_head_of_another_activation_starts(tmp_path: Path) -> None:
@@ -170,7 +164,5 @@ def test_the_head_of_another_activation_starts(tmp_path: Path) -> None:
 
 def test_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
     model = changed_model(tmp_path, is_encoder_decoder=True)
-    assert plugin.check(model, "head")[-1][1:] == (
-        False,
-        "an encoder-decoder model is not supported with the preset head; serve without ttt",
-    )
+    says = "an encoder-decoder model is not supported with the preset head; serve without ttt"
+    assert plugin.check(model, "head")[-1][1:] == (False, says, True)

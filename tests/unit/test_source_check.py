@@ -38,7 +38,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Source, "__init__", noted)
         rows = source_check.check_source(source_check.installed_source().path)
-    assert all(ok for _, ok, _ in rows), rows
+    assert all(row.ok for row in rows), rows
     for source in sources:
         for module in source.modules if source.package == "vllm" else ():
             if (file := source.file(module)) is not None:
@@ -59,15 +59,15 @@ def copy(installed: Path, to: Path, file: str, change: Callable[[str], str]) -> 
 
 
 def failed(path: Path) -> dict[str, str]:
-    return {name: why for name, ok, why in source_check.check_source(path) if not ok}
+    return {row.what: row.why for row in source_check.check_source(path) if not row.ok}
 
 
 def test_the_installed_vllm_passes_as_it_does_live(installed: Path) -> None:
     assert failed(installed) == {}
     live = plugin.check()
-    assert all(ok for _, ok, _ in live)
-    names = [name for name, _, _ in source_check.check_source(installed)]
-    assert names[: len(live)] == [name for name, _, _ in live], "release and patches, as the live check has them"
+    assert all(row.ok for row in live)
+    names = [row.what for row in source_check.check_source(installed)]
+    assert names[: len(live)] == [row.what for row in live], "release and patches, as the live check has them"
     for verify in patches.worker_contracts().values():
         verify()
 

@@ -44,26 +44,6 @@ def offline(**options: Any) -> Any:
     return EngineArgs(**{"model": str(MODEL), "max_model_len": 256, "enforce_eager": True, **engine_args(), **options})
 
 
-def test_quantised_weights_are_refused_by_the_check_and_by_the_start(tmp_path: Path) -> None:
-    for file in MODEL.iterdir():
-        if file.suffix == ".json":
-            shutil.copy(file, tmp_path)
-    assert support.describe_model(str(tmp_path)).startswith("LlamaForCausalLM")
-    config = json.loads((tmp_path / "config.json").read_text())
-    quantised = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
-    for start in (lambda: support.describe_model(str(tmp_path)), offline(model=str(tmp_path)).create_engine_config):
-        with pytest.raises(ConfigError, match=r"quantised weights \(awq\) are not supported with --plugin ttt"):
-            start()
-    (name, ok, said) = plugin.check(str(tmp_path))[-1]
-    assert not ok
-    assert "quantised" in said, name
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="quantised weights"):
-        support.describe_model(str(tmp_path))
-
-
 def test_flags_become_a_config(tmp_path: Path) -> None:
     file = tmp_path / "ttt.yaml"
     file.write_text("sessions: {resident: 3}\nadapt: {rank: 32}")
@@ -192,6 +172,12 @@ def test_options_that_are_refused(options: dict[str, Any], says: str) -> None:
     assert says in str(error.value)
 
 
+def test_adapters_are_served_beside_the_preset_head() -> None:
+    made = offline(enable_lora=True, max_lora_rank=8, **engine_args("head")).create_engine_config()
+    assert made.lora_config.max_lora_rank == 8, "they are vLLM's alone"
+    assert made.lora_config.target_modules is None
+
+
 @pytest.mark.parametrize("start", [offline, lambda: from_flags("--plugin", "ttt", "--enforce-eager")], ids=["offline", "serve"])
 def test_adapters_at_run_time_are_refused(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable opens vLLM's route and its resolver plugins, whose adapters would have the ids of sessions."""
@@ -282,10 +268,10 @@ def test_another_activation_is_refused(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = changed_model(tmp_path, architectures=["GemmaForCausalLM"], model_type="gemma")
-    says = "architecture GemmaForCausalLM is not supported with --plugin ttt: supported are LlamaForCausalLM, Mistral"
-    (row,) = [row for row in plugin.check(model) if row[0].startswith("model ")]
-    assert not row[1]
-    assert says in row[2]
+    says = "architecture GemmaForCausalLM is not supported with --plugin ttt by the presets deep and last, which know Llama; "
+    row = plugin.check(model, "deep")[-1]
+    assert (row.what, row.ok) == (f"model {model}", False)
+    assert says in row.why
     # To look at Gemma itself, vLLM would start a process that imports it.
     monkeypatch.setattr(ModelConfig, "architectures", ["GemmaForCausalLM"])
     with pytest.raises(ConfigError, match=says):

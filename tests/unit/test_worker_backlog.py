@@ -334,3 +334,13 @@ def test_who_finds_no_room_is_named() -> None:
         backlog.start(f"q{i}", RequestPlan(1, 20, True, True))
         view.append(Rows(f"q{i}", i, 0, torch.arange(1)))
     assert backlog.lacking(view) == ["q3", "q4"]
+
+
+def test_what_stands_for_an_image_may_be_no_token_of_the_model() -> None:
+    """It is never learned, but its loss is looked up."""
+    h = torch.zeros(4, 2)
+    backlog = Backlog(2, 4, 1, h, h, vocabulary=10)
+    backlog.start("r", RequestPlan(7, 5, True, False))
+    backlog.take([Rows("r", 0, 0, torch.tensor([3, 70, 9, 4]))], h, h)
+    (chunk,) = backlog.heads()
+    assert backlog.t_PC[chunk.page].tolist() == [3, 9, 9, 4]

@@ -48,12 +48,12 @@ def test_needs_are_the_bytes_of_the_buffers(modules: tuple[str, ...], layer: int
 
 
 def test_weights_that_the_step_has_for_itself_are_counted() -> None:
-    """On a CPU without 16-bit products: float32 beside the model's bfloat16."""
+    """On a CPU without 16-bit products: float32 beside the model's bfloat16. (`weights.copied` says how much that is.)"""
     config = parse_config({"adapt": {"layers": 1, "rank": R}, "sessions": {"resident": 3}})
     geometry = Geometry(layer=1, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)
-    own, shared = (memory.needs(geometry, config, N, 2, V, 512, itemsize) for itemsize in (4, 2))
-    copies = next(size for what, size in own.items() if what.startswith("float32 copies"))
-    assert copies == 4 * (D * Q + 3 * D * F + V * D)
+    own, shared = (memory.needs(geometry, config, N, 2, V, 512, itemsize, 4, more) for itemsize, more in ((4, 1000), (2, 0)))
+    copies = next(size for what, size in own.items() if what.startswith("copies of the weights of the adapted layers"))
+    assert copies == 1000
     workspace = "fixed projections and the workspace of the loss"
     assert own[workspace] == 2 * shared[workspace]
     assert sum(own.values()) == sum(shared.values()) + copies + shared[workspace]

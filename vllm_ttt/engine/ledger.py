@@ -93,6 +93,8 @@ class Session:
     error: str | None = None
     #: of its blocks in the prefix cache
     epoch: Epoch = field(default_factory=Epoch)
+    #: the adapter that it began with; "": the base model; None: nobody has named one yet
+    model: str | None = None
     #: whether it takes a place of its key
     claimed: bool = False
     #: the uid under which the audit log knows it
@@ -130,6 +132,7 @@ class Session:
             "cache": self.cache,
             "frozen": self.frozen,
             "probe_regression": self.probe_regression,
+            "model": self.model,
             "allowance": self.allowance.to_state(),
             "history": self.history.to_state({p: opened.learned for opened in self.open.values() for p in opened.prefixes}),
         }
@@ -149,6 +152,7 @@ class Session:
         self.cache = {name: float(state.get("cache", {}).get(name, 0)) for name in _CACHE}
         self.frozen = state.get("frozen")
         self.probe_regression = state.get("probe_regression")
+        self.model = state.get("model")
         self.allowance = Allowance.from_state(state["allowance"]) if "allowance" in state else Allowance()
         self.history = History.from_state(state.get("history", ()), self.version)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,7 +47,7 @@ class Attached:
     prefixes: list[bytes] = field(default_factory=list)
     #: ranges of its pairs that repeat themselves
     repetitive: list[tuple[int, int]] = field(default_factory=list)
-    #: ranges of its pairs whose next token a pattern of the operator's matches
+    #: ranges of its pairs whose next token a pattern of the operator's matches, or stands for an image
     filtered: list[tuple[int, int]] = field(default_factory=list)
     #: pairs that are in one of those ranges
     left_out: int = 0
@@ -87,7 +89,8 @@ class Attached:
 
     def look_at(self, trust: Trust, tokens: Sequence[int], start: int) -> None:
         """Before it is learned: what of its prompt, from pair ``start`` on, is not."""
-        self.repetitive, self.filtered = trust.repetitive(tokens, start), trust.filter.pairs(tokens)
+        self.repetitive = trust.repetitive(distinct(self.request, tokens), start)
+        self.filtered = _union((*trust.filter.pairs(tokens), *placeholders(self.request)))
         ranges = ((max(first, start), end) for first, end in (*self.repetitive, *self.filtered))
         self.left_out = len({pair for ends in ranges for pair in range(*ends)})
 
@@ -95,7 +98,7 @@ class Attached:
         """Before it starts: what of its prompt is history. Asked in each step in which there is no room for it."""
         history, tokens = self.session.history, self.request.prompt_token_ids or ()
         if self.request.request_id in self.session.open and self.asked != history.changes:
-            self.start, self.asked = history.known(tokens), history.changes
+            self.start, self.asked = history.known(distinct(self.request, tokens)), history.changes
 
     def accepted(self, learn: LearnConfig) -> int:
         """Tokens of the request that have been accepted for learning so far; their steps may be pending."""
@@ -126,8 +129,36 @@ class Attached:
         opened = self.session.open.get(self.request.request_id)
         if opened is None:
             return
-        tokens = list(self.request.all_token_ids)[: self.prompt + self.shown]
+        tokens = distinct(self.request, list(self.request.all_token_ids)[: self.prompt + self.shown])
         opened.prefixes += self.session.history.add_answer(tokens, self.prompt)
+
+
+def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges (first, end) in order, none of which meets another."""
+    found: list[tuple[int, int]] = []
+    for first, end in sorted(ranges):
+        if found and first <= found[-1][1]:
+            first, end = found[-1][0], max(end, found.pop()[1])
+        found.append((first, end))
+    return found
+
+
+def placeholders(request: Request) -> list[tuple[int, int]]:
+    """Ranges (first, end) of a prompt's pairs whose next token stands for a part of an image, or of what else is no text."""
+    places = [feature.mm_position for feature in request.mm_features]
+    return [(max(place.offset - 1, 0), place.offset + place.length - 1) for place in places if place.offset + place.length > 1]
+
+
+def distinct(request: Request, tokens: Sequence[int]) -> Sequence[int]:
+    """``tokens`` of a request, with numbers drawn from its images in place of what stands for them, which any image has."""
+    if not request.mm_features:
+        return tokens
+    told = list(tokens)
+    for feature in request.mm_features:
+        first, length = feature.mm_position.offset, feature.mm_position.length
+        drawn = hashlib.shake_128((feature.mm_hash or feature.identifier).encode()).digest(4 * length)
+        told[first : first + length] = array("I", drawn)
+    return told
 
 
 class Sample(NamedTuple):

@@ -23,7 +23,7 @@ from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.life.alarm import Alarm
 from vllm_ttt.engine.life.ending import Ending
 from vllm_ttt.engine.life.tiers import Tiers
-from vllm_ttt.engine.limits.admission import check_adapter, knobs_of, refusal
+from vllm_ttt.engine.limits.admission import check_adapter, knobs_of, other_model, refusal
 from vllm_ttt.engine.limits.probe import KEY as PROBE
 from vllm_ttt.engine.limits.probe import ProbeReading, pieces
 from vllm_ttt.engine.limits.quotas import Quotas
@@ -31,7 +31,7 @@ from vllm_ttt.engine.limits.stops import Stops
 from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.engine.prefix.held_blocks import HeldBlocks
 from vllm_ttt.engine.prefix.keys import BlockKeys
-from vllm_ttt.engine.requests import Arrivals, Attached, accept, sample_of
+from vllm_ttt.engine.requests import Arrivals, Attached, accept, distinct, sample_of
 from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.log import logger_of
@@ -96,7 +96,7 @@ class TTTScheduler(HoldingScheduler):
         super().add_request(request)
 
     def _attach(self, request: Request) -> None:
-        check_adapter(request)
+        check_adapter(request, self.ttt_config.adapt.in_slots)
         params = request.sampling_params
         extra = (params.extra_args if params is not None else None) or {}
         wire = request.session_id
@@ -108,9 +108,10 @@ class TTTScheduler(HoldingScheduler):
         key = SessionKey.from_wire(wire)
         self.ttt_holding.admit(key)
         session = self.ttt_ledger.open(key, knobs.learn)
-        if not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck:
+        stuck = not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck
+        if refused := other_model(session, request) or (self.ttt_tiers.no_room(session) if stuck else None):
             self.ttt_tiers.left(session)
-            raise self.ttt_tiers.no_room(session)
+            raise refused
         self.ttt_tiers.changes(session)
         if session.frozen and knobs.learn:
             if (sample := sample_of(request)) is None or sample.number == 0:
@@ -217,7 +218,7 @@ class TTTScheduler(HoldingScheduler):
             opened.learned = opened.done = start
             attached.look_at(self.ttt_trust, tokens, start)
             learned = start + accept(attached.prompt - 1 - start, self.ttt_config.learn)
-            attached.prefixes = session.history.add_prompt(tokens, start, learned)
+            attached.prefixes = session.history.add_prompt(distinct(request, tokens), start, learned)
             opened.prefixes += attached.prefixes
             if start:
                 session.tokens_skipped["history"] += start

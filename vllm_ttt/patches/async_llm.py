@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from vllm_ttt import plugin
 from vllm_ttt.errors import RequestError
 from vllm_ttt.frontend import draining, naming, receipt, refusals
 from vllm_ttt.patches import _contract
@@ -55,7 +56,9 @@ def _generate(original: Callable) -> Callable:
         **rest: Any,
     ) -> AsyncGenerator[Any, None]:
         try:
-            session_id = _check(prompt, sampling_params, lora_request, session_id)
+            if lora_request is not None:
+                _check_adapter(self.vllm_config)
+            session_id = _check(prompt, sampling_params, session_id)
         except RequestError as error:
             raise refusals.to_vllm(error) from None
         stream = original(self, prompt, sampling_params, request_id, lora_request=lora_request, session_id=session_id, **rest)
@@ -83,12 +86,17 @@ def _give_up(future: asyncio.Future) -> None:
         future.set_exception(RuntimeError("the engine core is shutting down"))
 
 
-def _check(prompt: Any, sampling_params: Any, lora_request: Any | None, session_id: str | None) -> str | None:
+def _check_adapter(vllm_config: Any) -> None:
+    """Raise RequestError where no adapter is served."""
+    config = plugin.config_of(vllm_config)
+    if config is None or config.adapt.in_slots:
+        raise RequestError(NO_ADAPTERS, param="model")
+
+
+def _check(prompt: Any, sampling_params: Any, session_id: str | None) -> str | None:
     """The session as the engine knows it, or None. Raises RequestError."""
     extra = getattr(sampling_params, "extra_args", None) or {}
     Knobs.parse(extra)
-    if lora_request is not None:
-        raise RequestError(NO_ADAPTERS, param="model")
     if session_id is None:
         # Python callers may name a session in extra_args, and the engine takes it; over HTTP that would be a name that
         # nobody checked or scoped.

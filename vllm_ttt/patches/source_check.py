@@ -16,10 +16,11 @@ from vllm_ttt import patches, support
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.patches import _contract
 from vllm_ttt.patches._source import Definition, Module, Source
+from vllm_ttt.plugin import Checked
 
 
-def check_source(path: Path) -> list[tuple[str, bool, str]]:
-    """(what, whether, why), as `plugin.check` has it, for the vLLM in a folder or wheel.
+def check_source(path: Path) -> list[Checked]:
+    """As `plugin.check` has it, for the vLLM in a folder or wheel.
 
     Raises ConfigError where there is none, or where none is installed to compare it with."""
     source, installed, ours = Source(path), installed_source(), _ours()
@@ -34,7 +35,7 @@ def check_source(path: Path) -> list[tuple[str, bool, str]]:
     rows.append(("overridden methods", not changed, "; ".join(changed) or f"{count} as in vLLM {installed.version}"))
     missing, count = imported(source, ours)
     rows.append(("imported names", not missing, "; ".join(missing) or f"all {count} are there"))
-    return rows
+    return [Checked(*row) for row in rows]
 
 
 @cache

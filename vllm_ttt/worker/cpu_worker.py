@@ -26,6 +26,10 @@ class TTTCPUWorker(TTTWorkerMixin, CPUWorker):
         GroupedPunicaCPU.adopt(modules.punica)
         return torch.ones((), dtype=torch.bool)
 
+    def ttt_adapters(self) -> None:
+        for wrapper in set(self.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()):
+            GroupedPunicaCPU.adopt(wrapper)
+
     def ttt_mix(self, caches: Caches) -> None:
         MixingModelRunner.adopt(self.model_runner, caches, self.trainer.failed)
 

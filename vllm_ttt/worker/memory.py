@@ -19,8 +19,9 @@ def pages(config: TTTConfig) -> int:
 
 
 def begins_at_embedding(geometry: Geometry, config: TTTConfig) -> bool:
-    """Whether every layer is adapted, so that nothing need be captured in the forward pass."""
-    return config.adapt.preset == "deep" and geometry.layer == 0
+    """Whether every layer is adapted, and what enters the first is known by its token: nothing need be captured in the forward
+    pass."""
+    return config.adapt.preset == "deep" and geometry.layer == 0 and not geometry.wrapped
 
 
 def needs(
@@ -32,14 +33,15 @@ def needs(
     max_model_len: int,
     step_itemsize: int,
     kept: int = 4,
+    copied: int = 0,
 ) -> dict[str, int]:
     """Bytes that live as long as the worker, by what they are for; the layers' LoRA slots are vLLM's own and not among them.
 
     Args:
         geometry: of a delta.
         max_tokens: rows of the capture buffers. itemsize: bytes of a number in the model's dtype.
-        step_itemsize: in that of the step's matrix products; where they differ, the step has weights of its own. kept: as for
-            `step_bytes`.
+        step_itemsize: in that of the step's matrix products. kept: as for `step_bytes`.
+        copied: bytes of the weights that the step has for itself.
     """
     D, Q, F, rows = geometry.hidden, geometry.attention, geometry.feed_forward, config.sessions.resident
     tokens = pages(config) * config.learn.chunk
@@ -56,12 +58,9 @@ def needs(
     }
     if geometry.head:
         parts["deltas that are being served (sessions.resident, adapt.rank)"] = rows * D * geometry.rank * step_itemsize
-        if step_itemsize != itemsize:
-            parts["a float32 copy of lm_head (this CPU has no 16-bit products)"] = step_itemsize * vocab * D
-    elif step_itemsize != itemsize:
-        attending = geometry.layers - (not begins_at_embedding(geometry, config))
-        weights = geometry.layers * D * (Q + 3 * F) + attending * D * (Q + 2 * geometry.keys) + vocab * D
-        parts["float32 copies of the adapted layers and lm_head (this CPU has no 16-bit products)"] = step_itemsize * weights
+    if copied:
+        which = "lm_head" if geometry.head else "the adapted layers and of lm_head"
+        parts[f"copies of the weights of {which}, which the model has in another form"] = copied
     if config.cache.orders:
         parts["indexes of the caches of sessions that are served (cache.tokens, cache.orders, sessions.resident)"] = (
             rows * config.cache.index_bytes

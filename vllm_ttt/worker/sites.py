@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.geometry import Geometry
 from vllm_ttt.worker.capture.capture import Capture
@@ -11,6 +13,7 @@ from vllm_ttt.worker.capture.states import States
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.serve.head_slots import HeadSlots
 from vllm_ttt.worker.serve.slots import Slots
+from vllm_ttt.worker.step import weights
 from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.lm_head import build_head, find_head
 from vllm_ttt.worker.step.micro_step import Tail
@@ -30,6 +33,12 @@ class InLayers:
         )
         #: the attention of the layers in which the step attends
         self.attentions = [layer.attention.attn for layer in self.modules.attending]
+
+    def copied(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights that a step in ``dtype`` has for itself."""
+        vocabulary = self.worker.vllm_config.model_config.get_vocab_size()
+        head = weights.copied(self.modules.lm_head, dtype, vocabulary)
+        return head + sum(weights.copied(layer, dtype) for layer in self.modules.read)
 
     def build(self) -> tuple[Tail, Capture]:
         """The weights of the step, and what keeps its inputs."""
@@ -53,7 +62,13 @@ class AtHead:
     def __init__(self, worker: TTTWorkerMixin, geometry: Geometry, config: TTTConfig):
         self.worker, self.geometry, self.config, self.attentions = worker, geometry, config, []
         model = worker.vllm_config.model_config
+        if worker.vllm_config.lora_config is not None:
+            worker.ttt_adapters()
         self.found = find_head(worker.model_runner.get_model(), geometry.hidden, model.dtype, worker.device)
+
+    def copied(self, dtype: torch.dtype) -> int:
+        """As `InLayers.copied`."""
+        return weights.copied(self.found.lm_head, dtype, self.found.vocabulary)
 
     def build(self) -> tuple[Head, States]:
         config = self.worker.vllm_config

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import RequestError
-from vllm_ttt.geometry import Geometry
 from vllm_ttt.log import logger_of
 from vllm_ttt.metrics import Snapshot
 from vllm_ttt.plugin import config_of
-from vllm_ttt.support import served_name
+from vllm_ttt.support import geometry_of, served_name
 from vllm_ttt.types import NO_ADAPTERS, StepPlan
 from vllm_ttt.vault import Vault
 from vllm_ttt.worker import memory
@@ -76,6 +75,9 @@ class TTTWorkerMixin:
         """Let the model runner serve with them."""
         raise NotImplementedError
 
+    def ttt_adapters(self) -> None:
+        """Make vLLM's LoRA, of adapters that are no sessions', what it should be; before the model computes anything."""
+
     def ttt_memory_left(self) -> int:
         """Bytes that vLLM may still use on the device once the model is loaded, KV cache included."""
         raise NotImplementedError
@@ -89,7 +91,7 @@ class TTTWorkerMixin:
         if config.sessions.state_dir is not None:
             leave_with_the_engine()
         model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
-        geometry = Geometry.of(model.hf_text_config, config.adapt)
+        geometry = geometry_of(model, config)
         site = site_of(self, geometry, config)
         left, products = self.ttt_memory_left(), step_dtype(model.dtype, self.device)
         if products != model.dtype:
@@ -100,7 +102,7 @@ class TTTWorkerMixin:
             )
         kept = products.itemsize if self.device.type == "cuda" else 4
         sizes = (model.dtype.itemsize, model.get_vocab_size(), model.max_model_len, products.itemsize, kept)
-        needs = memory.needs(geometry, config, max_tokens, *sizes)
+        needs = memory.needs(geometry, config, max_tokens, *sizes, site.copied(products))
         step = memory.step_bytes(geometry, config, products.itemsize, model.max_model_len, kept)
         packed = memory.packed_bytes(geometry, config, products.itemsize, model.max_model_len)
         if site.attentions and self.device.type == "cuda":
@@ -110,7 +112,8 @@ class TTTWorkerMixin:
         tail, self.capture = site.build()
         dtype, device = model.dtype, tail.head_VD.device
         pages = memory.pages(config)
-        self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, self.capture.h_ND, self.capture.a_NQ)
+        buffers = self.capture.h_ND, self.capture.a_NQ
+        self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, *buffers, model.get_vocab_size())
         deltas = Deltas(tail, config.sessions.resident, config.learn.rate)
         assert deltas.bytes_per_session() == geometry.bytes, "the model's configuration and its weights disagree"
         slots = site.slots(deltas)
@@ -203,7 +206,9 @@ class TTTWorkerMixin:
 
     def add_lora(self, lora_request: Any) -> bool:
         """vLLM's, for adapters from outside. What a session is served with does not come this way."""
-        raise RequestError(NO_ADAPTERS, param="model")
+        if self.idle is not None:  # sessions have vLLM's slots
+            raise RequestError(NO_ADAPTERS, param="model")
+        return super().add_lora(lora_request)  # type: ignore[misc]
 
     def ttt_session(self, key: int) -> dict[str, Any]:
         """What the worker knows of a session."""

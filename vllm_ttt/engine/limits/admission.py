@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams, SamplingType
@@ -11,13 +14,61 @@ from vllm.v1.request import Request
 
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import NO_ADAPTERS, SAMPLES, Knobs
+from vllm_ttt.types import ADAPTER_PATH, NO_ADAPTERS, SAMPLES, Knobs
+
+if TYPE_CHECKING:
+    from vllm_ttt.engine.ledger import Session
 
 
-def check_adapter(request: Request) -> None:
-    """Raise RequestError (400) where the request brings an adapter: the engine alone gives adapters, to sessions."""
-    if request.lora_request is not None:
+def check_adapter(request: Request, in_slots: bool) -> None:
+    """Raise RequestError (400) where the request brings an adapter that cannot be served.
+
+    Args:
+        in_slots: whether sessions are served from vLLM's LoRA slots: then the engine alone gives adapters, to sessions. Else it
+            may have any adapter that leaves lm_head as it is, which the step takes from the model.
+    """
+    adapter = request.lora_request
+    if adapter is None:
+        return
+    if in_slots or adapter.lora_path.startswith(ADAPTER_PATH):
         raise RequestError(NO_ADAPTERS, param="model")
+    if _adapts_lm_head(adapter.lora_path):
+        message = (
+            f"the adapter {adapter.lora_name} changes lm_head, which the preset head learns before; merge it into the model"
+        )
+        raise RequestError(message, param="model")
+
+
+@lru_cache(maxsize=1024)
+def _adapts_lm_head(path: str) -> bool:
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    file = Path(get_adapter_absolute_path(path)) / "adapter_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        named = settings.get("target_modules") or []
+        modules = [*([named] if isinstance(named, str) else named), *(settings.get("modules_to_save") or [])]
+    except (OSError, ValueError, AttributeError):
+        return False  # vLLM says what is wrong with it
+    return any(str(module).endswith("lm_head") for module in modules)
+
+
+def other_model(session: Session, request: Request) -> RequestError | None:
+    """The refusal (409) of a request that names another model, by an adapter's name, than the one that its session began with.
+
+    A session that has learned nothing begins with the model of the request.
+    """
+    name = "" if request.lora_request is None else request.lora_request.lora_name
+    if session.model is None or (session.version == 0 and not session.open):
+        session.model = name
+    if session.model == name:
+        return None
+    began, asked = (f"the adapter {model}" if model else "the base model" for model in (session.model, name))
+    message = (
+        f"session {session.key.name} has learned with {began}, and this request names {asked}, where that means nothing; "
+        "name the model that it began with, or another session"
+    )
+    return RequestError(message, status=409, param="model")
 
 
 def knobs_of(params: SamplingParams, learn: LearnConfig, vllm_config: VllmConfig) -> Knobs:

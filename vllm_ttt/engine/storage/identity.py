@@ -9,8 +9,7 @@ from typing import Any
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.geometry import Geometry
-from vllm_ttt.support import served_name
+from vllm_ttt.support import geometry_of, served_name
 
 #: Keys of config.json that say nothing about what the model computes.
 _IRRELEVANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
@@ -25,7 +24,7 @@ def identity(vllm_config: Any, config: TTTConfig) -> dict[str, Any]:
     """
     model = vllm_config.model_config
     folder = _folder(model.model, model.revision)
-    geometry = Geometry.of(model.hf_text_config, config.adapt)
+    geometry = geometry_of(model, config)
     adapt = config.adapt.model_dump(mode="json", include={"rank", "seed", "layers", "modules"}) | {"layers": geometry.layers}
     return {
         "model": {

@@ -34,7 +34,7 @@ STANDING = ("frozen", "allowance")
 _KINDS: dict[str, tuple[type, ...]] = {
     "version": (int,), "tokens_seen": (int,), "tokens_learned": (int,), "tokens_skipped": (dict,), "losses": (list,),
     "requests": (int,), "digest": (str,),
-    "frozen": (str, type(None)), "probe_regression": (int, float, type(None)),
+    "frozen": (str, type(None)), "model": (str, type(None)), "probe_regression": (int, float, type(None)),
 }  # fmt: skip
 _UID = re.compile(r"[0-9a-f]{32}")
 

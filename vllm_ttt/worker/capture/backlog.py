@@ -35,8 +35,13 @@ class Backlog:
     ``x`` are the tokens of the rows, and ``t`` those that follow. Where the step begins at the embedding, D and Q are 0.
     """
 
-    def __init__(self, pages: int, chunk: int, min_chunk: int, h_ND: Tensor, a_NQ: Tensor):
-        """Allocate ``pages`` pages of ``chunk`` rows, like the rows of the capture buffers."""
+    def __init__(self, pages: int, chunk: int, min_chunk: int, h_ND: Tensor, a_NQ: Tensor, vocabulary: int = 2**31):
+        """Allocate ``pages`` pages of ``chunk`` rows, like the rows of the capture buffers.
+
+        Args:
+            vocabulary: tokens that the model can predict. What stands for an image may be none of them; it is never learned.
+        """
+        self.last_token = vocabulary - 1
         self.h_PCD = h_ND.new_zeros(pages, chunk, h_ND.shape[1])
         self.a_PCQ = a_NQ.new_zeros(pages, chunk, a_NQ.shape[1])
         self.x_PC = torch.zeros(pages, chunk, dtype=torch.int64, device=h_ND.device)
@@ -141,7 +146,7 @@ class Backlog:
         source, target = to_device(torch.cat(copy.source), device), to_device(torch.cat(copy.target), device)
         self.h_PCD.flatten(0, 1).index_copy_(0, target, h_ND.index_select(0, source))
         self.a_PCQ.flatten(0, 1).index_copy_(0, target, a_NQ.index_select(0, source))
-        self.t_PC.flatten().index_copy_(0, target, torch.cat(copy.next_tokens))
+        self.t_PC.flatten().index_copy_(0, target, torch.cat(copy.next_tokens).clamp_(max=self.last_token))
         if copy.tokens:
             self.x_PC.flatten().index_copy_(0, target, torch.cat(copy.tokens))
 

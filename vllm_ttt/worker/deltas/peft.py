@@ -34,8 +34,9 @@ def adapter(
     tensors = {}
     for name, (width, b) in _split(deltas, geometry).items():
         a = projections[width]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.clone()  # gate and up share it, which the format does not allow
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.to(a.dtype, copy=True)
+        key_a, key_b = _keys(name, geometry)
+        tensors[key_a] = a.clone()  # gate and up share it, which the format does not allow
+        tensors[key_b] = b.to(a.dtype, copy=True)
     return delta_file.encode(tensors, {**metadata, "adapter_config": json.dumps(config(geometry, base_model))})
 
 
@@ -47,7 +48,7 @@ def config(geometry: Geometry, base_model: str) -> dict[str, Any]:
         "base_model_name_or_path": base_model,
         "r": geometry.rank,
         "lora_alpha": geometry.rank,
-        "target_modules": list(_modules(geometry)),
+        "target_modules": [_called(name, geometry) for name in _modules(geometry)],
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -76,19 +77,19 @@ def read_adapter(data: bytes, settings: dict[str, Any], geometry: Geometry) -> d
             raise FileError(f"its adapter_config has {key}, which a session cannot have")
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (width, out) in _modules(geometry).items():
-        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (geometry.rank, width)
-        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (out, geometry.rank)
+        key_a, key_b = _keys(name, geometry)
+        shapes[key_a], shapes[key_b] = (geometry.rank, width), (out, geometry.rank)
     tensors = delta_file.decode(data, shapes, DTYPES)
     found = {}
     for name, (width, _) in _modules(geometry).items():
-        a = tensors[f"{_PREFIX}{name}.lora_A.weight"]
+        a, b = (tensors[key] for key in _keys(name, geometry))
         own = projections(geometry, torch.float32)[width]
         if (a.float() - own).norm() > 0.01 * own.norm():  # what bf16 rounds away is less; another seed is 1.4
             raise FileError(f"its A of {name} is not that of adapt.seed {geometry.seed}; a session takes no other A")
-        found[name] = tensors[f"{_PREFIX}{name}.lora_B.weight"].float()
+        found[name] = b.float()
     for name in geometry.shapes:
         layer, _, module = name.rpartition(".")
-        if module == "gate_up_proj":
+        if module == "gate_up_proj" and not geometry.packed:
             found[name] = torch.cat((found[f"{layer}.gate_proj"], found[f"{layer}.up_proj"]))
     return {name: found[name] for name in geometry.shapes}
 
@@ -102,8 +103,20 @@ def projections(geometry: Geometry, dtype: torch.dtype) -> dict[int, Tensor]:
     return {width: make_projection(width, geometry.rank, geometry.seed).to(dtype) for width in widths}
 
 
+def _called(name: str, geometry: Geometry) -> str:
+    """What transformers' model calls a module of ours."""
+    return name.replace("model.layers", geometry.peft, 1)
+
+
+def _keys(name: str, geometry: Geometry) -> tuple[str, str]:
+    """Of its A and its B."""
+    called = f"{_PREFIX}{_called(name, geometry)}"
+    return f"{called}.lora_A.weight", f"{called}.lora_B.weight"
+
+
 def _modules(geometry: Geometry) -> dict[str, tuple[int, int]]:
-    """PEFT's module -> (inputs, outputs); those of lm_head are the model's vocabulary, which no geometry knows: 0."""
+    """PEFT's module, by our name of the layer -> (inputs, outputs); those of lm_head are the model's vocabulary, which no
+    geometry knows: 0."""
     if geometry.head:
         return {"lm_head": (geometry.hidden, 0)}
     D, F = geometry.hidden, geometry.feed_forward
@@ -112,6 +125,8 @@ def _modules(geometry: Geometry) -> dict[str, tuple[int, int]]:
         "gate_up_proj": {"mlp.gate_proj": (D, F), "mlp.up_proj": (D, F)},
         "down_proj": {"mlp.down_proj": (F, D)},
     }
+    if geometry.packed:
+        widths["gate_up_proj"] = {"mlp.gate_up_proj": (D, 2 * F)}
     adapted = {name: sizes for module in geometry.outputs for name, sizes in widths[module].items()}
     layers = range(geometry.layer, geometry.layer + geometry.layers)
     return {f"model.layers.{i}.{module}": sizes for i in layers for module, sizes in adapted.items()}
@@ -122,6 +137,6 @@ def _split(deltas: dict[str, Tensor], geometry: Geometry) -> dict[str, tuple[int
     parts = dict(deltas)
     for name, b in deltas.items():
         layer, _, module = name.rpartition(".")
-        if module == "gate_up_proj":
+        if module == "gate_up_proj" and not geometry.packed:
             parts[f"{layer}.gate_proj"], parts[f"{layer}.up_proj"] = b.split(geometry.feed_forward)
     return {name: (width, parts[name]) for name, (width, _) in _modules(geometry).items()}

@@ -20,7 +20,7 @@ def _grouped_lora(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], runs: 
 
     Args:
         y: [N, out], the slices beside each other. x: [N, in].
-        a: per slice, [1, 1, R, in], that of all slots. b: per slice, [slots, 1, out of the slice, R].
+        a: per slice, [slots, 1, R, in], or [1, 1, R, in], that of all slots. b: per slice, [slots, 1, out of the slice, R].
         runs: [runs, 3] int64: first row, rows, slot; a run of 0 rows ends the list.
     """
     for first, rows, slot in runs.tolist():
@@ -29,7 +29,9 @@ def _grouped_lora(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], runs: 
         offset, x_rows = 0, x[first : first + rows]
         for a_all, b_slots in zip(a, b, strict=True):
             width = b_slots.shape[2]
-            y[first : first + rows, offset : offset + width] += (x_rows @ a_all[0, 0].T) @ b_slots[slot, 0].T
+            y[first : first + rows, offset : offset + width] += (x_rows @ a_all[min(slot, len(a_all) - 1), 0].T) @ b_slots[
+                slot, 0
+            ].T
             offset += width
 
 
@@ -56,6 +58,9 @@ class GroupedPunicaCPU(PunicaWrapperCPU):
         runs = runs[runs[:, 2] >= 0]
         self.ttt_runs[: len(runs)] = runs
         self.ttt_runs[len(runs)].zero_()
+
+    def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
+        """No adapter that is served changes lm_head."""
 
     def add_lora_linear(
         self,

@@ -73,6 +73,12 @@ def share(layer: Any, a_RI: Tensor) -> None:
     layer.lora_a_stacked = tuple(a_RI.to(a)[None, None] for a in layer.lora_a_stacked)
 
 
+def _parts(stacks: tuple[Tensor, ...], count: int) -> list[Tensor]:
+    """vLLM's tensors [slots, 1, out, R] of a module as ``count`` of them: a module that has one has its parts beside each
+    other."""
+    return list(stacks) if len(stacks) == count else list(stacks[0].chunk(count, 2))
+
+
 class Slots:
     def __init__(self, manager: Any, modules: TailModules, deltas: Deltas, dtype: torch.dtype):
         manager.__class__ = SessionLoRAManager
@@ -92,16 +98,14 @@ class Slots:
                     share(module, a)
         #: vLLM's tensors of all slots, one for each part of a delta
         self.stacks = [
-            module.lora_b_stacked[i]
+            stack
             for layer in modules.layers
-            for letter, module, i in (
-                ("o", layer.o_proj, 0),
-                ("g", layer.gate_up_proj, 0),
-                ("u", layer.gate_up_proj, 1),
-                ("d", layer.down_proj, 0),
-            )
-            if letter in modules.adapted
+            for letters, module in (("o", layer.o_proj), ("gu", layer.gate_up_proj), ("d", layer.down_proj))
+            if letters in modules.adapted
+            for stack in _parts(module.lora_b_stacked, len(letters))
         ]
+        #: whether gate and up are one slice of a slot
+        self.packed = "gu" in modules.adapted and len(modules.layers[0].gate_up_proj.lora_b_stacked) == 1
 
     def start(self, request: str, key: int) -> None:
         """A request of the session begins: its adapter came with it."""
@@ -118,11 +122,13 @@ class Slots:
         tail, rank = self.deltas.tail, self.deltas.tail.rank
         assert isinstance(tail, Tail)
         names = (self._names(layer) for layer in self.modules.layers)
-        inputs = {"o": tail.ao_RQ, "g": tail.ai_RD, "u": tail.ai_RD, "d": tail.ad_RF}
-        places = [(name, inputs[letter]) for layer in names for letter, name in layer.items()]
-        weights = (
-            LoRALayerWeights(name, rank, rank, a, b[0]) for (name, a), (_, b) in zip(places, served.parts(), strict=True)
-        )
+        inputs = {"o": tail.ao_RQ, "g": tail.ai_RD, "u": tail.ai_RD, "gu": tail.ai_RD, "d": tail.ad_RF}
+        places = [(name, inputs[letters], len(letters)) for layer in names for letters, name in layer.items()]
+        parts = (b[0] for _, b in served.parts())
+        weights = [
+            LoRALayerWeights(name, rank, rank, a, torch.cat([next(parts) for _ in range(n)]) if n > 1 else next(parts))
+            for name, a, n in places
+        ]
         return LoRAModel(key, rank, {w.module_name: w for w in weights})
 
     def write(self, key: int, session: WorkerSession) -> None:
@@ -149,10 +155,11 @@ class Slots:
         return [key for key in self.manager._adapter_manager.lora_index_to_id if key is not None]
 
     def _names(self, layer: LayerModules) -> dict[str, str]:
-        """vLLM's names of a layer's adapted modules by letter, gate and up apart."""
+        """vLLM's names of a layer's adapted modules by letter, gate and up apart where it has them apart."""
         parent = layer.names["gu"].rpartition(".")[0]
-        names = {"o": layer.names["o"], "g": f"{parent}.gate_proj", "u": f"{parent}.up_proj", "d": layer.names["d"]}
-        return {letter: name for letter, name in names.items() if letter in self.modules.adapted}
+        inner = {"gu": layer.names["gu"]} if self.packed else {"g": f"{parent}.gate_proj", "u": f"{parent}.up_proj"}
+        names = {"o": layer.names["o"], **inner, "d": layer.names["d"]}
+        return {letters: name for letters, name in names.items() if letters in self.modules.adapted}
 
     def _copy(self, slot: int, delta: Delta) -> None:
         served = delta.to(self.dtype)

@@ -4,7 +4,7 @@ sessions beside the model's weights. Dimension suffixes as in micro_step.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_ttt.worker.delta import LayerDelta
 from vllm_ttt.worker.step import pointwise
 from vllm_ttt.worker.step.pointwise import Flow, Normed
-from vllm_ttt.worker.step.products import add_outer, linear, through
+from vllm_ttt.worker.step.products import Served, add_outer, linear, through
 
 if TYPE_CHECKING:
     from vllm_ttt.worker.step.micro_step import Tail
@@ -31,6 +31,8 @@ class Block:
     bo_D: Tensor | None = None
     bgu_2F: Tensor | None = None
     bd_D: Tensor | None = None
+    #: by "o", "gu" and "d"; those of quantised layers alone
+    served: dict[str, Served] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,11 +57,11 @@ def forward(
         delta: of this layer, in the tail's dtype.
         r_TD: residual stream that enters the layer, float32. a_TQ: its attention output, in the tail's dtype.
     """
-    dt = block.wo_DQ.dtype
-    o_TD, ao_TR = linear(a_TQ, block.wo_DQ, tail.ao_RQ, delta.o, block.bo_D, S)
+    dt, served = block.wo_DQ.dtype, block.served.get
+    o_TD, ao_TR = linear(a_TQ, block.wo_DQ, tail.ao_RQ, delta.o, block.bo_D, S, served("o"))
     normed, x_TD = pointwise.norm(r_TD, o_TD, block.ln_D, block.eps, dt)
-    gu_T2F, ax_TR = linear(x_TD, block.wgu_2FD, tail.ai_RD, delta.gu, block.bgu_2F, S)
-    d_TD, az_TR = linear(pointwise.gated(gu_T2F, dt), block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S)
+    gu_T2F, ax_TR = linear(x_TD, block.wgu_2FD, tail.ai_RD, delta.gu, block.bgu_2F, S, served("gu"))
+    d_TD, az_TR = linear(pointwise.gated(gu_T2F, dt), block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S, served("d"))
     return normed.r_TD, d_TD, Passed(ao_TR, normed, ax_TR, gu_T2F, az_TR)
 
 

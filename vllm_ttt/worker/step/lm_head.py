@@ -13,23 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from vllm_ttt.config import AdaptConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.patches import _contract
+from vllm_ttt.worker.step import weights
 from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.tail import make_projection, step_dtype
-
-#: Random states that a model is tried with.
-ROWS = 8
-#: By how much the logits of what was found may differ from the model's: what 16 bits round away, and what a quantised lm_head
-#: rounds of the states that it multiplies.
-PLAIN, QUANTISED = 0.02, 0.15
-#: Columns of a quantised lm_head that are read at once.
-COLUMNS = 256
+from vllm_ttt.worker.step.weights import PLAIN, QUANTISED, ROWS
 
 
 @dataclass(frozen=True)
@@ -43,9 +35,9 @@ class Found:
     logits: Tensor | None
 
     @property
-    def plain(self) -> bool:
-        """Whether lm_head is not quantised."""
-        return isinstance(self.lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+    def vocabulary(self) -> int:
+        """Without vLLM's padding."""
+        return self.processor.org_vocab_size
 
 
 def find_head(model: Any, hidden: int, dtype: torch.dtype, device: torch.device) -> Found:
@@ -72,17 +64,17 @@ def find_head(model: Any, hidden: int, dtype: torch.dtype, device: torch.device)
 
 def build_head(found: Found, adapt: AdaptConfig, rank: int, dtype: torch.dtype) -> Head:
     """The weights of the step; A is rounded to the model's ``dtype``. Raises ConfigError where they do not make its logits."""
-    vocab, lm_head = found.processor.org_vocab_size, getattr(found.lm_head, "base_layer", found.lm_head)
+    vocab, lm_head = found.vocabulary, getattr(found.lm_head, "base_layer", found.lm_head)
     products = step_dtype(dtype, found.states.device)
     head = Head(
-        _weight(lm_head, vocab, found, dtype).to(products),
+        weights.dense(lm_head, dtype, vocab).to(products),
         make_projection(found.states.shape[1], rank, adapt.seed).to(found.states).to(products),
         bias_V=None if found.bias is None else found.bias.data[:vocab].to(products),
         logit_scale=found.processor.scale,
         soft_cap=found.processor.soft_cap,
     )
     assert found.logits is not None
-    ours, limit = _logits(head, found.states), PLAIN if found.plain else QUANTISED
+    ours, limit = _logits(head, found.states), PLAIN if weights.is_plain(lm_head) else QUANTISED
     error = ((ours - found.logits.float()).norm() / found.logits.float().norm()).item()
     if not error < limit:
         what = f"lm_head ({type(lm_head.quant_method).__name__}) cannot be read: logits made of it are off by {error:.1%}"
@@ -90,24 +82,6 @@ def build_head(found: Found, adapt: AdaptConfig, rank: int, dtype: torch.dtype) 
             f"{what}, and the preset head allows {limit:.0%}; serve without ttt, or name a model whose lm_head is plain"
         )
     return head
-
-
-def _weight(lm_head: Any, vocab: int, found: Found, dtype: torch.dtype) -> Tensor:
-    """lm_head as [vocab, D], the model's own tensor where there is one in its ``dtype``.
-
-    A quantised one, or one that vLLM's CPU backend has packed, is read through its own product, some columns at a time.
-    """
-    weight, (_, D) = getattr(lm_head, "weight", None), found.states.shape
-    if found.plain and weight is not None and weight.numel():
-        return weight.data[:vocab]
-    columns = []
-    with torch.inference_mode():
-        for first in range(0, D, COLUMNS):
-            n = min(COLUMNS, D - first)
-            eye = found.states.new_zeros(n, D)
-            eye[torch.arange(n), first + torch.arange(n)] = 1.0
-            columns.append(lm_head.quant_method.apply(lm_head, eye, bias=None)[:, :vocab].T.to(dtype))
-        return torch.cat(columns, 1)
 
 
 def _logits(head: Head, states: Tensor) -> Tensor:

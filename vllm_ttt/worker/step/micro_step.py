@@ -24,6 +24,7 @@ from vllm_ttt.worker.step.attention import Attention, SDPAAttention
 from vllm_ttt.worker.step.block import Block, Passed
 from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.loss import cross_entropy, workspace
+from vllm_ttt.worker.step.products import Served
 from vllm_ttt.worker.step.qkv import QKV, Past, Rotated
 from vllm_ttt.worker.step.update import Norms
 
@@ -53,6 +54,8 @@ class Tail:
     bo_D: Tensor | None = None
     bgu_2F: Tensor | None = None
     bd_D: Tensor | None = None
+    #: as in `Block`
+    served: dict[str, Served] = field(default_factory=dict)
     bias_V: Tensor | None = None
     logit_scale: float = 1.0
     soft_cap: float | None = None

@@ -6,17 +6,28 @@ CPU it is float32. Dimension suffixes as in micro_step.py; O and I are the outpu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from vllm_ttt.worker.step.pointwise import Flow
 
+#: x W^T as a quantised layer serves it, [T, O] of [T, I].
+Served = Callable[[Tensor], Tensor]
+
 
 def linear(
-    x_TI: Tensor, w_OI: Tensor, a_RI: Tensor | None, b_SOR: Tensor | None, bias_O: Tensor | None, S: int
+    x_TI: Tensor,
+    w_OI: Tensor,
+    a_RI: Tensor | None,
+    b_SOR: Tensor | None,
+    bias_O: Tensor | None,
+    S: int,
+    served: Served | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """x (W + B A)^T + bias, [T, O], with x A^T [T, R] where there is a B."""
-    y_TO, xa_TR = x_TI @ w_OI.T, None
+    """x (W + B A)^T + bias, [T, O], with x A^T [T, R] where there is a B; ``served`` in place of the product with W alone."""
+    y_TO, xa_TR = x_TI @ w_OI.T if served is None else served(x_TI), None
     y_TO = y_TO if y_TO.is_cuda else y_TO.float()
     if b_SOR is not None and a_RI is not None:
         xa_TR = x_TI @ a_RI.T

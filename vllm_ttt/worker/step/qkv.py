@@ -6,7 +6,7 @@ Dimension suffixes as in micro_step.py and attention.py; X = (H + 2 G) E.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from vllm_ttt.worker.clock import to_device
 from vllm_ttt.worker.step import pointwise
 from vllm_ttt.worker.step.attention import Attention, Layout, Own
 from vllm_ttt.worker.step.pointwise import Flow, Normed
+from vllm_ttt.worker.step.products import Served as ServedProduct
 from vllm_ttt.worker.step.products import linear, through
 
 
@@ -41,6 +42,8 @@ class QKV:
     bqkv_X: Tensor | None = None
     q_norm: HeadNorm | None = None
     k_norm: HeadNorm | None = None
+    #: of a quantised layer
+    served: ServedProduct | None = field(default=None, kw_only=True)
 
     @property
     def head(self) -> int:
@@ -106,7 +109,7 @@ def forward(
     """
     dt = w.wqkv_XD.dtype
     normed, x_TD = pointwise.norm(r_TD, y_TD, w.ln_D, w.eps, dt)
-    qkv_TX, _ = linear(x_TD, w.wqkv_XD, None, None, w.bqkv_X, 1)
+    qkv_TX, _ = linear(x_TD, w.wqkv_XD, None, None, w.bqkv_X, 1, w.served)
     own, turned = pointwise.turn(qkv_TX, w, past.positions_T, dt)
     out_THE = kernel.forward(own, past.served(layer, dt), past.layout, w.scale)
     return normed.r_TD, out_THE.flatten(1), Rotated(normed, own, turned, layer)

@@ -1,13 +1,13 @@
 """From a loaded vLLM model to the `Tail` that the micro-step works on, for each supported architecture.
 
-Llama, Mistral, Qwen2 and Qwen3 name the modules of a layer alike, and in their attention differ by biases and norms alone, so
-one spec serves them all; another family gets another entry in ARCHITECTURES.
+Llama, Mistral, Qwen2, Qwen3 and Phi-3 name the modules of a layer alike, and in their attention differ by biases, norms and
+rotary tables alone, so one spec serves them all; another family gets another entry in ARCHITECTURES. Names are those of vLLM's
+classes, which serve several architectures each (families.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 from vllm_ttt.config import AdaptConfig
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.worker.step import attention
+from vllm_ttt.log import logger_of
+from vllm_ttt.worker.step import attention, weights
 from vllm_ttt.worker.step.block import Block
 from vllm_ttt.worker.step.micro_step import Tail
+from vllm_ttt.worker.step.products import Served
 from vllm_ttt.worker.step.qkv import QKV, HeadNorm
+
+logger = logger_of(__name__)
 
 #: Rotary embeddings of vLLM that are a table of cosines and sines by position, and nothing else.
 ROTARY = ("RotaryEmbedding", "Llama3RotaryEmbedding", "LinearScalingRotaryEmbedding", "YaRNScalingRotaryEmbedding")
+#: One that has two such tables, of which it uses one: Phi-3's.
+TWO_TABLES = "Phi3LongRoPEScaledRotaryEmbedding"
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ ARCHITECTURES = {
     "MistralForCausalLM": TailSpec(),
     "Qwen2ForCausalLM": TailSpec(),
     "Qwen3ForCausalLM": TailSpec(),
+    "Qwen3LLMForCausalLM": TailSpec(),
+    "Phi3ForCausalLM": TailSpec(),
+    "Ernie4_5ForCausalLM": TailSpec(),
 }
 
 
@@ -86,6 +95,12 @@ class TailModules:
         return [name for layer in self.layers for letters, name in layer.names.items() if letters in self.adapted]
 
     @property
+    def read(self) -> list[Any]:
+        """The linear layers whose weights the step has, lm_head apart."""
+        adapted = [part for layer in self.layers for part in (layer.o_proj, layer.gate_up_proj, layer.down_proj)]
+        return adapted + [layer.attention.qkv_proj for layer in self.attending]
+
+    @property
     def punica(self) -> Any:
         """vLLM's LoRA kernels, which all adapted modules share."""
         lowest = self.layers[0]
@@ -94,44 +109,61 @@ class TailModules:
 
 
 def find_modules(model: nn.Module, layers: int = 1, adapted: str = "ogud", deep: bool = True) -> TailModules:
-    """Those of the last ``layers`` layers; with ``deep`` the step begins at the embedding where those are all.
+    """Those of the last ``layers`` layers; with ``deep`` the step begins at the embedding where those are all, and where the
+    model is not one that has states besides those of its tokens.
 
     Raises ConfigError where the architecture has no spec.
     """
-    spec = ARCHITECTURES.get(type(model).__name__)
+    inner, before = language_model(model)
+    spec = ARCHITECTURES.get(type(inner).__name__)
     if spec is None:
-        raise ConfigError(f"no tail for {type(model).__name__}; there is one for {', '.join(ARCHITECTURES)}")
-    count = len(model.get_submodule(spec.layers))  # type: ignore[arg-type]
+        raise ConfigError(f"no tail for {type(inner).__name__}; there is one for {', '.join(ARCHITECTURES)}")
+    count = len(inner.get_submodule(spec.layers))  # type: ignore[arg-type]
 
     def layer(i: int) -> LayerModules:
         prefix = f"{spec.layers}.{i}"
         names = {"o": spec.o_proj, "gu": spec.gate_up_proj, "d": spec.down_proj}
         paths = (spec.attention_norm, spec.attention, spec.o_proj, spec.norm, spec.gate_up_proj, spec.down_proj)
-        found = (model.get_submodule(f"{prefix}.{path}") for path in paths)
-        return LayerModules(*found, names={k: f"{prefix}.{name}" for k, name in names.items()})
+        found = (inner.get_submodule(f"{prefix}.{path}") for path in paths)
+        return LayerModules(*found, names={k: f"{before}{prefix}.{name}" for k, name in names.items()})
 
     chosen = tuple(layer(i) for i in range(count - layers, count))
-    embedding = model.get_submodule(spec.embedding) if deep and layers == count else None
-    return TailModules(chosen, model.get_submodule(spec.final_norm), model.get_submodule("lm_head"), adapted, embedding)
+    embedding = inner.get_submodule(spec.embedding) if deep and layers == count and inner is model else None
+    return TailModules(chosen, inner.get_submodule(spec.final_norm), inner.get_submodule("lm_head"), adapted, embedding)
+
+
+def language_model(model: nn.Module) -> tuple[Any, str]:
+    """The causal language model inside a multimodal one, and what its modules' full names begin with; or ``model`` itself."""
+    inner: Any = model.get_language_model() if hasattr(model, "get_language_model") else model  # type: ignore[operator]
+    name = next(name for name, module in model.named_modules() if module is inner)
+    return inner, name and f"{name}."
 
 
 def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_len: int) -> Tail:
     """Collect the model's weights and draw the projections A.
 
     The weights are the model's, in the `step_dtype`. A is rounded to the model's dtype, as it stands in vLLM's LoRA slots.
-    Raises ConfigError where the attention between adapted layers is one that the step does not follow.
+    Raises ConfigError where the attention between adapted layers is one that the step does not follow, or where a weight cannot
+    be read.
     """
-    vocab = model.config.vocab_size
-    head = modules.lm_head.weight.data[:vocab]
-    dtype = step_dtype(head.dtype, head.device)
-    projection = lambda width: make_projection(width, adapt.rank, adapt.seed).to(head).to(dtype)  # noqa: E731
-    dense = lambda layer: dense_weight(layer, head.dtype).to(dtype)  # noqa: E731
-    *lower, last = (_block(layer, dense) for layer in modules.layers)
+    model, _ = language_model(model)
+    vocab, norm = model.config.vocab_size, modules.final_norm.weight.data
+    reader = Reader(norm.dtype, step_dtype(norm.dtype, norm.device))
+    head = reader.weight(modules.lm_head, "lm_head", vocab)
+    projection = lambda width: make_projection(width, adapt.rank, adapt.seed).to(norm).to(reader.products)  # noqa: E731
+    *lower, last = (_block(layer, reader) for layer in modules.layers)
+    attentions = tuple(_qkv(layer, reader, max_model_len) for layer in modules.attending)
+    if reader.errors:
+        logger.info(
+            "vllm-ttt: read the weights of %d quantised layers through their products; products with them differ from what is "
+            "served by %.1f %% at most",
+            len(reader.errors), 100 * max(reader.errors),
+        )  # fmt: skip
     return Tail(
         **vars(last),
         modules=adapt.letters,
-        head_VD=head.to(dtype),
-        lnf_D=modules.final_norm.weight.data.float(),
+        head_VD=head,
+        lnf_D=norm.float(),
         eps_f=modules.final_norm.variance_epsilon,
         ao_RQ=projection(last.wo_DQ.shape[1]),
         ai_RD=projection(last.wgu_2FD.shape[1]),
@@ -139,9 +171,9 @@ def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_l
         logit_scale=model.logits_processor.scale,
         soft_cap=model.logits_processor.soft_cap,
         lower=tuple(lower),
-        attentions=tuple(_qkv(layer, dense, max_model_len) for layer in modules.attending),
+        attentions=attentions,
         embedding_VD=None if modules.embedding is None else modules.embedding.weight.data[:vocab],
-        kernel=attention.choose(head.device, dtype),
+        kernel=attention.choose(head.device, reader.products),
     )
 
 
@@ -157,12 +189,38 @@ def step_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if fast() else torch.float32
 
 
-def _block(layer: LayerModules, dense: Callable[[Any], Tensor]) -> Block:
-    plain = [getattr(m, "base_layer", m) for m in (layer.o_proj, layer.gate_up_proj, layer.down_proj)]
-    wo, wgu, wd = map(dense, plain)
+@dataclass
+class Reader:
+    """Reads the step's weights from live layers: those of a quantised layer are tried against what it serves."""
+
+    #: the model's dtype, and that of the step's products
+    dtype: torch.dtype
+    products: torch.dtype
+    #: of quantised layers
+    errors: list[float] = field(default_factory=list)
+
+    def weight(self, layer: Any, name: str, rows: int | None = None) -> Tensor:
+        """[out, in], for the products of the step. ``name``: for people. ``rows``: as for `weights.dense`."""
+        found = weights.dense(layer, self.dtype, rows)
+        if not weights.is_plain(layer):
+            self.errors.append(weights.error(layer, found, name))
+        return found.to(self.products)
+
+    def bias(self, layer: Any) -> Tensor | None:
+        return weights.bias_of(layer, self.dtype)
+
+    def served(self, layers: dict[str, Any]) -> dict[str, Served]:
+        """Of those that are quantised."""
+        found = {key: weights.product(layer, self.dtype) for key, layer in layers.items()}
+        return {key: product for key, product in found.items() if product is not None}
+
+
+def _block(layer: LayerModules, reader: Reader) -> Block:
+    parts = {"o": layer.o_proj, "gu": layer.gate_up_proj, "d": layer.down_proj}
+    wo, wgu, wd = (reader.weight(part, layer.names[key]) for key, part in parts.items())
     F = wd.shape[1]
     norm = lambda w: torch.linalg.vector_norm(w.float()).item()  # noqa: E731
-    bo, bgu, bd = (None if m.bias is None else m.bias.data.float() for m in plain)
+    bo, bgu, bd = map(reader.bias, parts.values())
     return Block(
         wo_DQ=wo,
         wgu_2FD=wgu,
@@ -173,29 +231,30 @@ def _block(layer: LayerModules, dense: Callable[[Any], Tensor]) -> Block:
         bo_D=bo,
         bgu_2F=bgu,
         bd_D=bd,
+        served=reader.served(parts),
     )
 
 
-def _qkv(layer: LayerModules, dense: Callable[[Any], Tensor], max_model_len: int) -> QKV:
-    parts, rotary = layer.attention, layer.attention.rotary_emb
-    check_attention(parts, layer.names["o"].rpartition(".")[0], max_model_len)
-    bias = parts.qkv_proj.bias
+def _qkv(layer: LayerModules, reader: Reader, max_model_len: int) -> QKV:
+    parts, rotary, name = layer.attention, layer.attention.rotary_emb, layer.names["o"].rpartition(".")[0]
+    check_attention(parts, name, max_model_len)
 
     def head_norm(name: str) -> HeadNorm | None:
         norm = getattr(parts, name, None)
         return None if norm is None else HeadNorm(norm.weight.data.float(), norm.variance_epsilon)
 
     return QKV(
-        wqkv_XD=dense(parts.qkv_proj),
+        wqkv_XD=reader.weight(parts.qkv_proj, f"{name}.qkv_proj"),
         ln_D=layer.attention_norm.weight.data.float(),
         eps=layer.attention_norm.variance_epsilon,
         heads=parts.attn.num_heads,
         kv_heads=parts.attn.num_kv_heads,
         scale=parts.attn.impl.scale,
-        cos_sin_PI=rotary.cos_sin_cache,
-        bqkv_X=None if bias is None else bias.data.float(),
+        cos_sin_PI=_table(rotary),
+        bqkv_X=reader.bias(parts.qkv_proj),
         q_norm=head_norm("q_norm"),
         k_norm=head_norm("k_norm"),
+        served=weights.product(parts.qkv_proj, reader.dtype),
     )
 
 
@@ -212,11 +271,24 @@ def check_attention(parts: Any, name: str, max_model_len: int) -> None:
         "attention sinks": getattr(impl, "sinks", None) is not None,
         "a temperature by position": getattr(parts, "do_llama_4_scaling", False),
         f"attention of the type {attn.attn_type}": attn.attn_type != "decoder",
-        f"the rotary embedding {type(rotary).__name__}": type(rotary).__name__ not in ROTARY or not rotary.is_neox_style,
+        f"the rotary embedding {type(rotary).__name__}": not _is_table(rotary),
     }
     for what, found in refusals.items():
         if found:
             raise ConfigError(f"{name} has {what}, which the preset deep cannot learn through; serve with adapt.preset last")
+
+
+def _is_table(rotary: Any) -> bool:
+    """Whether a rotary embedding turns halves of a head by a table of cosines and sines."""
+    return type(rotary).__name__ == TWO_TABLES or (type(rotary).__name__ in ROTARY and rotary.is_neox_style)
+
+
+def _table(rotary: Any) -> Tensor:
+    """[positions, rotated part of a head], cosines beside sines."""
+    if type(rotary).__name__ != TWO_TABLES:
+        return rotary.cos_sin_cache
+    short = rotary.original_max_position_embeddings
+    return rotary.long_short_cos_sin_cache[short if rotary.use_long_rope else 0 :]
 
 
 def make_projection(width: int, rank: int, seed: int) -> Tensor:
@@ -225,15 +297,3 @@ def make_projection(width: int, rank: int, seed: int) -> Tensor:
         raise ConfigError(f"adapt.rank {rank} is larger than the width {width} of an adapted layer; choose a smaller rank")
     gaussian = torch.randn(width, rank, generator=torch.Generator().manual_seed(seed))
     return torch.linalg.qr(gaussian)[0].T.contiguous()
-
-
-def dense_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """A linear layer's weight as [out, in], in the model's ``dtype``.
-
-    vLLM's CPU backend packs unquantised weights and leaves ``layer.weight`` empty, so they are read through the layer itself.
-    """
-    weight = layer.weight.data
-    if weight.numel():
-        return weight
-    eye = torch.eye(layer.input_size_per_partition, dtype=dtype)
-    return layer.quant_method.apply(layer, eye, None).T.contiguous()
