@@ -9,15 +9,24 @@ from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import Request
 
+from vllm_ttt import placement, plugin
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import NO_ADAPTERS, SAMPLES, Knobs
+from vllm_ttt.types import NO_ADAPTERS, SAMPLES, Knobs, SessionKey
 
 
 def check_adapter(request: Request) -> None:
     """Raise RequestError (400) where the request brings an adapter: the engine alone gives adapters, to sessions."""
     if request.lora_request is not None:
         raise RequestError(NO_ADAPTERS, param="model")
+
+
+def check_owner(key: SessionKey, vllm_config: VllmConfig) -> None:
+    """Raise RequestError (503) where the session is another engine's: that would have it twice."""
+    own, engines = vllm_config.parallel_config.data_parallel_index, plugin.engines_of(vllm_config)
+    if engines > 1 and (right := placement.owner(key.wire(), engines)) != own:
+        message = f"session {key.name!r} belongs to engine {right}, and its request came to engine {own}: name it over HTTP"
+        raise RequestError(message, 503)
 
 
 def knobs_of(params: SamplingParams, learn: LearnConfig, vllm_config: VllmConfig) -> Knobs:
