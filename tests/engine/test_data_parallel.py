@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,14 @@ class Clients:
 
     def settled(self) -> dict[str, dict[str, Any]]:
         """What all pages of the list say, once everything has been learned."""
-        deadline = time.monotonic() + 60
+        deadline, versions = time.monotonic() + 60, {}
         while time.monotonic() < deadline:
             found = self.listed()
-            if {name: s["version"] for name, s in found.items()} == self.versions:
+            versions = {name: s["version"] for name, s in found.items()}
+            if versions == self.versions:
                 return found
             time.sleep(0.2)
-        raise AssertionError(f"{found} is not {self.versions}")
+        raise AssertionError(f"{versions} is not {self.versions}")
 
     def listed(self) -> dict[str, dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -102,7 +103,7 @@ class Clients:
         """By engine, of both API servers the same. The text is one that Prometheus reads: each family once."""
         families = list(text_string_to_metric_families(httpx.get(f"{self.served.url}/metrics", trust_env=False).text))
         assert len({family.name for family in families}) == len(families)
-        found: dict[str, float] = Counter()
+        found: dict[str, float] = defaultdict(float)
         for sample in (s for family in families for s in family.samples if s.name == f"vllm:{name}"):
             if all(sample.labels[key] == value for key, value in labels.items()):
                 found[sample.labels["engine"]] += sample.value
