@@ -6,13 +6,17 @@ share of each other's sessions, and no session moves between two that were there
 
 from __future__ import annotations
 
+import os
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.log import logger_of
 from vllm_ttt.state_dir import StateDir
+
+logger = logger_of(__name__)
 
 
 def owner(wire: str, engines: int) -> int:
@@ -69,6 +73,11 @@ def check_engines(vllm_config: Any, config: TTTConfig) -> None:
         if refused:
             raise ConfigError(f"--data-parallel-size {engines} is not supported with --plugin ttt and {why}")
     settings["engines"] = engines
+    cores = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    if vllm_config.device_config.device_type == "cpu" and cores == "auto":
+        logger.warning(
+            "vllm-ttt: vLLM gives all engines the same cores; VLLM_CPU_OMP_THREADS_BIND='0-7|8-15' gives each its own"
+        )
 
 
 def _log(path: str | None, engine: int) -> str | None:

@@ -160,6 +160,9 @@ def test_a_fork_that_cannot_be_made_changes_nothing(client: Client) -> None:
     load, world.files._load = world.files._load, lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
     assert client.ask("fork", source, new) == 507
     world.files._load = load
+    world.tiers.audit.failing = "No space left"
+    assert client.ask("fork", source, new) == 503
+    world.tiers.audit.failing = ""
     assert client.ask("get", new) == 404
     assert client.ask("fork", source, new)["version"] == 1
     assert not any(list((world.store.folder.exports).iterdir()) for world in client.worlds)

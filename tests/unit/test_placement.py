@@ -65,7 +65,10 @@ def vllm_config(engines: int = 2, **changes: Any) -> Any:
         data_parallel_backend=options["backend"], data_parallel_index=options["index"],
     )  # fmt: skip
     model = SimpleNamespace(is_moe=options["is_moe"])
-    return SimpleNamespace(parallel_config=parallel, model_config=model, additional_config={"ttt": {"http": options["http"]}})
+    return SimpleNamespace(
+        parallel_config=parallel, model_config=model, device_config=SimpleNamespace(device_type="cpu"),
+        additional_config={"ttt": {"http": options["http"]}},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

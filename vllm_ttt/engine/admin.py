@@ -217,7 +217,7 @@ OPERATIONS: dict[str, Callable[[Admin, SessionKey, Any], Any]] = {
 }
 
 #: What is not done where the audit log cannot tell of it. What is forgotten makes room on a disk that is full: it may be.
-_AUDITED = {"freeze", "unfreeze", "rollback", "fork", "depart", "adopt", "export"}
+_AUDITED = {"freeze", "unfreeze", "rollback", "fork", "depart", "export"}
 
 
 def _then(future: Future, function: Callable[[Any], Any], catch: bool = False) -> Future:

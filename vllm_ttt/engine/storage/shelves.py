@@ -24,7 +24,7 @@ from vllm_ttt.state_dir import StateDir, is_session_file
 logger = logger_of(__name__)
 
 #: Sessions that are moved in one transaction.
-_AT_ONCE = 256
+_AT_ONCE = 1024
 
 
 def settle(root: StateDir, engines: int, opened: Callable[[StateDir], Store]) -> int:
@@ -55,6 +55,7 @@ def settle(root: StateDir, engines: int, opened: Callable[[StateDir], Store]) ->
                     if (right := placement.owner(key.wire(), engines)) != engine:
                         wrong[right].append(uid)
                 for right, uids in wrong.items():
+                    _link_all(shelf(engine), shelf(right), uids)
                     for at in range(0, len(uids), _AT_ONCE):
                         _move(shelf(engine), shelf(right), uids[at : at + _AT_ONCE])
                 if wrong:
@@ -67,11 +68,18 @@ def settle(root: StateDir, engines: int, opened: Callable[[StateDir], Store]) ->
     return moved
 
 
-def _move(source: Store, target: Store, uids: list[str]) -> None:
-    files = [v.file for uid in uids for v in records.versions(source.reader, uid) if is_session_file(v.file)]
-    for folder in {_link(source.folder.path(file), target.folder.path(file)) for file in files}:
+def _link_all(source: Store, target: Store, uids: list[str]) -> None:
+    """Their files are on both shelves then, whatever happens to the machine."""
+    wanted, folders = set(uids), set[Path]()
+    for file, (uid, _, _) in records.files(source.reader).items():
+        if uid in wanted and is_session_file(file):
+            folders.add(_link(source.folder.path(file), target.folder.path(file)))
+    for folder in (*folders, target.folder.sessions):
         _sync(folder)
-    _sync(target.folder.sessions)
+
+
+def _move(source: Store, target: Store, uids: list[str]) -> None:
+    """Record sessions whose files are there already on another shelf, and remove them from their own."""
     with _transaction(target.reader):
         for uid in uids:
             try:
