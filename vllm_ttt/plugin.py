@@ -57,6 +57,20 @@ def config_of(vllm_config: Any) -> TTTConfig | None:
     return TTTConfig.model_validate(additional[NAME]["config"])
 
 
+def engines_of(vllm_config: Any) -> int:
+    """How many engines the server has. vLLM tells an engine of several that it is alone (parallel_config)."""
+    return vllm_config.additional_config[NAME].get("engines", 1)
+
+
+def config_of_engine(vllm_config: Any) -> TTTConfig:
+    """The TTTConfig as it holds for the engine core that asks, which may be one of several."""
+    from vllm_ttt import placement
+
+    config = config_of(vllm_config)
+    assert config is not None, "ttt was not asked for"
+    return placement.config_of_engine(config, vllm_config.parallel_config.data_parallel_index, engines_of(vllm_config))
+
+
 def config_from_flags(args: Namespace) -> TTTConfig:
     """The TTTConfig that ``vllm serve``'s flags describe. Raises ConfigError."""
     config = load_config(args.ttt_config, args.ttt_preset) if args.ttt_config else parse_config(None, args.ttt_preset)

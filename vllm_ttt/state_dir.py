@@ -8,6 +8,7 @@ exports/                  adapters on their way to a client
 lock                      held by the server that uses the dir
 reserve                   room that is given up so that sessions can be removed on a disk that is full
 secret                    turns API keys into tenants
+engine-1/                 with several engines: the second's sessions, in a state dir like this one; the first's are here
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ _NOTHING = {"lost+found"}
 #: What is ours below sessions/ and in exports/: a finished file, or the draft of one that was cut off.
 _SESSION_FILE = re.compile(r"sessions/([0-9a-f]{2})/\1[0-9a-f]{30}-[0-9a-f]{8}\.safetensors")
 _DRAFT = re.compile(r"sessions/([0-9a-f]{2})/\.\1[0-9a-f]{30}-[0-9a-f]{8}\.safetensors\.[0-9a-f]{8}")
+#: Of an engine but the first.
+_SHELF = re.compile(r"engine-([1-9][0-9]{0,4})")
 _EXPORT = re.compile(r"vllm-ttt-[0-9a-f]{32}\.safetensors|\.vllm-ttt-[0-9a-f]{32}\.safetensors\.[0-9a-f]{8}")
 
 
@@ -85,6 +88,16 @@ class StateDir:
     def exists(self) -> bool:
         """Whether there is a database; one that is empty has yet to be made."""
         return self.database.is_file() and self.database.stat().st_size > 0
+
+    def shelf(self, engine: int) -> StateDir:
+        """Where an engine of several keeps its sessions: the first one in the dir itself."""
+        return self if engine == 0 else StateDir(self.root / f"engine-{engine}")
+
+    def shelves(self) -> list[int]:
+        """The engines that have a shelf here, also those of an earlier start, and the first."""
+        entries = os.scandir(self.root) if self.root.is_dir() else ()
+        found = [int(m[1]) for entry in entries if (m := _SHELF.fullmatch(entry.name)) and entry.is_dir(follow_symlinks=False)]
+        return [0, *sorted(engine for engine in found if self.shelf(engine).exists())]
 
     def check_format(self) -> None:
         """Raise ConfigError where the dir is of another release."""

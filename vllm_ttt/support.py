@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vllm_ttt import placement
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.families import ENCODER_DECODER, HEAD_INSTEAD, LAST_INSTEAD, Layers, check_weights, layers_of
@@ -140,7 +141,6 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     refusals = {
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
         "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
-        "--data-parallel-size": parallel.data_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--enable-dbo (or --ubatch-size)": parallel.use_ubatching,
@@ -152,6 +152,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     for flag, refused in refusals.items():
         if refused:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
+    placement.check_engines(vllm_config, config)
     if vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
         raise ConfigError("on CUDA, --plugin ttt needs vLLM's model runner V2; unset VLLM_USE_V2_MODEL_RUNNER")
     if config.guard.every and config.guard.probe is not None and not Path(config.guard.probe).is_file():

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from world import World
 
+from vllm_ttt import plugin
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.admin import OPERATIONS, admin
 from vllm_ttt.engine.ledger import Open
@@ -28,7 +29,10 @@ class Engine:
 
     def __init__(self, world: World):
         self.world = world
-        self.scheduler = SimpleNamespace(ttt_ledger=world.ledger, ttt_tiers=world.tiers, ttt_config=TTTConfig())
+        made = SimpleNamespace(additional_config={"ttt": plugin.settings(TTTConfig(), http=True)})
+        self.scheduler = SimpleNamespace(
+            ttt_ledger=world.ledger, ttt_tiers=world.tiers, ttt_config=TTTConfig(), vllm_config=made
+        )
         self.model_executor = SimpleNamespace(collective_rpc=self.rpc)
         self.calls: list[str] = []
 
@@ -93,7 +97,7 @@ def test_to_look_at_one_brings_nobody_back(engine: Engine) -> None:
     assert not engine.calls
 
 
-@pytest.mark.parametrize("op", sorted(set(OPERATIONS) - {"list", "list_all", "config", "metrics"}))
+@pytest.mark.parametrize("op", sorted(set(OPERATIONS) - {"list", "list_all", "config", "metrics", "adopt"}))
 def test_another_tenants_session_is_not_there(engine: Engine, op: str) -> None:
     argument = {"rollback": 1, "fork": "t"}.get(op)
     for name, tenant in (("s0", "other"), ("s19", "other"), ("nobody", "-")):

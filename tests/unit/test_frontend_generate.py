@@ -111,6 +111,19 @@ def test_without_a_receipt_the_session_is_served_all_the_same() -> None:
     assert llm.added["session_id"] == "-/s"
 
 
+@pytest.mark.parametrize("asked", [None, 0, 1], ids=["nobody says", "a balancer says 0", "a balancer says 1"])
+def test_of_several_engines_the_one_that_has_the_session_is_named(asked: int | None) -> None:
+    llm: Any = FakeLLM(*(output({"ttt": {"version": 0, "tokens_learned": 0}}, finished=True) for _ in range(3)))
+    llm.engine_core = SimpleNamespace(core_engines=[b"0", b"1"])
+    collect(llm.generate(session_id="carol", data_parallel_rank=asked))
+    assert llm.added["data_parallel_rank"] == 1
+    collect(llm.generate(data_parallel_rank=asked))
+    assert llm.added["data_parallel_rank"] == asked, "of a request without a session vLLM decides"
+    llm.engine_core = SimpleNamespace(core_engines=[b"0"])
+    collect(llm.generate(session_id="carol", data_parallel_rank=asked))
+    assert llm.added["data_parallel_rank"] == asked
+
+
 @pytest.mark.parametrize("how", ["close", "cancel"])
 def test_a_client_that_leaves_aborts_the_request(how: str) -> None:
     llm = FakeLLM(output(None, finished=False))

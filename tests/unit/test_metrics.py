@@ -249,7 +249,7 @@ class Core:
 
 
 def test_the_text_is_what_was_counted() -> None:
-    figures = Figures(Core().ask, "m")
+    figures = Figures([Core().ask], "m")
     asyncio.run(figures.refresh())
     found = samples(figures.text().decode())
     assert found["learned_tokens_total", ()] == 1234
@@ -263,6 +263,31 @@ def test_the_text_is_what_was_counted() -> None:
             assert (metric.name + ("_count" if metric.kind == "histogram" else ""), own) in found
 
 
+def test_figures_of_several_engines_are_one_text() -> None:
+    """Each family once, as Prometheus wants it, with the numbers of the engines; one that does not answer hides no other."""
+
+    async def story() -> None:
+        first, second = Core(), Core()
+        second.answer["result"]["learned_tokens_total"][""] = 5
+        figures = Figures([first.ask, second.ask], "m")
+        second.gate.clear()
+        await figures.refresh()
+        assert learned(figures) == {"0": 1234}
+        second.gate.set()
+        await asyncio.sleep(0)
+        await figures.refresh()
+        assert learned(figures) == {"0": 1234, "1": 5}
+
+    def learned(figures: Figures) -> dict[str, float]:
+        families = list(text_string_to_metric_families(figures.text().decode()))
+        assert len({family.name for family in families}) == len(families) == len(METRICS)
+        return {s.labels["engine"]: s.value for f in families for s in f.samples if s.name == f"{PREFIX}learned_tokens_total"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exposition, "PATIENCE", 0.05)
+        asyncio.run(story())
+
+
 def serve(core: Core | None, monkeypatch: pytest.MonkeyPatch, **changes: float) -> FastAPI:
     """vLLM's own /metrics, with ours."""
     for name, value in changes.items():
@@ -271,7 +296,7 @@ def serve(core: Core | None, monkeypatch: pytest.MonkeyPatch, **changes: float) 
     attach_router(app)
     app.add_middleware(MetricsMiddleware)
     if core is not None:
-        app.state.ttt_figures = Figures(core.ask, "m")
+        app.state.ttt_figures = Figures([core.ask], "m")
     return app
 
 

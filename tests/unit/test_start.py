@@ -142,6 +142,35 @@ def test_a_state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from_flags(*flags, str(state), "--model", str(model)).create_engine_config()
 
 
+def test_several_engines_share_a_state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its shelf; and one server uses the dir, however many engines it has, and another one would have."""
+    monkeypatch.delenv("TTT_SECRET", raising=False)
+    state = tmp_path / "state"
+    flags = ("--plugin", "ttt", "--enforce-eager", "--ttt-state-dir", str(state), "--data-parallel-size")
+    one, two = (from_flags(*flags, count).create_engine_config() for count in ("1", "2"))
+    assert (plugin.engines_of(one), plugin.engines_of(two)) == (1, 2)
+    assert "engines" not in one.additional_config["ttt"], "one engine is what it always was"
+    two.parallel_config.reconfigure_for_independent_dp_rank()  # as vLLM does in each engine core
+    stores = []
+    for engine, folder in enumerate((state, state / "engine-1")):
+        two.parallel_config.data_parallel_index = engine
+        config = plugin.config_of_engine(two)
+        assert config.sessions.state_dir == str(folder)
+        stores.append(open_store(two, config))
+    for count in ("1", "2", "3"):
+        with pytest.raises(ConfigError, match=f"the state dir {state} is in use by process {os.getpid()}"):
+            from_flags(*flags, count).create_engine_config()
+    stores[0].close()
+    for count in ("1", "2", "3"):
+        with pytest.raises(ConfigError, match=f"engine-1 is in use by process {os.getpid()}"):
+            from_flags(*flags, count).create_engine_config()
+    stores[1].close()
+    from_flags(*flags, "3").create_engine_config()
+    assert {path.name for path in state.glob("engine-*") if path.is_dir()} == {"engine-1", "engine-2"}
+    with pytest.raises(ConfigError, match="--data-parallel-size 2 is not supported with --plugin ttt and a script"):
+        offline(data_parallel_size=2).create_engine_config()
+
+
 @pytest.mark.parametrize(
     ("text", "says"), [("lern: {}", "lern: unknown key"), ("learn: {chunk: 5}", "learn.chunk: Input should be greater than")]
 )

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from vllm_ttt import plugin
 from vllm_ttt.engine import counts
 from vllm_ttt.engine.ledger import ASKED_FOR, Ledger, Session
 from vllm_ttt.engine.life.operations import Steps
@@ -31,7 +32,8 @@ def admin(engine: Any, op: str, tenant: str, name: str, argument: Any = None) ->
         engine: vLLM's EngineCore.
         op: a key of ``OPERATIONS``.
         tenant, name: the session's key; ``name`` is "" for list, list_all, config and metrics.
-        argument: rollback: the version; fork: the new name; list, list_all: ``{"limit": int, "after": str or None}``, or None.
+        argument: rollback: the version; fork: the new name; list, list_all: ``{"limit": int, "after": str or None}``, or None;
+            adopt: what depart has answered.
     Returns:
         ``{"ok": True, "result": ...}`` or ``{"ok": False, "status": 4xx or 5xx, "message": ...}``, or a Future of it.
     """
@@ -57,7 +59,9 @@ class Admin:
         self.store = self.ledger.store
 
     def config(self, *_: Any) -> dict[str, Any]:
-        return self.scheduler.ttt_config.model_dump(mode="json")
+        config = plugin.config_of(self.scheduler.vllm_config)  # the server's, not this engine's part of it
+        assert config is not None
+        return config.model_dump(mode="json")
 
     def metrics(self, *_: Any) -> dict[str, Any]:
         (worker,) = self.rpc("ttt_metrics")
@@ -106,11 +110,24 @@ class Admin:
             raise RequestError(f"there is a session {to!r} already; delete it first", 409, "to")
         return _then(self.tiers.owner.fork(source, target, self._worker), self._detail)
 
+    def depart(self, key: SessionKey, _: Any) -> Future:
+        return self.tiers.owner.depart(self._find(key), self._passing())
+
+    def adopt(self, key: SessionKey, written: Any) -> Future:
+        if self.ledger.peek(key) is not None:
+            Path(written["path"]).unlink(missing_ok=True)
+            raise RequestError(f"there is a session {key.name!r} already; delete it first", 409, "to")
+        return _then(self.tiers.owner.adopt(key, written), self._detail)
+
+    def _passing(self) -> str:
+        """A name for a file on its way to a client or to another engine."""
+        folder = self.store.folder.exports if self.store is not None else Path(tempfile.gettempdir())
+        return str(folder / f"vllm-ttt-{secrets.token_hex(16)}.safetensors")
+
     def export(self, key: SessionKey, _: Any) -> Future:
         session, exports = self._find(key), self.tiers.exports
         exports.admit(key.tenant)
-        folder = self.store.folder.exports if self.store is not None else Path(tempfile.gettempdir())
-        path = str(folder / f"vllm-ttt-{secrets.token_hex(16)}.safetensors")
+        path = self._passing()
         seal = secrets.token_hex(KEY) if self.store is not None and self.store.vault.on else ""
 
         def write() -> Steps:
@@ -137,7 +154,7 @@ class Admin:
     def _list(self, tenant: str | None, asked: dict[str, Any] | None) -> Future:
         asked = asked or {}
         limit, after = asked.get("limit", lists.DEFAULT), asked.get("after")
-        return self.tiers.lists.ask(tenant, limit, after, self._here, self._describe)
+        return self.tiers.lists.ask(tenant, limit, after, self._here, self._describe, bool(asked.get("places")))
 
     def _here(self, sessions: Iterable[Session]) -> Any:
         adapters = [s.adapter for s in sessions if s.life.in_memory]
@@ -194,11 +211,13 @@ OPERATIONS: dict[str, Callable[[Admin, SessionKey, Any], Any]] = {
     "save": Admin.save,
     "rollback": Admin.rollback,
     "fork": Admin.fork,
+    "depart": Admin.depart,
+    "adopt": Admin.adopt,
     "export": Admin.export,
 }
 
 #: What is not done where the audit log cannot tell of it. What is forgotten makes room on a disk that is full: it may be.
-_AUDITED = {"freeze", "unfreeze", "rollback", "fork", "export"}
+_AUDITED = {"freeze", "unfreeze", "rollback", "fork", "depart", "export"}
 
 
 def _then(future: Future, function: Callable[[Any], Any], catch: bool = False) -> Future:

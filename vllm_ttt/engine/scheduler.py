@@ -23,7 +23,7 @@ from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.life.alarm import Alarm
 from vllm_ttt.engine.life.ending import Ending
 from vllm_ttt.engine.life.tiers import Tiers
-from vllm_ttt.engine.limits.admission import check_adapter, knobs_of, other_model, refusal
+from vllm_ttt.engine.limits.admission import check_adapter, check_owner, knobs_of, other_model, refusal
 from vllm_ttt.engine.limits.probe import KEY as PROBE
 from vllm_ttt.engine.limits.probe import ProbeReading, pieces
 from vllm_ttt.engine.limits.quotas import Quotas
@@ -45,9 +45,7 @@ class TTTScheduler(HoldingScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         engine_patches.install()
-        config = plugin.config_of(self.vllm_config)
-        assert config is not None
-        self.ttt_config = config
+        config = self.ttt_config = plugin.config_of_engine(self.vllm_config)
         additional = self.vllm_config.additional_config
         assert isinstance(additional, dict)
         self.ttt_http: bool = additional[plugin.NAME]["http"]
@@ -106,6 +104,7 @@ class TTTScheduler(HoldingScheduler):
             return
         knobs = knobs_of(params, self.ttt_config.learn, self.vllm_config)
         key = SessionKey.from_wire(wire)
+        check_owner(key, self.vllm_config)
         self.ttt_holding.admit(key)
         session = self.ttt_ledger.open(key, knobs.learn)
         stuck = not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck

@@ -40,12 +40,14 @@ class TTTEndpointPlugin:
         app.include_router(page)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        from vllm_ttt.frontend import engines
         from vllm_ttt.frontend.exposition import Figures
 
         state.ttt_engine = engine_client
         if not args.disable_log_stats:
-            ask = partial(engine_client.engine_core.call_utility_async, "ttt_admin", "metrics", "", "")
-            state.ttt_figures = Figures(ask, engine_client.model_config.served_model_name)
+            core = engine_client.engine_core
+            asks = [partial(engines.ask_one, core, number, "metrics") for number in range(engines.count(core))]
+            state.ttt_figures = Figures(asks, engine_client.model_config.served_model_name)
 
 
 def endpoint_plugin() -> TTTEndpointPlugin:

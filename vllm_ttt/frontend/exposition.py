@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -23,7 +23,7 @@ from vllm_ttt.metrics import BY_NAME, METRICS, PREFIX, Snapshot
 logger = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
-#: Asks the engine; returns the answer of the admin operation `metrics`.
+#: Asks an engine; returns the answer of the admin operation `metrics`.
 Ask = Callable[[], Awaitable[dict[str, Any]]]
 
 _OPEN_METRICS = "application/openmetrics-text"
@@ -34,30 +34,63 @@ PATIENCE = 2.0
 
 
 class Figures:
-    """The latest figures of one engine, and how they are asked for: once at a time, whoever wants them."""
+    """The latest figures of the engines, and how they are asked for: each once at a time, whoever wants them."""
 
-    def __init__(self, ask: Ask, model: str, engine: str = "0"):
-        """``model``, ``engine``: the labels that vLLM's own metrics have."""
-        self.ask, self.model, self.engine = ask, model, engine
-        self.snapshot: Snapshot = {}
-        self.taken = 0.0
-        self.asking: asyncio.Task | None = None
+    def __init__(self, asks: Sequence[Ask], model: str):
+        """``asks``: one for each engine. ``model``: a label that vLLM's own metrics have, too; as the engine's number."""
+        self.model, self.engines = model, [_Engine(ask) for ask in asks]
         self.registry = CollectorRegistry()
         self.registry.register(_Families(self))
 
     async def refresh(self) -> None:
-        """Ask the engine, unless it was asked lately."""
-        if time.monotonic() - self.taken > FRESH:
-            if self.asking is None:
-                self.asking = asyncio.create_task(self._refresh())
-            await asyncio.wait({self.asking}, timeout=PATIENCE)
+        """Ask the engines that were not asked lately. One that does not answer keeps nobody's figures back but its own."""
+        if asking := {engine.asked() for engine in self.engines if time.monotonic() - engine.taken > FRESH}:
+            await asyncio.wait(asking, timeout=PATIENCE)
 
     def text(self, kind: str = "text/plain") -> bytes:
-        """The metrics in the format of the content type ``kind``; none while the engine has never answered."""
+        """The metrics in the format of the content type ``kind``; none while no engine has ever answered."""
         encode, _ = choose_encoder(kind)
         return encode(self.registry)
 
-    async def _refresh(self) -> None:
+    def families(self) -> Iterator[Metric]:
+        for engine in self.engines:
+            if engine.snapshot:
+                engine.snapshot["snapshot_age_seconds"] = {"": time.monotonic() - engine.taken}
+        for metric in METRICS:
+            if any(metric.name in engine.snapshot for engine in self.engines):
+                yield self._family(metric.name)
+
+    def _family(self, name: str) -> Metric:
+        metric = BY_NAME[name]
+        kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
+        labels = ["model_name", "engine", *([metric.label] if metric.label else [])]
+        family = kinds[metric.kind](PREFIX + name, metric.help, labels=labels)
+        for number, engine in enumerate(self.engines):
+            for value, found in engine.snapshot.get(name, {}).items():
+                where = [self.model, str(number), *([value] if metric.label else [])]
+                if isinstance(found, list):
+                    family.add_metric(where, _cumulative(metric.buckets, found[1:]), sum_value=found[0])
+                else:
+                    family.add_metric(where, found)
+        return family
+
+
+class _Engine:
+    """One of them."""
+
+    def __init__(self, ask: Ask):
+        self.ask = ask
+        self.snapshot: Snapshot = {}
+        self.taken = 0.0
+        self.asking: asyncio.Task | None = None
+
+    def asked(self) -> asyncio.Task:
+        """Is done when it has answered."""
+        if self.asking is None:
+            self.asking = asyncio.create_task(self._ask())
+        return self.asking
+
+    async def _ask(self) -> None:
         try:
             answer = await self.ask()
             if answer["ok"]:
@@ -66,26 +99,6 @@ class Figures:
             logger.debug("vllm-ttt: the engine does not say what it has counted: %s", error)
         finally:
             self.asking = None
-
-    def families(self) -> Iterator[Metric]:
-        if self.snapshot:
-            self.snapshot["snapshot_age_seconds"] = {"": time.monotonic() - self.taken}
-        for metric in METRICS:
-            if metric.name in self.snapshot:
-                yield self._family(metric.name)
-
-    def _family(self, name: str) -> Metric:
-        metric = BY_NAME[name]
-        kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
-        labels = ["model_name", "engine", *([metric.label] if metric.label else [])]
-        family = kinds[metric.kind](PREFIX + name, metric.help, labels=labels)
-        for value, found in self.snapshot[name].items():
-            where = [self.model, self.engine, *([value] if metric.label else [])]
-            if isinstance(found, list):
-                family.add_metric(where, _cumulative(metric.buckets, found[1:]), sum_value=found[0])
-            else:
-                family.add_metric(where, found)
-        return family
 
 
 class _Families(Collector):

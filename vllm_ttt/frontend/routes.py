@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_ttt.errors import RequestError
-from vllm_ttt.frontend import adapter, models, refusals, tenants
+from vllm_ttt.frontend import adapter, engines, models, refusals, tenants
 from vllm_ttt.frontend.origins import check_origin
 from vllm_ttt.types import SESSION_ID_RULE, check_session_id
 
@@ -180,7 +180,7 @@ def _checked(name: str, param: str) -> str:
 
 
 async def _ask(request: Request, op: str, session_id: str | None = None, *argument: Any) -> Any:
-    """What ``EngineCore.ttt_admin`` answers.
+    """What ``EngineCore.ttt_admin`` answers, in the engine that has the session.
 
     Args:
         op: a key of vllm_ttt.engine.admin.OPERATIONS.
@@ -193,7 +193,7 @@ async def _ask(request: Request, op: str, session_id: str | None = None, *argume
         name = "" if session_id is None else check_session_id(session_id)
         tenant = tenants.tenant_of(request)
         try:
-            answer = await request.app.state.ttt_engine.engine_core.call_utility_async("ttt_admin", op, tenant, name, *argument)
+            answer = await engines.ask(request.app.state.ttt_engine.engine_core, op, tenant, name, *argument)
         except Exception as error:
             if "shutting down" not in str(error):
                 raise

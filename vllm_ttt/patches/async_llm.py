@@ -1,7 +1,8 @@
 """vllm.v1.engine.async_llm.AsyncLLM. ``generate``: what the engine says about a session goes into the answer's ``ttt``.
 
 The engine attaches it to every output as ``kv_transfer_params["ttt"]``. All online generation passes here, whichever
-route it came by, so the ``ttt_*`` knobs and the prompt are checked here too.
+route it came by, so the ``ttt_*`` knobs and the prompt are checked here too. Of several engine cores, a session's request goes
+to the one that has the session.
 
 ``shutdown``: from its beginning on the API server takes nothing new (frontend/draining.py). At its end, whoever still waits for
 the engine core is answered.
@@ -16,7 +17,7 @@ from typing import Any
 
 from vllm_ttt import plugin
 from vllm_ttt.errors import RequestError
-from vllm_ttt.frontend import draining, naming, receipt, refusals
+from vllm_ttt.frontend import draining, engines, naming, receipt, refusals
 from vllm_ttt.patches import _contract
 from vllm_ttt.types import NO_ADAPTERS, Knobs, SessionKey, check_session_id
 
@@ -37,9 +38,14 @@ def install() -> None:
 
 def check() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 
     _contract.check(AsyncLLM, "generate", _GENERATE)
     _contract.check(AsyncLLM, "shutdown", _SHUTDOWN)
+    # Not wrapped, but relied on where there are several engine cores (frontend/engines.py).
+    _contract.check(AsyncMPClient, "_call_utility_async", "self method *args engine")
+    _contract.check(AsyncMPClient, "call_utility_all_async", "self method *args")
+    _contract.check(DPLBAsyncMPClient, "get_core_engine_for_request", "self request")
 
 
 def _generate(original: Callable) -> Callable:
@@ -61,6 +67,8 @@ def _generate(original: Callable) -> Callable:
             session_id = _check(prompt, sampling_params, session_id)
         except RequestError as error:
             raise refusals.to_vllm(error) from None
+        if session_id is not None and (rank := engines.rank_of(getattr(self, "engine_core", None), session_id)) is not None:
+            rest["data_parallel_rank"] = rank  # wherever else a balancer would have it
         stream = original(self, prompt, sampling_params, request_id, lora_request=lora_request, session_id=session_id, **rest)
         if session_id is None:
             return stream

@@ -129,9 +129,10 @@ def _sessions(target: str, api_key: str | None = None, tenant: str | None = None
         from vllm_ttt.sessions.online import Online
 
         return Online(target, api_key)
-    from vllm_ttt.sessions.offline import Offline, tenant_of
+    from vllm_ttt.sessions.offline import tenant_of
+    from vllm_ttt.sessions.shelves import opened
 
-    offline = Offline(target, key_file=key_file)
+    offline = opened(target, key_file)
     offline.tenant = tenant or (tenant_of(offline.folder, api_key) if api_key else None)
     return offline
 

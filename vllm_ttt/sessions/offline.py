@@ -70,14 +70,12 @@ class Offline:
 
     def find(self, name: str) -> Row:
         """The session of that name. Raises SessionsError where there is none, or where several tenants have one."""
+        return the_one(self.named(name), name, self.folder)
+
+    def named(self, name: str) -> list[Row]:
+        """The sessions of that name; several, where several tenants have one."""
         check_session_id(name)
-        found = [row for row in records.named(self.db, name) if self.tenant in (None, row.key.tenant)]
-        if not found:
-            raise SessionsError(f"there is no session {name!r} in {self.folder.root}")
-        if len(found) > 1:
-            tenants = ", ".join(row.key.tenant for row in found)
-            raise SessionsError(f"{len(found)} tenants have a session {name!r}; say which with --tenant: {tenants}")
-        return found[0]
+        return [row for row in records.named(self.db, name) if self.tenant in (None, row.key.tenant)]
 
     def export(self, name: str, out: Path) -> dict[str, Any]:
         """Write the newest version that is whole as a PEFT adapter: the folder ``out``, as peft and vLLM load it."""
@@ -311,6 +309,16 @@ class Offline:
         except BaseException:
             self.db.execute("ROLLBACK")
             raise
+
+
+def the_one(found: list[Row], name: str, folder: StateDir) -> Row:
+    """The only one of them. Raises SessionsError where there is none, or are several."""
+    if not found:
+        raise SessionsError(f"there is no session {name!r} in {folder.root}")
+    if len(found) > 1:
+        tenants = ", ".join(row.key.tenant for row in found)
+        raise SessionsError(f"{len(found)} tenants have a session {name!r}; say which with --tenant: {tenants}")
+    return found[0]
 
 
 def _state(row: Row) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_ttt.engine.ledger import Session
@@ -20,7 +21,7 @@ from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.storage.records import Row
 from vllm_ttt.engine.storage.store import Store, StoreError
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import FileOrder, SessionKey
+from vllm_ttt.types import FileOrder, FileReport, SessionKey
 
 if TYPE_CHECKING:
     from vllm_ttt.engine.life.tiers import Tiers
@@ -57,11 +58,29 @@ class Changes:
         target, copied = self.ledger.open(key), Future()
         self.tiers.move(target, State.CHANGING)
         # Whatever is asked of the target meanwhile comes after.
-        answer = self.tiers.run(target, self._be_a_copy(source, target, copied))
+        answer = self.tiers.run(target, self._be_a_copy(source, target, _wait(copied)))
         copying = self.tiers.run(source, self._copy(source, target, worker))
         copying.add_done_callback(lambda done: _pass_on(done, copied))
         copied.add_done_callback(lambda _: self.tiers.operations.go_on(target))
         return answer
+
+    def depart(self, source: Session, path: str) -> Future:
+        """Have a copy of ``source`` written to ``path``, for `adopt` of another engine. Resolves to what that is told."""
+        return self.tiers.run(source, self._depart(source, path))
+
+    def adopt(self, key: SessionKey, written: dict[str, Any]) -> Future:
+        """Make a session ``key``, which there is not yet, of the copy that another engine has written; `fork` does it in one.
+
+        Raises RequestError where none may be made. The file is removed, whatever becomes of it.
+        """
+        try:
+            target = self.ledger.open(key)
+        except Exception:
+            Path(written["path"]).unlink(missing_ok=True)
+            raise
+        self.tiers.move(target, State.CHANGING)
+        source = Session(SessionKey(key.tenant, written["source"]), 0, 0, uid=written["uid"])  # for the audit log
+        return self.tiers.run(target, self._be_a_copy(source, target, self._read_copy(target, written)))
 
     def freeze(self, session: Session, why: str | None) -> Future:
         """Let it learn nothing from now on, or, with None, learn again."""
@@ -154,9 +173,43 @@ class Changes:
             raise RequestError(f"session {source.key.name!r} is going back to an earlier version; try again", 409)
         target.copy(source)
 
-    def _be_a_copy(self, source: Session, target: Session, copied: Future) -> Steps:
+    def _depart(self, source: Session, path: str) -> Steps:
+        _need_idle(source)
+        yield from self.tiers.bring_in(source)
+        yield from self.tiers.exports.turn()
         try:
-            yield copied
+            if source.open or source.requests:
+                raise RequestError(f"session {source.key.name!r} has been sent something meanwhile; try again", 409)
+            taken: list[dict[str, Any]] = []
+            # One that has learned nothing may be a name alone, which the worker does not know.
+            order = FileOrder("save", source.adapter, path, version=None if source.version else 0)
+            report: FileReport = yield self.tiers.orders.ask(order, lambda _: taken.append(source.to_state()))
+        finally:
+            self.tiers.exports.end_turn()
+        if report.outcome != "done":
+            raise RequestError(f"session {source.key.name!r} could not be copied: {report.error}", 507)
+        if report.version != taken[0]["version"]:
+            Path(path).unlink(missing_ok=True)
+            raise RequestError(f"session {source.key.name!r} is going back to an earlier version; try again", 409)
+        return {
+            "source": source.key.name, "uid": source.uid, "path": path, "checksum": report.checksum, "state": taken[0],
+        }  # fmt: skip
+
+    def _read_copy(self, target: Session, written: dict[str, Any]) -> Steps:
+        try:
+            yield from self.tiers.bring_in(target)
+            order = FileOrder("load", target.adapter, written["path"], written["checksum"])
+            report: FileReport = yield self.tiers.orders.ask(order)
+            if report.outcome != "done":
+                raise RequestError(f"the copy of session {written['source']!r} could not be read: {report.error}", 507)
+            target.from_state(written["state"])
+            target.life.learned()
+        finally:
+            Path(written["path"]).unlink(missing_ok=True)
+
+    def _be_a_copy(self, source: Session, target: Session, copied: Steps) -> Steps:
+        try:
+            yield from copied
             if self.tiers.saves is not None:
                 yield from self.tiers.saves.asked(target)
         except Exception:

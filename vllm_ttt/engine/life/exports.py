@@ -1,4 +1,5 @@
-"""Adapters on their way to a client: a few at once, since each holds a copy of its session, and so many of each tenant."""
+"""Adapters on their way to a client, and copies on their way to another engine: a few at once, since each holds a copy of its
+session; and so many adapters of each tenant."""
 
 from __future__ import annotations
 
@@ -53,21 +54,28 @@ class Exports:
             self.identity = self.thread.submit(identity)
         model = yield self.identity
         states: list[dict[str, Any]] = []
-        turn: Future = Future()
-        self.waiting.append(turn)
-        yield turn
+        yield from self.turn()
         try:
             order = FileOrder("export", session.adapter, path, metadata={"session_id": session.key.name}, key=key)
             # The ledger has counted what the delta holds then, and nothing that came later.
             report: FileReport = yield self.orders.ask(order, lambda _: states.append(session.to_state()))
         finally:
-            self.under_way -= 1
+            self.end_turn()
         if report.outcome != "done":
             raise RequestError(f"session {session.key.name!r} could not be written: {report.error}", 507)
         rate = report.metadata.get("rate")
         told = provenance(model, session.key.name, states[0], float(rate) if rate else None, report.digest)
         told["version"] = report.version
         return {"path": path, "bytes": report.bytes, "version": report.version, "provenance": told, "key": key}
+
+    def turn(self) -> Steps:
+        """Part of an operation: wait until the worker may be asked for one more copy, until `end_turn`."""
+        turn: Future = Future()
+        self.waiting.append(turn)
+        yield turn
+
+    def end_turn(self) -> None:
+        self.under_way -= 1
 
     @property
     def busy(self) -> bool:

@@ -12,9 +12,10 @@ from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import Request
 
+from vllm_ttt import placement, plugin
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import ADAPTER_PATH, NO_ADAPTERS, SAMPLES, Knobs
+from vllm_ttt.types import ADAPTER_PATH, NO_ADAPTERS, SAMPLES, Knobs, SessionKey
 
 if TYPE_CHECKING:
     from vllm_ttt.engine.ledger import Session
@@ -69,6 +70,14 @@ def other_model(session: Session, request: Request) -> RequestError | None:
         "name the model that it began with, or another session"
     )
     return RequestError(message, status=409, param="model")
+
+
+def check_owner(key: SessionKey, vllm_config: VllmConfig) -> None:
+    """Raise RequestError (503) where the session is another engine's: that would have it twice."""
+    own, engines = vllm_config.parallel_config.data_parallel_index, plugin.engines_of(vllm_config)
+    if engines > 1 and (right := placement.owner(key.wire(), engines)) != own:
+        message = f"session {key.name!r} belongs to engine {right}, and its request came to engine {own}: name it over HTTP"
+        raise RequestError(message, 503)
 
 
 def knobs_of(params: SamplingParams, learn: LearnConfig, vllm_config: VllmConfig) -> Knobs:

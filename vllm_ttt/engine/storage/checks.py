@@ -6,20 +6,36 @@ import contextlib
 import os
 from typing import Any
 
+from vllm_ttt import placement, plugin
 from vllm_ttt.audit_log import Log
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.storage import database
 from vllm_ttt.engine.storage.identity import compare, identity
+from vllm_ttt.engine.storage.shelves import settle
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
 from vllm_ttt.vault import Vault
 
 
 def check_dir(vllm_config: Any, config: TTTConfig) -> None:
-    """Raise ConfigError where `open_store` would: before anything is loaded. Changes nothing in a dir that is in use."""
+    """Raise ConfigError where `open_store` would: before anything is loaded. Changes nothing in a dir that is in use.
+
+    Where there are several engines, or were, each session is moved to the shelf of its engine.
+    """
+    engines = plugin.engines_of(vllm_config)
     if config.sessions.state_dir is not None:
-        _check_state_dir(StateDir(config.sessions.state_dir), vllm_config, config)
-    if (path := config.sessions.audit_path) is not None:
-        Log(path).close()
+        root = StateDir(config.sessions.state_dir)
+        _check_state_dir(root, vllm_config, config)
+        if engines > 1 or len(root.shelves()) > 1:
+            whose, secret = identity(vllm_config, config), os.environ.get(SECRET_VARIABLE)
+            vault = Vault.of(config.sessions.key_file)
+            settle(root, engines, lambda shelf: Store(shelf, whose, config.sessions.keep_versions, 0, secret, vault))
+    for engine in range(engines):
+        own = placement.config_of_engine(config, engine, engines).sessions
+        if engine and own.state_dir is not None:
+            StateDir(own.state_dir).create()
+        if (path := own.audit_path) is not None:
+            Log(path).close()
 
 
 def _check_state_dir(folder: StateDir, vllm_config: Any, config: TTTConfig) -> None:

@@ -44,6 +44,8 @@ class _Asked:
     after: Place | None
     here: Here
     away: Away
+    #: whether the answer says where each session is in the list
+    places: bool
     answer: Future = field(default_factory=Future)
     #: what was in memory, or about to be recorded, when the rows began to be read
     before: list[SessionKey] = field(default_factory=list)
@@ -64,8 +66,9 @@ class Lists:
     def busy(self) -> bool:
         return bool(self.waiting) or self.current is not None
 
-    def ask(self, tenant: str | None, limit: int, after: str | None, here: Here, away: Away) -> Future:
-        """Resolves to ``{"sessions": [...], "next": what to ask for the next page with, or None}``.
+    def ask(self, tenant: str | None, limit: int, after: str | None, here: Here, away: Away, places: bool = False) -> Future:
+        """Resolves to ``{"sessions": [...], "next": what to ask for the next page with, or None}``; with ``places``, also to
+        what `next` would be after each of the sessions.
 
         Args:
             tenant: whose sessions; None: everybody's.
@@ -73,7 +76,7 @@ class Lists:
         Raises:
             RequestError: 400, ``after`` is none; 429, the tenant waits for as many lists as it may.
         """
-        asked = _Asked(tenant, min(limit, MOST), None if after is None else _place(after, tenant), here, away)
+        asked = _Asked(tenant, min(limit, MOST), None if after is None else _place(after, tenant), here, away, places)
         if self.counts[tenant] >= PER_TENANT:
             raise RequestError(f"a key may wait for {PER_TENANT} lists at once; ask again when one of them has come", 429)
         self.counts[tenant] += 1
@@ -141,7 +144,12 @@ class Lists:
         details = [described.get(key) or (asked.away(x) if isinstance(x := found[key], Session) else x) for key in page]
         if asked.tenant is not None:
             details = [{**d, "tenant": None} for d in details]
-        return {"sessions": details, "next": _text(places[page[-1]], asked.tenant) if len(keys) > len(page) else None}
+        answer: dict[str, Any] = {"sessions": details, "next": None}
+        if len(keys) > len(page):
+            answer["next"] = _text(places[page[-1]], asked.tenant)
+        if asked.places:
+            answer["places"] = [_text(places[key], asked.tenant) for key in page]
+        return answer
 
 
 def _text(place: Place, tenant: str | None) -> str:

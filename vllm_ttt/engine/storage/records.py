@@ -175,6 +175,36 @@ def move(db: sqlite3.Connection, tenant: str, to: str) -> list[Row]:
     return rows
 
 
+def keys(db: sqlite3.Connection) -> dict[str, SessionKey]:
+    """uid -> key, of all sessions."""
+    return {
+        uid: SessionKey(tenant, _plain(db, name)) for uid, tenant, name in db.execute("SELECT uid, tenant, name FROM sessions")
+    }
+
+
+def carry(source: sqlite3.Connection, target: sqlite3.Connection, uid: str) -> bool:
+    """Record a session of one database in another of the same key, as it is; the files of its versions are there already.
+
+    Returns:
+        whether it is recorded there now: one of that uid that was used later stays what it is.
+    Raises:
+        ValueError: another session of its name is recorded there.
+    """
+    (row,) = source.execute("SELECT * FROM sessions WHERE uid = ?", (uid,)).fetchall()
+    _, tenant, name, _, last_used, *_ = row
+    taken = target.execute("SELECT uid, last_used FROM sessions WHERE tenant = ? AND name = ?", (tenant, name)).fetchone()
+    if taken is not None:
+        if taken[0] != uid:
+            raise ValueError(_plain(target, name))
+        if taken[1] >= last_used:
+            return False
+        target.execute("DELETE FROM sessions WHERE uid = ?", (uid,))
+    target.execute(f"INSERT INTO sessions VALUES ({', '.join('?' * len(row))})", row)
+    for version in source.execute("SELECT * FROM versions WHERE uid = ?", (uid,)):
+        target.execute(f"INSERT INTO versions VALUES ({', '.join('?' * len(version))})", version)
+    return True
+
+
 def back_to(db: sqlite3.Connection, uid: str, version: int) -> tuple[Version | None, list[str]]:
     """Make a recorded version the newest again.
 
