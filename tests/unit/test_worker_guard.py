@@ -369,26 +369,36 @@ def test_who_is_waited_for_learns_first_and_the_others_every_other_time() -> Non
     assert [chunk.session for chunk in trainer.take_report().chunks] == [3, 1, 3, 2, 3, 1]
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 4])
-def test_everybody_has_a_turn_however_many_calls_a_trial_takes(calls: int) -> None:
-    """Else trials that take an even number of them would begin in the turns of those whom somebody waits for alone."""
-    trying, trainer = Trying(GuardConfig(every=1)), prompts(tokens=16, chunk=16, sessions=())
-    trying.read()
-    trying.learn(1, 1, 0.0)
-    trying.run()  # the base model first
-    trying.guard.collect(trying.deltas.sessions)
-    trainer.guard, trainer.deltas, trainer.awaited = trying.guard, trying.deltas, frozenset({1, 2})
-    tried: list[int] = []
-    for key in (2, 3):
-        trying.learn(key, 1, 0.0)
-    piece = -(-ROWS // ROWS_PER_TOKEN // calls)
-    for _ in range(6 * calls):
-        trainer.learn(piece)
-        for trial in trying.guard.collect(trying.deltas.sessions):
-            tried.append(trial.session)
-            if trial.session != 3:
-                trying.learn(trial.session, 1, 0.0)  # somebody goes on waiting for it
-    assert 3 in tried[:4]
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
+@pytest.mark.parametrize("left", [0, 16])
+def test_everybody_is_tried_however_many_calls_a_trial_takes(pieces: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whether a step has room beside a piece: else all trials could begin in the turns of those whom somebody waits for."""
+    rows, tokens = 48, 16 * 64
+    config = parse_config(
+        {"learn": {"chunk": 16, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 2, "max_regression": 100}}
+    )
+    h, a, drawn = torch.randn(tokens, D), torch.randn(tokens, Q), torch.randint(0, V, (tokens,))
+    backlog, deltas = Backlog(400, 16, 1, h, a), Deltas(make().tail, 7, config.learn.rate)
+    slots: Any = SimpleNamespace(write=lambda *_: None, drop=lambda _: None, holds=lambda _: False)
+    trainer = Trainer(make().tail, config, backlog, deltas, slots, Probe(rows, h, a))
+    probe, piece = trainer.guard.probe, rows // pieces
+    monkeypatch.setattr(probe, "cache", object())  # as at full depth, where a piece is tried whole, and one in a call
+    monkeypatch.setattr(probe, "loss", lambda tail, delta, rows: torch.zeros(1))
+    for name in range(pieces):
+        probe.start(f"p{name}", RequestPlan(99, piece + 1, learn=False, learn_output=False, probe=True))
+        probe.take([Rows(f"p{name}", 0, 0, drawn[:piece])], h, a)
+        probe.finish(f"p{name}")
+    assert probe.ready
+    for key in range(1, 7):
+        backlog.start(f"r{key}", RequestPlan(key, tokens, True, False))
+        backlog.take([Rows(f"r{key}", 0, 0, drawn)], h, a)
+    trainer.awaited = frozenset(range(1, 6))
+    for _ in range(40 * pieces):
+        trainer.learn(piece // ROWS_PER_TOKEN + left)
+        trainer.collect()
+    *awaited, other = (deltas.session(key).version for key in range(1, 7))
+    assert min(awaited) > 0
+    assert other >= max(awaited), "nobody waits for it, and it had half of the time"
 
 
 def test_no_more_is_learned_at_once_than_was_asked_for() -> None:

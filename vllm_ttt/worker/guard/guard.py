@@ -54,8 +54,8 @@ class Guard:
         #: commits since the last trial of each session
         self.commits: OrderedDict[int, int] = OrderedDict()
         self.task: Task | None = None
-        #: trials that have begun
-        self.begun = 0
+        #: tokens that the last `run` took, by whose delta it tried
+        self.had: dict[int | None, int] = {}
         self.outcomes: deque[tuple[Task, Tensor, Any]] = deque()
         #: nats per token under the base model, once it is known
         self.base_loss: float | None = None
@@ -108,7 +108,7 @@ class Guard:
             deltas: the masters. unsettled: sessions whose version is not known yet; they wait. first: after what has begun, try
                 these alone, and nothing where none of them is due; empty: all that are due, the longest-waiting first.
         """
-        left = tokens
+        left, self.had = tokens, {}
         if first and not first & self.due():
             return 0
         while left > 0 and self.probe.ready and (self.task or self._begin(deltas, unsettled, first)):
@@ -120,7 +120,8 @@ class Guard:
             except Exception:
                 self.failed()
                 raise
-            left -= -(-len(rows) // ROWS_PER_TOKEN)
+            took = -(-len(rows) // ROWS_PER_TOKEN)
+            left, self.had[task.key] = left - took, self.had.get(task.key, 0) + took
             task.done += len(rows)
             if task.done == self.probe.rows:
                 self.outcomes.append((task, to_host(task.sum_1), self.clock.mark()))
@@ -173,7 +174,6 @@ class Guard:
             self.task = Task(None, None, 0, self.tail.zeros(1, self.tail.head_VD.dtype), None, zero)
             return True
         session, commits = deltas.session(key), self.commits.pop(key)
-        self.begun += 1
         dtype, device = self.tail.head_VD.dtype, self.tail.head_VD.device
         master = deltas.read(key).delta
         delta = master.by(*(x.to(device, dtype, copy=True) for x in master.tensors()))

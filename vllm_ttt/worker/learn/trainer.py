@@ -93,9 +93,9 @@ class Trainer:
         self.stopped: set[int] = set()
         #: sessions some of whose samples have begun: what is served stays until the others have, too
         self.still: set[int] = set()
-        #: sessions that a held request waits for, and whether the next trial or step is theirs
+        #: sessions that a held request waits for, and how much more they have had lately than all others, in tokens
         self.awaited: frozenset[int] = frozenset()
-        self.their_turn = True
+        self.ahead = 0
         self.report = StepReport()
         self.errors, self.nonfinite, self.tokens_learned = Rarely(), Rarely(), 0
 
@@ -103,9 +103,11 @@ class Trainer:
         """Learn up to ``tokens`` tokens of what waits; returns how many, each chunk counted as its cost in tokens, and at most
         ``tokens``. Never raises: what fails is given up and counted.
 
-        Sessions that somebody waits for come first, with their trials, every other time that a trial or a step begins: nobody
-        waits for the work of all others, and those for which nobody waits have the other turns. A trial may take many calls."""
-        first = self.awaited if self.their_turn else frozenset()
+        Sessions that somebody waits for have half of it, with their trials, and all others the other half: nobody waits for the
+        work of all others, and whoever manages a session is not kept waiting by those who chat."""
+        first = self.awaited
+        if first and self.ahead > 0:
+            first = frozenset(self.backlog.queues.keys() | self.guard.due()) - first
         return (self._turn(tokens, first) if first else 0) or self._turn(tokens, frozenset())
 
     def _turn(self, tokens: int, first: frozenset[int]) -> int:
@@ -113,7 +115,9 @@ class Trainer:
         left = tokens - self._try(tokens, first)  # before it learns: no session goes on beyond what has not been tried
         one = True
         while left > 0 and (tiles := self._pick(left, first, one)):
-            one, self.their_turn = False, not first
+            one = False
+            for tile in tiles:
+                self._had(tile.chunk.session, _cost(tile.chunk))
             try:
                 self._step(tiles)
             except Exception:
@@ -254,15 +258,20 @@ class Trainer:
 
     def _try(self, tokens: int, first: frozenset[int]) -> int:
         """Let the guard have the time for ``tokens`` tokens; returns how many it took. ``first``: as `Guard.run` has it."""
-        unsettled, begun = frozenset(chunk.session for outcome in self.outcomes for chunk in outcome.chunks), self.guard.begun
+        unsettled = frozenset(chunk.session for outcome in self.outcomes for chunk in outcome.chunks)
         try:
             return self.guard.run(tokens, self.deltas, unsettled, first)
         except Exception:
             self.failed("a delta could not be tried on the guard's text")
             return tokens
         finally:
-            if self.guard.begun != begun:
-                self.their_turn = not first
+            for key, had in self.guard.had.items():
+                self._had(key, had)
+
+    def _had(self, key: int | None, tokens: int) -> None:
+        """A session has had its share. What one side could not use is forgotten, but for a step."""
+        most = self.config.schedule.tokens_per_step if self.awaited else 0
+        self.ahead = max(-most, min(self.ahead + (tokens if key in self.awaited else -tokens), most))
 
     def _write(self, key: int, session: WorkerSession) -> None:
         try:
