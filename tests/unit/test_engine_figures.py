@@ -24,7 +24,8 @@ MARK = "<!-- python loadtests/bench_engine.py --compare "
 
 def a_round(wall: float = 2.0, decode: float = 3.0, **fields: Any) -> Round:
     given: dict[str, Any] = {"tokens": 8, "learned": 4, "wall": wall, "drained": 2 * wall, "decode": decode}
-    return Round(**(given | {"ttft": [1.0], "tpot": [0.5], "itl": [0.5]} | fields))
+    given.update({"ttft": [1.0], "tpot": [0.5], "itl": [0.5], **fields})
+    return Round(**given)
 
 
 def test_decode_is_tokens_over_time() -> None:

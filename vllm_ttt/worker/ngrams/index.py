@@ -100,8 +100,8 @@ class Index:
             whole = totals[number] + kinds[number]
             factors[number] = left / whole
             left *= kinds[number] / whole
-        shares = np.bincount(at, np.repeat(factors, kinds) * counts, len(tokens))
-        return Followers(len(found), tokens.astype(np.int64), shares.astype(np.float64, copy=False), left)
+        shares = np.asarray(np.bincount(at, np.repeat(factors, kinds) * counts, len(tokens)), np.float64)
+        return Followers(len(found), tokens.astype(np.int64), shares, left)
 
     def parts(self, before: Tokens, token: Tokens) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
         """Of many tokens at once: length of the longest context that is known, PPM's share, and what is left to the model.
