@@ -1,87 +1,84 @@
 """What a session's cache adds to what it learns, over HTTP, and how far the engine is from docs/cache.md's plain loop.
 
-    python loadtests/cache_gain.py demo/real/smollm2 demo/real/texts         starts `vllm serve MODEL --plugin ttt` itself
+    python loadtests/cache_gain.py demo/real/smollm2 FOLDER...           starts `vllm serve MODEL --plugin ttt` itself
 
-Protocol p2 of `vllm-ttt eval`, and three readings of each request before it is learned: without a session, in the session
-without its cache (`ttt_cache: 0`), and as it is served. Both last ones meet the same delta, so their difference is the cache's
-alone. The plain loop mixes its own cache into the second, and into the first: "frozen + cache". Sessions run one after another.
+Each FOLDER has a folder of .txt files for each domain. Protocol p2 of `vllm-ttt eval`, and three readings of each request
+before it is learned: without a session, in the session without its cache (`ttt_cache: 0`), and as it is served. Both last ones
+meet the same delta, so their difference is the cache's alone. The plain loop mixes its own cache into the second, and into the
+first: "frozen + cache". With --minutes the run ends when they are over, and every domain has as many requests as every other.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import httpx
+import numpy as np
 from runs import HERE, about, save, served
 
 from vllm_ttt.config import parse_config
 from vllm_ttt.eval.client import Client
-from vllm_ttt.eval.measures import HARM, Reading, measure
+from vllm_ttt.eval.measures import HARM, Measures, Reading, measure
 from vllm_ttt.eval.protocols import SCORED, plan
 from vllm_ttt.eval.session_cache import SessionCache
 from vllm_ttt.eval.texts import encode, read_texts
 
 CONFIG: dict[str, Any] = {"cache": {"orders": 6}}
-ARMS = ("frozen", "session", "session + cache")
+#: name: knobs of its reading; None: without a session. In this order, since the last one learns.
+ARMS: dict[str, dict[str, int] | None] = {
+    "frozen": None,
+    "session": {"ttt_learn": 0, "ttt_cache": 0},
+    "session + cache": {},
+}
+#: One request: what is measured of each arm, and of the plain loop's caches.
+Request = dict[str, Measures]
 
 
 class Session:
-    """One session of a domain, and what is measured of it."""
+    """One session of a domain, and what is found of it."""
 
-    def __init__(self, client: Client, name: str, window: int):
-        self.client, self.name, self.window = client, name, window
-        self.ours, self.frozen_ours = (SessionCache(parse_config(CONFIG)) for _ in range(2))
-        #: by request: of each arm, and losses of "oracle" (the session and the plain loop's cache) and "frozen + cache"
-        self.found: list[dict[str, Any]] = []
+    def __init__(self, client: Client, domain: str, windows: list[list[int]]):
+        self.client, self.domain, self.windows = client, domain, windows
+        self.oracles = {"oracle": ("session", SessionCache(parse_config(CONFIG)))}
+        self.oracles["frozen + cache"] = ("frozen", SessionCache(parse_config(CONFIG)))
+        self.found: list[Request] = []
+        self.readings: list[dict[str, Reading]] = []
 
-    async def send(self, ids: list[int]) -> None:
-        readings = {
-            "frozen": await self.client.read(ids),
-            "session": await self._read(ids, {"ttt_learn": 0, "ttt_cache": 0}),
-            "session + cache": await self._read(ids, {}),
-        }
-        arms: dict[str, Any] = {name: measure(ids, reading, self.window) for name, reading in readings.items()}
-        for name, cache, arm in (("oracle", self.ours, "session"), ("frozen + cache", self.frozen_ours, "frozen")):
+    async def send(self, number: int) -> None:
+        """The next request."""
+        ids, name = self.windows[len(self.found)], f"cache-{number}"
+        readings = {arm: await self.client.read(ids, None if knobs is None else name, knobs) for arm, knobs in ARMS.items()}
+        arms = {arm: measure(ids, reading, SCORED) for arm, reading in readings.items()}
+        for oracle, (arm, cache) in self.oracles.items():
             losses = list(readings[arm].losses)
-            arms[name] = measure(ids, Reading(cache.read(ids, losses)), self.window)
+            arms[oracle] = measure(ids, Reading(cache.read(ids, losses)), SCORED)
             cache.learn(ids, losses)
         self.found.append(arms)
-
-    async def _read(self, ids: list[int], xargs: dict[str, int]) -> Reading:
-        """As `Client.read`, which always learns."""
-        plain = self.client._call
-
-        async def call(method: str, path: str, body: dict[str, Any] | None = None, missing_ok: bool = False) -> Any:
-            return await plain(method, path, {**(body or {}), "vllm_xargs": xargs}, missing_ok)
-
-        self.client._call = call  # type: ignore[method-assign]
-        try:
-            return await self.client.read(ids, self.name)
-        finally:
-            self.client._call = plain  # type: ignore[method-assign]
+        self.readings.append(readings)
+        print(self.domain, len(self.found), {arm: round(m.nats, 4) for arm, m in arms.items()}, flush=True)
 
 
-async def run(url: str, texts: Path, sessions: int, requests: int, domains: list[str]) -> dict[str, list[list[dict[str, Any]]]]:
-    """By domain: of each session, its requests."""
-    found: dict[str, list[list[dict[str, Any]]]] = {}
+async def run(url: str, texts: dict[str, list[str]], requests: int, until: float) -> list[Session]:
+    """One session of each domain; request after request, each of all domains before the next."""
     async with Client(url, timeout=3600) as client:
-        documents = {name: text for name, text in read_texts(texts).items() if not domains or name in domains}
-        work = plan("p2", await encode(documents, client.tokenize), sessions, requests)
-        for number, (domain, windows) in enumerate(zip(work.domains, work.windows, strict=True)):
-            session = Session(client, f"cache-{number}", SCORED)
-            for ids in windows:
-                await session.send(ids)
-                print(domain, {name: round(m.nats, 4) for name, m in session.found[-1].items()}, flush=True)
-            found.setdefault(domain, []).append(session.found)
-            await client.forget(session.name)
+        work = plan("p2", await encode(texts, client.tokenize), 1, requests)
+        found = [Session(client, domain, windows) for domain, windows in zip(work.domains, work.windows, strict=True)]
+        for _ in range(requests):
+            if time.monotonic() > until:
+                break
+            for number, session in enumerate(found):
+                await session.send(number)
     return found
 
 
-def summary(sessions: list[list[dict[str, Any]]]) -> dict[str, float]:
+def summary(sessions: list[list[Request]]) -> dict[str, float]:
     """Means over requests 2 to the last of some sessions: gains over the frozen model, and what else is measured."""
     later = [request for session in sessions for request in session[1:]]
     gains = {name: fmean(r["frozen"].nats - r[name].nats for r in later) for name in later[0] if name != "frozen"}
@@ -95,32 +92,70 @@ def summary(sessions: list[list[dict[str, Any]]]) -> dict[str, float]:
     return gains | told
 
 
+def table(found: dict[str, list[Request]], groups: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+    """By domain and group of domains."""
+    rows = {domain: summary([requests]) for domain, requests in found.items()}
+    for group, domains in groups.items():
+        if len(domains) > 1:
+            rows[f"all of {group}"] = summary([found[domain] for domain in domains])
+    return rows
+
+
+def keep(path: Path, sessions: list[Session]) -> None:
+    """Ids, and by arm losses of the token that is there and of the likeliest, as loadtests/cache_losses.py reads them."""
+    arrays: dict[str, Any] = {"domains": np.array([session.domain for session in sessions])}
+    arrays["token_ids"] = np.array([session.windows[: len(session.found)] for session in sessions]).swapaxes(0, 1)
+    for arm in ARMS:
+        for name, what in ((arm, "losses"), (f"{arm}, likeliest", "top_losses")):
+            values = [[getattr(readings[arm], what) for readings in session.readings] for session in sessions]
+            arrays[name] = np.array(values, np.float16).swapaxes(0, 1)
+    np.savez_compressed(path, **arrays)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("texts", type=Path)
-    parser.add_argument("--sessions", type=int, default=1, help="of each domain")
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--preset", default="deep")
     parser.add_argument("--requests", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--domains", nargs="*", default=[], help="instead of all")
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="JSON of earlier runs: domains that this one has not")
+    parser.add_argument("--losses", type=Path, help="keep the losses of every token as .npz")
     parser.add_argument("--name", default="cache-gain")
     args = parser.parse_args()
     flags = [args.model, "--served-model-name", "model", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**29),
-             "--dtype", "float32", "--enforce-eager"]  # fmt: skip
-    told = about("cache_gain.py")
+             "--dtype", "float32", "--enforce-eager", "--ttt-preset", args.preset]  # fmt: skip
+    told = about("cache_gain.py", {str(texts): texts.name for texts in args.texts if texts.is_absolute()})
+    texts, groups = dict[str, list[str]](), dict[str, list[str]]()
+    for folder in args.texts:
+        chosen = {domain: x for domain, x in read_texts(folder).items() if not args.domains or domain in args.domains}
+        texts |= chosen
+        groups[folder.name] = list(chosen)
     with served(flags, CONFIG) as url:
-        found = asyncio.run(run(url, args.texts, args.sessions, args.requests, args.domains))
+        sessions = asyncio.run(run(url, texts, args.requests, time.monotonic() + 60 * args.minutes))
         settings = httpx.get(f"{url}/v1/ttt/config", trust_env=False).raise_for_status().json()
-    rows = {domain: summary(sessions) for domain, sessions in found.items()}
-    rows["all"] = summary([session for sessions in found.values() for session in sessions])
-    keys = list(rows["all"])
-    lines = ["| | " + " | ".join(keys) + " |", "| --- " * (len(keys) + 1) + "|"]
-    lines += [f"| {domain} | " + " | ".join(f"{row[key]:.4f}" for key in keys) + " |" for domain, row in rows.items()]
-    requests = {
-        domain: [[{name: m.nats for name, m in request.items()} for request in session] for session in sessions]
-        for domain, sessions in found.items()
-    }
-    told |= {"server": "vllm serve " + " ".join(flags) + " --plugin ttt", "config": settings, "rows": rows, "nats": requests}
-    body = "Gains over the frozen model in nats per token, means of requests 2 to the last.\n\n" + "\n".join(lines)
+    if args.losses:
+        keep(args.losses, sessions)
+    found, commands = {session.domain: session.found for session in sessions}, [told["command"]]
+    for path in args.add:
+        earlier = json.loads(path.read_text())
+        found |= {d: [{k: Measures(**m) for k, m in r.items()} for r in x] for d, x in earlier["requests"].items()}
+        for group, domains in earlier["groups"].items():
+            groups[group] = [*domains, *groups.get(group, [])]
+        commands = earlier["commands"] + commands
+    rows = table(found, groups)
+    keys = list(next(iter(rows.values())))
+    lines = ["| | requests | " + " | ".join(keys) + " |", "| --- " * (len(keys) + 2) + "|"]
+    for name, row in rows.items():
+        count = str(len(found[name])) if name in found else ""
+        lines.append(f"| {name} | {count} | " + " | ".join(f"{row[key]:.4f}" for key in keys) + " |")
+    requests = {domain: [{name: asdict(m) for name, m in request.items()} for request in x] for domain, x in found.items()}
+    told |= {"server": f"vllm serve {told['command'].split()[2]} {' '.join(flags[1:])} --plugin ttt", "config": settings}
+    told |= {"command": "\n    ".join(commands), "commands": commands, "rows": rows, "groups": groups, "requests": requests}
+    body = "Gains over the frozen model in nats per token, means of requests 2 to the last of one session.\n\n" + "\n".join(
+        lines
+    )
     save("What a session's cache adds", told, body, HERE / "results", args.name)
 
 

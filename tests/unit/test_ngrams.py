@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vllm_ttt.config import CacheConfig, LearnConfig, TTTConfig
 from vllm_ttt.eval.session_cache import SessionCache
 from vllm_ttt.worker.ngrams import stream as streams
-from vllm_ttt.worker.ngrams.index import Index
+from vllm_ttt.worker.ngrams.index import BITS, HASH_BITS, Index
 from vllm_ttt.worker.ngrams.mixing import mix
 from vllm_ttt.worker.ngrams.ngrams import Indexes, NGrams, commit
 
@@ -223,9 +223,10 @@ def test_contexts_that_differ_do_not_meet():
     ids = np.random.default_rng(0).integers(0, 150_000, 5000).astype(np.int32)
     stream = streams.extend(streams.EMPTY, ids[:1], ids[1:], 10_000)
     index = Index(stream, 6)
-    for length, (keys, _) in enumerate(index.orders, 1):
+    found = np.unique(index.keys >> np.uint64(BITS)) >> np.uint64(HASH_BITS)  # of each context its length
+    for length in range(1, 7):
         contexts = {tuple(ids[t - length : t]) for t in range(length, len(ids))}
-        assert len(np.unique(keys >> np.uint64(20))) == len(contexts)
+        assert np.count_nonzero(found == length) == len(contexts)
     turned = Index(streams.extend(streams.EMPTY, ids[:1], np.array([7, 8, 9, 5], np.int32), 100), 6)
     assert turned.followers(np.array([8, 7, 9], np.int32)).length == 1
 

@@ -84,8 +84,9 @@ class Client:
         """Negative log-likelihood in nats of every token but the first; with ``session``, it is learned afterwards."""
         return list((await self.read(ids, session)).losses)
 
-    async def read(self, ids: list[int], session: str | None = None) -> Reading:
-        """What the model makes of every token but the first; with ``session``, they are learned afterwards.
+    async def read(self, ids: list[int], session: str | None = None, knobs: dict[str, int] | None = None) -> Reading:
+        """What the model makes of every token but the first; with ``session``, they are learned afterwards, unless ``knobs``
+        (as ``{"ttt_cache": 0}``) say otherwise.
 
         Raises ServerError: the request was refused, or a session was named and the answer has no ``ttt`` object.
         """
@@ -97,7 +98,7 @@ class Client:
             "prompt_logprobs": 1,  # the token that is there, and the most likely one
         }
         if session is not None:
-            body |= {"session_id": session, "vllm_xargs": {"ttt_learn": 1}}
+            body |= {"session_id": session, "vllm_xargs": {"ttt_learn": 1, **(knobs or {})}}
         async with self._turn:
             answer = await self._call("POST", "/v1/completions", body)
         if session is not None and "ttt" not in answer:

@@ -1,12 +1,11 @@
-"""What followed each context of a stream, sorted: looking a context up is a binary search for each length.
+"""What followed each context of a stream, sorted: all lengths of a context are looked up by one binary search.
 
-A context and a token that followed it are one number of 64 bits: the context's hash above, the token below. Contexts of one
-and two tokens are their own hash; of longer ones two might share 44 bits, and then share what followed them.
+A context and a token that followed it are one number of 64 bits: the context's length above, then its hash, the token below.
+Contexts of one and two tokens are their own hash; of longer ones two might share 40 bits, and then share what followed them.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +13,11 @@ from numpy.typing import NDArray
 
 from vllm_ttt.worker.ngrams.stream import BREAK, Tokens, shown
 
-#: Bits of a token's id.
-BITS = 20
-_MASK = np.uint64(2**BITS - 1)
-_SHIFT = np.uint64(BITS)
-_ONE = np.uint64(1)
+#: Bits of a token's id, and of a context's hash.
+BITS, HASH_BITS = 20, 40
 _ALL = 2**64 - 1
+_MASK, _SHIFT, _ONE = np.uint64(2**BITS - 1), np.uint64(BITS), np.uint64(1)
+_LENGTH = np.uint64(BITS + HASH_BITS)
 #: Odd, and of no simple form: the fractional parts of the golden ratio and of the root of two.
 _FACTOR, _SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0x6A09E667F3BCC909)
 
@@ -41,49 +39,68 @@ _NONE = Followers(0, np.zeros(0, np.int64), np.zeros(0), 1.0)
 
 
 class Index:
-    """Of one stream; never changes."""
+    """Of one stream; never changes.
+
+    Attributes:
+        keys: ascending; those of one context are neighbours. counts: how often each occurs.
+    """
 
     def __init__(self, stream: Tokens, orders: int):
-        #: by length of the context, from 1: keys, ascending, and how often each occurs
-        self.orders: list[tuple[Keys, NDArray[np.int32]]] = []
         tokens, learned = shown(stream), np.flatnonzero(stream >= 0)
         known, hashed = tokens.astype(np.uint64), np.zeros(len(learned), np.uint64)
-        at = learned
+        at, parts = learned, list[tuple[Keys, NDArray[np.int32]]]()
         for length in range(1, orders + 1):
             at, hashed = at[at >= length], hashed[at >= length]
             whole = tokens[at - length] != BREAK
             at, hashed = at[whole], hashed[whole]
             hashed = _grow(hashed, known[at - length], length)
-            keys = np.sort(hashed << _SHIFT | known[at])
+            keys = np.sort(_low(hashed, length) | known[at])
             first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))) if len(keys) else np.zeros(0, np.int64)
-            counts = np.diff(np.concatenate((first, [len(keys)]))).astype(np.int32)
-            self.orders.append((keys[first], counts))
+            parts.append((keys[first], np.diff(first, append=len(keys)).astype(np.int32)))
+        self.orders = orders
+        self.keys, self.counts = (np.concatenate(x) for x in zip(*parts, strict=True)) if parts else _EMPTY
 
     @property
     def bytes(self) -> int:
-        return sum(keys.nbytes + counts.nbytes for keys, counts in self.orders)
+        return self.keys.nbytes + self.counts.nbytes
 
     def followers(self, before: Tokens) -> Followers:
         """What comes after the tokens ``before``, of which the last ones count."""
-        found, hashed = [], 0
-        for length, token in enumerate(before[: -len(self.orders) - 1 : -1].tolist(), 1):
-            keys, counts = self.orders[length - 1]
+        needles, hashed = [], 0
+        for length, token in enumerate(before[: -self.orders - 1 : -1].tolist(), 1):
             hashed = _grow_one(hashed, token, length)
-            first, end = keys.searchsorted(np.array((hashed << BITS, (hashed + 1 << BITS) - 1), np.uint64)).tolist()
+            low = (length << HASH_BITS | hashed) << BITS
+            needles += (low, low + (1 << BITS))
+        places = self.keys.searchsorted(np.array(needles, np.uint64)).tolist()
+        found = []
+        for first, end in zip(places[::2], places[1::2], strict=True):
             if first == end:
                 break
-            found.append((keys[first:end] & _MASK, counts[first:end]))
-        if not found:
-            return _NONE
-        tokens = found[0][0]  # whatever followed a longer context followed the shortest
-        shares, left = np.zeros(len(tokens)), 1.0
-        for seen, counts in reversed(found):
-            kinds, total = len(counts), int(counts.sum()) + len(counts)
+            found.append(slice(first, end))
+        while found:
+            tokens = self.keys[found[0]] & _MASK  # whatever followed a longer context followed the shortest
+            seen, counts = (np.concatenate([x[part] for part in found]) for x in (self.keys, self.counts))
+            seen &= _MASK
             at = tokens.searchsorted(seen)
-            if kinds > len(tokens) or at[-1] == len(tokens) or (tokens[at] != seen).any():
-                continue  # two contexts that share a hash
-            shares[at] += left / total * counts
-            left *= kinds / total
+            strange = tokens.take(at, mode="clip") != seen
+            if strange.any():  # two contexts that share a hash
+                kinds = [part.stop - part.start for part in found]
+                found = found[: int(np.repeat(np.arange(len(found)), kinds)[strange][0])]
+                continue
+            return self._shared(found, tokens, at, counts)
+        return _NONE
+
+    def _shared(self, found: list[slice], tokens: Keys, at: NDArray[np.int64], counts: NDArray[np.int32]) -> Followers:
+        """PPM's shares of ``tokens``. ``at``, ``counts``: of the followers of each context, the shortest first, their places in
+        ``tokens`` and how often each was seen."""
+        kinds = [part.stop - part.start for part in found]
+        totals = np.add.reduceat(counts, np.cumsum([0, *kinds[:-1]])).tolist()
+        factors, left = [0.0] * len(found), 1.0
+        for number in range(len(found) - 1, -1, -1):
+            whole = totals[number] + kinds[number]
+            factors[number] = left / whole
+            left *= kinds[number] / whole
+        shares = np.bincount(at, np.repeat(factors, kinds) * counts, len(tokens))
         return Followers(len(found), tokens.astype(np.int64), shares, left)
 
     def parts(self, before: Tokens, token: Tokens) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
@@ -92,43 +109,45 @@ class Index:
         Args:
             before: [N, LONGEST] tokens before each, the last one last; BREAK where there is none. token: [N].
         """
-        count = len(token)
+        count, sums = len(token), np.concatenate(([0], np.cumsum(self.counts, dtype=np.int64)))
         length, share, left = np.zeros(count, np.int64), np.zeros(count), np.ones(count)
         at, hashed = np.arange(count), np.zeros(count, np.uint64)
-        for number, (keys, counts) in enumerate(self.orders, 1):
+        for number in range(1, self.orders + 1):
             column = before[at, -number]
             at, hashed, column = at[column != BREAK], hashed[column != BREAK], column[column != BREAK]
             hashed = _grow(hashed, column.astype(np.uint64), number)
-            low = hashed << _SHIFT
-            first, end = np.searchsorted(keys, low), np.searchsorted(keys, low | _MASK, side="right")
+            low = _low(hashed, number)
+            first, end = self.keys.searchsorted(low), self.keys.searchsorted(low + (_ONE << _SHIFT))
             some = end > first
-            at, first, end = at[some], first[some], end[some]
-            hashed, low = hashed[some], low[some]
+            at, first, end, hashed, low = at[some], first[some], end[some], hashed[some], low[some]
             if not len(at):
                 break
-            sums, kinds = self._sums[number - 1], end - first
+            kinds = end - first
             total = sums[end] - sums[first] + kinds
             wanted = low | token[at].astype(np.uint64)
-            place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            hits = np.where(keys[place] == wanted, counts[place], 0)
+            place = np.minimum(self.keys.searchsorted(wanted), len(self.keys) - 1)
+            hits = np.where(self.keys[place] == wanted, self.counts[place], 0)
             share[at] = (hits + kinds * share[at]) / total
             left[at] *= kinds / total
             length[at] = number
         return length, share, left
 
-    @cached_property
-    def _sums(self) -> list[NDArray[np.int64]]:
-        """Of each order: the sum of the counts before each key."""
-        return [np.concatenate(([0], np.cumsum(counts, dtype=np.int64))) for _, counts in self.orders]
+
+_EMPTY = (np.zeros(0, np.uint64), np.zeros(0, np.int32))
+
+
+def _low(hashed: Keys, length: int) -> Keys:
+    """The key of contexts of one length, before any token."""
+    return np.uint64(length) << _LENGTH | hashed << _SHIFT
 
 
 def _grow(hashed: Keys, token: Keys, length: int) -> Keys:
-    """The hash of a context that has one token more in front: 44 bits."""
+    """The hash of a context that has one token more in front."""
     if length <= 2:
         return hashed | token << np.uint64(BITS * (length - 1))
     mixed = (hashed + (token + _ONE) * _SPREAD) * _FACTOR
     mixed ^= mixed >> np.uint64(29)
-    return (mixed * _FACTOR) >> _SHIFT
+    return (mixed * _FACTOR) >> np.uint64(64 - HASH_BITS)
 
 
 def _grow_one(hashed: int, token: int, length: int) -> int:
@@ -137,4 +156,4 @@ def _grow_one(hashed: int, token: int, length: int) -> int:
         return hashed | token << BITS * (length - 1)
     mixed = (hashed + (token + 1) * int(_SPREAD)) * int(_FACTOR) & _ALL
     mixed ^= mixed >> 29
-    return (mixed * int(_FACTOR) & _ALL) >> BITS
+    return (mixed * int(_FACTOR) & _ALL) >> 64 - HASH_BITS

@@ -6,9 +6,10 @@ add them up, and every token that the session has not sent keeps the very logit 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from vllm_ttt.worker.ngrams.index import Index
@@ -26,10 +27,11 @@ def mix(logits_NV: Tensor, rows: Sequence[int], befores: Sequence[Tokens], index
     known = [(row, found) for row, before in zip(rows, befores, strict=True) if (found := index.followers(before)).length]
     if not known:
         return
-    sums = logits_NV[[row for row, _ in known]].logsumexp(-1).tolist()
+    picked = [row for row, _ in known]
+    sums = logits_NV[picked if len(picked) > 1 else picked[0]].logsumexp(-1).view(-1).tolist()
+    values_NV = logits_NV.numpy()
     for (row, found), total in zip(known, sums, strict=True):
         share = shares[found.length - 1]
         model = 1 - share * (1 - found.rest)  # what is left to the model; the rest of 1 is spread over `found.tokens`
-        tokens = torch.from_numpy(found.tokens)
-        p = (logits_NV[row, tokens].double() - total).exp() * model + share * torch.from_numpy(found.shares)
-        logits_NV[row, tokens] = (p.log() - torch.tensor(model, dtype=torch.float64).log() + total).float()
+        p = np.exp(values_NV[row, found.tokens].astype(np.float64) - total) * model + share * found.shares
+        values_NV[row, found.tokens] = np.log(p) + (total - math.log(model))
