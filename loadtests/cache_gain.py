@@ -57,25 +57,25 @@ class Session:
         readings = {arm: await self.client.read(ids, None if knobs is None else name, knobs) for arm, knobs in ARMS.items()}
         arms = {arm: measure(ids, reading, SCORED) for arm, reading in readings.items()}
         for oracle, (arm, cache) in self.oracles.items():
-            losses = list(readings[arm].losses)
-            arms[oracle] = measure(ids, Reading(cache.read(ids, losses)), SCORED)
-            cache.learn(ids, losses)
+            losses, tops = readings[arm].losses, readings[arm].top_losses
+            assert tops is not None
+            arms[oracle] = measure(ids, Reading(cache.read(ids, losses, tops)), SCORED)
+            cache.learn(ids, losses, tops)
         self.found.append(arms)
         self.readings.append(readings)
         print(self.domain, len(self.found), {arm: round(m.nats, 4) for arm, m in arms.items()}, flush=True)
 
 
-async def run(url: str, texts: dict[str, list[str]], requests: int, until: float) -> list[Session]:
-    """One session of each domain; request after request, each of all domains before the next."""
+async def run(url: str, texts: dict[str, list[str]], requests: int, until: float, found: list[Session]) -> None:
+    """One session of each domain, which joins ``found``; request after request, each of all domains before the next."""
     async with Client(url, timeout=3600) as client:
         work = plan("p2", await encode(texts, client.tokenize), 1, requests)
-        found = [Session(client, domain, windows) for domain, windows in zip(work.domains, work.windows, strict=True)]
+        found += [Session(client, domain, windows) for domain, windows in zip(work.domains, work.windows, strict=True)]
         for _ in range(requests):
             if time.monotonic() > until:
                 break
             for number, session in enumerate(found):
                 await session.send(number)
-    return found
 
 
 def summary(sessions: list[list[Request]]) -> dict[str, float]:
@@ -104,10 +104,11 @@ def table(found: dict[str, list[Request]], groups: dict[str, list[str]]) -> dict
 def keep(path: Path, sessions: list[Session]) -> None:
     """Ids, and by arm losses of the token that is there and of the likeliest, as loadtests/cache_losses.py reads them."""
     arrays: dict[str, Any] = {"domains": np.array([session.domain for session in sessions])}
-    arrays["token_ids"] = np.array([session.windows[: len(session.found)] for session in sessions]).swapaxes(0, 1)
+    count = min(len(session.found) for session in sessions)
+    arrays["token_ids"] = np.array([session.windows[:count] for session in sessions]).swapaxes(0, 1)
     for arm in ARMS:
         for name, what in ((arm, "losses"), (f"{arm}, likeliest", "top_losses")):
-            values = [[getattr(readings[arm], what) for readings in session.readings] for session in sessions]
+            values = [[getattr(readings[arm], what) for readings in session.readings[:count]] for session in sessions]
             arrays[name] = np.array(values, np.float16).swapaxes(0, 1)
     np.savez_compressed(path, **arrays)
 
@@ -132,13 +133,24 @@ def main() -> None:
         chosen = {domain: x for domain, x in read_texts(folder).items() if not args.domains or domain in args.domains}
         texts |= chosen
         groups[folder.name] = list(chosen)
+    told["server"] = f"vllm serve {' '.join(flags)} --plugin ttt"
+    sessions = list[Session]()
     with served(flags, CONFIG) as url:
-        sessions = asyncio.run(run(url, texts, args.requests, time.monotonic() + 60 * args.minutes))
-        settings = httpx.get(f"{url}/v1/ttt/config", trust_env=False).raise_for_status().json()
-    if args.losses:
-        keep(args.losses, sessions)
-    found, commands = {session.domain: session.found for session in sessions}, [told["command"]]
-    for path in args.add:
+        told["config"] = httpx.get(f"{url}/v1/ttt/config", trust_env=False).raise_for_status().json()
+        try:
+            asyncio.run(run(url, texts, args.requests, time.monotonic() + 60 * args.minutes, sessions))
+        finally:  # a run that is cut short says what it found
+            if args.losses and all(session.found for session in sessions):
+                keep(args.losses, sessions)
+            report(told, sessions, groups, args.add, args.name)
+
+
+def report(told: dict[str, Any], sessions: list[Session], groups: dict[str, list[str]], add: list[Path], name: str) -> None:
+    """Write what was found, together with earlier runs."""
+    found = {session.domain: session.found for session in sessions if len(session.found) > 1}
+    groups = {group: [domain for domain in domains if domain in found] for group, domains in groups.items()}
+    commands = [told["command"]]
+    for path in add:
         earlier = json.loads(path.read_text())
         found |= {d: [{k: Measures(**m) for k, m in r.items()} for r in x] for d, x in earlier["requests"].items()}
         for group, domains in earlier["groups"].items():
@@ -147,16 +159,14 @@ def main() -> None:
     rows = table(found, groups)
     keys = list(next(iter(rows.values())))
     lines = ["| | requests | " + " | ".join(keys) + " |", "| --- " * (len(keys) + 2) + "|"]
-    for name, row in rows.items():
-        count = str(len(found[name])) if name in found else ""
-        lines.append(f"| {name} | {count} | " + " | ".join(f"{row[key]:.4f}" for key in keys) + " |")
+    for where, row in rows.items():
+        count = str(len(found[where])) if where in found else ""
+        lines.append(f"| {where} | {count} | " + " | ".join(f"{row[key]:.4f}" for key in keys) + " |")
     requests = {domain: [{name: asdict(m) for name, m in request.items()} for request in x] for domain, x in found.items()}
-    told |= {"server": f"vllm serve {told['command'].split()[2]} {' '.join(flags[1:])} --plugin ttt", "config": settings}
     told |= {"command": "\n    ".join(commands), "commands": commands, "rows": rows, "groups": groups, "requests": requests}
-    body = "Gains over the frozen model in nats per token, means of requests 2 to the last of one session.\n\n" + "\n".join(
-        lines
-    )
-    save("What a session's cache adds", told, body, HERE / "results", args.name)
+    body = "Gains over the frozen model in nats per token, means of requests 2 to the last of one session.\n\n"
+    body += "\n".join(lines)
+    save("What a session's cache adds", told, body, HERE / "results", name)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python loadtests/cache_losses.py losses.npz
 
-The file has ``domains`` [D], ``token_ids`` [requests, D, T], and ``frozen`` and ``session`` [requests, D, T - 1]: losses of
-token_ids[..., 1:] under the frozen model and under a session that learned. Gains over the frozen model, nats per token, mean of
-requests 2 and later, of their last three quarters: of the baseline of `vllm-ttt eval`, which also knows what of the request
-came before each token, and of the cache as it is served, which learns a request when it is over.
+`loadtests/cache_gain.py --losses` writes such a file: ``domains`` [D], ``token_ids`` [requests, D, T], and ``frozen`` and
+``session`` [requests, D, T - 1], losses of token_ids[..., 1:] under the frozen model and under a session that learned, beside
+those of the model's first choices. Gains over the frozen model, nats per token, mean of requests 2 and later, of their last
+three quarters: of the baseline of `vllm-ttt eval`, which also knows what of the request came before each token, and of the
+cache as it is served, which learns a request when it is over.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ def main(path: str) -> None:
         frozen, session = (data[name][:, number].astype(float) for name in ("frozen", "session"))
         scored = frozen.shape[1] // 4
         row = [_gain(frozen, session, scored)]
-        for losses in (frozen, session):
+        for name, losses in (("frozen", frozen), ("session", session)):
+            tops = data[f"{name}, likeliest"][:, number].astype(float).tolist()
             mixture, cache = Mixture(vocabulary=VOCABULARY), SessionCache(orders=6)
             baseline = [mixture.read(ids, Reading(x)).losses for ids, x in zip(windows, losses.tolist(), strict=True)]
             served = []
-            for ids, x in zip(windows, losses.tolist(), strict=True):
-                served.append(cache.read(ids, x))
-                cache.learn(ids, x)
+            for ids, x, top in zip(windows, losses.tolist(), tops, strict=True):
+                served.append(cache.read(ids, x, top))
+                cache.learn(ids, x, top)
             row += [_gain(frozen, np.array(found), scored) for found in (baseline, served)]
         table.append(row)
         _show(domain, row)

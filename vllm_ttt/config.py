@@ -16,10 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from vllm_ttt.automaton import Automaton
 from vllm_ttt.errors import ConfigError
 
-#: Share of the session's cache before anything was seen, by length of the longest context that it knows, from 1; worth so many
-#: tokens of experience (docs/cache.md).
-CACHE_PRIOR = (0.001, 0.005, 0.02, 0.08, 0.15, 0.25, 0.3, 0.35)
-CACHE_PRIOR_TOKENS = 40
+#: How sure a model is, in steps: its probability of the likeliest token.
+CACHE_SURE = (0.95, 0.8, 0.5, 0.25)
+#: Share of the session's cache before anything was seen, by length of the longest context that it knows, from 1, and by how
+#: sure the model is; worth so many tokens of experience (docs/cache.md).
+CACHE_PRIOR = (
+    (0.0003, 0.0006, 0.0012, 0.003, 0.004),
+    (0.002, 0.004, 0.007, 0.012, 0.025),
+    (0.007, 0.01, 0.02, 0.035, 0.055),
+    (0.03, 0.04, 0.055, 0.08, 0.1),
+    (0.06, 0.08, 0.12, 0.15, 0.18),
+    (0.15, 0.25, 0.4, 0.5, 0.55),
+    (0.2, 0.35, 0.5, 0.6, 0.65),
+    (0.25, 0.4, 0.55, 0.65, 0.7),
+)
+CACHE_PRIOR_TOKENS = 10
 
 #: The ranks that vLLM's LoRA configuration can hold (vllm/config/lora.py, MaxLoRARanks).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

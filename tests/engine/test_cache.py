@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Stage, at_rest, config_of
+from conftest import Stage, at_rest, config_of, running_ttt
 from served import SCORED, Documents, Served, logprobs
 from torch import nn
 
-from vllm_ttt.eval.oracle import Oracle, before, chunks, stack_nll
+from vllm_ttt.config import parse_config
+from vllm_ttt.eval.head_oracle import HeadOracle
+from vllm_ttt.eval.oracle import KV, Matrices, Oracle, before, chunks, stack_logits
 from vllm_ttt.eval.session_cache import SessionCache
 
 pytestmark = pytest.mark.engine
@@ -40,6 +43,23 @@ def served_losses(served: Served, prompt: list[int], name: str | None, **body: A
     return [-x for x in logprobs(served.complete(prompt, name, prompt_logprobs=0, **body))]
 
 
+def read(oracle: Oracle, B: Matrices, ids: list[int], rows: slice, past: list[KV]) -> tuple[list[float], list[float]]:
+    """Losses of some pairs of a request under a delta, and of the model's first choices; 0 for the pairs before them."""
+    h, a = oracle.activations(ids)
+    x = stack_logits(oracle.stack, oracle.A, B, h[rows], a[rows], past)[0].log_softmax(-1)
+    losses = -x.gather(1, torch.tensor(ids[1:])[rows, None])[:, 0]
+    nothing = [0.0] * rows.start
+    return nothing + losses.tolist(), nothing + (-x.amax(-1)).tolist()
+
+
+def readings(served: Served, prompt: list[int], name: str) -> tuple[list[float], list[float]]:
+    """Losses without the cache, and those of the first choices."""
+    answer = served.complete(prompt, name, prompt_logprobs=1, **WITHOUT)
+    positions = answer["choices"][0]["prompt_logprobs"][1:]
+    tops = [-max(entry["logprob"] for entry in position.values()) for position in positions]
+    return [-position[str(token)]["logprob"] for token, position in zip(prompt[1:], positions, strict=True)], tops
+
+
 def learn(oracle: Oracle, cache: SessionCache, ids: list[int]) -> list[tuple[float, float]]:
     """Both plain loops, chunk by chunk: the cache learns its weights from each chunk under the delta of the chunks before."""
     h, a = oracle.activations(ids)
@@ -48,8 +68,7 @@ def learn(oracle: Oracle, cache: SessionCache, ids: list[int]) -> list[tuple[flo
     found, _ = chunks(oracle.config.learn, 0, len(targets))
     for rows in found:
         past = before(kv, rows.start)
-        nll, _ = stack_nll(oracle.stack, oracle.A, oracle.B, h[rows], a[rows], targets[rows], past)
-        told.append(cache.commit(ids, [0.0] * rows.start + nll.tolist(), rows.start, rows.stop))
+        told.append(cache.commit(ids, *read(oracle, oracle.B, ids, rows, past), rows.start, rows.stop))
         oracle.step(h[rows], a[rows], targets[rows], past)
     return told
 
@@ -63,10 +82,11 @@ def test_what_is_reported_is_what_the_oracle_says(
     first, second = documents["legal_a"][0][:700], documents["legal_a"][1][:520]
     gained = 0.0
     for prompt in (first, second, documents["legal_a"][2][:200] + first[100:400]):
-        losses, bare = oracle.score(prompt).tolist(), served_losses(cached, prompt, name, **WITHOUT)
+        losses, tops = read(oracle, oracle.slot(), prompt, slice(0, len(prompt) - 1), oracle.nothing())
+        bare = readings(cached, prompt, name)
         found = served_losses(cached, prompt, name)
-        assert found == pytest.approx(cache.read(prompt, bare), abs=0.02), "token by token, over the engine's own delta"
-        expected = cache.read(prompt, losses)
+        assert found == pytest.approx(cache.read(prompt, *bare), abs=0.02), "token by token, over the engine's own delta"
+        expected = cache.read(prompt, losses, tops)
         assert sum(found) / len(found) == pytest.approx(sum(expected) / len(expected), abs=0.005)
         gained = (sum(losses) - sum(found)) / len(found)
         cached.settle()
@@ -187,3 +207,24 @@ def test_an_answer_that_is_learned_joins_it(cached: Served, documents: Documents
     ids = prompt[-20:] + answer["choices"][0]["token_ids"]
     losses = [sum(served_losses(cached, ids, name, **x)[20:]) for x in (LOOK, WITHOUT)]
     assert losses[0] < losses[1] - 1
+
+
+def test_it_goes_with_a_delta_on_the_last_hidden_state(
+    models: dict[torch.dtype, nn.Module], documents: Documents, stage: Stage, tmp_path: Path
+) -> None:
+    """The preset `head`: the cache is mixed into what the model says with that delta."""
+    settings: dict[str, Any] = {"adapt": {"preset": "head"}, "learn": {"chunk": 128}, "cache": {"orders": 6}}
+    config, told, probe = parse_config(settings), documents["man_fr"][0][:257], documents["man_fr"][0][100:300]
+    oracle, cache = HeadOracle(models[torch.float32], config), SessionCache(config)
+    stage.stop()
+    with running_ttt(tmp_path / "served", settings, ["--dtype", "float32"]) as served:
+        cache.learn(told, *readings(served, told, "s"))
+        served.complete(told, "s")
+        oracle.learn(told)
+        served.settle()
+        bare, found = readings(served, probe, "s"), served_losses(served, probe, "s", **LOOK)
+    frozen = HeadOracle(models[torch.float32], config).score(probe)
+    assert bare[0] == pytest.approx(oracle.score(probe).tolist(), abs=0.01)
+    assert sum(bare[0]) < frozen.sum() - 10, "the delta does nothing: the comparison would prove nothing"
+    assert found == pytest.approx(cache.read(probe, *bare), abs=0.05)
+    assert sum(found) < sum(bare[0]) - 10

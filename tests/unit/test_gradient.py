@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
 
 from vllm_ttt.config import TTTConfig, parse_config
-from vllm_ttt.eval.oracle import KV, LayerWeights, Oracle, _attention, projection, rms_norm, stack_nll
+from vllm_ttt.eval.oracle import KV, LayerWeights, Oracle, _attention, projection, rms_norm, stack_logits, stack_nll
 from vllm_ttt.eval.tiny import ARCHITECTURES, tiny_model
 from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.step import loss as losses_of
@@ -189,6 +189,21 @@ def test_gradient(oracle: Oracle, batch: Batch, modules: tuple[str, ...], infere
             found = [x for layer in of_session(grad, s) for x in layer.values()]
             for one, other in zip(found, expected, strict=True):
                 assert relative(one, other) < 1e-4
+
+
+def test_what_is_said_of_each_row(oracle: Oracle, batch: Batch) -> None:
+    """Its loss, and that of the model's first choice; with a gradient, which is made where the logits were, and without."""
+    tail = tail_of(oracle)
+    delta, rows = random_deltas(tail, 0.05), torch.zeros(2, 2, len(ROWS), max(ROWS))
+    accumulate(tail, delta, *batch.rows(), None, batch.past, rows[0])
+    accumulate(tail, delta, *batch.rows(), tail.zeros(len(ROWS)), batch.past, rows[1])
+    for s, n in enumerate(ROWS):
+        h, a, targets, past = batch.each[s]
+        B = [{k: x.double() for k, x in layer.items()} for layer in of_session(delta, s)]
+        x = stack_logits(oracle.stack, oracle.A, B, h, a, past)[0].log_softmax(-1)
+        for losses, tops in rows:
+            assert torch.allclose(n * losses[s, :n].double(), -x.gather(1, targets[:, None])[:, 0], atol=1e-4)
+            assert torch.allclose(tops[s, :n].double(), -x.amax(-1), atol=1e-4)
 
 
 def test_past_matters(oracle: Oracle, batch: Batch) -> None:

@@ -69,7 +69,7 @@ def test_the_gradient_is_autograds(more: dict[str, Any]) -> None:
     head, (y, t, weight) = head_of(**more), batch()
     delta, grad = head.zeros(len(ROWS)), head.zeros(len(ROWS))
     delta.thin.normal_(std=0.2, generator=torch.Generator().manual_seed(5))
-    rows = torch.zeros_like(weight)
+    rows = torch.zeros(2, *weight.shape)
     losses = accumulate(head, delta, y, None, t, weight, grad, None, rows)
     assert torch.allclose(accumulate(head, delta, y, None, t, weight, None), losses, atol=1e-6)
     W, A = head.head_VD.double(), head.ay_RD.double()
@@ -82,7 +82,8 @@ def test_the_gradient_is_autograds(more: dict[str, Any]) -> None:
             logits = head.soft_cap * torch.tanh(logits / head.soft_cap)
         each = cross_entropy(logits * head.logit_scale, t[s, :n], reduction="none")
         assert losses[s].item() == pytest.approx(each.mean().item(), rel=1e-5)
-        assert torch.allclose(rows[s, :n].double() * n, each, rtol=1e-4)
+        assert torch.allclose(rows[0, s, :n].double() * n, each, rtol=1e-4)
+        assert torch.allclose(rows[1, s, :n].double(), -(logits * head.logit_scale).log_softmax(-1).amax(-1), rtol=1e-4)
         (expected,) = torch.autograd.grad(each.mean(), B)
         assert ((grad.thin[s, 0] - expected).norm() / expected.norm()).item() < 1e-5
 

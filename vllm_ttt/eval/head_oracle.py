@@ -58,12 +58,14 @@ class HeadOracle(Loop):
             self._seen = list(ids), found.to(self.compute_dtype)
         return self._seen[1]
 
+    def logits(self, B: Tensor, y: Tensor) -> Tensor:
+        """[N, V] of some states."""
+        logits = F.linear(y + (y @ self.A.T) @ B.T, self.head, self.bias)
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+
     def nll(self, B: Tensor, y: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood [N] in nats of the tokens that follow some states."""
-        logits = F.linear(y + (y @ self.A.T) @ B.T, self.head, self.bias)
-        if self.soft_cap is not None:
-            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
-        return F.cross_entropy(logits, targets, reduction="none")
+        return F.cross_entropy(self.logits(B, y), targets, reduction="none")
 
     @torch.no_grad()
     def score(self, ids: list[int]) -> Tensor:

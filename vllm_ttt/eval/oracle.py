@@ -89,6 +89,17 @@ def stack_nll(
 ) -> tuple[Tensor, list[KV]]:
     """Negative log-likelihood [N] in nats of consecutive pairs, and the keys and values of the layers above the lowest.
 
+    Arguments as for `stack_logits`.
+    """
+    logits, found = stack_logits(w, A, B, h, a, past)
+    return F.cross_entropy(logits, targets, reduction="none"), found
+
+
+def stack_logits(
+    w: Stack, A: dict[str, Tensor], B: Sequence[dict[str, Tensor]], h: Tensor, a: Tensor, past: Sequence[KV]
+) -> tuple[Tensor, list[KV]]:
+    """Logits [N, V] of consecutive pairs, and the keys and values of the layers above the lowest.
+
     Args:
         h, a: residual stream that enters the lowest adapted layer, [N, D], and its attention output, [N, H E].
         past: keys and values of what comes before, for each layer above the lowest; the pairs begin after them.
@@ -106,8 +117,7 @@ def stack_nll(
         r = r + linear(i, a, "o")
         x = rms_norm(r, layer.norm_mlp, w.eps)
         r = r + linear(i, F.silu(linear(i, x, "g")) * linear(i, x, "u"), "d")
-    logits = rms_norm(r, w.norm_final, w.eps) @ w.head.T
-    return F.cross_entropy(logits, targets, reduction="none"), found
+    return rms_norm(r, w.norm_final, w.eps) @ w.head.T, found
 
 
 def _attention(w: Stack, layer: LayerWeights, x: Tensor, past: KV) -> tuple[Tensor, KV]:

@@ -74,9 +74,9 @@ class Compute:
         self.tail, self.learn, self.backlog, self.deltas = tail, learn, backlog, deltas
         self.device = tail.head_VD.device
         self.max_loss = learn.max_loss * math.log(tail.head_VD.shape[0])
-        #: the weighted losses [S, C] of the last step's rows, where ``keep_rows``; a graph keeps none
+        #: of each row of the last step what `accumulate` says, where ``keep_rows``; a graph keeps none
         self.keep_rows = False
-        self.rows_SC: Tensor | None = None
+        self.rows_2SC: Tensor | None = None
         #: where graphs, and steps of other shapes, which are launched, do their work, one after the other
         self.bench = Bench() if self.device.type == "cuda" else None
         self.step_graphs: dict[Shape, Graph] = {}
@@ -153,8 +153,8 @@ class Compute:
     def _step(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, share: Tensor) -> Tensor:
         state, grad = self.deltas.masters.select(rows), self.tail.zeros(len(rows))
         served = state.delta.to(self.tail.head_VD.dtype)
-        self.rows_SC = torch.empty_like(weight) if self.keep_rows else None
-        loss_S = accumulate(self.tail, served, *self._gather(flat), weight, grad, past, self.rows_SC)
+        self.rows_2SC = weight.new_empty(2, *weight.shape) if self.keep_rows else None
+        loss_S = accumulate(self.tail, served, *self._gather(flat), weight, grad, past, self.rows_2SC)
         new, ok_S, norm_MS = update(self.tail.norms, state, grad, loss_S, share, self.learn, self.max_loss)
         for x, part in zip(self.deltas.masters.tensors(), new.tensors(), strict=True):
             x.index_copy_(0, rows, part)

@@ -311,7 +311,7 @@ class Trainer:
         share = torch.tensor([(chunk.rows - chunk.out) / self.config.learn.chunk for chunk in chunks])
         values = self.compute.step(flat, weight, rows, share, source)
         kept = [keep(self.deltas, c.session) if self.versions.due(c.session) else None for c in chunks]
-        texts = self.caches.texts(chunks, self.backlog, self.compute.rows_SC)  # before their pages are given back
+        texts = self.caches.texts(chunks, self.backlog, self.compute.rows_2SC)  # before their pages are given back
         self.outcomes.append(Outcome(chunks, kept, to_host(values), to_host(base), self.clock.mark(), texts))
         for chunk, session in zip(chunks, sessions, strict=True):
             session.steps += 1

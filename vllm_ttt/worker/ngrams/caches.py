@@ -23,16 +23,17 @@ class Text(NamedTuple):
 
     #: its tokens, and before them those of their context; BREAK for those that are not learned
     tokens: Tokens
-    #: [rows], the loss of each of its tokens
+    #: [rows], the loss of each of its tokens, and that of the model's first choice there
     losses: NDArray[np.float64]
+    tops: NDArray[np.float64]
 
 
 class Served(NamedTuple):
     """What is mixed into the rows of a session."""
 
     followed: Index
-    #: the cache's share, by length of the context from 1
-    shares: list[float]
+    #: the cache's share, by length of the context from 1, and by how sure the model is
+    shares: list[list[float]]
 
 
 class Caches:
@@ -62,15 +63,15 @@ class Caches:
             return None
         return Served(self.indexes.of(ngrams), ngrams.shares())
 
-    def texts(self, chunks: Sequence[Chunk], backlog: Backlog, rows_SC: Tensor | None) -> list[Text | None]:
-        """Of each chunk of a step that has run, whose page is still its own. ``rows_SC``: weighted losses of its rows."""
-        return [self._text(chunk, backlog, None if rows_SC is None else rows_SC[s]) for s, chunk in enumerate(chunks)]
+    def texts(self, chunks: Sequence[Chunk], backlog: Backlog, rows_2SC: Tensor | None) -> list[Text | None]:
+        """Of each chunk of a step that has run, whose page is still its own. ``rows_2SC``: as `accumulate` gives them."""
+        return [self._text(chunk, backlog, None if rows_2SC is None else rows_2SC[:, s]) for s, chunk in enumerate(chunks)]
 
     def commit(self, session: WorkerSession, text: Text) -> Known:
         """The chunk has been learned: from the version that follows on, the session remembers it."""
         ngrams = session.ngrams or NGrams.fresh(self.config.orders)
         index = self.indexes.of(ngrams)
-        session.ngrams, known = commit(ngrams, index, text.tokens, len(text.losses), text.losses, self.config.tokens)
+        session.ngrams, known = commit(ngrams, index, text.tokens, len(text.losses), text.losses, text.tops, self.config.tokens)
         if session.served_ngrams is not ngrams:
             self.indexes.forget(ngrams)
         return known
@@ -81,11 +82,12 @@ class Caches:
             for ngrams in (session.ngrams, session.serving_ngrams):
                 self.indexes.forget(ngrams)
 
-    def _text(self, chunk: Chunk, backlog: Backlog, losses: Tensor | None) -> Text | None:
-        if not self.on or chunk.before is None or losses is None:
+    def _text(self, chunk: Chunk, backlog: Backlog, rows_2C: Tensor | None) -> Text | None:
+        if not self.on or chunk.before is None or rows_2C is None:
             return None
         learned = backlog.t_PC[chunk.page, : chunk.rows].clone()
         for first, end in chunk.left_out:
             learned[first:end] = BREAK
         tokens = np.concatenate((chunk.before.numpy(), learned.numpy())).astype(np.int32)
-        return Text(tokens, losses[: chunk.rows].double().numpy() * (chunk.rows - chunk.out))
+        losses, tops = rows_2C[:, : chunk.rows].double().numpy()
+        return Text(tokens, losses * (chunk.rows - chunk.out), tops)

@@ -58,7 +58,7 @@ class Index:
             first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))) if len(keys) else np.zeros(0, np.int64)
             parts.append((keys[first], np.diff(first, append=len(keys)).astype(np.int32)))
         self.orders = orders
-        self.keys, self.counts = (np.concatenate(x) for x in zip(*parts, strict=True)) if parts else _EMPTY
+        self.keys, self.counts = (np.concatenate(x) for x in zip(*parts, strict=True))
 
     @property
     def bytes(self) -> int:
@@ -131,9 +131,6 @@ class Index:
             left[at] *= kinds / total
             length[at] = number
         return length, share, left
-
-
-_EMPTY = (np.zeros(0, np.uint64), np.zeros(0, np.int32))
 
 
 def _low(hashed: Keys, length: int) -> Keys:

@@ -12,10 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_ttt.config import CACHE_PRIOR, CACHE_PRIOR_TOKENS, CacheConfig
+from vllm_ttt.config import CACHE_PRIOR, CACHE_PRIOR_TOKENS, CACHE_SURE, CacheConfig
 from vllm_ttt.worker.ngrams import stream as streams
 from vllm_ttt.worker.ngrams.index import Index
 from vllm_ttt.worker.ngrams.stream import BREAK, LONGEST, Tokens
+
+#: The loss of a model's first choice at the steps of CACHE_SURE.
+STEPS = -np.log(CACHE_SURE)
 
 
 class Known(NamedTuple):
@@ -28,8 +31,8 @@ class Known(NamedTuple):
 
 
 class NGrams:
-    """``stream``: what it remembers. ``experience`` [orders, 2], by length of the context from 1: tokens that spoke for the
-    model, and for the cache."""
+    """``stream``: what it remembers. ``experience`` [orders, steps, 2], by length of the context from 1 and by how sure the
+    model is: tokens that spoke for the model, and for the cache."""
 
     __slots__ = ("experience", "index", "stream")
 
@@ -48,23 +51,24 @@ class NGrams:
         """That it remembers."""
         return streams.count(self.stream)
 
-    def shares(self) -> list[float]:
-        """The cache's share, by length of the context from 1."""
-        return (self.experience[:, 1] / self.experience.sum(1)).tolist()
+    def shares(self) -> list[list[float]]:
+        """The cache's share, by length of the context from 1, and by STEPS."""
+        return (self.experience[..., 1] / self.experience.sum(-1)).tolist()
 
-    def to_state(self) -> list[list[float]]:
+    def to_state(self) -> list[list[list[float]]]:
         """What a file says of it besides the stream, for JSON."""
         return self.experience.tolist()
 
     @classmethod
-    def revive(cls, stream: Tokens, experience: Sequence[Sequence[float]], config: CacheConfig) -> NGrams:
+    def revive(cls, stream: Tokens, experience: Sequence[Sequence[Sequence[float]]], config: CacheConfig) -> NGrams:
         """What a file has, as this configuration wants it. Raises ValueError where ``experience`` is none."""
-        found = np.asarray(experience, np.float64).reshape(-1, 2)
+        found = np.asarray(experience, np.float64)
         own = _prior(config.orders) if config.orders else found.copy()  # a server without caches keeps it as it was
         if not (np.isfinite(found).all() and (found > 0).all()):
             raise ValueError("the weights of its cache are not positive numbers")
-        kept = min(len(own), len(found))
-        own[:kept] = found[:kept]
+        if found.shape[1:] == own.shape[1:]:  # other steps: its weights begin anew
+            kept = min(len(own), len(found))
+            own[:kept] = found[:kept]
         return cls(streams.trim(stream, config.tokens), own)
 
 
@@ -92,14 +96,14 @@ class Indexes:
 
 
 def commit(
-    ngrams: NGrams, index: Index, text: Tokens, rows: int, losses: NDArray[np.float64], limit: int
+    ngrams: NGrams, index: Index, text: Tokens, rows: int, losses: NDArray[np.float64], tops: NDArray[np.float64], limit: int
 ) -> tuple[NGrams, Known]:
     """Take a chunk in. It is asked first how well it was known, and from that the weights learn.
 
     Args:
         text: its tokens, which are the last ``rows`` ones, and up to LONGEST before them; BREAK for those that are not learned,
             which nothing is learned of or after.
-        losses: [rows], the model's loss of each.
+        losses, tops: [rows], the model's loss of each, and of its first choice there.
         limit: tokens that are remembered at most.
     """
     before, tokens = text[: len(text) - rows], text[len(text) - rows :]
@@ -107,15 +111,17 @@ def commit(
     windows, learned = np.lib.stride_tricks.sliding_window_view(padded[:-1], LONGEST), tokens != BREAK
     length, share, left = index.parts(windows[learned], tokens[learned])
     model, experience = np.exp(-losses[learned]), ngrams.experience.copy()
-    weight = np.concatenate(([0.0], experience[:, 1] / experience.sum(1)))[length]
+    kind = np.where(length, (length - 1) * (len(STEPS) + 1) + STEPS.searchsorted(tops[learned]), experience[..., 0].size)
+    flat = experience.reshape(-1, 2)
+    weight = np.append(flat[:, 1] / flat.sum(1), 0.0)[kind]
     for_model, for_cache = (1 - weight) * model, weight * (share + left * model)
     both = np.maximum(for_model + for_cache, np.finfo(np.float64).tiny)
     for column, spoke in enumerate((for_model / both, for_cache / both)):
-        experience[:, column] += np.bincount(length, spoke, len(experience) + 1)[1:]
+        flat[:, column] += np.bincount(kind, spoke, len(flat) + 1)[:-1]
     grown = NGrams(streams.extend(ngrams.stream, before, tokens, limit), experience)
     return grown, Known(float(-np.log(both).mean()), float((for_cache / both).mean()))
 
 
 def _prior(orders: int) -> NDArray[np.float64]:
-    shares = np.array(CACHE_PRIOR[:orders])
-    return CACHE_PRIOR_TOKENS * np.stack((1 - shares, shares), 1).reshape(-1, 2)
+    shares = np.array(CACHE_PRIOR[:orders]).reshape(-1, len(STEPS) + 1)
+    return CACHE_PRIOR_TOKENS * np.stack((1 - shares, shares), -1)

@@ -68,7 +68,7 @@ class Head:
 
 
 def accumulate(
-    head: Head, delta: Delta, y_SCD: Tensor, t_SC: Tensor, w_SC: Tensor, grad: Delta | None, rows_SC: Tensor | None = None
+    head: Head, delta: Delta, y_SCD: Tensor, t_SC: Tensor, w_SC: Tensor, grad: Delta | None, rows_2SC: Tensor | None = None
 ) -> Tensor:
     """As micro_step.py's; ``y_SCD`` is the last hidden state as the model gave it, before any delta."""
     S, C, D = y_SCD.shape
@@ -76,9 +76,10 @@ def accumulate(
     assert b_SDR is not None
     ya_SCR = y_SCD.to(dt) @ head.ay_RD.T
     moved_TD = (y_SCD.float() + torch.bmm(ya_SCR, b_SDR.transpose(1, 2))).view(S * C, D)
-    loss_T, dy_TD = cross_entropy(head, moved_TD.to(dt), t_SC.reshape(-1), w_SC.reshape(-1), backward=grad is not None)
-    if rows_SC is not None:
-        rows_SC.copy_(loss_T.view(S, C))
+    top_T = None if rows_2SC is None else rows_2SC[1].view(-1)
+    loss_T, dy_TD = cross_entropy(head, moved_TD.to(dt), t_SC.reshape(-1), w_SC.reshape(-1), grad is not None, top_T)
+    if rows_2SC is not None:
+        rows_2SC[0].copy_(loss_T.view(S, C))
     if grad is not None:
         assert dy_TD is not None
         add_outer(grad.layer(0).y, Flow(dy_TD, dy_TD.to(dt)), ya_SCR.view(S * C, -1), S)

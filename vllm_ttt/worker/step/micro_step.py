@@ -109,7 +109,7 @@ def accumulate(
     w_SC: Tensor,
     grad: Delta | None,
     past: Past | None = None,
-    rows_SC: Tensor | None = None,
+    rows_2SC: Tensor | None = None,
 ) -> Tensor:
     """Add the gradient of the weighted loss of some rows to ``grad``, and return that loss.
 
@@ -121,19 +121,21 @@ def accumulate(
         w_SC: float32, weight of each row's loss: 1 / (rows of its chunk), and 0 for padding.
         grad: float32; None to compute the loss alone.
         past: what the layers above the first attend to; None where there is none.
-        rows_SC: float32, gets the weighted loss of each row; None: nobody asks.
+        rows_2SC: float32, gets of each row its weighted loss, and what that of the likeliest token would be, not weighted;
+            None: nobody asks.
     Returns:
         [S] float32, the weighted sum of each session's losses in nats.
     """
     if isinstance(tail, Head):
-        return head.accumulate(tail, delta, h_SCD, t_SC, w_SC, grad, rows_SC)
+        return head.accumulate(tail, delta, h_SCD, t_SC, w_SC, grad, rows_2SC)
     (S, C, _), blocks = h_SCD.shape, tail.blocks
     r_TD, y_TD, passed, rotated = forward(tail, delta, h_SCD, a_SCQ, past, grad is not None)
     dt = tail.wo_DQ.dtype
     normed, x_TD = pointwise.norm(r_TD, y_TD, tail.lnf_D, tail.eps_f, dt)
-    loss_T, dy_TD = cross_entropy(tail, x_TD, t_SC.reshape(-1), w_SC.reshape(-1), backward=grad is not None)
-    if rows_SC is not None:
-        rows_SC.copy_(loss_T.view(S, C))
+    top_T = None if rows_2SC is None else rows_2SC[1].view(-1)
+    loss_T, dy_TD = cross_entropy(tail, x_TD, t_SC.reshape(-1), w_SC.reshape(-1), grad is not None, top_T)
+    if rows_2SC is not None:
+        rows_2SC[0].copy_(loss_T.view(S, C))
     loss_S = loss_T.view(S, C).sum(1)
     if grad is None:
         return loss_S

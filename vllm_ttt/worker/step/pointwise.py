@@ -95,11 +95,14 @@ def turn_backward(of: QKV, saved: Any, heads: Own, dt: torch.dtype) -> Tensor:
     return torch.cat((dq, dk, heads[2].float()), 1).flatten(1).to(dt)
 
 
-def nll(logits_TV: Tensor, t_T: Tensor, scale: float, soft_cap: float | None, backward: bool) -> Tensor:
+def nll(
+    logits_TV: Tensor, t_T: Tensor, scale: float, soft_cap: float | None, backward: bool, top_T: Tensor | None = None
+) -> Tensor:
     """Losses [T] in nats; where asked, ``logits_TV`` becomes their gradient, softmax - onehot, in place.
 
     Args:
         scale, soft_cap: of the model's logits.
+        top_T: float32, gets what the loss of the likeliest token would be; None: nobody asks. On the CPU alone.
     """
     if logits_TV.is_cuda:
         return _cuda().nll(logits_TV, t_T, scale, soft_cap, backward)
@@ -110,6 +113,8 @@ def nll(logits_TV: Tensor, t_T: Tensor, scale: float, soft_cap: float | None, ba
         x = x * soft_cap
     x = torch.log_softmax(x * scale if scale != 1.0 else x, -1)
     loss_T = -x.gather(1, t_T[:, None])[:, 0]
+    if top_T is not None:
+        top_T.copy_(-x.amax(-1))
     if backward:
         x.exp_().scatter_add_(1, t_T[:, None], x.new_full((1, 1), -1.0).expand(len(t_T), 1))
         if scale != 1.0:
