@@ -68,7 +68,7 @@ def main() -> None:
             print(domain, {name: round(float(x[-1].mean()), 4) for name, x in rows.items()}, flush=True)
         for name, values in rows.items():
             found[name].append(values)
-    arrays = {name: np.array(values, np.float16).swapaxes(0, 1) for name, values in found.items()}
+    arrays: dict[str, Any] = {name: np.array(values, np.float16).swapaxes(0, 1) for name, values in found.items()}
     np.savez_compressed(args.out, domains=np.array(work.domains), token_ids=np.array(work.windows).swapaxes(0, 1), **arrays)
 
 

@@ -101,7 +101,7 @@ class Index:
             factors[number] = left / whole
             left *= kinds[number] / whole
         shares = np.bincount(at, np.repeat(factors, kinds) * counts, len(tokens))
-        return Followers(len(found), tokens.astype(np.int64), shares, left)
+        return Followers(len(found), tokens.astype(np.int64), shares.astype(np.float64, copy=False), left)
 
     def parts(self, before: Tokens, token: Tokens) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
         """Of many tokens at once: length of the longest context that is known, PPM's share, and what is left to the model.
