@@ -1,4 +1,4 @@
-"""--data-parallel-size: two engines and two API servers that are one server for sessions; a kill; then another number of engines."""
+"""--data-parallel-size: two engines and two API servers are one server for sessions; a kill; then another number of engines."""
 
 from __future__ import annotations
 
