@@ -54,6 +54,18 @@ def step(tail: Tail, delta: Delta, h: Tensor, a: Tensor) -> tuple[float, Delta]:
     return loss.item(), grad
 
 
+def beside(theirs: twins.Theirs, tail: Any) -> tuple[float, float, list[tuple[Tensor, Tensor]]]:
+    """Under one random delta: the step's loss and transformers', and of each B both gradients."""
+    shapes, drawn = tail.zeros(1), torch.Generator().manual_seed(4)
+    delta = shapes.by(*(torch.randn(x.shape, generator=drawn) * 0.05 for x in shapes.tensors()))
+    B = [{k: x.double().requires_grad_() for k, x in layer.items()} for layer in of_session(delta, 0)]
+    A = {k: a.double() for k, a in zip("ogud", (tail.ao_RQ, tail.ai_RD, tail.ai_RD, tail.ad_RF), strict=True)}
+    expected, seen = theirs.loss(B, A, IDS)
+    grads = torch.autograd.grad(expected, [x for layer in B for x in layer.values()])
+    loss, grad = step(tail, delta, seen["h"].detach(), seen["a"].detach())
+    return loss, expected.item(), list(zip([x for b in of_session(grad, 0) for x in b.values()], grads, strict=True))
+
+
 @pytest.mark.parametrize("name", twins.TWINS)
 def test_the_gradient_is_that_of_transformers(distributed: None, tmp_path: Path, name: str) -> None:  # noqa: F811
     """Biases, one slice for gate and up, a part of a head that is turned, a language model inside another."""
@@ -63,16 +75,9 @@ def test_the_gradient_is_that_of_transformers(distributed: None, tmp_path: Path,
         config = config_of(layers)
         tail = build_tail(model, as_with_lora(find_modules(model, layers)), config.adapt, 1024)
         assert (tail.embedding_VD is not None) == (layers == 3 and twin.text is None)
-        shapes = tail.zeros(1)
-        drawn = torch.Generator().manual_seed(4)
-        delta = shapes.by(*(torch.randn(x.shape, generator=drawn) * 0.05 for x in shapes.tensors()))
-        B = [{k: x.double().requires_grad_() for k, x in layer.items()} for layer in of_session(delta, 0)]
-        A = {k: a.double() for k, a in zip("ogud", (tail.ao_RQ, tail.ai_RD, tail.ai_RD, tail.ad_RF), strict=True)}
-        expected, seen = theirs.loss(B, A, IDS)
-        grads = torch.autograd.grad(expected, [x for layer in B for x in layer.values()])
-        loss, grad = step(tail, delta, seen["h"].detach(), seen["a"].detach())
-        assert loss == pytest.approx(expected.item(), abs=1e-4)
-        for one, other in zip([x for b in of_session(grad, 0) for x in b.values()], grads, strict=True):
+        loss, expected, grads = beside(theirs, tail)
+        assert loss == pytest.approx(expected, abs=1e-4)
+        for one, other in grads:
             assert relative(one, other) < 1e-3
 
 

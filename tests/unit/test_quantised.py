@@ -13,8 +13,8 @@ import quantised
 import torch
 import twins
 from test_deep_tail import as_with_lora, distributed, loaded  # noqa: F401
-from test_gradient import config_of, of_session, relative
-from test_names import IDS, step
+from test_gradient import config_of, relative
+from test_names import beside
 from test_start import changed_model, offline
 from torch import Tensor, nn
 
@@ -76,15 +76,9 @@ def test_what_is_served_is_learned(distributed: None, tmp_path: Path, monkeypatc
             assert relative(read.double(), dense) < 0.005
 
     serve(theirs, tail)
-    shapes, drawn = tail.zeros(1), torch.Generator().manual_seed(4)
-    delta = shapes.by(*(torch.randn(x.shape, generator=drawn) * 0.05 for x in shapes.tensors()))
-    B = [{k: x.double().requires_grad_() for k, x in layer.items()} for layer in of_session(delta, 0)]
-    A = {k: a.double() for k, a in zip("ogud", (tail.ao_RQ, tail.ai_RD, tail.ai_RD, tail.ad_RF), strict=True)}
-    expected, seen = theirs.loss(B, A, IDS)
-    grads = torch.autograd.grad(expected, [x for layer in B for x in layer.values()])
-    loss, grad = step(tail, delta, seen["h"].detach(), seen["a"].detach())
-    assert loss == pytest.approx(expected.item(), abs=0.01)
-    for one, other in zip([x for b in of_session(grad, 0) for x in b.values()], grads, strict=True):
+    loss, expected_loss, grads = beside(theirs, tail)
+    assert loss == pytest.approx(expected_loss, abs=0.01)
+    for one, other in grads:
         # Where inputs have eight bits, one that is rounded the other way is off by a sixteenth.
         assert relative(one, other) < (0.06 if name.startswith("fp8") else 0.03)
 

@@ -337,7 +337,7 @@ def test_room_is_made_although_a_session_waits_for_its_trial() -> None:
     backlog.take([Rows("r", 0, 0, tokens[:33])], h, a)
     trainer.guard.commits[7] = 4
     assert trainer.guard.due() == {7}
-    trainer.awaited = frozenset({3})  # somebody waits for a session that has nothing to do
+    trainer.shares.awaited = frozenset({3})  # somebody waits for a session that has nothing to do
     trainer.make_room(lambda: False, 512)
     assert not backlog.queues
     assert trainer.deltas.session(7).version == 2
@@ -363,7 +363,7 @@ def prompts(tokens: int, chunk: int, sessions: tuple[int, ...] = (1, 2, 3)) -> T
 
 def test_who_is_waited_for_learns_first_and_the_others_every_other_time() -> None:
     trainer = prompts(tokens=64, chunk=16)
-    trainer.awaited = frozenset({3})
+    trainer.shares.awaited = frozenset({3})
     for _ in range(6):
         assert trainer.learn(16) == 16, "one chunk"
     assert [chunk.session for chunk in trainer.take_report().chunks] == [3, 1, 3, 2, 3, 1]
@@ -392,7 +392,7 @@ def test_everybody_is_tried_however_many_calls_a_trial_takes(pieces: int, left: 
     for key in range(1, 7):
         backlog.start(f"r{key}", RequestPlan(key, tokens, True, False))
         backlog.take([Rows(f"r{key}", 0, 0, drawn)], h, a)
-    trainer.awaited = frozenset(range(1, 6))
+    trainer.shares.awaited = frozenset(range(1, 6))
     for _ in range(40 * pieces):
         trainer.learn(piece // ROWS_PER_TOKEN + left)
         trainer.collect()

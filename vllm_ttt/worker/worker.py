@@ -173,7 +173,7 @@ class TTTWorkerMixin:
         self._guard(self._preempt, (*(scheduler_output.preempted_req_ids or ()), *plan.lost))
         self._guard(self._finish, scheduler_output, plan)
         self.trainer.stopped.difference_update(plan.stopped)
-        self.trainer.still, self.trainer.awaited = set(plan.still), frozenset(plan.awaited)
+        self.trainer.still, self.trainer.shares.awaited = set(plan.still), frozenset(plan.awaited)
         learned = self._guard(self._between, serving, plan.urgent) or 0
         self._guard(self._start, plan)
         self._guard(self._note_blocks, scheduler_output)

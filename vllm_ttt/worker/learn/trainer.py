@@ -24,6 +24,7 @@ from vllm_ttt.worker.deltas.versions import Kept, Versions, keep, restore
 from vllm_ttt.worker.guard.guard import Guard
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.compute import Compute
+from vllm_ttt.worker.learn.shares import Shares
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.ngrams.caches import Caches, Text
 from vllm_ttt.worker.ngrams.ngrams import Known
@@ -93,21 +94,14 @@ class Trainer:
         self.stopped: set[int] = set()
         #: sessions some of whose samples have begun: what is served stays until the others have, too
         self.still: set[int] = set()
-        #: sessions that a held request waits for, and how much more they have had lately than all others, in tokens
-        self.awaited: frozenset[int] = frozenset()
-        self.ahead = 0
+        self.shares = Shares(config.schedule.tokens_per_step)
         self.report = StepReport()
         self.errors, self.nonfinite, self.tokens_learned = Rarely(), Rarely(), 0
 
     def learn(self, tokens: int) -> int:
         """Learn up to ``tokens`` tokens of what waits; returns how many, each chunk counted as its cost in tokens, and at most
-        ``tokens``. Never raises: what fails is given up and counted.
-
-        Sessions that somebody waits for have half of it, with their trials, and all others the other half: nobody waits for the
-        work of all others, and whoever manages a session is not kept waiting by those who chat."""
-        first = self.awaited
-        if first and self.ahead > 0:
-            first = frozenset(self.backlog.queues.keys() | self.guard.due()) - first
+        ``tokens``. Never raises: what fails is given up and counted."""
+        first = self.shares.first(lambda: self.backlog.queues.keys() | self.guard.due())
         return (self._turn(tokens, first) if first else 0) or self._turn(tokens, frozenset())
 
     def _turn(self, tokens: int, first: frozenset[int]) -> int:
@@ -117,7 +111,7 @@ class Trainer:
         while left > 0 and (tiles := self._pick(left, first, one)):
             one = False
             for tile in tiles:
-                self._had(tile.chunk.session, _cost(tile.chunk))
+                self.shares.had(tile.chunk.session, _cost(tile.chunk))
             try:
                 self._step(tiles)
             except Exception:
@@ -266,12 +260,7 @@ class Trainer:
             return tokens
         finally:
             for key, had in self.guard.had.items():
-                self._had(key, had)
-
-    def _had(self, key: int | None, tokens: int) -> None:
-        """A session has had its share. What one side could not use is forgotten, but for a step."""
-        most = self.config.schedule.tokens_per_step if self.awaited else 0
-        self.ahead = max(-most, min(self.ahead + (tokens if key in self.awaited else -tokens), most))
+                self.shares.had(key, had)
 
     def _write(self, key: int, session: WorkerSession) -> None:
         try:
