@@ -113,14 +113,20 @@ def keep(path: Path, sessions: list[Session]) -> None:
     np.savez_compressed(path, **arrays)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """The arguments of whatever reads texts with a model."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--preset", default="deep")
     parser.add_argument("--requests", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--domains", nargs="*", default=[], help="instead of all")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="JSON of earlier runs: domains that this one has not")
     parser.add_argument("--losses", type=Path, help="keep the losses of every token as .npz")
     parser.add_argument("--name", default="cache-gain")

@@ -9,13 +9,13 @@ Each FOLDER has a folder of .txt files for each domain. Protocol p2 of `vllm-ttt
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cache_gain import parser_of
 from torch import Tensor
 
 from vllm_ttt.config import parse_config
@@ -43,12 +43,7 @@ def read(oracle: Oracle | HeadOracle, ids: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--preset", default="deep")
-    parser.add_argument("--requests", type=int, default=10)
-    parser.add_argument("--domains", nargs="*", default=[], help="instead of all")
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     scorer = OracleScorer(args.model, parse_config(None, args.preset), torch.float32)
