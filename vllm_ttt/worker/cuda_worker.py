@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ttt.worker.capture.step_view import Rows, view_v2
 from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.serve import gpu_linear
 from vllm_ttt.worker.serve.gpu_head import GPUHeadSlots, HeadRunnerV2
 from vllm_ttt.worker.serve.gpu_lora import SessionPunicaGPU
 from vllm_ttt.worker.serve.head_slots import HeadSlots
@@ -22,6 +23,8 @@ class TTTCUDAWorker(TTTWorkerMixin, Worker):
     def ttt_idle_flag(self, modules: TailModules) -> Tensor:
         wrapper = modules.punica
         SessionPunicaGPU.adopt(wrapper)
+        for layer in modules.adapting:
+            gpu_linear.adopt(layer)
         # The flag that makes vLLM's own LoRA kernels return at once; graphs are captured for either value of it.
         return wrapper.token_mapping_meta.no_lora_flag_cpu
 

@@ -25,6 +25,8 @@ ROWS = 128
 BLOCK_M, BLOCK_K, SPLITS = 64, 128, 32
 #: Rows of B that a program of `_expand` reads at a time, and how often.
 BLOCK_N, TIMES = 128, 2
+#: Numbers of a row that a program of `_add` has.
+BLOCK_ADD = 1024
 
 
 # No annotation but constexpr: Triton looks any other name up among the globals of the kernel, and does not compile.
@@ -42,31 +44,59 @@ def _shrink(x, a, parts, N, K, x_stride, R: tl.constexpr, PER: tl.constexpr, BLO
 
 
 @triton.jit
-def _expand(parts, b, y, slots, N, OUT, y_stride, b_stride, SPLITS: tl.constexpr, PADDED: tl.constexpr, R: tl.constexpr,
-            BLOCK_N: tl.constexpr, TIMES: tl.constexpr):  # fmt: skip
-    """y[t, n] += sum_k r[t, k] b[slots[t], n, k], r being the sum of the parts; rows of slot -1 stay. Grid: (out, N)."""
+def _expand(parts, b, y, slots, N, OUT, y_stride, b_stride, ADD: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+            R: tl.constexpr, BLOCK_N: tl.constexpr, TIMES: tl.constexpr):  # fmt: skip
+    """y[t, n] = sum_k r[t, k] b[slots[t], n, k], r being the sum of the parts, with ADD added to what is there; rows of slot -1
+    stay. Grid: (out, N)."""
     row = tl.program_id(1)
     slot = tl.load(slots + row)
     if slot < 0:
         return
-    s, k = tl.arange(0, PADDED), tl.arange(0, R)
+    first, k = tl.program_id(0) * TIMES * BLOCK_N, tl.arange(0, R)
+    at, n = b + slot.to(tl.int64) * b_stride + k[None, :], first + tl.arange(0, BLOCK_N)
+    weights = tl.load(at + n[:, None] * R, n[:, None] < OUT, 0.0)  # on their way while r is summed
+    s = tl.arange(0, PADDED)
     r = tl.sum(tl.load(parts + (s[:, None] * N + row) * R + k[None, :], s[:, None] < SPLITS, 0.0), 0)
     for i in tl.static_range(TIMES):
-        n = (tl.program_id(0) * TIMES + i) * BLOCK_N + tl.arange(0, BLOCK_N)
-        weights = tl.load(b + slot.to(tl.int64) * b_stride + n[:, None] * R + k[None, :], n[:, None] < OUT, 0.0)
-        out = y + row.to(tl.int64) * y_stride + n
-        tl.store(out, tl.load(out, n < OUT, 0.0).to(tl.float32) + tl.sum(weights.to(tl.float32) * r[None, :], 1), n < OUT)
+        if i > 0:
+            n = first + i * BLOCK_N + tl.arange(0, BLOCK_N)
+            weights = tl.load(at + n[:, None] * R, n[:, None] < OUT, 0.0)
+        out, found = y + row.to(tl.int64) * y_stride + n, tl.sum(weights.to(tl.float32) * r[None, :], 1)
+        if ADD:
+            found += tl.load(out, n < OUT, 0.0).to(tl.float32)
+        tl.store(out, found, n < OUT)
 
 
-def _by_rows(y: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], slots: Tensor) -> None:
-    """`_session_lora` where few rows have a B each: B is read once, at the memory's speed, and the order of sums is fixed."""
-    (N, K), R = x.shape, a_RI.shape[0]
-    per = -(-K // (BLOCK_K * SPLITS))
-    splits = -(-K // (BLOCK_K * per))
-    parts = torch.empty(splits, N, R, device=x.device)
-    sizes: dict[str, Any] = {"R": R, "PER": per, "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K}
+@triton.jit
+def _add(y, d, slots, OUT, y_stride, BLOCK: tl.constexpr):
+    """y += d, float32, in rows that have a slot. Grid: (OUT / BLOCK, N)."""
+    row = tl.program_id(1)
+    if tl.load(slots + row) < 0:
+        return
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    out = y + row.to(tl.int64) * y_stride + n
+    tl.store(out, tl.load(out, n < OUT, 0.0).to(tl.float32) + tl.load(d + row * OUT + n, n < OUT, 0.0), n < OUT)
+
+
+def decodes(x: Tensor, b: list[Tensor]) -> bool:
+    """Whether the kernels for few rows with a B each take ``x``."""
+    rank = b[0].shape[3]
+    return x.shape[0] <= ROWS and rank >= 16 and rank & (rank - 1) == 0
+
+
+def parts_of(x: Tensor, a_RI: Tensor) -> Tensor:
+    """Room for x A^T in parts that are to be added up, float32 [parts, N, R]."""
+    blocks = -(-x.shape[1] // BLOCK_K)
+    return torch.empty(-(-blocks // -(-blocks // SPLITS)), x.shape[0], a_RI.shape[0], device=x.device)
+
+
+def by_rows(y: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], slots: Tensor, parts: Tensor, add: bool) -> None:
+    """y = x A^T B^T, or with ``add`` y += that, where few rows have a B each: B is read once, at the memory's speed, and the
+    order of sums is fixed. ``parts``: of `parts_of`. Other arguments as for `session_lora`."""
+    (N, K), (splits, _, R) = x.shape, parts.shape
+    sizes: dict[str, Any] = {"R": R, "PER": -(-K // (BLOCK_K * splits)), "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K}
     _shrink[(splits, -(-N // BLOCK_M))](x, a_RI, parts, N, K, x.stride(0), **sizes)
-    sizes = {"R": R, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "BLOCK_N": BLOCK_N, "TIMES": TIMES}
+    sizes = {"R": R, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "BLOCK_N": BLOCK_N, "TIMES": TIMES, "ADD": add}
     offset = 0
     for part in b:
         out, to = part.shape[2], y[:, offset:]
@@ -74,7 +104,13 @@ def _by_rows(y: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], slots: Tensor)
         offset += out
 
 
-def _session_lora(
+def add_rows(y: Tensor, d: Tensor, slots: Tensor) -> None:
+    """y += d, [N, out] float32, in rows that have a slot."""
+    N, out = d.shape
+    _add[(-(-out // BLOCK_ADD), N)](y, d, slots, out, y.stride(0), BLOCK=BLOCK_ADD)
+
+
+def session_lora(
     y: Tensor, x: Tensor, a: Tensor, b: list[Tensor], slots: Tensor, by_slot: Tensor, counts: Tensor, starts: Tensor,
     active: Tensor, no_lora: Tensor, num_active: Tensor,
 ) -> None:  # fmt: skip
@@ -87,9 +123,8 @@ def _session_lora(
     """
     if no_lora.item():  # on the host
         return
-    rank = b[0].shape[3]
-    if x.shape[0] <= ROWS and rank >= 16 and rank & (rank - 1) == 0:
-        _by_rows(y, x, a[0, 0], b, slots)
+    if decodes(x, b):
+        by_rows(y, x, a[0, 0], b, slots, parts_of(x, a[0, 0]), add=True)
         return
     r = x @ a[0, 0].T
     lora_expand(r.unsqueeze(0).expand(len(b), -1, -1).contiguous(), b, y, slots, by_slot, counts, starts, active, no_lora,
@@ -103,7 +138,7 @@ def _session_lora_fake(
     return
 
 
-direct_register_custom_op(op_name="ttt_session_lora", op_func=_session_lora, mutates_args=["y"], fake_impl=_session_lora_fake)
+direct_register_custom_op(op_name="ttt_session_lora", op_func=session_lora, mutates_args=["y"], fake_impl=_session_lora_fake)
 
 
 class SessionPunicaGPU(PunicaWrapperGPU):  # type: ignore[misc]  # final in name: we change the class of a live wrapper

@@ -95,6 +95,12 @@ class TailModules:
         return [name for layer in self.layers for letters, name in layer.names.items() if letters in self.adapted]
 
     @property
+    def adapting(self) -> list[Any]:
+        """vLLM's LoRA wrappers of all adapted modules."""
+        parts = (("o", "o_proj"), ("gu", "gate_up_proj"), ("d", "down_proj"))
+        return [getattr(layer, part) for layer in self.layers for letters, part in parts if letters in self.adapted]
+
+    @property
     def read(self) -> list[Any]:
         """The linear layers whose weights the step has, lm_head apart."""
         adapted = [part for layer in self.layers for part in (layer.o_proj, layer.gate_up_proj, layer.down_proj)]
