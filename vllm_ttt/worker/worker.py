@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -26,6 +27,7 @@ from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.guard.probe import Probe
+from vllm_ttt.worker.learn.ahead import Ahead
 from vllm_ttt.worker.learn.budget import Budget, tile_sizes
 from vllm_ttt.worker.learn.device_times import DeviceTimes
 from vllm_ttt.worker.learn.trainer import Trainer
@@ -129,7 +131,7 @@ class TTTWorkerMixin:
         site.serve(slots)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
-        self.times = DeviceTimes(self.clock)
+        self.times, self.ahead = DeviceTimes(self.clock), Ahead()
         #: (before learning, before the forward, after sampling, tokens learned) of iterations whose times are not known yet
         self.iterations: deque[tuple[Any, Any, Any, int]] = deque()
         self.ran: Any = None
@@ -337,14 +339,18 @@ class TTTWorkerMixin:
             if urgent:
                 self.trainer.make_room(lambda: not self.backlog.waits(urgent), self.budget.tokens_per_step)
             if not serving:
-                self.trainer.collect(wait=True)  # one step at a time, so that a request that comes now waits for one only
-            tokens = self.budget.tokens() if serving else self.budget.tokens_per_step
+                self.ahead.wait(self.trainer)
+            tokens, began = self.budget.tokens() if serving else self.budget.tokens_per_step, time.perf_counter()
             learned = self.trainer.learn(tokens) if tokens else 0
             if serving:
                 self.budget.spend(learned)
+            elif learned:
+                self.ahead.launched(began, self.budget.cost(learned))
+            else:
+                self.trainer.collect(0)  # what is left may wait for the outcome of a trial
         self.trainer.sync()
         if not serving:
-            self.trainer.collect(wait=not self.backlog.queues)
+            self.trainer.collect(None if self.backlog.queues else 0)
         return learned
 
     def _read_times(self) -> None:

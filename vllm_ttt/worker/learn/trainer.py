@@ -126,13 +126,13 @@ class Trainer:
         while not enough() and self.backlog.queues:
             in_flight = bool(self.outcomes or self.guard.outcomes)
             learned = self.learn(tokens)
-            self.collect(wait=True)  # what is learned next may wait for the outcome of a trial
+            self.collect(0)  # what is learned next may wait for the outcome of a trial
             if not (learned or in_flight):
                 return
 
-    def collect(self, wait: bool = False) -> None:
-        """Take in the outcomes that have arrived; with ``wait``, all of them."""
-        while self.outcomes and (wait or self.clock.done(self.outcomes[0].mark)):
+    def collect(self, left: int | None = None) -> None:
+        """Take in the outcomes that have arrived; those of the last ``left`` steps at most may be on their way. None: all."""
+        while self.outcomes and ((left is not None and len(self.outcomes) > left) or self.clock.done(self.outcomes[0].mark)):
             outcome = self.outcomes.popleft()
             self.clock.wait(outcome.mark)
             values, base = outcome.values.T.tolist(), outcome.base_loss.tolist()
@@ -145,7 +145,7 @@ class Trainer:
                     self._report_chunk(chunk, math.nan, "error")
                     self.lose(chunk.session, "error")
 
-        for trial in self.guard.collect(self.deltas.sessions, wait):
+        for trial in self.guard.collect(self.deltas.sessions, left == 0):
             self.report.trials.append(trial)
             if trial.back_to is not None:
                 self.stopped.add(trial.session)
@@ -210,7 +210,7 @@ class Trainer:
         Returns:
             its version: another one than the engine core knows, where the guard has just returned it.
         """
-        self.collect(wait=True)
+        self.collect(0)
         self.deltas.copy(key, to)
         self.guard.resume(to, self.guard.untried(key))
         if key in self.versions.good:
@@ -230,7 +230,7 @@ class Trainer:
 
     def roll_back(self, key: int, version: int) -> bool:
         """Make the session what it was at ``version``; False where that is not kept. What waits of it is given up."""
-        self.collect(wait=True)
+        self.collect(0)
         kept = self.versions.find(key, version)
         if kept is None or version > self.deltas.session(key).version:
             return False
