@@ -18,6 +18,7 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from vllm_ttt.patches import _contract
 from vllm_ttt.worker.serve.gpu_lora import add_rows, by_rows, decodes, parts_of, session_lora
 from vllm_ttt.worker.step.weights import is_plain
 
@@ -85,6 +86,7 @@ class Beside:
 def adopt(layer: Any) -> None:
     """Let a live LoRA layer compute its deltas beside its product, where that is vLLM's plain one. Call before the model is
     traced, and after all slots have one A."""
+    _contract.check(BaseLinearLayerWithLoRA, "apply", "self x bias")
     if overlaps(layer):
         layer.__class__ = type(f"Beside{type(layer).__name__}", (Beside, type(layer)), {})
 
