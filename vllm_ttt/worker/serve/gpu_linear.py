@@ -86,9 +86,14 @@ class Beside:
 def adopt(layer: Any) -> None:
     """Let a live LoRA layer compute its deltas beside its product, where that is vLLM's plain one. Call before the model is
     traced, and after all slots have one A."""
-    _contract.check(BaseLinearLayerWithLoRA, "apply", "self x bias")
+    check()
     if overlaps(layer):
         layer.__class__ = type(f"Beside{type(layer).__name__}", (Beside, type(layer)), {})
+
+
+def check() -> None:
+    """Raises PatchContractError where vLLM's method is not the one that `Beside` stands for."""
+    _contract.check(BaseLinearLayerWithLoRA, "apply", "self x bias")
 
 
 def overlaps(layer: Any) -> bool:
