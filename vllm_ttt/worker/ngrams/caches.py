@@ -122,6 +122,7 @@ class Caches:
         ngrams = session.ngrams or NGrams.fresh(self.config.orders)
         index = self.indexes.of(ngrams)
         session.ngrams, known = commit(ngrams, index, text.tokens, text.chunk.rows, *text.losses, self.config.tokens)
+        self.indexes.of(session.ngrams)
         if session.served_ngrams is not ngrams:
             self.indexes.forget(ngrams)
         return known

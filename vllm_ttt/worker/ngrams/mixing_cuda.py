@@ -50,9 +50,9 @@ def _add_up(logits, stride, places, peaks, totals, V, PIECES: tl.constexpr, BLOC
 
 
 @triton.jit
-def _search(keys, low, high, needle):
-    """The first of the places from ``low`` to ``high`` whose key is not below ``needle``; tensors of one shape."""
-    left = tl.max(high - low, 0)
+def _search(keys, low, high, needle, left):
+    """The first of the places from ``low`` to ``high`` whose key is not below ``needle``; tensors of one shape. ``left``: the
+    most places that there are."""
     while left > 0:
         middle = (low + high) // 2
         open_ = low < high
@@ -96,8 +96,9 @@ def _mix(
         low = (one * length << (BITS + HASH_BITS)) | (hashed << BITS)
         needle = tl.where(lane == length - 1, low, needle)
 
-    none, all_ = tl.zeros((LENGTHS,), tl.int32), tl.zeros((LENGTHS,), tl.int32) + size
-    first, end = _search(keys, none, all_, needle), _search(keys, none, all_, needle + (one << BITS))
+    side, none = tl.arange(0, 2)[:, None], tl.zeros((2, LENGTHS), tl.int32)  # where its followers begin, and where they end
+    found = _search(keys, none, none + size, needle[None, :] + (side.to(tl.uint64) << BITS), size)
+    first, end = tl.sum(tl.where(side == 0, found, 0), 0), tl.sum(tl.where(side == 1, found, 0), 0)
     some = (end > first) & (lane <= position) & (lane < ORDERS)
     known = tl.min(tl.where(some, LENGTHS, lane), 0)  # lengths before the first of which nothing is known
     if known == 0:
@@ -133,7 +134,7 @@ def _mix(
                 its = lane == other
                 low_, high_ = tl.sum(tl.where(its, first, 0), 0), tl.sum(tl.where(its, end, 0), 0)
                 wanted = tl.sum(tl.where(its, needle, one - one), 0) | follower.to(tl.uint64)
-                at_ = _search(keys, tl.zeros_like(n) + low_, tl.where(there, high_, low_), wanted)
+                at_ = _search(keys, tl.zeros_like(n) + low_, tl.where(there, high_, low_), wanted, high_ - low_)
                 same = there & (at_ < high_)
                 same = same & (tl.load(keys + at_, same, 0).to(tl.uint64, bitcast=True) == wanted)
                 part += tl.sum(tl.where(its, factor, 0.0), 0) * (

@@ -7,11 +7,12 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
@@ -66,23 +67,15 @@ class MixingRunnerV2:
 
     def sample(self, hidden_states: Tensor, input_batch: Any, grammar_output: Any) -> Any:
         sample = super().sample  # type: ignore[misc]
-        if not self.ttt_caches.requests:
-            return sample(hidden_states, input_batch, grammar_output)
-        end = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
-        read = end >= input_batch.prefill_len_np  # of a prompt that has been read in part nobody samples
-        rows = self.ttt_rows(
-            input_batch, [name if done else None for name, done in zip(input_batch.req_ids, read, strict=True)]
-        )
-        if rows is None:
+        found = self.ttt_rows(input_batch, _sampling, input_batch.cu_num_logits_np)
+        if found is None:
             return sample(hidden_states, input_batch, grammar_output)
         compute: Callable[..., Tensor] = self.model.compute_logits
 
         def mixed(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             logits = compute(states, *args, **kwargs)
             try:
-                each = np.diff(input_batch.cu_num_logits_np)
-                where = places(self.ttt_tables, *_repeated(rows, input_batch, each))
-                self.ttt_mix(logits, where, input_batch.positions[input_batch.logits_indices])
+                self.ttt_mix(logits, places(self.ttt_tables, *found), input_batch.positions[input_batch.logits_indices])
             except Exception:
                 self.ttt_failed("the caches of a batch could not be mixed in")
             return logits
@@ -92,44 +85,57 @@ class MixingRunnerV2:
 
     def ttt_of_prompts(self, logits_fn: Callable[..., Tensor], hidden_states: Tensor, batch: Any) -> Callable[..., Tensor]:
         """``logits_fn`` for rows of ``hidden_states``, with the caches of requests whose prompt is being read."""
-        asked = asked_prompts(self, batch) if self.ttt_caches.requests else {}
-        rows = self.ttt_rows(batch, [name if name in asked else None for name in batch.req_ids])
-        if rows is None:
+        found = self.ttt_rows(batch, lambda batch: asked_prompts(self, batch), batch.query_start_loc_np)
+        if found is None:
             return logits_fn
-        in_tables, states = _repeated(rows, batch, np.diff(batch.query_start_loc_np[: len(rows) + 1]))
 
         def mixed(part: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             logits = logits_fn(part, *args, **kwargs)
             try:
                 first = int(part.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)
-                end = first + len(part)
-                if max(in_tables[first:end], default=-1) >= 0:
-                    where = places(self.ttt_tables, in_tables[first:end], states[first:end])
-                    self.ttt_mix(logits, where, batch.positions[first:end].clone())
+                rows, states = (x[first : first + len(part)] for x in found)
+                if max(rows, default=-1) >= 0:
+                    positions = batch.positions[
+                        first : first + len(part)
+                    ].clone()  # aligned as all are: nothing is compiled again
+                    self.ttt_mix(logits, places(self.ttt_tables, rows, states), positions)
             except Exception:
                 self.ttt_failed("the cache of a prompt could not be mixed in")
             return logits
 
         return mixed
 
-    def ttt_rows(self, batch: Any, names: list[str | None]) -> list[int] | None:
-        """Of each request of the batch the row of its session in the tables, -1 where ``names`` has none or nothing is known;
-        None: of all."""
+    def ttt_rows(
+        self, batch: Any, asked: Callable[[Any], Container[str]], ends: NDArray[np.integer]
+    ) -> tuple[list[int], list[int]] | None:
+        """Of each row of logits the row of its session in the tables, -1 where nothing is mixed in, and the state of its
+        request; None: nothing is mixed into any.
+
+        Args:
+            asked: requests of the batch whose logits somebody sees.
+            ends: [requests + 1], where the rows of each begin and end.
+        """
         caches = self.ttt_caches
-        found = [None if name is None else caches.serving(name) for name in names]
-        keep = {key for key, _ in filter(None, found)}
-        if not keep:
+        if not caches.requests:
             return None
         try:
-            return [-1 if x is None else self.ttt_tables.row(*x, caches.indexes.of, keep) for x in found]
+            names = asked(batch)
+            served = [caches.serving(name) if name in names else None for name in batch.req_ids]
+            keep = {key for key, _ in filter(None, served)}
+            if not keep:
+                return None
+            rows = [-1 if x is None else self.ttt_tables.row(*x, caches.indexes.of, keep) for x in served]
+            each = np.diff(ends[: len(rows) + 1])
+            return np.repeat(rows, each).tolist(), np.repeat(batch.idx_mapping_np[: len(rows)], each).tolist()
         except Exception:
             self.ttt_failed("the caches of a batch could not be brought to the device")
             return None
 
 
-def _repeated(rows: list[int], batch: Any, each: Any) -> tuple[list[int], list[int]]:
-    """``rows`` and the states of the batch's requests, so many times ``each``."""
-    return np.repeat(rows, each).tolist(), np.repeat(batch.idx_mapping_np[: len(rows)], each).tolist()
+def _sampling(batch: Any) -> set[str]:
+    """The requests of a batch that sample: of a prompt that has been read in part nobody does."""
+    read = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
+    return {name for name, done in zip(batch.req_ids, read, strict=True) if done}
 
 
 def _of_prompts(runner: Any, compute: Any) -> Any:
