@@ -86,10 +86,8 @@ def view_v2(runner: Any, batch: Any, wanted: Any) -> list[Rows]:
         return []
     tokens = runner.req_states.all_token_ids.gpu
     where = to_device(torch.stack((torch.cat(states), torch.cat(positions))), batch.input_ids.device)
-    parts = zip(spans, tokens[where[0], where[1]].long().split([len(x) for x in positions]), strict=True)
-    return [_rows(*span, part, min(span[2], BEFORE)) for span, part in parts]
-
-
-def _rows(request: str, first: int, position: int, tokens: Tensor, before: int) -> Rows:
-    """``tokens``: the last ``before`` before the position, and all to the one that follows the last row."""
-    return Rows(request, first, position, tokens[before + 1 :], tokens[before:-1], tokens[:before])
+    view, parts = [], tokens[where[0], where[1]].long().split([len(x) for x in positions])
+    for (request, first, position), part in zip(spans, parts, strict=True):
+        before = min(position, BEFORE)
+        view.append(Rows(request, first, position, part[before + 1 :], part[before:-1], part[:before]))
+    return view

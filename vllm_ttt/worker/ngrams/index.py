@@ -90,8 +90,8 @@ class Index:
             found.append(slice(first, end))
         while found:
             tokens = self.keys[found[0]] & _MASK  # whatever followed a longer context followed the shortest
-            seen, counts = (np.concatenate([x[part] for part in found]) for x in (self.keys, self.counts))
-            seen &= _MASK
+            seen = np.concatenate([self.keys[part] for part in found]) & _MASK
+            counts = np.concatenate([self.counts[part] for part in found])
             at = tokens.searchsorted(seen)
             strange = tokens.take(at, mode="clip") != seen
             if strange.any():  # two contexts that share a hash
