@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from runs import HERE, about, save, served
+from runs import HERE, about, exactly, save, served
 
 from vllm_ttt.config import parse_config
 from vllm_ttt.eval.client import Client
@@ -131,8 +131,7 @@ def main() -> None:
     parser.add_argument("--losses", type=Path, help="keep the losses of every token as .npz")
     parser.add_argument("--name", default="cache-gain")
     args = parser.parse_args()
-    flags = [args.model, "--served-model-name", "model", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**29),
-             "--dtype", "float32", "--enforce-eager", "--ttt-preset", args.preset]  # fmt: skip
+    flags = [args.model, "--served-model-name", "model", "--max-model-len", "2048", *exactly(), "--ttt-preset", args.preset]
     told = about("cache_gain.py", {str(texts): texts.name for texts in args.texts if texts.is_absolute()})
     texts, groups = dict[str, list[str]](), dict[str, list[str]]()
     for folder in args.texts:

@@ -27,6 +27,15 @@ SERVE = [str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-byte
 EAGER = [*SERVE, "--enforce-eager"]
 
 
+def exactly() -> list[str]:
+    """More arguments of a server whose losses are compared with a plain loop's: on a CPU float32, and little KV cache. On CUDA
+    it is as users have it."""
+    import torch
+
+    cpu = ["--kv-cache-memory-bytes", str(2**29), "--dtype", "float32", "--enforce-eager"]
+    return [] if torch.cuda.is_available() else cpu
+
+
 @contextlib.contextmanager
 def served(flags: Sequence[str] = EAGER, config: dict[str, Any] | str = "{}", url: str | None = None) -> Iterator[str]:
     """The URL of a server with these arguments and vllm-ttt's settings, as YAML or read from it; it ends with the block.

@@ -243,7 +243,7 @@ class CacheConfig(_Model):
     """The session's own n-grams, mixed with what the model says (docs/cache.md)."""
 
     orders: Annotated[int, Field(ge=0, le=len(CACHE_PRIOR))] = 0
-    """Length of the longest n-gram context, in tokens; 6 is a good choice. 0: no cache. The CPU backend alone has one."""
+    """Length of the longest n-gram context, in tokens; 6 is a good choice. 0: no cache."""
     tokens: Annotated[int, Field(ge=512, le=2**20), CONSTANT] = 65536
     """Most tokens of a session that its cache remembers; the oldest go first."""
 

@@ -45,8 +45,7 @@ def engine_args(preset: str | None = None, config: str | dict[str, Any] | TTTCon
 def settings(config: TTTConfig, http: bool, keys: int = 0) -> dict[str, Any]:
     """What travels in additional_config: the config, whether a front end checks and scopes session names, and for how many
     API keys."""
-    asked = "orders" in config.cache.model_fields_set  # a default may be less where it cannot be served (support.py)
-    return {"config": config.model_dump(mode="json"), "http": http, "keys": keys, "cache_asked": asked}
+    return {"config": config.model_dump(mode="json"), "http": http, "keys": keys}
 
 
 def config_of(vllm_config: Any) -> TTTConfig | None:

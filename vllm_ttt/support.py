@@ -84,7 +84,6 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     worker = WORKERS.get(current_platform.device_type)
     if worker is None:
         raise ConfigError(f"vllm-ttt serves on {' and '.join(WORKERS)}, not on {current_platform.device_type}")
-    _check_cache(engine_args, config, current_platform.device_type)
     if config.sessions.state_dir is not None and engine_args.shutdown_timeout == 0:
         # vLLM's default kills the engine core at once: nothing could be saved.
         http = engine_args.additional_config[plugin.NAME]["http"]
@@ -98,21 +97,6 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
         engine_args.worker_cls = worker
     elif engine_args.worker_cls != worker:
         _check_worker(engine_args.worker_cls, worker)
-
-
-def _check_cache(engine_args: Any, config: TTTConfig, device: str) -> None:
-    """Where caches of sessions are not served yet: raise ConfigError if one was asked for, and switch the default off."""
-    from vllm_ttt import plugin
-    from vllm_ttt.log import logger_of
-
-    if not config.cache.orders or device == "cpu":
-        return
-    why = f"the cache of a session is served on vLLM's CPU backend alone so far, not on {device}"
-    settings = engine_args.additional_config[plugin.NAME]
-    if settings["cache_asked"]:
-        raise ConfigError(f"cache.orders {config.cache.orders}: {why}; set cache.orders to 0, or leave it out")
-    settings["config"]["cache"]["orders"] = 0
-    logger_of(__name__).warning("vllm-ttt: cache.orders is 0: %s", why)
 
 
 def _check_worker(given: Any, ours: str) -> None:
@@ -149,6 +133,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         "--runner pooling": model.runner_type != "generate",
         "--enable-prompt-embeds": model.enable_prompt_embeds,
     }
+    _check_cache(vllm_config, config)
     for flag, refused in refusals.items():
         if refused:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
@@ -172,6 +157,18 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     )
     lora.verify_with_model_config(model)
     vllm_config.lora_config = lora
+
+
+def _check_cache(vllm_config: Any, config: TTTConfig) -> None:
+    """Raise ConfigError where the caches of sessions cannot be mixed in."""
+    on_cuda = vllm_config.device_config.device_type == "cuda"
+    refusals = {
+        "--speculative-config on CUDA": on_cuda and vllm_config.speculative_config is not None,
+        "--enable-batch-sharded-sampling": bool(vllm_config.parallel_config.enable_batch_sharded_sampling),
+    }
+    for what, refused in refusals.items():
+        if refused and config.cache.orders:
+            raise ConfigError(f"{what} is not supported with cache.orders above 0; leave it out, or set cache.orders to 0")
 
 
 def _check_head(vllm_config: Any) -> None:

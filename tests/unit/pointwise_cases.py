@@ -69,7 +69,14 @@ def test_heads(heads: int, kv_heads: int, width: int, half: int, normed: bool) -
 def test_losses(vocabulary: int, scale: float, cap: float | None) -> None:
     logits, targets = 4 * draw(T, vocabulary), torch.tensor([0, vocabulary - 1, 5, 600, 5])
     for backward in (False, True):
-        one, other = logits.clone(), logits.clone()
-        near(kernels.nll(one, targets, scale, cap, backward), pointwise.nll(other, targets, scale, cap, backward))
+        one, other, top, other_top = logits.clone(), logits.clone(), torch.empty(T), torch.empty(T)
+        near(
+            kernels.nll(one, targets, scale, cap, backward, top), pointwise.nll(other, targets, scale, cap, backward, other_top)
+        )
         near(one, other)
+        near(top, other_top)
+        near(
+            kernels.nll(logits.clone(), targets, scale, cap, backward),
+            pointwise.nll(logits.clone(), targets, scale, cap, backward),
+        )
         assert torch.equal(one, logits) != backward

@@ -20,7 +20,7 @@ from vllm_ttt.geometry import Geometry
 from vllm_ttt.types import ChunkReport, FileOrder, Knobs, RequestPlan, SessionKey
 from vllm_ttt.worker import memory
 from vllm_ttt.worker.capture.backlog import Backlog
-from vllm_ttt.worker.capture.step_view import BEFORE, Rows, view_v1
+from vllm_ttt.worker.capture.step_view import BEFORE, Rows, view_v1, view_v2
 from vllm_ttt.worker.deltas import delta_file
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.files import Files
@@ -326,6 +326,23 @@ def test_tokens_before_a_batch_are_looked_up() -> None:
     assert rows.before.tolist() == list(range(103, 110))
     assert rows.tokens is not None
     assert rows.tokens.tolist() == list(range(110, 115))
+
+
+def test_tokens_before_a_batch_are_looked_up_where_the_device_has_them() -> None:
+    """Of model runner V2: a request in the middle of its prompt, and one at its beginning; another is not asked for."""
+    ids = torch.arange(40) + 100 * torch.arange(3)[:, None]  # of each state of a request
+    batch = SimpleNamespace(
+        req_ids=["x", "a", "b"], num_scheduled_tokens=np.array([4, 5, 1]), num_computed_tokens_np=np.array([0, 10, 2]),
+        query_start_loc_np=np.array([0, 4, 9, 10]), idx_mapping_np=np.array([2, 0, 1]), input_ids=torch.zeros(10),
+    )  # fmt: skip
+    runner = SimpleNamespace(req_states=SimpleNamespace(all_token_ids=SimpleNamespace(gpu=ids.int())))
+    a, b = view_v2(runner, batch, {"a", "b"})
+    assert (a.request, a.first, a.position, b.request, b.first, b.position) == ("a", 4, 10, "b", 9, 2)
+    found = [[x.tolist() for x in (rows.before, rows.tokens, rows.next_tokens) if x is not None] for rows in (a, b)]
+    assert found[0] == [list(range(3, 10)), list(range(10, 15)), list(range(11, 16))]
+    assert found[1] == [[100, 101], [102], [103]]
+    assert a.context(12, [(5, 7)]) is not None
+    assert a.context(12, [(5, 7)]).tolist() == [5, -1, -1, 8, 9, 10, 11, 12]  # type: ignore[union-attr]
 
 
 def test_memory_is_counted() -> None:

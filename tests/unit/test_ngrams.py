@@ -138,6 +138,19 @@ def test_the_oldest_go_first(sent: list[tuple[list[int], int]], limit: int):
             assert found.tokens.tolist() == (sorted(contexts[0]) if contexts else [])
 
 
+@given(requests, st.integers(1, 30))
+def test_an_index_that_has_moved_is_the_one_that_is_made_anew(sent: list[tuple[list[int], int]], limit: int):
+    fast = Fast(CONFIG.model_copy(update={"cache": CacheConfig.model_construct(orders=ORDERS, tokens=limit)}))
+    for ids, start in sent:
+        fast.learn(ids, start)
+        if len(ids) - 1 <= start:
+            continue  # nothing is learned
+        moved, anew = fast.ngrams.index, Index(fast.ngrams.stream, ORDERS)
+        assert moved is not None
+        assert moved.keys.tolist() == anew.keys.tolist()
+        assert moved.counts.tolist() == anew.counts.tolist()
+
+
 @given(requests, st.data())
 def test_no_token_is_known_before_it_was_scored(sent: list[tuple[list[int], int]], data: st.DataObject):
     """Another future changes nothing of what was served before it: a request is served by what was there when it came."""

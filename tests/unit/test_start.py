@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,25 +243,6 @@ def test_the_front_end_in_rust_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert plugin.config_of(offline().create_engine_config()) is not None
 
 
-def test_a_cache_where_none_is_served_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for, it is refused with the reason; as a default it is off, and the settings say so."""
-
-    def orders(config: TTTConfig, device: str) -> int:
-        args = EngineArgs(model=str(MODEL), **engine_args(config=config))
-        support._check_cache(args, config, device)
-        found = plugin.config_of(args)
-        assert found is not None
-        return found.cache.orders
-
-    asked = TTTConfig.model_validate({"cache": {"orders": 6}})
-    assert orders(asked, "cpu") == 6
-    with pytest.raises(ConfigError, match=r"cache\.orders 6: .* not on cuda; set cache\.orders to 0"):
-        orders(asked, "cuda")
-    by_default = TTTConfig.model_construct(cache=CacheConfig.model_construct(_fields_set=set(), orders=6))
-    assert orders(by_default, "cpu") == 6
-    assert orders(by_default, "cuda") == 0
-
-
 def test_a_worker_of_ours_may_be_extended() -> None:
     ours = "vllm_ttt.worker.cpu_worker.TTTCPUWorker"
     assert offline(worker_cls=ours).create_engine_config().parallel_config.worker_cls == ours
@@ -281,6 +263,18 @@ def test_ways_to_run_in_parallel_that_are_refused(name: str, value: Any, says: s
     setattr(made.parallel_config, name, value)
     with pytest.raises(ConfigError, match=re.escape(says)):
         support.finish_vllm_config(made, TTTConfig())
+
+
+@pytest.mark.parametrize("flag", ["--enable-batch-sharded-sampling", "--speculative-config on CUDA"])
+def test_where_caches_cannot_be_mixed_in(flag: str) -> None:
+    made = offline(additional_config={}).create_engine_config()
+    if "CUDA" in flag:
+        made.device_config.device_type, made.speculative_config = "cuda", SimpleNamespace(method="ngram")  # type: ignore[assignment]
+    else:
+        made.parallel_config.enable_batch_sharded_sampling = True
+    says = f"{flag} is not supported with cache.orders above 0; leave it out, or set cache.orders to 0"
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        support.finish_vllm_config(made, TTTConfig(cache=CacheConfig(orders=6)))
 
 
 def changed_model(folder: Path, **change: Any) -> str:

@@ -10,7 +10,10 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ttt.worker.capture.step_view import Rows, view_v2
 from vllm_ttt.worker.deltas.masters import Deltas
+from vllm_ttt.worker.ngrams.caches import Caches
+from vllm_ttt.worker.ngrams.tables import Tables
 from vllm_ttt.worker.serve import gpu_linear
+from vllm_ttt.worker.serve.gpu_cache import MixingRunnerV2
 from vllm_ttt.worker.serve.gpu_head import GPUHeadSlots, HeadRunnerV2
 from vllm_ttt.worker.serve.gpu_lora import SessionPunicaGPU
 from vllm_ttt.worker.serve.head_slots import HeadSlots
@@ -27,6 +30,12 @@ class TTTCUDAWorker(TTTWorkerMixin, Worker):
             gpu_linear.adopt(layer)
         # The flag that makes vLLM's own LoRA kernels return at once; graphs are captured for either value of it.
         return wrapper.token_mapping_meta.no_lora_flag_cpu
+
+    def ttt_mix(self, caches: Caches) -> None:
+        model = self.vllm_config.model_config
+        tables = Tables(caches.indexes.most, caches.config, self.device)
+        MixingRunnerV2.adopt(self.model_runner, caches, tables, self.trainer.failed)
+        self.model_runner.ttt_warm_up(model.get_hidden_size(), model.dtype)
 
     def ttt_head_slots(self, deltas: Deltas, slots: int) -> HeadSlots:
         assert isinstance(deltas.tail, Head)

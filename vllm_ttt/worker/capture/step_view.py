@@ -39,9 +39,10 @@ class Rows:
         if self.tokens is None or self.before is None:
             return None
         found = torch.cat((self.before, self.tokens[: position - self.position + 1]))[-LONGEST:]
-        pairs = torch.arange(position - len(found), position)
+        start = position - len(found)  # the pair of the first of them
         for first, end in left_out:
-            found[(pairs >= first) & (pairs < end)] = BREAK
+            if first < position and end > start:
+                found[max(0, first - start) : end - start] = BREAK
         return found
 
 
@@ -77,13 +78,16 @@ def view_v2(runner: Any, batch: Any, wanted: Any) -> list[Rows]:
         if request in wanted:
             count = int(batch.num_scheduled_tokens[index])
             position = int(batch.num_computed_tokens_np[index])
-            spans.append((request, int(batch.query_start_loc_np[index]), position, count))
-            states.append(torch.full((count,), int(batch.idx_mapping_np[index])))
-            positions.append(torch.arange(position, position + count))
+            spans.append((request, int(batch.query_start_loc_np[index]), position))
+            where = torch.arange(max(0, position - BEFORE), position + count + 1)
+            states.append(torch.full_like(where, int(batch.idx_mapping_np[index])))
+            positions.append(where)
     if not spans:
         return []
     tokens = runner.req_states.all_token_ids.gpu
     where = to_device(torch.stack((torch.cat(states), torch.cat(positions))), batch.input_ids.device)
-    own, following = (tokens[where[0], where[1] + i].long().split([count for *_, count in spans]) for i in (0, 1))
-    parts = zip(spans, following, own, strict=True)
-    return [Rows(request, first, position, t, x) for (request, first, position, _), t, x in parts]
+    view, parts = [], tokens[where[0], where[1]].long().split([len(x) for x in positions])
+    for (request, first, position), part in zip(spans, parts, strict=True):
+        before = min(position, BEFORE)
+        view.append(Rows(request, first, position, part[before + 1 :], part[before:-1], part[:before]))
+    return view

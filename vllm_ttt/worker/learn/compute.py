@@ -74,9 +74,11 @@ class Compute:
         self.tail, self.learn, self.backlog, self.deltas = tail, learn, backlog, deltas
         self.device = tail.head_VD.device
         self.max_loss = learn.max_loss * math.log(tail.head_VD.shape[0])
-        #: of each row of the last step what `accumulate` says, where ``keep_rows``; a graph keeps none
+        #: of each row of the last step what `accumulate` says, where ``keep_rows``; overwritten by the next one
         self.keep_rows = False
         self.rows_2SC: Tensor | None = None
+        #: the same, of each graph
+        self.graph_rows: dict[Shape, Tensor | None] = {}
         #: where graphs, and steps of other shapes, which are launched, do their work, one after the other
         self.bench = Bench() if self.device.type == "cuda" else None
         self.step_graphs: dict[Shape, Graph] = {}
@@ -95,7 +97,9 @@ class Compute:
         more = shape[0] - S
         rows = torch.cat((rows, rows.new_full((more,), self.deltas.spare)))
         share = torch.cat((share, share.new_zeros(more)))
-        return self.step_graphs[shape](*_pad(shape, flat, weight), rows, share, *_static(source, shape))[:, :S]
+        values = self.step_graphs[shape](*_pad(shape, flat, weight), rows, share, *_static(source, shape))
+        self.rows_2SC = self.graph_rows.get(shape, self.rows_2SC)
+        return values[:, :S]
 
     def base_loss(self, flat: Tensor, weight: Tensor, source: PastSource | None = None) -> Tensor:
         """Losses [S] of some rows under the base model, after what comes before them as it was served; on the device,
@@ -149,6 +153,8 @@ class Compute:
         for graphs, function, count in ((self.step_graphs, self._step, 4), (self.base_graphs, self._base_loss, 2)):
             past = None if source is None else source.past(S, C, room)
             graphs[shape] = self._capture(function, values[:count], past)
+            if graphs is self.step_graphs:
+                self.graph_rows[shape] = self.rows_2SC
 
     def _step(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, share: Tensor) -> Tensor:
         state, grad = self.deltas.masters.select(rows), self.tail.zeros(len(rows))

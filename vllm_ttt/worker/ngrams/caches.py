@@ -6,26 +6,51 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_ttt.config import CacheConfig
 from vllm_ttt.types import RequestPlan
 from vllm_ttt.worker.capture.backlog import Backlog, Chunk
+from vllm_ttt.worker.clock import copy_to_host, to_device
 from vllm_ttt.worker.deltas.masters import WorkerSession
 from vllm_ttt.worker.ngrams.index import Index
 from vllm_ttt.worker.ngrams.ngrams import Indexes, Known, NGrams, commit
-from vllm_ttt.worker.ngrams.stream import BREAK, Tokens
+from vllm_ttt.worker.ngrams.stream import BREAK, LONGEST, Tokens
+from vllm_ttt.worker.ngrams.tables import Tables
 
 
 class Text(NamedTuple):
-    """A chunk on its way into its session's cache."""
+    """A chunk on its way into its session's cache: on the host, to be read when the mark of its step is done."""
 
-    #: its tokens, and before them those of their context; BREAK for those that are not learned
-    tokens: Tokens
-    #: [rows], the loss of each of its tokens, and that of the model's first choice there
-    losses: NDArray[np.float64]
-    tops: NDArray[np.float64]
+    chunk: Chunk
+    #: [LONGEST] its context, BREAK in front of it; [rows] its tokens
+    before: Tensor
+    learned: Tensor
+    #: [2, rows], as `accumulate` gives them
+    rows_2C: Tensor
+
+    @property
+    def tokens(self) -> Tokens:
+        """Those of its context, and its own; BREAK for those that are not learned."""
+        learned = self.learned.numpy().astype(np.int32)
+        for first, end in self.chunk.left_out:
+            learned[first:end] = BREAK
+        before = self.before.numpy()
+        return np.concatenate((before[len(before) - self.context :], learned)).astype(np.int32)
+
+    @property
+    def context(self) -> int:
+        """Tokens that come before it."""
+        assert self.chunk.before is not None
+        return len(self.chunk.before)
+
+    @property
+    def losses(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """[rows] each: of its tokens, and of the model's first choices there."""
+        weighted, tops = self.rows_2C.double().numpy()
+        return weighted * (self.chunk.rows - self.chunk.out), tops
 
 
 class Served(NamedTuple):
@@ -42,6 +67,8 @@ class Caches:
         self.config, self.sessions, self.indexes = config, sessions, Indexes(resident)
         #: running requests that are served with a cache, and their sessions
         self.requests: dict[str, int] = {}
+        #: what of them is where the logits are; None: the host mixes
+        self.tables: Tables | None = None
 
     @property
     def on(self) -> bool:
@@ -57,21 +84,45 @@ class Caches:
 
     def served(self, request: str) -> Served | None:
         """What is mixed into the request's rows as its session is served now; None: nothing."""
-        session = self.sessions.get(self.requests.get(request, -1))
+        found = self.serving(request)
+        return None if found is None else Served(self.indexes.of(found[1]), found[1].shares())
+
+    def serving(self, request: str) -> tuple[int, NGrams] | None:
+        """The request's session and its cache as it is served now; None: nothing is mixed in."""
+        key = self.requests.get(request, -1)
+        session = self.sessions.get(key)
         ngrams = None if session is None else session.served_ngrams
-        if ngrams is None or not len(ngrams.stream):
-            return None
-        return Served(self.indexes.of(ngrams), ngrams.shares())
+        return None if ngrams is None or not len(ngrams.stream) else (key, ngrams)
 
     def texts(self, chunks: Sequence[Chunk], backlog: Backlog, rows_2SC: Tensor | None) -> list[Text | None]:
-        """Of each chunk of a step that has run, whose page is still its own. ``rows_2SC``: as `accumulate` gives them."""
-        return [self._text(chunk, backlog, None if rows_2SC is None else rows_2SC[:, s]) for s, chunk in enumerate(chunks)]
+        """Of each chunk of a step that has been launched, whose page is still its own; copied to the host without waiting.
+
+        Args:
+            rows_2SC: as `accumulate` gives them.
+        """
+        joining = [s for s, chunk in enumerate(chunks) if chunk.before is not None]
+        texts = list[Text | None]([None] * len(chunks))
+        if not self.on or rows_2SC is None or not joining:
+            return texts
+        device, pages = backlog.t_PC.device, torch.tensor([chunks[s].page for s in joining])
+        longest = [
+            torch.nn.functional.pad(x, (LONGEST - len(x), 0), value=BREAK)
+            for s in joining
+            if (x := chunks[s].before) is not None
+        ]
+        before = copy_to_host(torch.stack(longest))
+        learned, rows = copy_to_host(backlog.t_PC[to_device(pages, device)]), copy_to_host(rows_2SC)
+        for number, s in enumerate(joining):
+            count = chunks[s].rows
+            texts[s] = Text(chunks[s], before[number], learned[number, :count], rows[:, s, :count])
+        return texts
 
     def commit(self, session: WorkerSession, text: Text) -> Known:
         """The chunk has been learned: from the version that follows on, the session remembers it."""
         ngrams = session.ngrams or NGrams.fresh(self.config.orders)
         index = self.indexes.of(ngrams)
-        session.ngrams, known = commit(ngrams, index, text.tokens, len(text.losses), text.losses, text.tops, self.config.tokens)
+        session.ngrams, known = commit(ngrams, index, text.tokens, text.chunk.rows, *text.losses, self.config.tokens)
+        self.indexes.of(session.ngrams)
         if session.served_ngrams is not ngrams:
             self.indexes.forget(ngrams)
         return known
@@ -81,13 +132,5 @@ class Caches:
         if (session := self.sessions.get(key)) is not None:
             for ngrams in (session.ngrams, session.serving_ngrams):
                 self.indexes.forget(ngrams)
-
-    def _text(self, chunk: Chunk, backlog: Backlog, rows_2C: Tensor | None) -> Text | None:
-        if not self.on or chunk.before is None or rows_2C is None:
-            return None
-        learned = backlog.t_PC[chunk.page, : chunk.rows].clone()
-        for first, end in chunk.left_out:
-            learned[first:end] = BREAK
-        tokens = np.concatenate((chunk.before.numpy(), learned.numpy())).astype(np.int32)
-        losses, tops = rows_2C[:, : chunk.rows].double().numpy()
-        return Text(tokens, losses * (chunk.rows - chunk.out), tops)
+        if self.tables is not None:
+            self.tables.drop(key)

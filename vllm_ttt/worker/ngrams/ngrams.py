@@ -98,7 +98,8 @@ class Indexes:
 def commit(
     ngrams: NGrams, index: Index, text: Tokens, rows: int, losses: NDArray[np.float64], tops: NDArray[np.float64], limit: int
 ) -> tuple[NGrams, Known]:
-    """Take a chunk in. It is asked first how well it was known, and from that the weights learn.
+    """Take a chunk in. It is asked first how well it was known, and from that the weights learn. What it becomes has its index,
+    which `Indexes` does not know yet.
 
     Args:
         text: its tokens, which are the last ``rows`` ones, and up to LONGEST before them; BREAK for those that are not learned,
@@ -118,7 +119,10 @@ def commit(
     both = np.maximum(for_model + for_cache, np.finfo(np.float64).tiny)
     for column, spoke in enumerate((for_model / both, for_cache / both)):
         flat[:, column] += np.bincount(kind, spoke, len(flat) + 1)[:-1]
-    grown = NGrams(streams.extend(ngrams.stream, before, tokens, limit), experience)
+    whole = streams.join(ngrams.stream, before, tokens)
+    grown, places = NGrams(streams.trim(whole, limit), experience), np.flatnonzero(whole >= 0)
+    added, removed = places[places >= len(ngrams.stream)], places[: max(0, len(places) - limit)]
+    grown.index = index.moved(whole, added, removed)
     return grown, Known(float(-np.log(both).mean()), float((for_cache / both).mean()))
 
 

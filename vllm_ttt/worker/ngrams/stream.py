@@ -29,12 +29,17 @@ def count(stream: Tokens) -> int:
 
 def extend(stream: Tokens, before: Tokens, learned: Tokens, limit: int) -> Tokens:
     """``stream`` with the learned tokens, which follow on ``before``: at most LONGEST tokens; and its last ``limit`` alone."""
+    return trim(join(stream, before, learned), limit)
+
+
+def join(stream: Tokens, before: Tokens, learned: Tokens) -> Tokens:
+    """As `extend`, without a limit."""
     tail = shown(stream[-LONGEST:])
     if len(before) == LONGEST and np.array_equal(tail, before):
         parts = stream, learned  # it goes on
     else:
         parts = stream, np.array([BREAK], np.int32), -before - 2, learned
-    return trim(np.concatenate(parts).astype(np.int32), limit)
+    return np.concatenate(parts).astype(np.int32)
 
 
 def trim(stream: Tokens, limit: int) -> Tokens:

@@ -23,8 +23,8 @@ from vllm_ttt.worker.serve.replaced import replaced
 ROWS = 256
 BLOCK_D, BLOCK_R = 32, 128
 
-_PROMPT = "self logits_fn hidden_states input_batch all_token_ids num_computed_tokens prompt_lens"
-_PROMPT_IDS = "self logits_fn hidden_states input_batch prompt_lens"
+PROMPT = "self logits_fn hidden_states input_batch all_token_ids num_computed_tokens prompt_lens"
+PROMPT_IDS = "self logits_fn hidden_states input_batch prompt_lens"
 
 
 # No annotation but constexpr: Triton looks any other name up among the globals of the kernel, and does not compile.
@@ -76,8 +76,8 @@ class HeadRunnerV2(Adapting):
     @classmethod
     def ttt_check(cls) -> None:
         _contract.check(GPUModelRunner, "sample", "self hidden_states input_batch grammar_output")
-        _contract.check(PromptLogprobsWorker, "compute_prompt_logprobs", _PROMPT)
-        _contract.check(PromptLogprobsWorker, "compute_prompt_token_id_logprobs", _PROMPT_IDS)
+        _contract.check(PromptLogprobsWorker, "compute_prompt_logprobs", PROMPT)
+        _contract.check(PromptLogprobsWorker, "compute_prompt_token_id_logprobs", PROMPT_IDS)
 
     @classmethod
     def adopt(cls, runner: Any, slots: HeadSlots, failed: Any) -> None:
@@ -101,17 +101,21 @@ class HeadRunnerV2(Adapting):
             return sample(hidden_states, input_batch, grammar_output)
 
 
+def asked_prompts(runner: Any, batch: Any) -> dict[str, int]:
+    """The requests of a batch whose prompts' logits somebody asked for while they are being read, and their places in it."""
+    prompts = runner.prompt_logprobs_worker
+    wanted, scored = prompts.uses_prompt_logprobs[batch.idx_mapping_np], prompts.token_id_scores
+    if not (wanted.any() or scored):
+        return {}
+    reading = batch.num_computed_prefill_tokens_np < batch.prefill_len_np
+    return {name: i for i, name in enumerate(batch.req_ids) if reading[i] and (wanted[i] or name in scored)}
+
+
 def _of_prompts(runner: Any, compute: Any) -> Any:
     """A method of vLLM's worker for the logits of prompts that is given the states of sessions with their delta."""
 
     def adapted(logits_fn: Any, hidden_states: Tensor, input_batch: Any, *args: Any) -> Any:
-        prompts = runner.prompt_logprobs_worker
-        reading = input_batch.num_computed_prefill_tokens_np < input_batch.prefill_len_np
-        asked = {
-            name: i
-            for i, name in enumerate(input_batch.req_ids)
-            if reading[i] and (prompts.uses_prompt_logprobs[input_batch.idx_mapping_np[i]] or name in prompts.token_id_scores)
-        }
+        asked = asked_prompts(runner, input_batch)
         if runner.ttt_slots.serves(asked):
             begins, rows = input_batch.query_start_loc_np, cast("list[str | None]", [None] * len(hidden_states))
             for name, i in asked.items():

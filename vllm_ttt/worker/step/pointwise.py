@@ -102,10 +102,10 @@ def nll(
 
     Args:
         scale, soft_cap: of the model's logits.
-        top_T: float32, gets what the loss of the likeliest token would be; None: nobody asks. On the CPU alone.
+        top_T: float32, gets what the loss of the likeliest token would be; None: nobody asks.
     """
     if logits_TV.is_cuda:
-        return _cuda().nll(logits_TV, t_T, scale, soft_cap, backward)
+        return _cuda().nll(logits_TV, t_T, scale, soft_cap, backward, top_T)
     x, slope = logits_TV.float(), None
     if soft_cap is not None:
         x = torch.tanh(x / soft_cap)

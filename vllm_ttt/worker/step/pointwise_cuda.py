@@ -146,7 +146,10 @@ def _logit(logits, n, inside, scale, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _nll(logits, targets, losses, V, stride, scale, cap, CAP: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+def _nll(
+    logits, targets, losses, tops, V, stride, scale, cap, CAP: tl.constexpr, TOPS: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     target = tl.load(targets + row)
@@ -160,6 +163,8 @@ def _nll(logits, targets, losses, V, stride, scale, cap, CAP: tl.constexpr, BACK
     peak = tl.max(most, 0)
     size = peak + tl.log(tl.sum(total * tl.exp(most - peak), 0))
     tl.store(losses + row, size - _logit(logits, target, target < V, scale, cap, CAP))
+    if TOPS:
+        tl.store(tops + row, size - peak)
     if BACKWARD:
         tl.debug_barrier()  # nothing is overwritten before all have read
         for first in range(0, V, BLOCK):
@@ -223,10 +228,15 @@ def turn_backward(of: QKV, saved: Any, heads: Own, dt: torch.dtype) -> Tensor:
     return out
 
 
-def nll(logits_TV: Tensor, t_T: Tensor, scale: float, soft_cap: float | None, backward: bool) -> Tensor:
+def nll(
+    logits_TV: Tensor, t_T: Tensor, scale: float, soft_cap: float | None, backward: bool, top_T: Tensor | None = None
+) -> Tensor:
     (T, V), losses = logits_TV.shape, torch.empty(len(t_T), device=logits_TV.device)
-    cap = dict[str, Any](CAP=soft_cap is not None, BACKWARD=backward, BLOCK=PIECE, num_warps=8)
-    _nll[(T,)](logits_TV, t_T, losses, V, logits_TV.stride(0), scale, soft_cap or 1.0, **cap)
+    tops = None if top_T is None else torch.empty_like(losses)  # aligned as all are, so that nothing is compiled again
+    flags = dict[str, Any](CAP=soft_cap is not None, TOPS=top_T is not None, BACKWARD=backward, BLOCK=PIECE, num_warps=8)
+    _nll[(T,)](logits_TV, t_T, losses, tops, V, logits_TV.stride(0), scale, soft_cap or 1.0, **flags)
+    if top_T is not None and tops is not None:
+        top_T.copy_(tops)
     return losses
 
 

@@ -1,0 +1,147 @@
+"""vLLM's model runner V2 (CUDA), which mixes a session's cache into the logits of the model, before anything is made of them.
+
+As cpu_runner.py, but the host does not know yet what was sampled last: it says which rows are whose, and the kernels of
+worker/ngrams/mixing_cuda.py read the tokens where vLLM keeps them. The model's graphs have no part in it: logits are made after
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+
+from vllm_ttt.patches import _contract
+from vllm_ttt.worker.ngrams.caches import Caches
+from vllm_ttt.worker.ngrams.tables import Tables, places
+from vllm_ttt.worker.serve.gpu_head import PROMPT, PROMPT_IDS, asked_prompts
+from vllm_ttt.worker.serve.replaced import replaced
+
+
+class MixingRunnerV2:
+    """Goes in front of the live runner's own class. A batch without a request that has a cache goes straight through."""
+
+    model: Any
+    req_states: Any
+    ttt_caches: Caches
+    ttt_tables: Tables
+    #: counts and logs an exception that is being handled
+    ttt_failed: Callable[[str], None]
+
+    @staticmethod
+    def ttt_check() -> None:
+        """Raises PatchContractError where vLLM's is not what this was written for."""
+        _contract.check(GPUModelRunner, "sample", "self hidden_states input_batch grammar_output")
+        _contract.check(PromptLogprobsWorker, "compute_prompt_logprobs", PROMPT)
+        _contract.check(PromptLogprobsWorker, "compute_prompt_token_id_logprobs", PROMPT_IDS)
+
+    @classmethod
+    def adopt(cls, runner: Any, caches: Caches, tables: Tables, failed: Callable[[str], None]) -> None:
+        """Raises as `ttt_check`."""
+        cls.ttt_check()
+        runner.__class__ = type(cls.__name__, (cls, type(runner)), {})
+        runner.ttt_caches, runner.ttt_tables, runner.ttt_failed = caches, tables, failed
+        caches.tables = tables
+        prompts = runner.prompt_logprobs_worker
+        for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
+            setattr(prompts, name, _of_prompts(runner, getattr(prompts, name)))
+
+    @torch.inference_mode()
+    def ttt_warm_up(self, hidden: int, dtype: torch.dtype) -> None:
+        """Compile the kernels, which the first request of a session would wait for: on what the model says of a state."""
+        states = torch.zeros(1, hidden, dtype=dtype, device=self.ttt_tables.keys.device)
+        logits = self.model.compute_logits(states)
+        for rows in ([0], [-1]):  # a table of nothing: no logit moves
+            self.ttt_mix(logits, places(self.ttt_tables, rows, [0]), torch.zeros(1, dtype=torch.int64, device=states.device))
+
+    def ttt_mix(self, logits: Tensor, where: Tensor, positions: Tensor) -> None:
+        from vllm_ttt.worker.ngrams.mixing_cuda import mix  # it needs Triton
+
+        mix(logits, where, positions, self.req_states.all_token_ids.gpu, self.ttt_tables)
+
+    def sample(self, hidden_states: Tensor, input_batch: Any, grammar_output: Any) -> Any:
+        sample = super().sample  # type: ignore[misc]
+        found = self.ttt_rows(input_batch, _sampling, input_batch.cu_num_logits_np)
+        if found is None:
+            return sample(hidden_states, input_batch, grammar_output)
+        compute: Callable[..., Tensor] = self.model.compute_logits
+
+        def mixed(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            logits = compute(states, *args, **kwargs)
+            try:
+                self.ttt_mix(logits, places(self.ttt_tables, *found), input_batch.positions[input_batch.logits_indices])
+            except Exception:
+                self.ttt_failed("the caches of a batch could not be mixed in")
+            return logits
+
+        with replaced(self.model, "compute_logits", mixed):
+            return sample(hidden_states, input_batch, grammar_output)
+
+    def ttt_of_prompts(self, logits_fn: Callable[..., Tensor], hidden_states: Tensor, batch: Any) -> Callable[..., Tensor]:
+        """``logits_fn`` for rows of ``hidden_states``, with the caches of requests whose prompt is being read."""
+        found = self.ttt_rows(batch, lambda batch: asked_prompts(self, batch), batch.query_start_loc_np)
+        if found is None:
+            return logits_fn
+
+        def mixed(part: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            logits = logits_fn(part, *args, **kwargs)
+            try:
+                first = int(part.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)
+                rows, states = (x[first : first + len(part)] for x in found)
+                if max(rows, default=-1) >= 0:
+                    positions = batch.positions[
+                        first : first + len(part)
+                    ].clone()  # aligned as all are: nothing is compiled again
+                    self.ttt_mix(logits, places(self.ttt_tables, rows, states), positions)
+            except Exception:
+                self.ttt_failed("the cache of a prompt could not be mixed in")
+            return logits
+
+        return mixed
+
+    def ttt_rows(
+        self, batch: Any, asked: Callable[[Any], Container[str]], ends: NDArray[np.integer]
+    ) -> tuple[list[int], list[int]] | None:
+        """Of each row of logits the row of its session in the tables, -1 where nothing is mixed in, and the state of its
+        request; None: nothing is mixed into any.
+
+        Args:
+            asked: requests of the batch whose logits somebody sees.
+            ends: [requests + 1], where the rows of each begin and end.
+        """
+        caches = self.ttt_caches
+        if not caches.requests:
+            return None
+        try:
+            names = asked(batch)
+            served = [caches.serving(name) if name in names else None for name in batch.req_ids]
+            keep = {key for key, _ in filter(None, served)}
+            if not keep:
+                return None
+            rows = [-1 if x is None else self.ttt_tables.row(*x, caches.indexes.of, keep) for x in served]
+            each = np.diff(ends[: len(rows) + 1])
+            return np.repeat(rows, each).tolist(), np.repeat(batch.idx_mapping_np[: len(rows)], each).tolist()
+        except Exception:
+            self.ttt_failed("the caches of a batch could not be brought to the device")
+            return None
+
+
+def _sampling(batch: Any) -> set[str]:
+    """The requests of a batch that sample: of a prompt that has been read in part nobody does."""
+    read = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
+    return {name for name, done in zip(batch.req_ids, read, strict=True) if done}
+
+
+def _of_prompts(runner: Any, compute: Any) -> Any:
+    """A method of vLLM's worker for the logits of prompts that is given the mixed logits."""
+
+    def mixing(logits_fn: Any, hidden_states: Tensor, input_batch: Any, *args: Any) -> Any:
+        return compute(runner.ttt_of_prompts(logits_fn, hidden_states, input_batch), hidden_states, input_batch, *args)
+
+    return mixing
