@@ -193,8 +193,8 @@ def test_deep_learns_and_answers_beside_drafts(
         h, a = reference.activations(ids)
         reference.step(h[7:-1], a[7:-1], torch.tensor(ids[8:]), before(kv, 7))
         assert_same(served.delta("s"), reference)
-        served.complete(prompt, "s")
-        reference.learn(prompt)
+        served.complete(prompts[0], "s")
+        reference.learn(prompts[0])
         assert_same(served.delta("s"), reference)
         body: dict[str, Any] = {"model": "demo", "prompt": prompt[:100], "max_tokens": 80, "ignore_eos": True, "temperature": 0}
         body |= {"logprobs": 1, "return_token_ids": True, "vllm_xargs": READ}
