@@ -75,7 +75,8 @@ class Server:
         extra = {} if session is None else {"vllm_xargs": {"ttt_learn": 0}}
         self.complete(ids[: self.prompt], session, max_tokens=self.tokens, ignore_eos=True, **extra)
         seconds = time.perf_counter() - began
-        return Counted(*(b - a for a, b in zip(before, self.counters(), strict=True)), self.tokens, seconds)
+        steps, drafted, accepted = (b - a for a, b in zip(before, self.counters(), strict=True))
+        return Counted(steps, drafted, accepted, self.tokens, seconds)
 
 
 def measure(server: Server, texts: Path, learned: int, asked: int) -> dict[str, dict[str, Counted]]:
