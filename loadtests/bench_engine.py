@@ -98,12 +98,13 @@ def cases(args: argparse.Namespace) -> dict[str, Any]:
         return {LORA[args.arm]: lambda i: LoRARequest(f"adapter-{i % args.slots}", 1 + i % args.slots, path)}
     if args.arm != "ttt":
         return {args.arm: lambda i: None}
-    return {
+    found: dict[str, Any] = {
         "idle": lambda i: None,
         "learn prompts": lambda i: {"session_id": f"s{i}"},
         "learn all": lambda i: {"session_id": f"s{i}", "ttt_learn_output": 1},
         "frozen": lambda i: {"session_id": f"s{i}", "ttt_learn": 0},
     }
+    return {name: found[name] for name in found if not args.cases or name in args.cases.split(",")}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,8 +153,6 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
     }
     log(f"{args.arm}: engine up after {result['startup_s']:.0f} s, {result['device_mib']} MiB")
     for name, extra in cases(args).items():
-        if args.cases and name not in args.cases.split(","):
-            continue
         for size in args.batches:
             measure(llm, size, args, extra, tokens_out=4)
             while name == "frozen" and llm.collective_rpc("ttt_status")[0]["trying"]:

@@ -34,6 +34,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    # Norms after attention and after the MLP, too; half of each head is turned.
+    "glm4": ("glm4", {"partial_rotary_factor": 0.5, "attention_bias": True, "tie_word_embeddings": False}),
+    # For layers in few bits.
+    "llama": ("llama", {"tie_word_embeddings": False}),
     # Through vLLM's Transformers backend; lm_head has a bias.
     "phi": ("phi", {"tie_word_embeddings": False, "partial_rotary_factor": 0.5}),
 }  # fmt: skip

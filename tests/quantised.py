@@ -54,6 +54,13 @@ def fp8_per_channel(weight: Tensor) -> Parts:
     return {"weight": weight}, (weight.bfloat16().float() / scale).to(FP8).float() * scale
 
 
+def int8(weight: Tensor) -> Parts:
+    """compressed-tensors' int-quantized: a scale for each output; inputs are quantised by token."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    q = (weight / scale).round()
+    return {"weight": q.to(torch.int8), "weight_scale": scale}, q * scale
+
+
 def _groups_of(weights: dict[str, Any], inputs: dict[str, Any] | None, layout: str) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     return {
@@ -74,12 +81,14 @@ METHODS: dict[str, tuple[Callable[[Tensor], Parts], dict[str, Any] | None]] = {
 }
 #: With eight bits of integers, weights and inputs: of config.json alone.
 INT8 = _groups_of(_INT8, {**_INT8, "strategy": "token", "dynamic": True}, "int-quantized")
+#: What vLLM's CPU backend serves without LoRA alone.
+WITHOUT_LORA: dict[str, tuple[Callable[[Tensor], Parts], dict[str, Any] | None]] = {"int8": (int8, INT8)}
 
 
 def quantise(folder: Path, name: str, dense: Path) -> None:
     """Replace the linear layers of the model in ``folder`` by quantised ones, and write the model that they stand for to
     ``dense``, in float32."""
-    make, said = METHODS[name]
+    make, said = (METHODS | WITHOUT_LORA)[name]
     tensors, read = load_file(folder / "model.safetensors"), {}
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

@@ -71,7 +71,10 @@ def check_engines(vllm_config: Any, config: TTTConfig) -> None:
     }
     for why, refused in refusals.items():
         if refused:
-            raise ConfigError(f"--data-parallel-size {engines} is not supported with --plugin ttt and {why}")
+            raise ConfigError(
+                f"--data-parallel-size {engines} is not supported with --plugin ttt and {why}; "
+                "leave --data-parallel-size out, or change the other"
+            )
     settings["engines"] = engines
     cores = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
     if vllm_config.device_config.device_type == "cpu" and cores == "auto":

@@ -21,6 +21,16 @@ from vllm_ttt.types import NO_ADAPTERS
 RELEASES = {"cpu": ("0.32",), "cuda": ("0.32", "0.33")}
 TESTED = "0.32"
 
+#: Methods of speculative decoding whose drafts are made from tokens alone, and from the model's last hidden states or those of
+#: some layers.
+DRAFTS_FROM_TOKENS = ("ngram", "ngram_gpu")
+DRAFTS_FROM_STATES = ("eagle", "eagle3", "mtp")
+#: Why an answer is not learned beside drafts on CUDA, and what else there is.
+NO_ANSWERS = (
+    "with speculative decoding on CUDA an answer is not learned, since the device alone knows which drafts were accepted; one "
+    "that the client sends back in its next prompt is learned there"
+)
+
 #: Seconds between SIGTERM and SIGKILL with a state dir, where the user sets no --shutdown-timeout.
 SHUTDOWN_TIMEOUT = 60
 #: Seconds for which a script waits at its end until all is learned and saved, where it sets no shutdown_timeout.
@@ -62,7 +72,7 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
 
     what, supported, why = vllm_release()
     if not supported:
-        raise ConfigError(f"{what}: {why}")
+        raise ConfigError(f"{what}: {why}; install vLLM {TESTED}, or serve without ttt")
     if config.adapt.in_slots and (engine_args.enable_lora or getattr(engine_args, "lora_modules", None)):
         raise ConfigError(f"--enable-lora and --lora-modules cannot be combined with --plugin ttt: {NO_ADAPTERS}")
     if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
@@ -80,17 +90,20 @@ def prepare_engine_args(engine_args: Any, config: TTTConfig) -> None:
     if engine_args.fully_sharded_loras:
         raise ConfigError("--fully-sharded-loras is not supported with --plugin ttt; leave it out")
     if engine_args.scheduler_cls is not None:
-        raise ConfigError("--scheduler-cls cannot be combined with --plugin ttt, which brings its own scheduler")
+        raise ConfigError("--scheduler-cls cannot be combined with --plugin ttt, which brings its own scheduler; leave it out")
     worker = WORKERS.get(current_platform.device_type)
     if worker is None:
-        raise ConfigError(f"vllm-ttt serves on {' and '.join(WORKERS)}, not on {current_platform.device_type}")
+        raise ConfigError(
+            f"vllm-ttt serves on {' and '.join(WORKERS)}, not on {current_platform.device_type}; serve there, or without ttt"
+        )
     if config.sessions.state_dir is not None and engine_args.shutdown_timeout == 0:
         # vLLM's default kills the engine core at once: nothing could be saved.
         http = engine_args.additional_config[plugin.NAME]["http"]
         engine_args.shutdown_timeout = SHUTDOWN_TIMEOUT if http else OFFLINE_TIMEOUT
     if engine_args.enable_sleep_mode:
         raise ConfigError(
-            "--enable-sleep-mode is not supported with --plugin ttt: the deltas of sessions lie in memory that sleep takes away"
+            "--enable-sleep-mode is not supported with --plugin ttt: the deltas of sessions lie in memory that sleep takes "
+            "away; leave it out"
         )
     engine_args.scheduler_cls = SCHEDULER
     if engine_args.worker_cls == "auto":
@@ -108,7 +121,7 @@ def _check_worker(given: Any, ours: str) -> None:
     try:
         found = resolve_obj_by_qualname(given) if isinstance(given, str) else given
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--worker-cls {given} cannot be imported: {error}") from None
+        raise ConfigError(f"--worker-cls {given} cannot be imported: {error}; name another, or leave it out") from None
     if not (isinstance(found, type) and issubclass(found, TTTWorkerMixin)):
         raise ConfigError(f"--worker-cls {given} cannot be combined with --plugin ttt, whose worker learns; subclass {ours}")
 
@@ -128,7 +141,6 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--enable-dbo (or --ubatch-size)": parallel.use_ubatching,
-        "--speculative-config": vllm_config.speculative_config is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--runner pooling": model.runner_type != "generate",
         "--enable-prompt-embeds": model.enable_prompt_embeds,
@@ -138,6 +150,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         if refused:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
     placement.check_engines(vllm_config, config)
+    _check_drafts(vllm_config, config)
     if vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
         raise ConfigError("on CUDA, --plugin ttt needs vLLM's model runner V2; unset VLLM_USE_V2_MODEL_RUNNER")
     if config.guard.every and config.guard.probe is not None and not Path(config.guard.probe).is_file():
@@ -169,6 +182,37 @@ def _check_cache(vllm_config: Any, config: TTTConfig) -> None:
     for what, refused in refusals.items():
         if refused and config.cache.orders:
             raise ConfigError(f"{what} is not supported with cache.orders above 0; leave it out, or set cache.orders to 0")
+
+
+def _check_drafts(vllm_config: Any, config: TTTConfig) -> None:
+    """Raise ConfigError where speculative decoding and sessions cannot go together."""
+    drafts = vllm_config.speculative_config
+    if drafts is None:
+        return
+    what = f"--speculative-config with the method {drafts.method}"
+    if drafts.method in DRAFTS_FROM_STATES and config.adapt.preset != "head":
+        raise ConfigError(
+            f"{what} is not supported with the preset {config.adapt.preset}: its drafts are made from hidden states that hold "
+            "a session's delta, and other sessions would read the drafter's keys of them; serve with --ttt-preset head, or "
+            "take the method ngram"
+        )
+    if drafts.method not in (*DRAFTS_FROM_TOKENS, *DRAFTS_FROM_STATES):
+        raise ConfigError(
+            f"{what} is not supported with --plugin ttt; take the method ngram, or with --ttt-preset head one of "
+            f"{', '.join(DRAFTS_FROM_STATES)}"
+        )
+    if drafts.enable_adaptive_verification:
+        raise ConfigError(
+            f"{what} and enable_adaptive_verification is not supported with --plugin ttt, which must know whose each row is; "
+            "leave enable_adaptive_verification out"
+        )
+    if config.learn.tokens == "all" and not accepted_are_known(vllm_config):
+        raise ConfigError(f"learn.tokens all: {NO_ANSWERS}; set learn.tokens to prompt")
+
+
+def accepted_are_known(vllm_config: Any) -> bool:
+    """Whether the worker knows which rows of an answer were accepted, when it keeps what is learned of them."""
+    return vllm_config.speculative_config is None or vllm_config.device_config.device_type == "cpu"
 
 
 def _check_head(vllm_config: Any) -> None:

@@ -89,6 +89,12 @@ class Served:
         rows = _decode(self.rpc("test_learned_rows"))
         return rows["h"].view(-1, WIDTH), rows["a"].view(-1, WIDTH)
 
+    def learned_states(self, name: str) -> Tensor:
+        """The same with the preset head: the last hidden states, flat."""
+        self.settle()
+        self.session(name)
+        return _decode({"h": self.rpc("test_learned_rows")["h"]})["h"]
+
     def settle(self) -> dict[str, int]:
         """Wait until nothing is under way in the worker; its state then."""
         deadline, state = time.monotonic() + 60, {}

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import MODEL, Stage, running_ttt
 from served import Documents, assert_same, logprobs
+from transformers import AutoTokenizer
 
 from vllm_ttt.config import parse_config
 from vllm_ttt.eval.head_oracle import HeadOracle
 from vllm_ttt.eval.oracle import load_model
+from vllm_ttt.eval.texts import read_texts
 
 pytestmark = pytest.mark.engine
 
@@ -24,14 +26,14 @@ READ: dict[str, Any] = {"vllm_xargs": {"ttt_learn": 0}}
 TOLERANCE = 0.002
 
 
-def merged(folder: Path, name: str, seed: int) -> Any:
-    """Save a random adapter of the demo model, and return the model with it."""
+def merged(model: Path, folder: Path, name: str, seed: int) -> Any:
+    """Save a random adapter of a model, and return the model with it."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted: Any = get_peft_model(load_model(MODEL, torch.float32), settings)  # type: ignore[arg-type]
+        adapted: Any = get_peft_model(load_model(model, torch.float32), settings)  # type: ignore[arg-type]
     for key, parameter in adapted.named_parameters():
         if "lora_" in key:
             parameter.data.mul_(0.3)
@@ -40,16 +42,26 @@ def merged(folder: Path, name: str, seed: int) -> Any:
 
 
 def test_sessions_on_top_of_adapters(documents: Documents, stage: Stage, tmp_path: Path) -> None:
+    on_top_of_adapters(MODEL, stage, tmp_path, documents["man_fr"][0][:300], documents["man_fr"][1][:120])
+
+
+@pytest.mark.real
+def test_the_same_with_the_real_model(real_model: Path, real_texts: Path, stage: Stage, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real_model, local_files_only=True)
+    text, probe = (tokenizer.encode(document) for document in read_texts(real_texts)["vllm_models"][:2])
+    on_top_of_adapters(real_model, stage, tmp_path, text[:300], probe[:120])
+
+
+def on_top_of_adapters(model: Path, stage: Stage, folder: Path, text: list[int], probe: list[int]) -> None:
     """Two adapters with a session each, and one of the base model: each is served with its adapter and its delta, in one batch
     with the others, and nobody else is moved. Another model under the same session is refused."""
     stage.stop()
-    models = {name: merged(tmp_path, name, seed) for seed, name in enumerate(("style", "other"))}
-    models["demo"] = load_model(MODEL, torch.float32)
-    loops = {name: HeadOracle(model, parse_config(CONFIG)) for name, model in models.items()}
-    text, probe = documents["man_fr"][0][:300], documents["man_fr"][1][:120]
+    models = {name: merged(model, folder, name, seed) for seed, name in enumerate(("style", "other"))}
+    models["demo"] = load_model(model, torch.float32)
+    loops = {name: HeadOracle(found, parse_config(CONFIG)) for name, found in models.items()}
     flags = ["--dtype", "float32", "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules"]
-    flags += [f"{name}={tmp_path / name}" for name in ("style", "other")]
-    with running_ttt(tmp_path / "served", CONFIG, flags) as served:
+    flags += [f"{name}={folder / name}" for name in ("style", "other")]
+    with running_ttt(folder / "served", CONFIG, flags, model) as served:
 
         def scores(name: str, session: str | None) -> torch.Tensor:
             return -torch.tensor(logprobs(served.complete(probe, session, model=name, prompt_logprobs=0, **READ)))

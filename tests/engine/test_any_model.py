@@ -10,9 +10,10 @@ from typing import Any
 
 import families
 import pytest
+import quantised
 import torch
 from conftest import MODEL, Stage, at_rest, running, running_ttt
-from served import SCORED, Documents, Served, assert_same, logprobs
+from served import SCORED, Documents, Served, assert_same, logprobs, relative_error
 
 from vllm_ttt.config import parse_config
 from vllm_ttt.eval.head_oracle import HeadOracle
@@ -181,31 +182,43 @@ def test_peft_loads_it(moe: Served, weights: Any, documents: Documents, tmp_path
     assert (loop(weights).score(probe) - back).abs().max() < TOLERANCE
 
 
-#: Name: the family, further flags, and how far what is served may be from transformers' own.
+#: Name: the family, further flags, and how far what is served may be from transformers' own; None: it is in few bits.
 OTHERS = {
     "gemma": ("gemma", FLAGS, TOLERANCE),
     "gpt_oss": ("gpt_oss", FLAGS, TOLERANCE),
+    "glm4": ("glm4", FLAGS, TOLERANCE),
     "transformers": ("phi", FLAGS, TOLERANCE),
     "fp8": (None, ["--quantization", "fp8_per_channel"], None),
+    "int8": ("llama", FLAGS, None),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_family_learns(name: str, documents: Documents, stage: Stage, tmp_path: Path) -> None:
-    """It answers, its loss falls, and its delta is the loop's; a model in few bits is compared with itself alone."""
+    """It answers, its loss falls, and its delta is the loop's: in INT8, of the states that were served; in FP8, which is not
+    served in float32, it is compared with itself alone."""
     family, flags, tolerance = OTHERS[name]
     stage.stop()
     model, text = MODEL if family is None else families.write(family, tmp_path / "model"), documents["man_fr"][0][:257]
+    if name == "int8":
+        quantised.quantise(model, name, tmp_path / "dense")
     with running_ttt(tmp_path / "served", CONFIG, flags, model) as served:
         base = -torch.tensor(logprobs(served.complete(text, prompt_logprobs=0)))
+        served.rpc("test_watch", 1)
         first = -torch.tensor(logprobs(served.complete(text, "s", prompt_logprobs=0)))
-        delta = served.delta("s")
+        delta, states = served.delta("s"), served.learned_states("s")
         second = -torch.tensor(logprobs(served.complete(text, "s", prompt_logprobs=0)))
         state = served.settle()
         assert torch.equal(base, first), "a fresh session is the base model"
         assert second.mean() < first.mean() - 0.02, "it has learned"
         assert torch.equal(-torch.tensor(logprobs(served.complete(text, prompt_logprobs=0))), base), "and nobody else has"
         assert (state["errors"], served.session("s")["version"]) == (0, 8)
+    if name == "int8":
+        reference, targets = loop(load_model(tmp_path / "dense")), torch.tensor(text[1:])
+        assert relative_error(states, reference.states(text)[:-1]) < 0.1, "they are those of the model that was quantised"
+        for y, t in zip(states.view(len(targets), -1).split(64), targets.split(64), strict=True):
+            reference.step(y, t)
+        assert_same(delta, reference)
     if tolerance is not None:
         reference = loop(load_model(model))
         assert (first - reference.score(text)).abs().max() < tolerance

@@ -22,6 +22,12 @@ ROOT = Path(__file__).parents[2]
 MARK = "<!-- python loadtests/bench_engine.py --compare "
 
 
+def test_cases_are_chosen_of_the_arm_with_sessions_alone() -> None:
+    for chosen, expected in ((None, ["idle", "learn prompts", "learn all", "frozen"]), ("frozen,idle", ["idle", "frozen"])):
+        assert list(bench_engine.cases(Namespace(arm="ttt", cases=chosen))) == expected
+        assert list(bench_engine.cases(Namespace(arm="stock", cases=chosen))) == ["stock"]
+
+
 def a_round(wall: float = 2.0, decode: float = 3.0, **fields: Any) -> Round:
     given: dict[str, Any] = {"tokens": 8, "learned": 4, "wall": wall, "drained": 2 * wall, "decode": decode}
     given.update({"ttft": [1.0], "tpot": [0.5], "itl": [0.5], **fields})

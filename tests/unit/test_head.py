@@ -243,7 +243,7 @@ def test_replaced_gives_back_what_was_there() -> None:
 
 
 class Runner:
-    """What of vLLM's model runner makes logits: a batch of three requests, of 3, 1 and 4 tokens."""
+    """What of vLLM's model runner makes logits: a batch of three requests, of 3, 1 and 4 tokens; those of drafts, too."""
 
     def __init__(self, W: Tensor):
         self.model, self.hidden = Model(W), torch.randn(8, D, generator=torch.Generator().manual_seed(12))
@@ -253,11 +253,18 @@ class Runner:
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Tensor:
         self.input_batch.req_ids = list(scheduler_output.num_scheduled_tokens)  # the batch is ordered in here
-        return self.model.compute_logits(self.hidden[[2, 3, 7]])
+        drafts = [len(scheduler_output.scheduled_spec_decode_tokens.get(name, ())) for name in self.input_batch.req_ids]
+        ends = zip((2, 3, 7), drafts, strict=False)
+        return self.model.compute_logits(self.hidden[[row for last, n in ends for row in range(last - n, last + 1)]])
 
     def _get_prompt_logprobs_dict(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Tensor]:
         parts = {"base": slice(3, 4), "b": slice(4, 7)}
         return {name: self.model.compute_logits(hidden_states[part]) for name, part in parts.items()}
+
+
+def batch_of(scheduled: dict[str, int], drafts: dict[str, list[int]] | None = None) -> Any:
+    """What the scheduler says of a batch."""
+    return SimpleNamespace(num_scheduled_tokens=scheduled, scheduled_spec_decode_tokens=drafts or {})
 
 
 class Model:
@@ -274,7 +281,7 @@ def test_the_runner_serves_each_request_with_its_sessions_delta() -> None:
     W = served.head.head_VD
     runner: Any = Runner(W)
     HeadRunnerV1.adopt(runner, served.slots, failures.append)
-    hidden, batch = runner.hidden.clone(), SimpleNamespace(num_scheduled_tokens={"a": 3, "base": 1, "b": 4})
+    hidden, batch = runner.hidden.clone(), batch_of({"a": 3, "base": 1, "b": 4})
     plain = runner.execute_model(batch)
     assert torch.equal(plain, hidden[[2, 3, 7]] @ W.T), "nobody is a session's"
     served.slots.start("a", 1)
@@ -292,12 +299,36 @@ def test_the_runner_serves_each_request_with_its_sessions_delta() -> None:
     assert torch.equal(runner.model.compute_logits(hidden), hidden @ W.T), "outside of a batch the model is as it was"
 
 
-def test_what_cannot_be_applied_is_counted_and_the_base_model_answers() -> None:
-    served, failures = moving(1), list[str]()
-    runner: Any = Runner(served.head.head_VD)
+def test_rows_of_drafts_are_their_sessions() -> None:
+    """Two drafts of one session and one of another, with a request of nobody between them."""
+    served, failures = moving(1, 2), list[str]()
+    W = served.head.head_VD
+    runner: Any = Runner(W)
     HeadRunnerV1.adopt(runner, served.slots, failures.append)
     served.slots.start("a", 1)
-    found = runner.execute_model(SimpleNamespace(num_scheduled_tokens={"a": 8}))  # one request, and three rows
+    served.slots.start("b", 2)
+    hidden, drafts = runner.hidden.clone(), {"a": [5, 6], "b": [7]}
+    found = runner.execute_model(batch_of({"a": 3, "base": 1, "b": 4}, drafts))
+    rows = {0: 1, 1: 1, 2: 1, 3: None, 6: 2, 7: 2}
+    assert len(found) == len(rows)
+    for logits, (state, key) in zip(found, rows.items(), strict=True):
+        y = hidden[state] if key is None else served.serve(hidden[state][None], key)[0]
+        assert torch.allclose(logits, y @ W.T, atol=1e-4)
+    assert not failures
+
+
+def test_what_cannot_be_applied_is_counted_and_the_base_model_answers() -> None:
+    served, failures = moving(1), list[str]()
+
+    class Other(Runner):
+        def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Tensor:
+            self.input_batch.req_ids = ["a"]
+            return self.model.compute_logits(self.hidden[[2, 3, 7]])
+
+    runner: Any = Other(served.head.head_VD)
+    HeadRunnerV1.adopt(runner, served.slots, failures.append)
+    served.slots.start("a", 1)
+    found = runner.execute_model(batch_of({"a": 8}, drafts={"a": [5]}))  # two rows, says the scheduler, and there are three
     assert torch.equal(found, runner.hidden[[2, 3, 7]] @ served.head.head_VD.T)
     assert len(failures) == 1
 

@@ -275,6 +275,24 @@ def test_a_row_beyond_the_end_is_not_learned(answer: int) -> None:
     assert backlog.room == PAGES - len(queued(backlog))
 
 
+@pytest.mark.parametrize("beyond", [1, 2, 3, 4])
+@pytest.mark.parametrize("answer", [7, 8, 9, 13, 14, 15, 16, 17])
+def test_accepted_drafts_beyond_the_end_are_not_learned(answer: int, beyond: int) -> None:
+    """One step brings several rows: those beyond the last token may have closed the chunk in which it is."""
+    backlog = make(prompt=9, learn_output=True)
+    take(backlog, "r", 0, 9)
+    take(backlog, "r", 9, answer - 4)
+    take(backlog, "r", 9 + answer - 4, 3 + beyond)
+    backlog.finish("r", pairs=8 + answer)
+    learned = [*backlog.queues[7], *backlog.short]
+    assert sum(chunk.rows for chunk in learned) - 8 == answer
+    assert max(chunk.end for chunk in learned) == 8 + answer
+    assert all(chunk.rows < MIN_CHUNK for chunk in backlog.short)
+    assert min(queued(backlog)) >= MIN_CHUNK
+    assert backlog.room == PAGES - len(queued(backlog))
+    assert backlog.closing["r"].unlearned == len(queued(backlog)), "or its session would wait for ever"
+
+
 def test_a_prompt_that_was_not_read_to_its_end_loses_its_open_chunk() -> None:
     backlog = make(prompt=30)
     take(backlog, "r", 0, 13)

@@ -51,6 +51,7 @@ def check() -> None:
         "get_request_counts": "self",
         "make_stats": "self spec_decoding_stats kv_connector_stats cudagraph_stats perf_stats ec_connector_stats",
         "_reserve_prefill_lookahead": "self request num_computed_tokens num_new_tokens",
+        "_update_after_schedule": "self scheduler_output",
     }.items():
         _contract.check(Scheduler, name, parameters)
     _contract.check(Scheduler, "_get_local_prefix_cache_hit", "self request", "self request max_cache_hit_length")

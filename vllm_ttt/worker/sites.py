@@ -74,7 +74,9 @@ class AtHead:
         config = self.worker.vllm_config
         dtype, rows = config.model_config.dtype, config.scheduler_config.max_num_batched_tokens
         head = build_head(self.found, self.config.adapt, self.geometry.rank, dtype)
-        return head, States(self.geometry.hidden, rows, dtype, head.head_VD.device)
+        drafts = config.speculative_config
+        copies = drafts is not None and drafts.use_eagle()
+        return head, States(self.geometry.hidden, rows, dtype, head.head_VD.device, copies)
 
     def slots(self, deltas: Deltas) -> HeadSlots:
         return self.worker.ttt_head_slots(deltas, self.config.sessions.resident)

@@ -309,6 +309,13 @@ class HoldingScheduler(AsyncScheduler):
             self._enter(self.ttt_holding.let_go())
         return super().schedule(throttle_prefills)
 
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        if not self.scheduler_config.async_scheduling:
+            # Then drafts come when they are there (`update_draft_token_ids`); what stands for them elsewhere must not be run.
+            for request_id in scheduler_output.num_scheduled_tokens:
+                self.requests[request_id].spec_token_ids = []
+
     def _enter(self, released: list[Request]) -> None:
         if released:
             enter(self.waiting, released)

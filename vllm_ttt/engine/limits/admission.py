@@ -12,7 +12,7 @@ from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import Request
 
-from vllm_ttt import placement, plugin
+from vllm_ttt import placement, plugin, support
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ADAPTER_PATH, NO_ADAPTERS, SAMPLES, Knobs, SessionKey
@@ -88,6 +88,8 @@ def knobs_of(params: SamplingParams, learn: LearnConfig, vllm_config: VllmConfig
     seeded = params.sampling_type == SamplingType.RANDOM_SEED and vllm_config.device_config.device_type == "cpu"
     several = SAMPLES in extra
     knobs = Knobs.parse(extra, learn_output=learn.tokens == "all", interleave=learn.interleave and not (seeded or several))
+    if knobs.learn_output and not support.accepted_are_known(vllm_config):
+        raise RequestError(f"ttt_learn_output: {support.NO_ANSWERS}; leave it out", param="ttt_learn_output")
     if knobs.interleave and not vllm_config.scheduler_config.enable_chunked_prefill:
         message = "ttt_interleave reads a prompt in chunks, and this server runs with --no-enable-chunked-prefill"
         raise RequestError(message, param="ttt_interleave")

@@ -67,7 +67,9 @@ def pieces(guard: GuardConfig, vllm_config: VllmConfig) -> list[list[int]]:
         found.append(piece)
         wanted -= len(piece) - 1
     if (tokens := guard.probe_tokens - max(wanted, 0)) < LEAST:
-        raise ConfigError(f"guard.probe has {tokens} tokens to predict; it needs {LEAST} or more to say anything")
+        raise ConfigError(
+            f"guard.probe has {tokens} tokens to predict, and says nothing with fewer than {LEAST}; name a longer text"
+        )
     if wanted > 0:
         logger.info("vllm-ttt: the guard's text has %d tokens, fewer than guard.probe_tokens; it is tried whole", tokens)
     return found

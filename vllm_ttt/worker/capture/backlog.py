@@ -69,16 +69,17 @@ class Backlog:
     def finish(self, request: str, pairs: int | None = None) -> None:
         """The request has left the engine: close its last chunk. A prompt that was not read to its end loses its open chunk.
 
-        What was captured last is always in the open chunk: one of an answer is closed by the row that follows it.
-
         Args:
-            pairs: how many pairs the request has; what was captured beyond (an iteration that ran ahead) is not learned.
+            pairs: how many pairs the request has; what was captured beyond (an iteration that ran ahead, accepted drafts after
+                the last token) is not learned.
         """
         reading = self.readings.pop(request, None)
         if reading is None:
             return
-        if reading.open is not None and pairs is not None:
-            reading.open.rows -= max(0, min(reading.next - pairs, reading.open.rows))
+        if pairs is not None:
+            if reading.open is not None:
+                reading.open.rows -= max(0, min(reading.next - pairs, reading.open.rows))
+            self._cut(reading, request, pairs)
         end = reading.seen if pairs is None else min(reading.seen, pairs)
         if reading.next < end and not reading.closed:
             first = reading.next if reading.open is None else reading.open.first
@@ -338,6 +339,22 @@ class Backlog:
         self.queues.setdefault(chunk.session, deque()).append(chunk)
         reading.unlearned += 1
         self.closing.setdefault(chunk.request, reading)
+
+    def _cut(self, reading: Reading, request: str, pairs: int) -> None:
+        """What waits of the request ends with its last pair. Where one step brought several rows, one beyond the end has closed
+        the chunk before it."""
+        queue = self.queues.get(reading.plan.session, deque())
+        for chunk in [chunk for chunk in queue if chunk.request == request and chunk.end > pairs]:
+            chunk.rows = max(0, pairs - chunk.first)
+            if chunk.rows >= self.min_chunk:
+                continue
+            queue.remove(chunk)
+            reading.unlearned -= 1
+            if chunk.rows:
+                self.short.append(chunk)
+            self._release(chunk)
+        if not queue:
+            self.queues.pop(reading.plan.session, None)
 
     def _end(self, request: str, reading: Reading) -> None:
         """Nothing more of the request will be captured."""

@@ -18,6 +18,7 @@ from vllm_ttt.patches import _contract
 from vllm_ttt.worker.ngrams.caches import Caches
 from vllm_ttt.worker.ngrams.mixing import mix
 from vllm_ttt.worker.ngrams.stream import LONGEST, Tokens
+from vllm_ttt.worker.serve.head_runner import sampled_rows
 from vllm_ttt.worker.serve.replaced import replaced
 
 
@@ -69,19 +70,22 @@ class MixingModelRunner(CPUModelRunner):
             return super()._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)
 
     def _sampled(self, scheduler_output: Any, logits: Tensor) -> Tensor:
-        """The logits of the tokens that are sampled: a row for each request of the batch, in its order."""
+        """The logits of the tokens that are sampled: rows of each request of the batch, in its order."""
         batch, wanted = self.input_batch, dict[int, tuple[list[int], list[Tokens]]]()
-        found = {}
-        for row, name in enumerate(batch.req_ids):
+        found, next_row = {}, 0
+        for index, name in enumerate(batch.req_ids):
+            first, count = next_row, sampled_rows(scheduler_output, name)
+            next_row += count
             if (key := self.ttt_caches.requests.get(name)) is None:
                 continue
-            end = int(batch.num_computed_tokens_cpu[row]) + scheduler_output.num_scheduled_tokens[name]
-            if end < int(batch.num_prompt_tokens[row]) or (served := self.ttt_caches.served(name)) is None:
+            last = int(batch.num_computed_tokens_cpu[index]) + scheduler_output.num_scheduled_tokens[name]
+            if last < int(batch.num_prompt_tokens[index]) or (served := self.ttt_caches.served(name)) is None:
                 continue  # a prompt that has been read in part: nobody samples
             found[key] = served
             rows, befores = wanted.setdefault(key, ([], []))
-            rows.append(row)
-            befores.append(batch.token_ids_cpu[row, max(0, end - LONGEST) : end].copy())
+            for row, end in enumerate(range(last - count + 1, last + 1), first):  # each draft is what comes before the next row
+                rows.append(row)
+                befores.append(batch.token_ids_cpu[index, max(0, end - LONGEST) : end].copy())
         if not found:
             return logits
         logits = logits.float()  # as vLLM's sampler does; for other rows of the batch it changes nothing

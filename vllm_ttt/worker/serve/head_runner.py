@@ -17,6 +17,11 @@ from vllm_ttt.worker.serve.head_slots import HeadSlots
 from vllm_ttt.worker.serve.replaced import replaced
 
 
+def sampled_rows(scheduler_output: Any, request: str) -> int:
+    """Model runner V1: how many logits a request of the batch has. One follows each draft of its next tokens."""
+    return 1 + len(scheduler_output.scheduled_spec_decode_tokens.get(request, ()))
+
+
 class Adapting:
     """What both have in common. A batch without a row of a session goes straight through."""
 
@@ -57,7 +62,7 @@ class Adapting:
 
 
 class HeadRunnerV1(Adapting):
-    """Model runner V1 (CPU): logits of sampled tokens are made in ``execute_model``, a row for each request in its order."""
+    """Model runner V1 (CPU): logits of sampled tokens are made in ``execute_model``, rows of each request in its order."""
 
     model: Any
     input_batch: Any
@@ -73,7 +78,11 @@ class HeadRunnerV1(Adapting):
         execute = super().execute_model  # type: ignore[misc]
         if not self.ttt_slots.serves(scheduler_output.num_scheduled_tokens):
             return execute(scheduler_output, intermediate_tensors)
-        adapted = self.ttt_adapted(self.model.compute_logits, lambda _: list(self.input_batch.req_ids))
+
+        def whose(_: Tensor) -> list[str | None]:
+            return [name for name in self.input_batch.req_ids for _ in range(sampled_rows(scheduler_output, name))]
+
+        adapted = self.ttt_adapted(self.model.compute_logits, whose)
         with replaced(self.model, "compute_logits", adapted):
             return execute(scheduler_output, intermediate_tensors)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vllm_ttt.config import AdaptConfig
 from vllm_ttt.errors import ConfigError
+from vllm_ttt.families import HEAD_INSTEAD
 from vllm_ttt.log import logger_of
 from vllm_ttt.worker.step import attention, weights
 from vllm_ttt.worker.step.block import Block
@@ -123,7 +124,7 @@ def find_modules(model: nn.Module, layers: int = 1, adapted: str = "ogud", deep:
     inner, before = language_model(model)
     spec = ARCHITECTURES.get(type(inner).__name__)
     if spec is None:
-        raise ConfigError(f"no tail for {type(inner).__name__}; there is one for {', '.join(ARCHITECTURES)}")
+        raise ConfigError(f"no tail for {type(inner).__name__}; there is one for {', '.join(ARCHITECTURES)}. {HEAD_INSTEAD}")
     count = len(inner.get_submodule(spec.layers))  # type: ignore[arg-type]
 
     def layer(i: int) -> LayerModules:
