@@ -64,7 +64,8 @@ class Engine:
 
         self.llm = LLM(
             model=str(DEMO / "model"), max_model_len=2048, max_num_seqs=16, max_num_batched_tokens=512,
-            kv_cache_memory_bytes=2**29, gpu_memory_utilization=0.15, enable_prefix_caching=False, **vllm_ttt.engine_args(config=CONFIG),
+            kv_cache_memory_bytes=2**29, gpu_memory_utilization=0.15, enable_prefix_caching=False,
+            **vllm_ttt.engine_args(config=CONFIG),
         )  # fmt: skip
         tokenizer, texts = self.llm.get_tokenizer(), read_texts(DEMO / "texts")
         self.texts = {name: [tokenizer.encode(x, add_special_tokens=False) for x in found[:4]] for name, found in texts.items()}
