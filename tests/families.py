@@ -36,18 +36,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # Norms after attention and after the MLP, too; half of each head is turned.
     "glm4": ("glm4", {"partial_rotary_factor": 0.5, "attention_bias": True, "tie_word_embeddings": False}),
-    # For layers in few bits.
-    "llama": ("llama", {"tie_word_embeddings": False}),
     # Through vLLM's Transformers backend; lm_head has a bias.
     "phi": ("phi", {"tie_word_embeddings": False, "partial_rotary_factor": 0.5}),
 }  # fmt: skip
+
+
+#: One that the other presets serve where its layers are not quantised.
+LAYERED: dict[str, tuple[str, dict[str, Any]]] = {"llama": ("llama", {"tie_word_embeddings": False})}
 
 
 def write(family: str, folder: Path) -> Path:
     """Save a random model of a family, in float32, with a tokenizer; returns ``folder``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind, own = FAMILIES[family]
+    kind, own = (FAMILIES | LAYERED)[family]
     config = AutoConfig.for_model(kind, **{**_SHAPE, **own})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -123,8 +123,8 @@ def test_every_row_of_a_draft_has_its_sessions_delta(
     """Two sessions and a base request, alone and in one batch: what is reported of each token is what the plain loop says of
     it under that session's delta."""
     loops, probe = {name: loop() for name in (head.fresh("a"), head.fresh("b"))}, documents["man_fr"][1][:120]
-    for prompt, (name, reference) in zip(prompts[1:], loops.items(), strict=True):
-        head.complete(prompt, name)
+    for interleaved, (prompt, (name, reference)) in enumerate(zip(prompts[1:], loops.items(), strict=True)):
+        head.complete(prompt, name, max_tokens=20, ignore_eos=True, vllm_xargs={"ttt_interleave": interleaved})
         reference.learn(prompt)
         assert_same(head.delta(name), reference)
     everybody: dict[str | None, HeadOracle] = {None: loop(), **loops}
