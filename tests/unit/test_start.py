@@ -92,6 +92,45 @@ def test_flags_that_are_refused(flags: tuple[str, ...], says: str, monkeypatch: 
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "changed", "says"),
+    [
+        ({}, {}, None),
+        ({**engine_args("last")}, {}, None),
+        ({**engine_args("head")}, {}, "with the preset head"),
+        ({}, {"device_config.device_type": "cuda"}, "on CUDA yet"),
+        ({}, {"model_config.quantization": "fp8"}, "with a quantised model"),
+        ({}, {"parallel_config.nnodes": 2}, "on several machines"),
+        ({}, {"parallel_config.distributed_executor_backend": "ray"}, "with --distributed-executor-backend ray"),
+        ({}, {"parallel_config.enable_batch_sharded_sampling": True}, "with --enable-batch-sharded-sampling"),
+        ({}, {"parallel_config.data_parallel_size": 2}, "with --data-parallel-size"),
+    ],
+)
+def test_which_ranks_are_refused(
+    options: dict[str, Any], changed: dict[str, Any], says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = offline().create_engine_config()
+    made.parallel_config.tensor_parallel_size = 2
+    for path, value in changed.items():
+        part, _, name = path.partition(".")
+        monkeypatch.setattr(getattr(made, part), name, value)
+    config = TTTConfig.model_validate((options or engine_args())["additional_config"]["ttt"]["config"])
+    if says is None:
+        support.check_ranks(made, config)
+        assert offline(tensor_parallel_size=2, **options).create_engine_config().parallel_config.world_size == 2
+        return
+    with pytest.raises(ConfigError, match=f"--tensor-parallel-size 2 is not supported with --plugin ttt {says}"):
+        support.check_ranks(made, config)
+
+
+def test_ranks_share_what_the_host_holds() -> None:
+    """o and down are whole on each rank: so many fewer sessions fit."""
+    hf, config = ModelConfig(str(MODEL)).hf_text_config, plugin.config_of(offline().create_engine_config())
+    assert config is not None
+    one, two = (support.max_sessions(hf, config, ranks) - config.sessions.resident for ranks in (1, 2))
+    assert one == pytest.approx(2 * two, abs=2), "the default adapts those two alone"
+
+
 def test_a_state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded: a dir in use is refused, and one of another model or other settings, by name."""
     monkeypatch.delenv("TTT_SECRET", raising=False)
