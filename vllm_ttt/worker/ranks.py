@@ -23,10 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vllm_ttt.log import logger_of
-
-logger = logger_of(__name__)
-
 #: Seconds for which a rank waits for another between two steps: as long as vLLM waits for a step.
 PATIENCE = 300
 #: The exit status of a rank that has failed.
@@ -185,7 +181,9 @@ class Several(Ranks):
 
     def end(self, what: str) -> None:
         """End this process, and so the engine."""
-        logger.critical(
+        from vllm_ttt.log import logger_of  # it needs vLLM, and the step does not
+
+        logger_of(__name__).critical(
             "vllm-ttt: rank %d of %d ends the engine, since the others cannot go on without it: %s",
             self.rank, self.size, what, exc_info=sys.exc_info()[1],
         )  # fmt: skip
