@@ -39,6 +39,6 @@ class Outcome:
 
 
 def known_of(outcomes: deque[Outcome], clock: Clock, left: int | None) -> list[tuple[list[list[float]], list[float]]]:
-    """Of each step whose outcome has arrived: its values chunk by chunk, and the base losses. ``left``: see `Trainer.collect`."""
+    """Of each step whose outcome has arrived, its values chunk by chunk, and base losses. ``left``: as `Trainer.collect`."""
     wait = 0 if left is None else len(outcomes) - left
     return arrived(outcomes, lambda x: x.mark, lambda x: (x.values.T.tolist(), x.base_loss.tolist()), clock, wait)
