@@ -19,7 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_ttt import engine_args, plugin, support
+from vllm_ttt import engine_args, plugin, support, tensor_parallel
 from vllm_ttt.config import EXPERIMENTS, CacheConfig, TTTConfig
 from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import ConfigError, PatchContractError
@@ -97,13 +97,14 @@ def test_flags_that_are_refused(flags: tuple[str, ...], says: str, monkeypatch: 
     [
         ({}, {}, None),
         ({**engine_args("last")}, {}, None),
-        ({**engine_args("head")}, {}, "with the preset head"),
-        ({}, {"device_config.device_type": "cuda"}, "on CUDA yet"),
-        ({}, {"model_config.quantization": "fp8"}, "with a quantised model"),
-        ({}, {"parallel_config.nnodes": 2}, "on several machines"),
-        ({}, {"parallel_config.distributed_executor_backend": "ray"}, "with --distributed-executor-backend ray"),
-        ({}, {"parallel_config.enable_batch_sharded_sampling": True}, "with --enable-batch-sharded-sampling"),
-        ({}, {"parallel_config.data_parallel_size": 2}, "with --data-parallel-size"),
+        ({**engine_args("head")}, {}, "and the preset head"),
+        ({}, {"device_config.device_type": "cuda"}, "and CUDA"),
+        ({}, {"model_config.quantization": "fp8"}, "and a quantised model"),
+        ({}, {"speculative_config": object()}, "and --speculative-config"),
+        ({}, {"parallel_config.nnodes": 2}, "and several machines"),
+        ({}, {"parallel_config.distributed_executor_backend": "ray"}, "and --distributed-executor-backend ray"),
+        ({}, {"parallel_config.enable_batch_sharded_sampling": True}, "and --enable-batch-sharded-sampling"),
+        ({}, {"parallel_config.data_parallel_size": 2}, "and --data-parallel-size"),
     ],
 )
 def test_which_ranks_are_refused(
@@ -112,15 +113,15 @@ def test_which_ranks_are_refused(
     made = offline().create_engine_config()
     made.parallel_config.tensor_parallel_size = 2
     for path, value in changed.items():
-        part, _, name = path.partition(".")
-        monkeypatch.setattr(getattr(made, part), name, value)
+        *part, name = path.split(".")
+        monkeypatch.setattr(getattr(made, part[0]) if part else made, name, value)
     config = TTTConfig.model_validate((options or engine_args())["additional_config"]["ttt"]["config"])
     if says is None:
-        support.check_ranks(made, config)
+        tensor_parallel.check(made, config)
         assert offline(tensor_parallel_size=2, **options).create_engine_config().parallel_config.world_size == 2
         return
     with pytest.raises(ConfigError, match=f"--tensor-parallel-size 2 is not supported with --plugin ttt {says}"):
-        support.check_ranks(made, config)
+        tensor_parallel.check(made, config)
 
 
 def test_ranks_share_what_the_host_holds() -> None:
