@@ -226,9 +226,23 @@ def ranks_of(vllm_config: Any) -> Ranks:
         return ALONE
     from vllm.distributed import get_tp_group
 
+    check()
     group = get_tp_group()
     communicator = getattr(group.device_communicator, "pynccl_comm", None)
     return Several(group.ranks, None if communicator is None else Nccl(communicator))
+
+
+def check() -> None:
+    """Raises PatchContractError where vLLM's groups of ranks are not what this was written for."""
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+    from vllm_ttt.patches import _contract
+
+    _contract.check(parallel_state, "get_tp_group", "")
+    _contract.check(PyNcclCommunicator, "all_reduce", "self in_tensor out_tensor op stream")
+    _contract.check(PyNcclCommunicator, "all_gather", "self output_tensor input_tensor stream")
+    _contract.check(PyNcclCommunicator, "broadcast", "self tensor src stream")
 
 
 def _group(members: list[int], seconds: int | None) -> Any:
