@@ -4,7 +4,7 @@ must agree on about a file. Imports no torch and no vLLM.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_ttt.config import AdaptConfig
@@ -97,6 +97,11 @@ class Geometry:
     def bytes(self) -> int:
         """Of a session: B in float32, its last update in bfloat16, and its rate."""
         return 6 * self.rank * self.layers * sum(self.outputs.values()) + 4
+
+    def shard(self, ranks: int, head: int) -> Geometry:
+        """What one of so many ranks has of it; ``head``: the width of a head, at least one of which each rank has."""
+        keys = max(self.keys // ranks, min(head, self.keys))
+        return replace(self, attention=self.attention // ranks, feed_forward=self.feed_forward // ranks, keys=keys)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "modules": list(self.modules)}

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vllm_ttt import placement
+from vllm_ttt import placement, tensor_parallel
 from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.families import ENCODER_DECODER, HEAD_INSTEAD, LAST_INSTEAD, Layers, check_weights, layers_of
@@ -137,7 +137,6 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     refusals = {
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
-        "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--enable-dbo (or --ubatch-size)": parallel.use_ubatching,
@@ -150,6 +149,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         if refused:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
     placement.check_engines(vllm_config, config)
+    tensor_parallel.check(vllm_config, config)
     _check_drafts(vllm_config, config)
     if vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
         raise ConfigError("on CUDA, --plugin ttt needs vLLM's model runner V2; unset VLLM_USE_V2_MODEL_RUNNER")
@@ -246,12 +246,13 @@ def adapted_modules(num_layers: int, config: TTTConfig, path: str = "model.layer
     return [f"{path}.{i}.{names[m]}" for i in range(first, num_layers) for m in config.adapt.modules]
 
 
-def max_sessions(hf: Any, config: TTTConfig) -> int:
-    """How many sessions fit: those with a slot, and as many as ``sessions.host_gib`` holds in float32.
+def max_sessions(hf: Any, config: TTTConfig, ranks: int = 1) -> int:
+    """How many sessions fit: those with a slot, and as many as ``sessions.host_gib`` holds in float32, of all ranks together.
 
     With the guard, a session may take twice its size: what it is, and what it was when it was last found good.
     """
-    size = Geometry.of(hf, config.adapt).bytes * (2 if config.guard.every else 1) + config.cache.bytes
+    own = Geometry.of(hf, config.adapt).shard(ranks, 1).bytes
+    size = ranks * (own * (2 if config.guard.every else 1) + config.cache.bytes)
     return config.sessions.resident + int(config.sessions.host_gib * 2**30 / size)
 
 

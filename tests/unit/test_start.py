@@ -19,7 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_ttt import engine_args, plugin, support
+from vllm_ttt import engine_args, plugin, support, tensor_parallel
 from vllm_ttt.config import EXPERIMENTS, CacheConfig, TTTConfig
 from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import ConfigError, PatchContractError
@@ -90,6 +90,46 @@ def test_flags_that_are_refused(flags: tuple[str, ...], says: str, monkeypatch: 
     with pytest.raises(ConfigError) as error:
         from_flags(*flags)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "says"),
+    [
+        ({}, {}, None),
+        ({**engine_args("last")}, {}, None),
+        ({**engine_args("head")}, {}, "and the preset head"),
+        ({}, {"device_config.device_type": "cuda"}, "and CUDA"),
+        ({}, {"model_config.quantization": "fp8"}, "and a quantised model"),
+        ({}, {"speculative_config": object()}, "and --speculative-config"),
+        ({}, {"parallel_config.nnodes": 2}, "and several machines"),
+        ({}, {"parallel_config.distributed_executor_backend": "ray"}, "and --distributed-executor-backend ray"),
+        ({}, {"parallel_config.enable_batch_sharded_sampling": True}, "and --enable-batch-sharded-sampling"),
+        ({}, {"parallel_config.data_parallel_size": 2}, "and --data-parallel-size"),
+    ],
+)
+def test_which_ranks_are_refused(
+    options: dict[str, Any], changed: dict[str, Any], says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = offline().create_engine_config()
+    made.parallel_config.tensor_parallel_size = 2
+    for path, value in changed.items():
+        *part, name = path.split(".")
+        monkeypatch.setattr(getattr(made, part[0]) if part else made, name, value)
+    config = TTTConfig.model_validate((options or engine_args())["additional_config"]["ttt"]["config"])
+    if says is None:
+        tensor_parallel.check(made, config)
+        assert offline(tensor_parallel_size=2, **options).create_engine_config().parallel_config.world_size == 2
+        return
+    with pytest.raises(ConfigError, match=f"--tensor-parallel-size 2 is not supported with --plugin ttt {says}"):
+        tensor_parallel.check(made, config)
+
+
+def test_ranks_share_what_the_host_holds() -> None:
+    """o and down are whole on each rank: so many fewer sessions fit."""
+    hf, config = ModelConfig(str(MODEL)).hf_text_config, plugin.config_of(offline().create_engine_config())
+    assert config is not None
+    one, two = (support.max_sessions(hf, config, ranks) - config.sessions.resident for ranks in (1, 2))
+    assert one == pytest.approx(2 * two, abs=2), "the default adapts those two alone"
 
 
 def test_a_state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from several import cut
 from test_worker_compute import D, Q, V, make
 
 from vllm_ttt.config import parse_config
@@ -18,7 +19,9 @@ from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.budget import Budget
 from vllm_ttt.worker.learn.device_times import DeviceTimes
 from vllm_ttt.worker.learn.trainer import Trainer
+from vllm_ttt.worker.ranks import ALONE, Ranks
 from vllm_ttt.worker.serve.slots import Slots
+from vllm_ttt.worker.step.micro_step import Tail
 from vllm_ttt.worker.worker import TTTWorkerMixin
 
 pytestmark = pytest.mark.unit
@@ -30,10 +33,12 @@ A, B, C = 7, 8, 9
 class Hooks(TTTWorkerMixin):
     """The hooks, on a batch that is given: vLLM's slots and forward are left out."""
 
-    def __init__(self, pages: int = 8):
+    def __init__(self, pages: int = 8, ranks: Ranks = ALONE):
         config = parse_config({"learn": {"chunk": CHUNK, "min_chunk": 1, "max_loss": 2.0}, "guard": {"every": 0}})
-        tail = make().tail
-        h, a = torch.randn(256, D), torch.randn(256, Q)
+        tail, self.ranks = make().tail, ranks
+        assert isinstance(tail, Tail)
+        tail = cut(tail, ranks, V // 2)
+        h, a = torch.randn(256, D), ranks.part(torch.randn(256, Q), 1)
         self.tokens = torch.randint(0, V, (256,))
         self.backlog, deltas = Backlog(pages, CHUNK, 1, h, a), Deltas(tail, 3, config.learn.rate)
         slots: Any = SimpleNamespace(

@@ -53,7 +53,9 @@ class Admin:
 
     def __init__(self, engine: Any):
         self.scheduler = engine.scheduler
-        self.rpc: Callable[..., Any] = engine.model_executor.collective_rpc
+        self.rpc: Callable[..., list[Any]] = engine.model_executor.collective_rpc
+        #: all ranks are asked, and answer; this one's answer counts. vLLM's executor of one process has no number for it
+        self.leader: int = getattr(engine.model_executor, "output_rank", None) or 0
         self.ledger: Ledger = self.scheduler.ttt_ledger
         self.tiers: Tiers = self.scheduler.ttt_tiers
         self.store = self.ledger.store
@@ -64,8 +66,7 @@ class Admin:
         return config.model_dump(mode="json")
 
     def metrics(self, *_: Any) -> dict[str, Any]:
-        (worker,) = self.rpc("ttt_metrics")
-        return counts.snapshot(self.scheduler, worker)
+        return counts.snapshot(self.scheduler, self._worker("ttt_metrics"))
 
     def list(self, key: SessionKey, page: Any) -> Any:
         return self._list(key.tenant, page)
@@ -148,8 +149,7 @@ class Admin:
         return identity(self.scheduler.vllm_config, self.scheduler.ttt_config)
 
     def _worker(self, method: str, *args: Any) -> Any:
-        (found,) = self.rpc(method, args=args)
-        return found
+        return self.rpc(method, args=args)[self.leader]
 
     def _list(self, tenant: str | None, asked: dict[str, Any] | None) -> Future:
         asked = asked or {}
@@ -158,7 +158,7 @@ class Admin:
 
     def _here(self, sessions: Iterable[Session]) -> Any:
         adapters = [s.adapter for s in sessions if s.life.in_memory]
-        (found,) = self.rpc("ttt_sessions", args=(adapters,)) if adapters else ([],)
+        found = self._worker("ttt_sessions", adapters) if adapters else []
         workers = dict(zip(adapters, found, strict=True))
         return [self._describe(s, workers.get(s.adapter)) for s in sessions]
 

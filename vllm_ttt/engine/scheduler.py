@@ -49,7 +49,8 @@ class TTTScheduler(HoldingScheduler):
         additional = self.vllm_config.additional_config
         assert isinstance(additional, dict)
         self.ttt_http: bool = additional[plugin.NAME]["http"]
-        limit = support.max_sessions(self.vllm_config.model_config.hf_text_config, config)
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        limit = support.max_sessions(self.vllm_config.model_config.hf_text_config, config, ranks)
         self.ttt_store = open_store(self.vllm_config, config)
         places = limit if self.ttt_store is None else support.max_saved(self.vllm_config.model_config.hf_text_config, config)
         share = config.sessions.key_share if additional[plugin.NAME].get("keys", 0) > 1 else 1.0

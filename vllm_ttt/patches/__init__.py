@@ -26,7 +26,8 @@ def contracts() -> dict[str, Callable[[], None]]:
 
 
 def worker_contracts() -> dict[str, Callable[[], None]]:
-    """The same for what the worker changes in a live model runner, or watches: it compares that itself, when it needs it."""
+    """The same for what the worker changes in a live model runner, watches or calls: it compares that itself, when it needs it."""
+    from vllm_ttt.worker import ranks
     from vllm_ttt.worker.serve import gpu_linear
     from vllm_ttt.worker.serve.cpu_runner import MixingModelRunner
     from vllm_ttt.worker.serve.gpu_cache import MixingRunnerV2
@@ -35,6 +36,7 @@ def worker_contracts() -> dict[str, Callable[[], None]]:
     from vllm_ttt.worker.step import lm_head
 
     return {
+        "worker/ranks": ranks.check,
         "worker/serve/cpu_runner": MixingModelRunner.ttt_check,
         "worker/serve/head_runner": HeadRunnerV1.ttt_check,
         "worker/serve/gpu_cache": MixingRunnerV2.ttt_check,

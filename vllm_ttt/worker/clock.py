@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+Value = TypeVar("Value")
 
 
 class Clock:
@@ -34,6 +38,20 @@ class Clock:
     def seconds(self, first: Any, second: Any) -> float:
         """Seconds between two marks that are done."""
         return first.elapsed_time(second) / 1e3 if self.cuda else second - first
+
+
+def arrived(
+    under_way: Iterable[T], mark: Callable[[T], Any], value: Callable[[T], Value], clock: Clock, wait: int
+) -> list[Value]:
+    """What each of ``under_way`` has brought, up to the first whose mark is not done; the first ``wait`` are waited for."""
+    found = []
+    for i, x in enumerate(under_way):
+        if i < wait:
+            clock.wait(mark(x))
+        elif not clock.done(mark(x)):
+            break
+        found.append(value(x))
+    return found
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from vllm_ttt.worker.deltas.masters import WorkerSession
 from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.ngrams import stream as streams
 from vllm_ttt.worker.ngrams.ngrams import NGrams
+from vllm_ttt.worker.ranks import Channel
 
 logger = logger_of(__name__)
 
@@ -59,6 +60,9 @@ class Files:
         self.writer = ThreadPoolExecutor(1, "ttt-write")
         self.reader = ThreadPoolExecutor(1, "ttt-read")
         self.exporter = ThreadPoolExecutor(1, "ttt-export")
+        #: of several ranks each has a part of a session, and the first has the files; a thread speaks to those of its name
+        self.ranks = trainer.deltas.tail.ranks
+        self.written, self.loaded, self.exported = (self.ranks.channel() for _ in range(3))
 
     @property
     def idle(self) -> bool:
@@ -75,13 +79,15 @@ class Files:
             except Exception as error:
                 logger.exception("vllm-ttt: %s of a session failed", order.action)
                 self._failed(order, error)
-        running = []
-        for order, future in self.running:
-            if future.done():
-                self._end(order, future)
+        if not self.running:
+            return
+        outcomes = self.ranks.agree("which files are done", lambda: [_outcome(future) for _, future in self.running])
+        running, self.running = self.running, []
+        for outcome, (order, future) in zip(outcomes, running, strict=True):
+            if outcome is None:
+                self.running.append((order, future))
             else:
-                running.append((order, future))
-        self.running = running
+                self._end(order, future, outcome)
 
     def take_reports(self) -> list[FileReport]:
         reports, self.reports = self.reports, []
@@ -133,8 +139,12 @@ class Files:
             state["cache"] = kept.ngrams.to_state()
         return Snapshot(kept.state, self.clock.mark(), state, kept.ngrams)
 
-    def _end(self, order: FileOrder, future: Future) -> None:
-        error = future.exception()
+    def _end(self, order: FileOrder, future: Future, outcome: bool) -> None:
+        """``outcome``: whether the first rank could do it."""
+        error = future.exception()  # another rank may wait here: its thread is a little behind
+        self.ranks.note(order.session, outcome)
+        if error is not None and outcome:
+            self.ranks.failed(f"{order.action} of a session failed here alone: {error}")
         if error is not None:
             self._failed(order, error)
             return
@@ -153,7 +163,9 @@ class Files:
 
     def _save(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
         metadata = {**order.metadata, "state": json.dumps(snapshot.state)}
-        found = self._read(snapshot)
+        found = self._read(snapshot, self.written)
+        if found is None:
+            return self._nothing(order, snapshot), None
         delta = self._named(found.delta)
         tensors = delta | self._named(found.last, UPDATE)
         if snapshot.ngrams is not None:
@@ -165,18 +177,24 @@ class Files:
         return replace(report, checksum=checksum, digest=digest), None
 
     def _digest(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
-        digest = delta_file.digest(self._named(self._read(snapshot).delta))
+        found = self._read(snapshot, self.loaded)
+        if found is None:
+            return self._nothing(order, snapshot), None
+        digest = delta_file.digest(self._named(found.delta))
         return FileReport("digest", order.session, order.path, "done", snapshot.state["version"], digest=digest), None
 
     def _load(self, order: FileOrder) -> tuple[FileReport, tuple[WorkerSession, int]]:
-        tensors, metadata = delta_file.load(Path(order.path), order.checksum, self.geometry, self.vault)
+        load = lambda: delta_file.load(Path(order.path), order.checksum, self.geometry, self.vault)  # noqa: E731
+        tensors, metadata = self.loaded.tell(load)
         state = json.loads(metadata["state"])
         session = self.deltas.revive(state)
         if (stream := tensors.pop(CACHE, None)) is not None:
             session.ngrams = self._ngrams(stream, state)
         pinned = torch.Tensor.pin_memory if self.clock.cuda else lambda x: x
+        like = self.deltas.masters.delta
+        like = like.by(like.thin, like.wide.new_empty(0, *like.wide.shape[1:2], self.geometry.feed_forward, like.wide.shape[3]))
         delta, last = (
-            Delta.of(self.deltas.masters.delta, [tensors[name + end] for name in self.geometry.shapes]) for end in ("", UPDATE)
+            self._part(Delta.of(like, [tensors[name + end] for name in self.geometry.shapes])) for end in ("", UPDATE)
         )
         session.host = State(delta, last, torch.tensor([session.rate]))
         session.host = session.host.by(*map(pinned, session.host.tensors()))
@@ -187,7 +205,10 @@ class Files:
         metadata = {**order.metadata, "version": str(snapshot.state["version"])}
         tail = self.deltas.tail
         served = {width: a.cpu() for width, a in tail.projections.items()}
-        tensors = self._named(self._read(snapshot).delta)
+        found = self._read(snapshot, self.exported)
+        if found is None:
+            return self._nothing(order, snapshot), None
+        tensors = self._named(found.delta)
         path = Path(order.path)
         key = Vault(bytes.fromhex(order.key) if order.key else None)
         data = key.seal(peft.adapter(tail.exported(tensors), served, self.geometry, self.base_model, metadata), path.name)
@@ -196,22 +217,43 @@ class Files:
         return replace(report, digest=delta_file.digest(tensors), metadata={"rate": str(snapshot.state["rate"])}), None
 
     def _ngrams(self, stream: torch.Tensor, state: dict[str, Any]) -> NGrams:
-        if not streams.valid(stream.numpy(), self.deltas.tail.head_VD.shape[0]):
+        if not streams.valid(stream.numpy(), self.deltas.tail.vocabulary):
             raise delta_file.FileError("its cache has tokens that the model does not have")
         try:
             return NGrams.revive(stream.numpy(), state.get("cache", ()), self.cache)
         except ValueError as error:
             raise delta_file.FileError(str(error)) from None
 
-    def _read(self, snapshot: Snapshot) -> State:
+    def _read(self, snapshot: Snapshot, channel: Channel) -> State | None:
+        """Whole; None on all ranks but the first."""
         if snapshot.mark is not None:
             self.clock.wait(snapshot.mark)
-        if snapshot.tensors is None:
+        found = snapshot.tensors
+        if found is None:
             fresh = self.deltas.fresh_state(1)
-            return fresh.by(*(x.cpu() for x in fresh.tensors()))
-        return snapshot.tensors
+            found = fresh.by(*(x.cpu() for x in fresh.tensors()))
+        if self.ranks.size == 1:
+            return found
+        wide, updates = channel.gather(found.delta.wide), channel.gather(found.last.wide)
+        if wide is None or updates is None:
+            return None
+        delta, last = (x.by(x.thin, torch.cat(parts, 2)) for x, parts in ((found.delta, wide), (found.last, updates)))
+        return State(delta, last, found.rate_S)
+
+    def _part(self, delta: Delta) -> Delta:
+        """This rank's of a whole one."""
+        return delta if self.ranks.size == 1 else delta.by(delta.thin, self.ranks.part(delta.wide, 2).contiguous())
+
+    def _nothing(self, order: FileOrder, snapshot: Snapshot) -> FileReport:
+        """What another rank than the first reports, which nobody reads."""
+        return FileReport(order.action, order.session, order.path, "done", snapshot.state["version"])
 
     def _named(self, delta: Delta, end: str = "") -> dict[str, torch.Tensor]:
         """One session's matrices by the names of `Geometry.shapes`, with ``end`` behind each."""
         named = zip(self.geometry.shapes, delta.matrices(), strict=True)
         return {name + end: matrix.contiguous() for name, matrix in named}
+
+
+def _outcome(future: Future) -> bool | None:
+    """Whether it could be done; None: it is not over yet."""
+    return future.exception() is None if future.done() else None

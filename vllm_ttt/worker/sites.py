@@ -36,14 +36,14 @@ class InLayers:
 
     def copied(self, dtype: torch.dtype) -> int:
         """Bytes of the weights that a step in ``dtype`` has for itself."""
-        vocabulary = self.worker.vllm_config.model_config.get_vocab_size()
+        vocabulary = -(-self.worker.vllm_config.model_config.get_vocab_size() // self.worker.ranks.size)
         head = weights.copied(self.modules.lm_head, dtype, vocabulary)
         return head + sum(weights.copied(layer, dtype) for layer in self.modules.read)
 
     def build(self) -> tuple[Tail, Capture]:
         """The weights of the step, and what keeps its inputs."""
         worker, scheduler, model = self.worker, self.worker.vllm_config.scheduler_config, self.worker.vllm_config.model_config
-        tail = build_tail(worker.model_runner.get_model(), self.modules, self.config.adapt, model.max_model_len)
+        tail = build_tail(worker.model_runner.get_model(), self.modules, self.config.adapt, model.max_model_len, worker.ranks)
         worker.idle = worker.ttt_idle_flag(self.modules)
         device = tail.head_VD.device
         return tail, Capture(self.modules, scheduler.max_num_batched_tokens, model.dtype, device, worker.idle)

@@ -14,12 +14,12 @@ from torch import Tensor
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.errors import RequestError
 from vllm_ttt.log import logger_of
-from vllm_ttt.metrics import Snapshot
 from vllm_ttt.plugin import config_of
 from vllm_ttt.support import geometry_of, served_name
 from vllm_ttt.types import NO_ADAPTERS, StepPlan
 from vllm_ttt.vault import Vault
 from vllm_ttt.worker import memory
+from vllm_ttt.worker.answers import Answers
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.kv_cache import KVCache
 from vllm_ttt.worker.capture.past import PastSource
@@ -33,6 +33,7 @@ from vllm_ttt.worker.learn.device_times import DeviceTimes
 from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.ngrams.caches import Caches
+from vllm_ttt.worker.ranks import ranks_of
 from vllm_ttt.worker.serve.head_slots import HeadSlots
 from vllm_ttt.worker.signals import leave_with_the_engine
 from vllm_ttt.worker.sites import site_of
@@ -41,13 +42,12 @@ from vllm_ttt.worker.step.tail import TailModules, step_dtype
 logger = logger_of(__name__)
 
 
-class TTTWorkerMixin:
+class TTTWorkerMixin(Answers):
     """Goes before a vLLM worker class. ``load_model`` builds everything; nothing is allocated for good afterwards."""
 
     device: Any
     model_runner: Any
     vllm_config: Any
-    trainer: Trainer
     #: a bool tensor on the host, as `ttt_idle_flag` says; None with the preset head
     idle: Tensor | None = None
 
@@ -93,7 +93,8 @@ class TTTWorkerMixin:
         if config.sessions.state_dir is not None:
             leave_with_the_engine()
         model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
-        geometry = geometry_of(model, config)
+        self.ranks, geometry = ranks_of(self.vllm_config), geometry_of(model, config)
+        own = geometry.shard(self.ranks.size, model.get_head_size())
         site = site_of(self, geometry, config)
         left, products = self.ttt_memory_left(), step_dtype(model.dtype, self.device)
         if products != model.dtype:
@@ -103,10 +104,11 @@ class TTTWorkerMixin:
                 model.dtype,
             )
         kept = products.itemsize if self.device.type == "cuda" else 4
-        sizes = (model.dtype.itemsize, model.get_vocab_size(), model.max_model_len, products.itemsize, kept)
-        needs = memory.needs(geometry, config, max_tokens, *sizes, site.copied(products))
-        step = memory.step_bytes(geometry, config, products.itemsize, model.max_model_len, kept)
-        packed = memory.packed_bytes(geometry, config, products.itemsize, model.max_model_len)
+        tokens = -(-model.get_vocab_size() // self.ranks.size)
+        sizes = (model.dtype.itemsize, tokens, model.max_model_len, products.itemsize, kept)
+        needs = memory.needs(own, config, max_tokens, *sizes, site.copied(products))
+        step = memory.step_bytes(own, config, products.itemsize, model.max_model_len, kept)
+        packed = memory.packed_bytes(own, config, products.itemsize, model.max_model_len)
         if site.attentions and self.device.type == "cuda":
             needs["what such a step attends to, where no graph fits (--max-model-len)"] = packed
             needs["the graphs of such steps"] = memory.GRAPHS
@@ -117,7 +119,7 @@ class TTTWorkerMixin:
         buffers = self.capture.h_ND, self.capture.a_NQ
         self.backlog = Backlog(pages, config.learn.chunk, config.learn.min_chunk, *buffers, model.get_vocab_size())
         deltas = Deltas(tail, config.sessions.resident, config.learn.rate)
-        assert deltas.bytes_per_session() == geometry.bytes, "the model's configuration and its weights disagree"
+        assert deltas.bytes_per_session() == own.bytes, "the model's configuration and its weights disagree"
         slots = site.slots(deltas)
         #: what the step attends to; None where it does not
         self.cache = KVCache(site.attentions, dtype) if site.attentions else None
@@ -212,60 +214,6 @@ class TTTWorkerMixin:
             raise RequestError(NO_ADAPTERS, param="model")
         return super().add_lora(lora_request)  # type: ignore[misc]
 
-    def ttt_session(self, key: int) -> dict[str, Any]:
-        """What the worker knows of a session."""
-        deltas = self.trainer.deltas
-        session = deltas.sessions.get(key) or deltas.fresh()
-        return {
-            "tier": "slot" if self.trainer.slots.holds(key) else "memory",
-            "bytes": deltas.bytes_per_session() + (0 if session.ngrams is None else session.ngrams.stream.nbytes),
-            "cache_tokens": 0 if session.ngrams is None else session.ngrams.tokens,
-            "tokens_pending": self.backlog.pending_of(key),
-            "versions": self.trainer.versions.of(key),
-            "norm": dict(zip(deltas.tail.modules, session.norms, strict=True)),
-            "rate": session.rate,
-        }
-
-    def ttt_sessions(self, keys: list[int]) -> list[dict[str, Any]]:
-        """`ttt_session` of several."""
-        return [self.ttt_session(key) for key in keys]
-
-    @torch.inference_mode()
-    def ttt_copy(self, key: int, to: int) -> int:
-        """`Trainer.copy`."""
-        return self.trainer.copy(key, to)
-
-    @torch.inference_mode()
-    def ttt_roll_back(self, key: int, version: int) -> list[int] | None:
-        """Return a session that has no request in the engine to ``version``; versions that are kept, where that is not one."""
-        return None if self.trainer.roll_back(key, version) else self.trainer.versions.of(key)
-
-    def ttt_status(self) -> dict[str, Any]:
-        """Captured tokens that wait; whether any waits or is being learned, until its slot has it; whether the guard has deltas
-        to try; updates committed to all sessions, tokens learned and errors since the start; ms that a tile of so many
-        tokens takes."""
-        self.trainer.collect()
-        return {
-            "pending": self.backlog.pending,
-            "learning": bool(self.backlog.pending) or self.trainer.learning,
-            "trying": self.trainer.guard.busy,
-            "updates": sum(session.version for session in self.trainer.deltas.sessions.values()),
-            "tokens_learned": self.trainer.tokens_learned,
-            "errors": self.trainer.errors.count,
-            "tile_ms": {tokens: 1e3 * seconds for tokens, seconds in self.budget.costs.items()},
-        }
-
-    def ttt_metrics(self) -> Snapshot:
-        """What the worker knows of the metrics; "slots" is the adapters that have one."""
-        trainer = self.trainer
-        return self.times.snapshot() | {
-            "pending_tokens": {"": self.backlog.pending},
-            "evictions_total": {"device": trainer.deltas.evictions},
-            "errors_total": {"worker": trainer.errors.count},
-            "slots": {"": trainer.slots.held()},
-            "guard_active": {"": int(trainer.guard.on)},
-        }
-
     # Between iterations.
 
     @torch.inference_mode()
@@ -340,7 +288,8 @@ class TTTWorkerMixin:
                 self.trainer.make_room(lambda: not self.backlog.waits(urgent), self.budget.tokens_per_step)
             if not serving:
                 self.ahead.wait(self.trainer)
-            tokens, began = self.budget.tokens() if serving else self.budget.tokens_per_step, time.perf_counter()
+            allowed = lambda: self.budget.tokens() if serving else self.budget.tokens_per_step  # noqa: E731
+            tokens, began = self.ranks.agree("how much is learned", allowed), time.perf_counter()
             learned = self.trainer.learn(tokens) if tokens else 0
             if serving:
                 self.budget.spend(learned)
@@ -386,6 +335,7 @@ class TTTWorkerMixin:
             self.probe.take([r for r in view if r.request in self.probe.reading], self.capture.h_ND, self.capture.a_NQ)
             view = [rows for rows in view if rows.request not in self.probe.reading]
         needed = self.backlog.pages_needed(view)
+        self.ranks.note(needed, self.backlog.room)
         self.trainer.make_room(lambda: self.backlog.room >= needed, self.budget.tokens_per_step)
         while lacking := self.backlog.lacking(view):
             self.trainer.lose(self.backlog.readings[lacking[0]].plan.session, "full")

@@ -79,7 +79,8 @@ class Capture:
             self.h_ND = self.a_NQ = torch.zeros(max_tokens, 0, dtype=dtype, device=device)
             return
         self.h_ND = torch.zeros(max_tokens, lowest.norm.hidden_size, dtype=dtype, device=device)
-        self.a_NQ = torch.zeros(max_tokens, lowest.o_proj.input_size, dtype=dtype, device=device)
+        inputs = getattr(lowest.o_proj, "input_size_per_partition", lowest.o_proj.input_size)  # LoRA's are this rank's own
+        self.a_NQ = torch.zeros(max_tokens, inputs, dtype=dtype, device=device)
         for module, cls, buffer in (
             (lowest.norm, CapturingNorm, self.h_ND),
             (lowest.o_proj, CapturingOutputProjection if "o" in modules.adapted else CapturingPlainProjection, self.a_NQ),

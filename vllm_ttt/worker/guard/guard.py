@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm_ttt.config import GuardConfig
 from vllm_ttt.log import logger_of
 from vllm_ttt.types import Trial
-from vllm_ttt.worker.clock import Clock, to_host
+from vllm_ttt.worker.clock import Clock, arrived, to_host
 from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.deltas.masters import Deltas, WorkerSession
 from vllm_ttt.worker.deltas.versions import Kept, Versions, keep
@@ -115,6 +115,7 @@ class Guard:
             task = self.task
             assert task is not None
             rows = self.probe.next(task.done, left * ROWS_PER_TOKEN)
+            self.tail.ranks.note(task.key or 0, rows.start, rows.stop)
             try:
                 task.sum_1 = task.sum_1 + self.probe.loss(self.tail, task.delta, rows)
             except Exception:
@@ -130,13 +131,21 @@ class Guard:
                 break  # a request that comes meanwhile waits for one piece, and not for all of them
         return tokens - max(left, 0)
 
-    def collect(self, sessions: dict[int, WorkerSession], wait: bool = False) -> list[Trial]:
-        """Trials whose outcome has come home. A good version is kept; of a bad one the trial says where to return to."""
+    def arrived(self, wait: bool = False) -> list[float]:
+        """Of each trial that has come home, or ``wait`` for all, the sum of its losses, in order; `collect` takes them in."""
+        return arrived(self.outcomes, lambda x: x[2], lambda x: x[1].item(), self.clock, len(self.outcomes) if wait else 0)
+
+    def collect(self, sessions: dict[int, WorkerSession], sums: list[float] | None = None) -> list[Trial]:
+        """Trials whose outcome is known. A good version is kept; of a bad one the trial says where to return to.
+
+        Args:
+            sums: what `arrived` says on the first rank; None: here.
+        """
         trials = []
-        while self.outcomes and (wait or self.clock.done(self.outcomes[0][2])):
-            task, values, mark = self.outcomes.popleft()
+        for total in self.arrived() if sums is None else sums:
+            task, _, mark = self.outcomes.popleft()
             self.clock.wait(mark)
-            loss, self.failures = values.item() / self.probe.rows, 0
+            loss, self.failures = total / self.probe.rows, 0
             if task.key is None:
                 self.base_loss = loss
                 continue

@@ -73,7 +73,7 @@ class Compute:
     def __init__(self, tail: Tail | Head, learn: LearnConfig, backlog: Backlog, deltas: Deltas):
         self.tail, self.learn, self.backlog, self.deltas = tail, learn, backlog, deltas
         self.device = tail.head_VD.device
-        self.max_loss = learn.max_loss * math.log(tail.head_VD.shape[0])
+        self.max_loss = learn.max_loss * math.log(tail.vocabulary)
         #: of each row of the last step what `accumulate` says, where ``keep_rows``; overwritten by the next one
         self.keep_rows = False
         self.rows_2SC: Tensor | None = None
@@ -124,9 +124,10 @@ class Compute:
         for S, C in shapes:
             flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.full((S, C), 1.0 / C)
             rows, share = torch.full((S,), self.deltas.spare), torch.ones(S)
-            if self.bench is not None and source is None:
+            alone = self.tail.ranks.size == 1  # collectives are launched, and stay out of graphs
+            if self.bench is not None and source is None and alone:
                 self._capture_shape((S, C, 0), (flat, weight, rows, share), None)
-            elif self.bench is not None and self.tail.kernel.static:
+            elif self.bench is not None and self.tail.kernel.static and alone:
                 for room in ROOMS:
                     self._capture_shape((S, C, S * room), (flat, weight, rows, share), source)
 
@@ -161,7 +162,7 @@ class Compute:
         served = state.delta.to(self.tail.head_VD.dtype)
         self.rows_2SC = weight.new_empty(2, *weight.shape) if self.keep_rows else None
         loss_S = accumulate(self.tail, served, *self._gather(flat), weight, grad, past, self.rows_2SC)
-        new, ok_S, norm_MS = update(self.tail.norms, state, grad, loss_S, share, self.learn, self.max_loss)
+        new, ok_S, norm_MS = update(self.tail.norms, state, grad, loss_S, share, self.learn, self.max_loss, self.tail.ranks)
         for x, part in zip(self.deltas.masters.tensors(), new.tensors(), strict=True):
             x.index_copy_(0, rows, part)
         return torch.cat((torch.stack((ok_S.float(), loss_S, new.rate_S)), norm_MS))

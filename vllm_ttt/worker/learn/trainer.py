@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from vllm_ttt.worker.deltas.versions import Kept, Versions, keep, restore
 from vllm_ttt.worker.guard.guard import Guard
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.compute import Compute
+from vllm_ttt.worker.learn.outcomes import Outcome, Tile, known_of
 from vllm_ttt.worker.learn.shares import Shares
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.ngrams.caches import Caches, Text
@@ -38,30 +38,6 @@ logger = logger_of(__name__)
 #: Every so manyth chunk of a session is scored under the base model too, for people to look at: a third of a step. The first is
 #: not: a session of version 0 is the base model.
 FROZEN_EVERY = 4
-
-
-@dataclass(slots=True)
-class Tile:
-    """A chunk that is to be learned, and the row of its session's master."""
-
-    chunk: Chunk
-    row: int
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a step did, on its way to the host."""
-
-    chunks: list[Chunk]
-    #: the sessions as they are after it, where that is to be kept
-    kept: list[Kept | None]
-    #: what `Compute.step` returns
-    values: Tensor
-    #: [chunks], losses under the base model; NaN where they were not measured
-    base_loss: Tensor
-    mark: Any
-    #: of each chunk that joins its session's cache
-    texts: list[Text | None]
 
 
 class Trainer:
@@ -80,12 +56,12 @@ class Trainer:
         """``cache``: where the past of each chunk is; None where the step needs none."""
         self.cache = cache
         self.config, self.backlog, self.deltas, self.slots = config, backlog, deltas, slots
-        self.compute = Compute(tail, config.learn, backlog, deltas)
+        self.compute, self.ranks = Compute(tail, config.learn, backlog, deltas), tail.ranks
         self.caches = Caches(config.cache, deltas.sessions, config.sessions.resident)
         self.compute.keep_rows = self.caches.on
         self.clock = Clock(tail.head_VD.device)
-        sessions = config.sessions
-        self.versions = Versions(sessions.keep_versions, sessions.version_every, int(sessions.versions_gib * 2**30))
+        sessions, limit = config.sessions, int(config.sessions.versions_gib * 2**30 / tail.ranks.size)
+        self.versions = Versions(sessions.keep_versions, sessions.version_every, limit)
         self.guard = Guard(config.guard, tail, probe, self.versions, self.clock)
         self.outcomes: deque[Outcome] = deque()
         #: sessions whose slot does not follow their master yet
@@ -132,10 +108,13 @@ class Trainer:
 
     def collect(self, left: int | None = None) -> None:
         """Take in the outcomes that have arrived; those of the last ``left`` steps at most may be on their way. None: all."""
-        while self.outcomes and ((left is not None and len(self.outcomes) > left) or self.clock.done(self.outcomes[0].mark)):
+        if not (self.outcomes or self.guard.outcomes):
+            return
+        arrived = lambda: (known_of(self.outcomes, self.clock, left), self.guard.arrived(left == 0))  # noqa: E731
+        known, sums = self.ranks.agree("what has been learned", arrived)
+        for values, base in known:
             outcome = self.outcomes.popleft()
             self.clock.wait(outcome.mark)
-            values, base = outcome.values.T.tolist(), outcome.base_loss.tolist()
             each = zip(outcome.chunks, outcome.kept, outcome.texts, values, base, strict=True)
             for chunk, kept, text, value, base in each:
                 try:
@@ -145,7 +124,7 @@ class Trainer:
                     self._report_chunk(chunk, math.nan, "error")
                     self.lose(chunk.session, "error")
 
-        for trial in self.guard.collect(self.deltas.sessions, left == 0):
+        for trial in self.guard.collect(self.deltas.sessions, sums):
             self.report.trials.append(trial)
             if trial.back_to is not None:
                 self.stopped.add(trial.session)
@@ -246,7 +225,9 @@ class Trainer:
         return True
 
     def failed(self, what: str) -> None:
-        """Count an error that serving survives, and log it; call it while the exception is handled."""
+        """Count an error that serving survives, and log it; call it while the exception is handled. With several ranks it does
+        not: the others might wait for this one."""
+        self.ranks.failed(what)
         if self.errors.again():
             logger.exception("vllm-ttt: %s (error %d)", what, self.errors.count)
 
@@ -300,6 +281,7 @@ class Trainer:
             losses = self.compute.base_loss(*self._rows([chunks[s] for s in due]))
             base = losses.new_full((len(tiles),), math.nan)
             base.index_copy_(0, to_device(torch.tensor(due), losses.device), losses)
+        self.ranks.note(*(x for tile in tiles for x in (tile.chunk.session, tile.row, tile.chunk.rows, tile.chunk.end)))
         flat, weight, source = self._rows(chunks)
         rows = torch.tensor([tile.row for tile in tiles])
         share = torch.tensor([(chunk.rows - chunk.out) / self.config.learn.chunk for chunk in chunks])
@@ -350,6 +332,7 @@ class Trainer:
         if ok:
             known = None if text is None else self.caches.commit(session, text)
             session.version += 1
+            self.ranks.note(chunk.session, session.version)
             session.norms = norms
             self.tokens_learned += chunk.rows - chunk.out
             self.guard.committed(chunk.session)

@@ -1,5 +1,8 @@
 """One adapted layer after its attention, forward and backward by hand: o_proj, the norm and the MLP, with the deltas of several
 sessions beside the model's weights. Dimension suffixes as in micro_step.py.
+
+Of several ranks each has its own part of Q and of F, as vLLM shards the weights. B of o_proj and down_proj is whole on each:
+the residual stream is, too, so their gradients are, and nothing has to be said on the way back through them.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from torch import Tensor
 from vllm_ttt.worker.delta import LayerDelta
 from vllm_ttt.worker.step import pointwise
 from vllm_ttt.worker.step.pointwise import Flow, Normed
-from vllm_ttt.worker.step.products import Served, add_outer, linear, through
+from vllm_ttt.worker.step.products import Served, add_outer, linear, row_parallel, through
 
 if TYPE_CHECKING:
     from vllm_ttt.worker.step.micro_step import Tail
@@ -57,11 +60,12 @@ def forward(
         delta: of this layer, in the tail's dtype.
         r_TD: residual stream that enters the layer, float32. a_TQ: its attention output, in the tail's dtype.
     """
-    dt, served = block.wo_DQ.dtype, block.served.get
-    o_TD, ao_TR = linear(a_TQ, block.wo_DQ, tail.ao_RQ, delta.o, block.bo_D, S, served("o"))
+    dt, served, ranks = block.wo_DQ.dtype, block.served.get, tail.ranks
+    o_TD, ao_TR = row_parallel(ranks, a_TQ, block.wo_DQ, tail.ao_RQ, delta.o, block.bo_D, S, served("o"))
     normed, x_TD = pointwise.norm(r_TD, o_TD, block.ln_D, block.eps, dt)
     gu_T2F, ax_TR = linear(x_TD, block.wgu_2FD, tail.ai_RD, delta.gu, block.bgu_2F, S, served("gu"))
-    d_TD, az_TR = linear(pointwise.gated(gu_T2F, dt), block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S, served("d"))
+    z_TF = pointwise.gated(gu_T2F, dt)
+    d_TD, az_TR = row_parallel(ranks, z_TF, block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S, served("d"))
     return normed.r_TD, d_TD, Passed(ao_TR, normed, ax_TR, gu_T2F, az_TR)
 
 
@@ -79,7 +83,7 @@ def backward(block: Block | Tail, tail: Tail, delta: LayerDelta, grad: LayerDelt
     dz_TF = through(flow.low_TD, block.wd_DF, tail.ad_RF, delta.d, S)
     dgu_T2F = pointwise.gated_backward(saved.gu_T2F, dz_TF)
     add_outer(grad.gu, Flow(dgu_T2F, dgu_T2F), saved.ax_TR, S)
-    dx_TD = through(dgu_T2F.to(dt), block.wgu_2FD, tail.ai_RD, delta.gu, S)
+    dx_TD = tail.ranks.sum(through(dgu_T2F.to(dt), block.wgu_2FD, tail.ai_RD, delta.gu, S))
     flow = pointwise.norm_backward(flow.d_TD, dx_TD, block.ln_D, saved.normed, dt)
     add_outer(grad.o, flow, saved.ao_TR, S)
     return flow

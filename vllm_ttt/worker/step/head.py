@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.worker.delta import Delta
+from vllm_ttt.worker.ranks import ALONE, Ranks
 from vllm_ttt.worker.step.attention import Attention, SDPAAttention
 from vllm_ttt.worker.step.loss import cross_entropy, workspace
 from vllm_ttt.worker.step.pointwise import Flow
@@ -33,6 +34,8 @@ class Head:
     bias_V: Tensor | None = None
     logit_scale: float = 1.0
     soft_cap: float | None = None
+    ranks: Ranks = ALONE
+    first_token: int = 0
 
     def __post_init__(self) -> None:
         self.logits, self.softmax_rows = workspace(self.head_VD)
@@ -45,6 +48,10 @@ class Head:
     @property
     def rank(self) -> int:
         return self.ay_RD.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head_VD.shape[0]
 
     def entering(self, h: Tensor, a: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the step begins with: the states as captured."""

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vllm_ttt.worker.ranks import Ranks
 from vllm_ttt.worker.step import pointwise
 
 #: Rows of logits that exist at once, in float32: the loss is computed in tiles of this many.
@@ -15,7 +16,10 @@ LOSS_ROWS = 256
 
 
 class Readout(Protocol):
-    """lm_head and what becomes of its logits. ``logits`` is the workspace, [LOSS_ROWS, V]; see `cross_entropy`."""
+    """lm_head and what becomes of its logits. ``logits`` is the workspace, [LOSS_ROWS, V]; see `cross_entropy`.
+
+    Of several ranks each has a part of the vocabulary, from ``first_token`` on, which may be empty.
+    """
 
     head_VD: Tensor
     bias_V: Tensor | None
@@ -23,6 +27,8 @@ class Readout(Protocol):
     soft_cap: float | None
     logits: Tensor
     softmax_rows: int
+    ranks: Ranks
+    first_token: int
 
 
 def workspace(head_VD: Tensor) -> tuple[Tensor, int]:
@@ -44,8 +50,49 @@ def cross_entropy(
         torch.mm(y, end.head_VD.T, out=logits)
         if end.bias_V is not None:
             logits += end.bias_V
-        for part, t_part in zip(logits.split(end.softmax_rows), t.split(end.softmax_rows), strict=True):
-            losses.append(pointwise.nll(part, t_part, end.logit_scale, end.soft_cap, backward, next(tops)))
+        if end.ranks.size > 1:
+            losses.append(_split_nll(end, logits, t, backward, [next(tops) for _ in logits.split(end.softmax_rows)]))
+        else:
+            for part, t_part in zip(logits.split(end.softmax_rows), t.split(end.softmax_rows), strict=True):
+                losses.append(pointwise.nll(part, t_part, end.logit_scale, end.soft_cap, backward, next(tops)))
         if backward:
             grads.append((logits @ end.head_VD).float() * w[:, None])
-    return torch.cat(losses) * w_T, torch.cat(grads) if backward else None
+    return torch.cat(losses) * w_T, end.ranks.sum(torch.cat(grads)) if backward else None
+
+
+def _split_nll(end: Readout, logits_TV: Tensor, t_T: Tensor, backward: bool, tops: list[Tensor | None]) -> Tensor:
+    """As `pointwise.nll`, of logits of which this rank has some columns. ``tops``: its parts of ``softmax_rows`` rows each.
+
+    What the ranks know of their own columns is gathered: the losses have the same bits on all of them.
+    """
+    parts, width = logits_TV.split(end.softmax_rows), logits_TV.shape[1]
+    at_T = t_T - end.first_token
+    mine_T, at_T = (at_T >= 0) & (at_T < width), at_T.clamp(0, max(width - 1, 0))
+    own_3T = torch.full((3, len(t_T)), -torch.inf, dtype=torch.float32, device=t_T.device)
+    for known, part, at in zip(own_3T.split(end.softmax_rows, 1), parts, at_T.split(end.softmax_rows), strict=True):
+        if width:
+            x, _ = _scaled(end, part)
+            known.copy_(torch.stack((torch.logsumexp(x, -1), x.gather(1, at[:, None])[:, 0], x.amax(-1))))
+    own_3T[1].masked_fill_(~mine_T, -torch.inf)
+    all_N3T = end.ranks.gather(own_3T)
+    lse_T = torch.logsumexp(all_N3T[:, 0], 0)
+    loss_T = lse_T - all_N3T[:, 1].amax(0)
+    top_T = lse_T - all_N3T[:, 2].amax(0)
+    for top, found in zip(tops, top_T.split(end.softmax_rows), strict=True):
+        if top is not None:
+            top.copy_(found)
+    each = zip(parts, *(x.split(end.softmax_rows) for x in (lse_T, mine_T, at_T)), strict=True)
+    for part, lse, mine, at in each if backward and width else ():
+        x, slope = _scaled(end, part)
+        x = (x - lse[:, None]).exp_().scatter_add_(1, at[:, None], -mine.float()[:, None])
+        part.copy_(x * end.logit_scale if slope is None else x * slope * end.logit_scale)
+    return loss_T
+
+
+def _scaled(end: Readout, logits_TV: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits as the model has them, float32, and the slope of its soft cap."""
+    x = logits_TV.float()
+    if end.soft_cap is None:
+        return x * end.logit_scale, None
+    x = torch.tanh(x / end.soft_cap)
+    return x * end.soft_cap * end.logit_scale, 1 - x.square()

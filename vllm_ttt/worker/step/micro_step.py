@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.worker.delta import Delta
+from vllm_ttt.worker.ranks import ALONE, Ranks
 from vllm_ttt.worker.step import block, head, pointwise, qkv
 from vllm_ttt.worker.step.attention import Attention, SDPAAttention
 from vllm_ttt.worker.step.block import Block, Passed
@@ -65,6 +66,12 @@ class Tail:
     attentions: tuple[QKV, ...] = ()
     embedding_VD: Tensor | None = None
     kernel: Attention = field(default_factory=SDPAAttention)
+    #: each has a part of Q, of F and of the vocabulary: this one's begins at ``first_token`` of ``tokens``. ``drawn``: A whole,
+    #: by the number of its inputs; None: it is whole here
+    ranks: Ranks = ALONE
+    first_token: int = 0
+    tokens: int | None = None
+    drawn: dict[int, Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.logits, self.softmax_rows = workspace(self.head_VD)
@@ -84,13 +91,27 @@ class Tail:
     def rank(self) -> int:
         return self.ao_RQ.shape[0]
 
+    @property
+    def vocabulary(self) -> int:
+        """Of all ranks together."""
+        return self.head_VD.shape[0] if self.tokens is None else self.tokens
+
     def entering(self, h: Tensor, a: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What enters the first adapted layer: ``h`` and ``a`` as captured, or the embeddings of the tokens ``x``."""
-        return (h, a) if self.embedding_VD is None else (torch.nn.functional.embedding(x, self.embedding_VD), None)
+        if self.embedding_VD is None:
+            return h, a
+        if self.ranks.size == 1:
+            return torch.nn.functional.embedding(x, self.embedding_VD), None
+        at = x - self.first_token
+        mine, at = (at >= 0) & (at < len(self.embedding_VD)), at.clamp(0, len(self.embedding_VD) - 1)
+        found = torch.nn.functional.embedding(at, self.embedding_VD).float() * mine.unsqueeze(-1)
+        return self.ranks.sum(found).to(self.embedding_VD.dtype), None
 
     @property
     def projections(self) -> dict[int, Tensor]:
-        """A by the number of its inputs."""
+        """A by the number of its inputs, whole."""
+        if self.drawn is not None:
+            return self.drawn
         return {a.shape[1]: a for a in (self.ao_RQ, self.ai_RD, self.ad_RF)}
 
     def exported(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vllm_ttt.worker.ranks import Ranks
 from vllm_ttt.worker.step.pointwise import Flow
 
 #: x W^T as a quantised layer serves it, [T, O] of [T, I].
@@ -32,6 +33,32 @@ def linear(
     if b_SOR is not None and a_RI is not None:
         xa_TR = x_TI @ a_RI.T
         _add(y_TO.view(S, -1, y_TO.shape[1]), xa_TR.view(S, -1, xa_TR.shape[1]), b_SOR.transpose(1, 2))
+    if bias_O is not None:
+        y_TO += bias_O
+    return y_TO, xa_TR
+
+
+def row_parallel(
+    ranks: Ranks,
+    x_TI: Tensor,
+    w_OI: Tensor,
+    a_RI: Tensor | None,
+    b_SOR: Tensor | None,
+    bias_O: Tensor | None,
+    S: int,
+    served: Served | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`linear` of a weight of which each rank has some columns: x, W and A are this rank's; B, the bias and what is returned
+    are whole."""
+    if ranks.size == 1:
+        return linear(x_TI, w_OI, a_RI, b_SOR, bias_O, S, served)
+    y_TO, xa_TR = linear(x_TI, w_OI, a_RI, b_SOR, None, S, served)
+    if xa_TR is None:
+        y_TO = ranks.sum(y_TO)
+    else:  # in one message
+        both, dt = ranks.sum(torch.cat((y_TO, xa_TR.to(y_TO.dtype)), 1)), xa_TR.dtype
+        y_TO, xa_TR = (x.contiguous() for x in both.split([y_TO.shape[1], xa_TR.shape[1]], 1))
+        xa_TR = xa_TR.to(dt)
     if bias_O is not None:
         y_TO += bias_O
     return y_TO, xa_TR

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.worker.clock import to_device
+from vllm_ttt.worker.ranks import ALONE, Ranks
 from vllm_ttt.worker.step import pointwise
 from vllm_ttt.worker.step.attention import Attention, Layout, Own
 from vllm_ttt.worker.step.pointwise import Flow, Normed
@@ -44,6 +45,8 @@ class QKV:
     k_norm: HeadNorm | None = None
     #: of a quantised layer
     served: ServedProduct | None = field(default=None, kw_only=True)
+    #: each has some of the heads
+    ranks: Ranks = field(default=ALONE, kw_only=True)
 
     @property
     def head(self) -> int:
@@ -120,5 +123,5 @@ def backward(w: QKV, kernel: Attention, past: Past, saved: Rotated, da_TQ: Tenso
     dt, E = w.wqkv_XD.dtype, w.head
     da_THE = da_TQ.to(dt).unflatten(-1, (-1, E))
     heads = kernel.backward(saved.own, past.served(saved.layer, dt), past.layout, w.scale, da_THE)
-    dx_TD = through(pointwise.turn_backward(w, saved.turned, heads, dt), w.wqkv_XD, None, None, 1)
+    dx_TD = w.ranks.sum(through(pointwise.turn_backward(w, saved.turned, heads, dt), w.wqkv_XD, None, None, 1))
     return pointwise.norm_backward(flow.d_TD, dx_TD, w.ln_D, saved.normed, dt)

@@ -17,6 +17,7 @@ from vllm_ttt.config import AdaptConfig
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.families import HEAD_INSTEAD
 from vllm_ttt.log import logger_of
+from vllm_ttt.worker.ranks import ALONE, Ranks
 from vllm_ttt.worker.step import attention, weights
 from vllm_ttt.worker.step.block import Block
 from vllm_ttt.worker.step.micro_step import Tail
@@ -146,20 +147,30 @@ def language_model(model: nn.Module) -> tuple[Any, str]:
     return inner, name and f"{name}."
 
 
-def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_len: int) -> Tail:
+def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_len: int, ranks: Ranks = ALONE) -> Tail:
     """Collect the model's weights and draw the projections A.
 
-    The weights are the model's, in the `step_dtype`. A is rounded to the model's dtype, as it stands in vLLM's LoRA slots.
+    The weights are the model's, in the `step_dtype`. A is rounded to the model's dtype, as it stands in vLLM's LoRA slots. Of
+    several ``ranks`` each has the part of the weights that vLLM gives it, and the same part of A, which is drawn whole.
     Raises ConfigError where the attention between adapted layers is one that the step does not follow, or where a weight cannot
     be read.
     """
     model, _ = language_model(model)
     vocab, norm = model.config.vocab_size, modules.final_norm.weight.data
     reader = Reader(norm.dtype, step_dtype(norm.dtype, norm.device))
-    head = reader.weight(modules.lm_head, "lm_head", vocab)
-    projection = lambda width: make_projection(width, adapt.rank, adapt.seed).to(norm).to(reader.products)  # noqa: E731
+    first_token, own = vocabulary_of(modules.lm_head, vocab, ranks)
+    head = reader.weight(modules.lm_head, "lm_head", own)
     *lower, last = (_block(layer, reader) for layer in modules.layers)
-    attentions = tuple(_qkv(layer, reader, max_model_len) for layer in modules.attending)
+    _share_norms([*lower, last], ranks)
+    attentions = tuple(_qkv(layer, reader, max_model_len, ranks) for layer in modules.attending)
+    drawn: dict[int, Tensor] = {}
+
+    def projection(width: int, part: Ranks) -> Tensor:
+        """A of modules with so many inputs on each rank of ``part``."""
+        whole = make_projection(width * part.size, adapt.rank, adapt.seed).to(norm).to(reader.products)
+        drawn[width * part.size] = whole = ranks.same(whole)
+        return part.part(whole, 1).contiguous()
+
     if reader.errors:
         logger.info(
             "vllm-ttt: read the weights of %d quantised layers through their products; products with them differ from what is "
@@ -172,16 +183,38 @@ def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_l
         head_VD=head,
         lnf_D=norm.float(),
         eps_f=modules.final_norm.variance_epsilon,
-        ao_RQ=projection(last.wo_DQ.shape[1]),
-        ai_RD=projection(last.wgu_2FD.shape[1]),
-        ad_RF=projection(last.wd_DF.shape[1]),
+        ao_RQ=projection(last.wo_DQ.shape[1], ranks),
+        ai_RD=projection(last.wgu_2FD.shape[1], ALONE),
+        ad_RF=projection(last.wd_DF.shape[1], ranks),
         logit_scale=model.logits_processor.scale,
         soft_cap=model.logits_processor.soft_cap,
         lower=tuple(lower),
         attentions=attentions,
-        embedding_VD=None if modules.embedding is None else modules.embedding.weight.data[:vocab],
+        embedding_VD=None if modules.embedding is None else modules.embedding.weight.data[: max(own, 1)],  # of padding
         kernel=attention.choose(head.device, reader.products),
+        ranks=ranks,
+        first_token=first_token,
+        tokens=vocab,
+        drawn=None if ranks.size == 1 else drawn,
     )
+
+
+def vocabulary_of(lm_head: Any, vocabulary: int, ranks: Ranks) -> tuple[int, int]:
+    """The first token that this rank's part of lm_head, or of the embedding, is about, and how many, without vLLM's padding."""
+    if ranks.size == 1:
+        return 0, vocabulary
+    shard = getattr(lm_head, "base_layer", lm_head).shard_indices
+    first, end = (min(i, vocabulary) for i in (shard.org_vocab_start_index, shard.org_vocab_end_index))
+    return first, end - first
+
+
+def _share_norms(blocks: list[Block], ranks: Ranks) -> None:
+    """Make the norms of weights of which each rank has a part those of the whole weights."""
+    if ranks.size == 1:
+        return
+    squares = torch.tensor([[x**2 for x in block.norm.values()] for block in blocks], device=blocks[0].wo_DQ.device)
+    for block, sizes in zip(blocks, ranks.total(squares).sqrt().tolist(), strict=True):
+        block.norm = dict(zip(block.norm, sizes, strict=True))
 
 
 def step_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -242,7 +275,7 @@ def _block(layer: LayerModules, reader: Reader) -> Block:
     )
 
 
-def _qkv(layer: LayerModules, reader: Reader, max_model_len: int) -> QKV:
+def _qkv(layer: LayerModules, reader: Reader, max_model_len: int, ranks: Ranks) -> QKV:
     parts, rotary, name = layer.attention, layer.attention.rotary_emb, layer.names["o"].rpartition(".")[0]
     check_attention(parts, name, max_model_len)
 
@@ -262,6 +295,7 @@ def _qkv(layer: LayerModules, reader: Reader, max_model_len: int) -> QKV:
         q_norm=head_norm("q_norm"),
         k_norm=head_norm("k_norm"),
         served=weights.product(parts.qkv_proj, reader.dtype),
+        ranks=ranks,
     )
 
 

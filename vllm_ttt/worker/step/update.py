@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.worker.delta import MODULES, THIN, WIDE, Delta, State
+from vllm_ttt.worker.ranks import ALONE, Ranks
 
 #: Between which a rate stays, and by how much one chunk moves its logarithm at most (docs/algorithm.md).
 RATES = 1e-5, 0.1
@@ -28,7 +29,14 @@ class Norms:
 
 
 def update(
-    norms: Norms, state: State, grad: Delta, loss_S: Tensor, share_S: Tensor, learn: LearnConfig, max_loss: float
+    norms: Norms,
+    state: State,
+    grad: Delta,
+    loss_S: Tensor,
+    share_S: Tensor,
+    learn: LearnConfig,
+    max_loss: float,
+    ranks: Ranks = ALONE,
 ) -> tuple[State, Tensor, Tensor]:
     """One step of the optimiser for each session, as new tensors; nothing is changed in place.
 
@@ -36,6 +44,8 @@ def update(
         grad: the gradient of the chunk's mean loss, float32.
         loss_S: that loss in nats. share_S: the chunk's rows / rows of a full chunk.
         max_loss: nats; a session whose loss is larger, or whose gradient is not finite, keeps all as it is.
+        ranks: each has the thin matrices whole, and its rows of the wide ones. The first rank's thin matrices, rates and
+            decisions are everybody's, bit for bit.
     Returns:
         the new state; [S] bool, whether the session was updated; [modules, S], norms of B relative to W by adapted module, of
         the layer in which they are largest.
@@ -43,34 +53,42 @@ def update(
     finite_S = torch.isfinite(loss_S)
     for g in grad.tensors():
         finite_S = finite_S & torch.isfinite(g.sum((1, 2, 3)))
+    if ranks.size > 1:
+        loss_S = ranks.same(loss_S)
+        finite_S = ranks.gather(finite_S.float()).amin(0) > 0
     ok_S = finite_S & (loss_S <= max_loss)
     grad = grad.by(*(torch.where(finite_S[:, None, None, None], g, 0.0) for g in grad.tensors()))
-    rate_S = _adapted(state.rate_S, grad, state.last, learn.adapt_rate)
+    rate_S = ranks.same(_adapted(state.rate_S, grad, state.last, learn.adapt_rate, ranks))
     chosen = lambda new, old: torch.where(ok_S.view(-1, *[1] * (new.ndim - 1)), new, old)  # noqa: E731
     new, last, sizes = [], [], []
-    for b, g, old, norm in zip(
-        state.delta.tensors(), grad.tensors(), state.last.tensors(), (norms.thin_M, norms.wide_N), strict=True
+    for b, g, old, norm, rows in zip(
+        state.delta.tensors(), grad.tensors(), state.last.tensors(), (norms.thin_M, norms.wide_N), (ALONE, ranks), strict=True
     ):
-        u = orthogonalise(g.flatten(0, 1)).view_as(g)
-        length = (rate_S * share_S)[:, None] * norm / (torch.linalg.vector_norm(u, dim=(2, 3)) + 1e-12)
+        u = orthogonalise(g.flatten(0, 1), rows).view_as(g)
+        length = (rate_S * share_S)[:, None] * norm / (_length(u, rows) + 1e-12)
         stepped = b * (1 - learn.decay * share_S)[:, None, None, None] - u * length[..., None, None]
         limit = learn.max_norm * norm
-        excess = (torch.linalg.vector_norm(stepped, dim=(2, 3)) / limit).clamp(min=1.0)
-        new.append(chosen(stepped / excess[..., None, None], b))
-        last.append(chosen(u.to(old.dtype), old))
-        sizes.append(torch.linalg.vector_norm(new[-1], dim=(2, 3)) / norm)
+        excess = (_length(stepped, rows) / limit).clamp(min=1.0)
+        own = chosen(stepped / excess[..., None, None], b), chosen(u.to(old.dtype), old)
+        own = own if rows is ranks else tuple(map(ranks.same, own))
+        for found, x in zip((new, last), own, strict=True):
+            found.append(x)
+        sizes.append(_length(new[-1], rows) / norm)
     return state.by(*new, *last, chosen(rate_S, state.rate_S)), ok_S, _largest(grad.modules, *sizes)
 
 
-def orthogonalise(g_BOR: Tensor) -> Tensor:
+def orthogonalise(g_BOR: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Newton-Schulz: five iterations that bring the singular values of each matrix near 1.
 
     They are polynomials of the Gram matrix G^T G, which is small: two large products instead of ten. It takes float64: the
     iterations multiply the smallest eigenvalues, and their errors, by up to 3.4445^10.
 
     Source: K. Jordan et al., Muon: an optimizer for hidden layers (2024), with its coefficients.
+
+    Args:
+        ranks: each has some rows O of each matrix.
     """
-    gram = torch.bmm(g_BOR.transpose(1, 2), g_BOR).double()
+    gram = ranks.sum(torch.bmm(g_BOR.transpose(1, 2), g_BOR)).double()
     trace_B11 = gram.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=1e-60)[:, None, None]
     s, eye = gram / trace_B11, torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     p = eye
@@ -80,14 +98,20 @@ def orthogonalise(g_BOR: Tensor) -> Tensor:
     return torch.bmm(g_BOR, (p * trace_B11.rsqrt()).to(g_BOR.dtype))
 
 
-def _adapted(rate_S: Tensor, grad: Delta, last: Delta, adapt_rate: float) -> Tensor:
+def _length(x_SMOR: Tensor, ranks: Ranks) -> Tensor:
+    """[S, M]: the Frobenius norms of matrices of which each rank has some rows."""
+    length = torch.linalg.vector_norm(x_SMOR, dim=(2, 3))
+    return length if ranks.size == 1 else ranks.total(length.square()).sqrt()
+
+
+def _adapted(rate_S: Tensor, grad: Delta, last: Delta, adapt_rate: float, ranks: Ranks = ALONE) -> Tensor:
     """The rate after a look at the gradient: larger where the last update was in the right direction, which is where its cosine
     with the gradient now is positive (B moved along the negative update). Without a last update it stays."""
     cosines = []
-    for g, u in zip(grad.tensors(), last.tensors(), strict=True):
+    for g, u, rows in zip(grad.tensors(), last.tensors(), (ALONE, ranks), strict=True):
         u = u.float()
-        lengths = torch.linalg.vector_norm(g, dim=(2, 3)) * torch.linalg.vector_norm(u, dim=(2, 3))
-        cosines.append((g * u).sum((2, 3)) / lengths.clamp(min=1e-30))
+        lengths = _length(g, rows) * _length(u, rows)
+        cosines.append(rows.total((g * u).sum((2, 3))) / lengths.clamp(min=1e-30))
     c_S = torch.cat(cosines, 1).mean(1)
     return (rate_S * (adapt_rate * c_S).clamp(-LARGEST_MOVE, LARGEST_MOVE).exp()).clamp(*RATES)
 
