@@ -107,7 +107,8 @@ def by_rows(y: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], slots: Tensor, 
 def add_rows(y: Tensor, d: Tensor, slots: Tensor) -> None:
     """y += d, [N, out] float32, in rows that have a slot."""
     N, out = d.shape
-    _add[(-(-out // BLOCK_ADD), N)](y, d, slots, out, y.stride(0), BLOCK=BLOCK_ADD)
+    sizes: dict[str, Any] = {"BLOCK": BLOCK_ADD}
+    _add[(-(-out // BLOCK_ADD), N)](y, d, slots, out, y.stride(0), **sizes)
 
 
 def session_lora(
