@@ -26,7 +26,7 @@ def contracts() -> dict[str, Callable[[], None]]:
 
 
 def worker_contracts() -> dict[str, Callable[[], None]]:
-    """The same for what the worker changes in a live model runner, watches or calls: it compares that itself, if it needs it."""
+    """The same for what the worker changes in a live model runner, watches or calls: it compares that itself, where needed."""
     from vllm_ttt.worker import ranks
     from vllm_ttt.worker.serve import gpu_linear
     from vllm_ttt.worker.serve.cpu_runner import MixingModelRunner
