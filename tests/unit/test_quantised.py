@@ -22,6 +22,7 @@ from vllm_ttt import plugin
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval.tiny import tiny_model
 from vllm_ttt.plugin import engine_args
+from vllm_ttt.worker.ranks import ALONE
 from vllm_ttt.worker.sites import InLayers
 from vllm_ttt.worker.step import tail as tail_module
 from vllm_ttt.worker.step import weights
@@ -82,7 +83,8 @@ def test_what_is_served_is_learned(distributed: None, tmp_path: Path, monkeypatc
         # Where inputs have eight bits, one that is rounded the other way is off by a sixteenth.
         assert relative(one, other) < (0.06 if name.startswith("fp8") else 0.03)
 
-    worker: Any = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 320)))
+    config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 320))
+    worker: Any = SimpleNamespace(vllm_config=config, ranks=ALONE)
     site = InLayers.__new__(InLayers)
     site.worker, site.modules = worker, modules
     kept = [w for b in tail.blocks for w in (b.wo_DQ, b.wgu_2FD, b.wd_DF)] + [a.wqkv_XD for a in tail.attentions]

@@ -289,7 +289,7 @@ class TTTWorkerMixin(Answers):
             if not serving:
                 self.ahead.wait(self.trainer)
             allowed = lambda: self.budget.tokens() if serving else self.budget.tokens_per_step  # noqa: E731
-            tokens, began = self.ranks.agree("how much is learned", allowed), time.perf_counter()
+            tokens, began = self.trainer.ranks.agree("how much is learned", allowed), time.perf_counter()
             learned = self.trainer.learn(tokens) if tokens else 0
             if serving:
                 self.budget.spend(learned)
@@ -335,7 +335,7 @@ class TTTWorkerMixin(Answers):
             self.probe.take([r for r in view if r.request in self.probe.reading], self.capture.h_ND, self.capture.a_NQ)
             view = [rows for rows in view if rows.request not in self.probe.reading]
         needed = self.backlog.pages_needed(view)
-        self.ranks.note(needed, self.backlog.room)
+        self.trainer.ranks.note(needed, self.backlog.room)
         self.trainer.make_room(lambda: self.backlog.room >= needed, self.budget.tokens_per_step)
         while lacking := self.backlog.lacking(view):
             self.trainer.lose(self.backlog.readings[lacking[0]].plan.session, "full")
