@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_ttt.worker.delta import LayerDelta
 from vllm_ttt.worker.step import pointwise
 from vllm_ttt.worker.step.pointwise import Flow, Normed
-from vllm_ttt.worker.step.products import Served, add_outer, linear, row_parallel, through
+from vllm_ttt.worker.step.products import Served, add_outer, linear, through
 
 if TYPE_CHECKING:
     from vllm_ttt.worker.step.micro_step import Tail
@@ -61,11 +61,11 @@ def forward(
         r_TD: residual stream that enters the layer, float32. a_TQ: its attention output, in the tail's dtype.
     """
     dt, served, ranks = block.wo_DQ.dtype, block.served.get, tail.ranks
-    o_TD, ao_TR = row_parallel(ranks, a_TQ, block.wo_DQ, tail.ao_RQ, delta.o, block.bo_D, S, served("o"))
+    o_TD, ao_TR = linear(a_TQ, block.wo_DQ, tail.ao_RQ, delta.o, block.bo_D, S, served("o"), ranks)
     normed, x_TD = pointwise.norm(r_TD, o_TD, block.ln_D, block.eps, dt)
     gu_T2F, ax_TR = linear(x_TD, block.wgu_2FD, tail.ai_RD, delta.gu, block.bgu_2F, S, served("gu"))
     z_TF = pointwise.gated(gu_T2F, dt)
-    d_TD, az_TR = row_parallel(ranks, z_TF, block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S, served("d"))
+    d_TD, az_TR = linear(z_TF, block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S, served("d"), ranks)
     return normed.r_TD, d_TD, Passed(ao_TR, normed, ax_TR, gu_T2F, az_TR)
 
 

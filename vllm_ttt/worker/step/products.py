@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vllm_ttt.worker.ranks import Ranks
+from vllm_ttt.worker.ranks import ALONE, Ranks
 from vllm_ttt.worker.step.pointwise import Flow
 
 #: x W^T as a quantised layer serves it, [T, O] of [T, I].
@@ -26,39 +26,19 @@ def linear(
     bias_O: Tensor | None,
     S: int,
     served: Served | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor | None]:
-    """x (W + B A)^T + bias, [T, O], with x A^T [T, R] where there is a B; ``served`` in place of the product with W alone."""
+    """x (W + B A)^T + bias, [T, O], with x A^T [T, R] where there is a B; ``served`` in place of the product with W alone.
+
+    Of several ``ranks`` each has some columns of x, W and A. B, the bias and what is returned are whole.
+    """
     y_TO, xa_TR = x_TI @ w_OI.T if served is None else served(x_TI), None
     y_TO = y_TO if y_TO.is_cuda else y_TO.float()
     if b_SOR is not None and a_RI is not None:
         xa_TR = x_TI @ a_RI.T
         _add(y_TO.view(S, -1, y_TO.shape[1]), xa_TR.view(S, -1, xa_TR.shape[1]), b_SOR.transpose(1, 2))
-    if bias_O is not None:
-        y_TO += bias_O
-    return y_TO, xa_TR
-
-
-def row_parallel(
-    ranks: Ranks,
-    x_TI: Tensor,
-    w_OI: Tensor,
-    a_RI: Tensor | None,
-    b_SOR: Tensor | None,
-    bias_O: Tensor | None,
-    S: int,
-    served: Served | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`linear` of a weight of which each rank has some columns: x, W and A are this rank's; B, the bias and what is returned
-    are whole."""
-    if ranks.size == 1:
-        return linear(x_TI, w_OI, a_RI, b_SOR, bias_O, S, served)
-    y_TO, xa_TR = linear(x_TI, w_OI, a_RI, b_SOR, None, S, served)
-    if xa_TR is None:
-        y_TO = ranks.sum(y_TO)
-    else:  # in one message
-        both, dt = ranks.sum(torch.cat((y_TO, xa_TR.to(y_TO.dtype)), 1)), xa_TR.dtype
-        y_TO, xa_TR = (x.contiguous() for x in both.split([y_TO.shape[1], xa_TR.shape[1]], 1))
-        xa_TR = xa_TR.to(dt)
+    if ranks.size > 1:
+        y_TO, xa_TR = _summed(ranks, y_TO, xa_TR)
     if bias_O is not None:
         y_TO += bias_O
     return y_TO, xa_TR
@@ -84,6 +64,15 @@ def add_outer(g_SOR: Tensor | None, flow: Flow, x_TR: Tensor | None, S: int) -> 
         g_SOR += torch.bmm(split(flow.low_TD), x_SCR, out_dtype=torch.float32)
     else:
         g_SOR.baddbmm_(split(flow.d_TD), x_SCR.to(flow.d_TD.dtype))
+
+
+def _summed(ranks: Ranks, y_TO: Tensor, xa_TR: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both over the ranks, in one message."""
+    if xa_TR is None:
+        return ranks.sum(y_TO), None
+    both = ranks.sum(torch.cat((y_TO, xa_TR.to(y_TO.dtype)), 1))
+    y_TO, summed = (x.contiguous() for x in both.split([y_TO.shape[1], xa_TR.shape[1]], 1))
+    return y_TO, summed.to(xa_TR.dtype)
 
 
 def _add(y: Tensor, left: Tensor, right: Tensor) -> None:
