@@ -57,10 +57,13 @@ def started(arm: str, state: str) -> dict[str, Any]:
     environment = dict(os.environ)
     if arm in ("one", "again"):  # it has all the cores that the ranks have
         environment["VLLM_CPU_OMP_THREADS_BIND"] = environment.get("VLLM_CPU_OMP_THREADS_BIND", "auto").replace("|", ",")
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not found:
-        sys.exit(f"the arm {arm} failed ({done.returncode}); its log is above")
+    found: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as arm_process:
+        assert arm_process.stdout is not None
+        for line in arm_process.stdout:  # vLLM's log goes there, too
+            found.append(line) if line.startswith("RESULT ") else print(line, end="", file=sys.stderr, flush=True)
+    if arm_process.returncode or not found:
+        sys.exit(f"the arm {arm} failed ({arm_process.returncode}); its log is above")
     return {**json.loads(found[-1].removeprefix("RESULT ")), "seconds": round(time.perf_counter() - begin, 1)}
 
 

@@ -17,7 +17,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,61 +87,38 @@ class Ranks:
 ALONE = Ranks()
 
 
-class Wire(Protocol):
-    """Collectives on tensors of the device."""
+class Wire:
+    """Collectives of torch, on tensors of the device, in its current stream.
 
-    def sum(self, x: Tensor) -> Tensor: ...
+    vLLM's own ways to reduce are sized by whoever comes first, or give ranks other bits.
+    """
 
-    def gather(self, x: Tensor, out: Tensor) -> None:
-        """``out``: [ranks, ...]."""
-        ...
-
-    def same(self, x: Tensor) -> None:
-        """In place."""
-        ...
-
-
-class Gloo:
-    """torch's own, on tensors on the host."""
-
-    def __init__(self, members: list[int]):
-        self.first, self.group = members[0], _group(members, PATIENCE)
+    def __init__(self, first: int, group: Any):
+        """``first``: the rank of torch.distributed that comes first in ``group``."""
+        self.first, self.group = first, group
 
     def sum(self, x: Tensor) -> Tensor:
+        """In place."""
         dist.all_reduce(x, group=self.group)
         return x
 
     def gather(self, x: Tensor, out: Tensor) -> None:
+        """``out``: [ranks, ...]."""
         dist.all_gather(list(out.unbind()), x, group=self.group)
 
     def same(self, x: Tensor) -> None:
+        """In place."""
         dist.broadcast(x, self.first, group=self.group)
-
-
-class Nccl:
-    """vLLM's communicator, on the current stream: vLLM's other ways to reduce are sized by whoever comes first, or give ranks
-    other bits."""
-
-    def __init__(self, communicator: Any):
-        self.nccl = communicator
-
-    def sum(self, x: Tensor) -> Tensor:
-        return self.nccl.all_reduce(x)
-
-    def gather(self, x: Tensor, out: Tensor) -> None:
-        self.nccl.all_gather(out, x)
-
-    def same(self, x: Tensor) -> None:
-        self.nccl.broadcast(x, 0)
 
 
 class Several(Ranks):
     """One of several. All ranks make it at the same time, and each `channel` in the same order."""
 
-    def __init__(self, members: list[int], wire: Wire | None = None):
-        """``members``: the ranks of torch.distributed that are ours, in order; ``wire``: None for tensors on the host."""
+    def __init__(self, members: list[int], group: Any = None):
+        """``members``: the ranks of torch.distributed that are ours, in order; ``group``: of theirs, for tensors of the device;
+        None for tensors on the host."""
         self.members, self.size, self.rank = members, len(members), members.index(dist.get_rank())
-        self.wire, self.group = wire or Gloo(members), _group(members, PATIENCE)
+        self.wire, self.group = Wire(members[0], group or _group(members, PATIENCE)), _group(members, PATIENCE)
         self.digest = 0
 
     def sum(self, x: Tensor) -> Tensor:
@@ -228,21 +205,17 @@ def ranks_of(vllm_config: Any) -> Ranks:
 
     check()
     group = get_tp_group()
-    communicator = getattr(group.device_communicator, "pynccl_comm", None)
-    return Several(group.ranks, None if communicator is None else Nccl(communicator))
+    # On the host not vLLM's: that may be one of its own, in shared memory.
+    return Several(group.ranks, group.device_group if dist.get_backend(group.device_group) == "nccl" else None)
 
 
 def check() -> None:
     """Raises PatchContractError where vLLM's groups of ranks are not what this was written for."""
     from vllm.distributed import parallel_state
-    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 
     from vllm_ttt.patches import _contract
 
     _contract.check(parallel_state, "get_tp_group", "")
-    _contract.check(PyNcclCommunicator, "all_reduce", "self in_tensor out_tensor op stream")
-    _contract.check(PyNcclCommunicator, "all_gather", "self output_tensor input_tensor stream")
-    _contract.check(PyNcclCommunicator, "broadcast", "self tensor src stream")
 
 
 def _group(members: list[int], seconds: int | None) -> Any:

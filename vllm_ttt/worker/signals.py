@@ -1,7 +1,8 @@
 """A signal that reaches every process of the server at once must not end the worker before its sessions are saved.
 
 Ctrl-C in a terminal and `systemctl stop` signal the whole group. The engine core then drains, saves, and lets its workers end
-by closing a pipe; vLLM's worker processes would leave on the signal itself.
+by closing a pipe; vLLM's worker processes would leave on the signal itself. Not before there is a session: where an engine's
+start fails, those signals are what ends its workers.
 """
 
 from __future__ import annotations

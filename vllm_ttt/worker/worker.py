@@ -50,6 +50,8 @@ class TTTWorkerMixin(Answers):
     vllm_config: Any
     #: a bool tensor on the host, as `ttt_idle_flag` says; None with the preset head
     idle: Tensor | None = None
+    #: whether sessions are kept on disk, and none has come yet
+    untouched = False
 
     # What differs between devices and model runners.
 
@@ -90,8 +92,7 @@ class TTTWorkerMixin(Answers):
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         config = config_of(self.vllm_config)
         assert config is not None, "a TTT worker needs additional_config['ttt']"
-        if config.sessions.state_dir is not None:
-            leave_with_the_engine()
+        self.untouched = config.sessions.state_dir is not None
         model, max_tokens = self.vllm_config.model_config, self.vllm_config.scheduler_config.max_num_batched_tokens
         self.ranks, geometry = ranks_of(self.vllm_config), geometry_of(model, config)
         own = geometry.shard(self.ranks.size, model.get_head_size())
@@ -169,6 +170,9 @@ class TTTWorkerMixin(Answers):
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
         plan: StepPlan = getattr(scheduler_output, "ttt", None) or StepPlan()
+        if self.untouched and plan.started:
+            self.untouched = False
+            leave_with_the_engine()
         serving = scheduler_output.total_num_scheduled_tokens > 0
         before = self.clock.mark()
         if plan.files or not self.files.idle:

@@ -124,10 +124,9 @@ class Compute:
         for S, C in shapes:
             flat, weight = torch.zeros(S, C, dtype=torch.int64), torch.full((S, C), 1.0 / C)
             rows, share = torch.full((S,), self.deltas.spare), torch.ones(S)
-            alone = self.tail.ranks.size == 1  # collectives are launched, and stay out of graphs
-            if self.bench is not None and source is None and alone:
+            if self.bench is not None and source is None:
                 self._capture_shape((S, C, 0), (flat, weight, rows, share), None)
-            elif self.bench is not None and self.tail.kernel.static and alone:
+            elif self.bench is not None and self.tail.kernel.static:
                 for room in ROOMS:
                     self._capture_shape((S, C, S * room), (flat, weight, rows, share), source)
 
