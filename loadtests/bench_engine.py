@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import itertools
 import json
 import platform
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,9 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
         "cases": {},
     }
     log(f"{args.arm}: engine up after {result['startup_s']:.0f} s, {result['device_mib']} MiB")
+    if args.gate:
+        gate = Path(args.gate).open("w")  # noqa: SIM115 - until this process ends
+        fcntl.flock(gate, fcntl.LOCK_EX)
     for name, extra in cases(args).items():
         for size in args.batches:
             measure(llm, size, args, extra, tokens_out=4)
@@ -171,6 +176,7 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
             llm.start_profile(name)
             measure(llm, max(args.batches), args, extra, tokens_out=8)
             llm.stop_profile()
+    llm.llm_engine.engine_core.shutdown()  # before whoever waits at the gate begins
     return result
 
 
@@ -203,6 +209,19 @@ def hardware() -> str:
         return f"CPU, {platform.machine()}"
 
 
+def start(arm: str) -> Callable[[], tuple[int, list[str]]]:
+    """Start an engine in a process of its own; returns what waits for its exit status and result."""
+    printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 - not a pipe: nobody reads while others are waited for
+    child = subprocess.Popen([sys.executable, *sys.argv, "--arm", arm], stdout=printed, text=True)
+
+    def wait() -> tuple[int, list[str]]:
+        status = child.wait()
+        printed.seek(0)
+        return status, [line for line in printed if line.startswith("RESULT ")]
+
+    return wait
+
+
 def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -226,6 +245,11 @@ def main() -> None:
     parser.add_argument("--profile", help="folder for profiler traces of a few decode steps")
     parser.add_argument("--out", default=str(RESULTS), help="folder for the dated JSON and Markdown")
     parser.add_argument("--name", default="engine")
+    parser.add_argument(
+        "--gate", metavar="FILE",
+        help="start all engines at once, and time one after the other, by a lock on this file that other runs may share; "
+        "--options needs a kv_cache_memory_bytes and a gpu_memory_utilization that leave room for all",
+    )  # fmt: skip
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compare:
@@ -255,11 +279,11 @@ def main() -> None:
     stem = Path(args.out) / f"{report['date']}-{args.name}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in args.arms.split(",")}
-    for arm in order(list(runs), args.passes):
-        child = subprocess.run([sys.executable, *sys.argv, "--arm", arm], stdout=subprocess.PIPE, text=True, check=False)
-        lines = [line for line in child.stdout.splitlines() if line.startswith("RESULT ")]
-        if child.returncode or not lines:
-            sys.exit(f"the arm {arm} failed with exit status {child.returncode}; its log is above")
+    starts = ((arm, start(arm)) for arm in order(list(runs), args.passes))
+    for arm, child in list(starts) if args.gate else starts:
+        status, lines = child()
+        if status or not lines:
+            sys.exit(f"the arm {arm} failed with exit status {status}; its log is above")
         runs[arm].append(json.loads(lines[-1].removeprefix("RESULT ")))
         report["order"].append(arm)
         report["arms"] = {arm: engine_figures.merge(done) for arm, done in runs.items() if done}
