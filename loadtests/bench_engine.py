@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fcntl
 import itertools
 import json
 import platform
@@ -32,6 +31,7 @@ from typing import Any
 import engine_figures
 from dummy_adapter import write_adapter
 from engine_figures import EVERYWHERE, SAME, Round
+from runs import pass_gate
 
 #: Rank of stock multi-LoRA's adapters: at 128, 64 of them on all layers of an 8B model are more than half of an H100.
 LORA_RANK = 16
@@ -154,9 +154,7 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
         "cases": {},
     }
     log(f"{args.arm}: engine up after {result['startup_s']:.0f} s, {result['device_mib']} MiB")
-    if args.gate:
-        gate = Path(args.gate).open("w")  # noqa: SIM115 - until this process ends
-        fcntl.flock(gate, fcntl.LOCK_EX)
+    gate = pass_gate(args.gate)
     for name, extra in cases(args).items():
         for size in args.batches:
             measure(llm, size, args, extra, tokens_out=4)
@@ -176,7 +174,9 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
             llm.start_profile(name)
             measure(llm, max(args.batches), args, extra, tokens_out=8)
             llm.stop_profile()
-    llm.llm_engine.engine_core.shutdown()  # before whoever waits at the gate begins
+    llm.llm_engine.engine_core.shutdown()
+    if gate is not None:
+        gate.close()
     return result
 
 

@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--kv-gib", type=float, default=2.0)
     parser.add_argument("--texts", default="demo/texts/kjv", help="a folder of .txt files")
+    parser.add_argument("--options", default="{}", help="more arguments of vllm.LLM, as JSON")
     parser.add_argument("--arm", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--state", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     llm = LLM(
         model=args.model, dtype=args.dtype, max_model_len=2048, kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         tensor_parallel_size=1 if args.arm in ("one", "again") else args.ranks, enforce_eager=args.eager,
-        load_format="dummy" if args.dummy else "auto", skip_tokenizer_init=args.dummy, **options,
+        load_format="dummy" if args.dummy else "auto", skip_tokenizer_init=args.dummy, **options, **json.loads(args.options),
     )  # fmt: skip
     *learned, probe = texts(llm, args)
     found: dict[str, Any] = {"base": scores(llm, probe, None)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -53,6 +54,16 @@ def served(flags: Sequence[str] = EAGER, config: dict[str, Any] | str = "{}", ur
             print(f"starting vLLM on port {port}: a minute", file=sys.stderr)
             server.wait_healthy(process, port, log)
             yield f"http://127.0.0.1:{port}"
+
+
+def pass_gate(gate: str | None) -> TextIO | None:
+    """Wait for a lock on the file ``gate`` before anything is timed: engines that start at once are timed one by one. It is
+    held until what this returns is closed."""
+    if gate is None:
+        return None
+    file = Path(gate).open("w")  # noqa: SIM115
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 def hardware() -> str:
