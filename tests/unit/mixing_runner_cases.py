@@ -132,6 +132,36 @@ def test_what_is_sampled_later_is_read_where_it_lies() -> None:
     near(worker.runner.sample(states, batch, None), by_the_host(plain, [0], [ids[:31]], [worker.told[A]]))
 
 
+def test_a_batch_that_goes_on_is_brought_once_and_anew_when_a_cache_has_moved() -> None:
+    worker = Worker()
+    for name, key in (("a", A), ("b", B)):
+        worker.begin(name, key)
+    ids = worker.texts[B][100:140]
+    states, batch = worker.batch({"a": (ids[:30], 29, 1, 12), "b": (ids[:30], 29, 1, 12)})
+    plain, tables = states @ worker.runner.model.weight.T, worker.runner.ttt_tables
+
+    def mixed(*sessions: Any) -> None:
+        known = [x for x in sessions if x is not None]
+        rows = [-1 if x is None else known.index(x) for x in sessions]
+        near(worker.runner.sample(states, batch, None), by_the_host(plain, rows, [ids[:30]] * 2, known))
+
+    mixed(worker.told[A], worker.told[B])
+    first = tables.last[1]
+    mixed(worker.told[A], worker.told[B])
+    assert tables.last[1] is first
+    worker.sessions[A].ngrams = told(worker.texts[B], 6, A)
+    mixed(worker.sessions[A].ngrams, worker.told[B])
+    batch.idx_mapping_np = batch.idx_mapping_np[::-1].copy()  # other states of the same requests, which hold other tokens
+    worker.runner.req_states.all_token_ids.gpu[batch.idx_mapping_np[0], :30] = torch.tensor(worker.texts[A][5:35])
+    found = worker.runner.sample(states, batch, None)
+    near(found, by_the_host(plain, [0, 1], [worker.texts[A][5:35], ids[:30]], [worker.sessions[A].ngrams, worker.told[B]]))
+    worker.caches.drop(B)
+    del worker.sessions[B]
+    assert tables.last is None, "nothing of a session that is gone is kept"
+    assert torch.equal(worker.runner.sample(states, batch, None)[1], plain[1])
+    assert not worker.errors
+
+
 def test_a_batch_without_a_cache_goes_straight_through() -> None:
     worker = Worker()
     states, batch = worker.batch({"base": (worker.texts[A][:30], 29, 1, 12), "empty": (worker.texts[A][:30], 29, 1, 12)})

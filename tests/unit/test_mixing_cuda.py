@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 
-@pytest.mark.parametrize(("cases", "count"), [("mixing_cases.py", 11), ("mixing_runner_cases.py", 6)])
+@pytest.mark.parametrize(("cases", "count"), [("mixing_cases.py", 11), ("mixing_runner_cases.py", 7)])
 def test_the_kernels_do_what_the_host_does(cases: str, count: int) -> None:
     """In a process of its own: whether kernels are interpreted is decided when Triton is imported."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", str(Path(__file__).with_name(cases))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Container
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ class Tables:
         #: session -> row and what is in it, least recently served first
         self.table: OrderedDict[int, tuple[int, NGrams]] = OrderedDict()
         self.free = list(range(rows - 1, -1, -1))
+        #: what the last batch was, and the `places` of its rows; None: a row has changed since
+        self.last: tuple[Any, Tensor] | None = None
 
     def row(self, key: int, ngrams: NGrams, index_of: Callable[[NGrams], Index], keep: Container[int]) -> int:
         """The session's row, with ``ngrams`` in it.
@@ -63,8 +66,10 @@ class Tables:
         if row is not None:
             self.keys[row].zero_()
             self.free.append(row)
+            self.last = None
 
     def _write(self, row: int, ngrams: NGrams, index: Index) -> None:
+        self.last = None
         count = len(index.keys)
         sums = np.zeros(count + 1, np.int32)
         np.cumsum(index.counts, out=sums[1:])

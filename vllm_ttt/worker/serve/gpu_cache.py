@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
 from vllm_ttt.patches import _contract
 from vllm_ttt.worker.ngrams.caches import Caches
+from vllm_ttt.worker.ngrams.ngrams import NGrams
 from vllm_ttt.worker.ngrams.tables import Tables, places
 from vllm_ttt.worker.serve.gpu_head import PROMPT, PROMPT_IDS, asked_prompts
 from vllm_ttt.worker.serve.replaced import replaced
@@ -67,15 +68,15 @@ class MixingRunnerV2:
 
     def sample(self, hidden_states: Tensor, input_batch: Any, grammar_output: Any) -> Any:
         sample = super().sample  # type: ignore[misc]
-        found = self.ttt_rows(input_batch, _sampling, input_batch.cu_num_logits_np)
-        if found is None:
+        where = self.ttt_where(input_batch) if self.ttt_caches.requests else None
+        if where is None:
             return sample(hidden_states, input_batch, grammar_output)
         compute: Callable[..., Tensor] = self.model.compute_logits
 
         def mixed(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             logits = compute(states, *args, **kwargs)
             try:
-                self.ttt_mix(logits, places(self.ttt_tables, *found), input_batch.positions[input_batch.logits_indices])
+                self.ttt_mix(logits, where, input_batch.positions[input_batch.logits_indices])
             except Exception:
                 self.ttt_failed("the caches of a batch could not be mixed in")
             return logits
@@ -83,10 +84,33 @@ class MixingRunnerV2:
         with replaced(self.model, "compute_logits", mixed):
             return sample(hidden_states, input_batch, grammar_output)
 
+    def ttt_where(self, batch: Any) -> Tensor | None:
+        """The `places` of the rows that are sampled; None: nothing is mixed into any."""
+        try:
+            served = self.ttt_served(batch, _sampling(batch))
+            if not any(served):
+                return None
+            ends, states = batch.cu_num_logits_np[: len(served) + 1], batch.idx_mapping_np[: len(served)]
+            batch_is, tables = (served, ends.tobytes(), states.tobytes()), self.ttt_tables
+            if tables.last is None or tables.last[0] != batch_is:  # while it decodes, it is the one before
+                where = places(tables, *self.ttt_rows(served, states, ends))
+                tables.last = batch_is, where
+            return tables.last[1]
+        except Exception:
+            self.ttt_failed("the caches of a batch could not be brought to the device")
+            return None
+
     def ttt_of_prompts(self, logits_fn: Callable[..., Tensor], hidden_states: Tensor, batch: Any) -> Callable[..., Tensor]:
         """``logits_fn`` for rows of ``hidden_states``, with the caches of requests whose prompt is being read."""
-        found = self.ttt_rows(batch, lambda batch: asked_prompts(self, batch), batch.query_start_loc_np)
-        if found is None:
+        if not self.ttt_caches.requests:
+            return logits_fn
+        try:
+            served = self.ttt_served(batch, asked_prompts(self, batch))
+            if not any(served):
+                return logits_fn
+            found = self.ttt_rows(served, batch.idx_mapping_np[: len(served)], batch.query_start_loc_np[: len(served) + 1])
+        except Exception:
+            self.ttt_failed("the cache of a prompt could not be brought to the device")
             return logits_fn
 
         def mixed(part: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -105,31 +129,25 @@ class MixingRunnerV2:
 
         return mixed
 
+    def ttt_served(self, batch: Any, asked: Container[str]) -> list[tuple[int, NGrams] | None]:
+        """Of each request of the batch as `Caches.serving` says; None, too, for those that are not ``asked``."""
+        serving = self.ttt_caches.serving
+        return [serving(name) if name in asked else None for name in batch.req_ids]
+
     def ttt_rows(
-        self, batch: Any, asked: Callable[[Any], Container[str]], ends: NDArray[np.integer]
-    ) -> tuple[list[int], list[int]] | None:
+        self, served: list[tuple[int, NGrams] | None], states: NDArray[np.integer], ends: NDArray[np.integer]
+    ) -> tuple[list[int], list[int]]:
         """Of each row of logits the row of its session in the tables, -1 where nothing is mixed in, and the state of its
-        request; None: nothing is mixed into any.
+        request.
 
         Args:
-            asked: requests of the batch whose logits somebody sees.
+            states: [requests].
             ends: [requests + 1], where the rows of each begin and end.
         """
-        caches = self.ttt_caches
-        if not caches.requests:
-            return None
-        try:
-            names = asked(batch)
-            served = [caches.serving(name) if name in names else None for name in batch.req_ids]
-            keep = {key for key, _ in filter(None, served)}
-            if not keep:
-                return None
-            rows = [-1 if x is None else self.ttt_tables.row(*x, caches.indexes.of, keep) for x in served]
-            each = np.diff(ends[: len(rows) + 1])
-            return np.repeat(rows, each).tolist(), np.repeat(batch.idx_mapping_np[: len(rows)], each).tolist()
-        except Exception:
-            self.ttt_failed("the caches of a batch could not be brought to the device")
-            return None
+        keep, index_of = {key for key, _ in filter(None, served)}, self.ttt_caches.indexes.of
+        rows = [-1 if x is None else self.ttt_tables.row(*x, index_of, keep) for x in served]
+        each = np.diff(ends)
+        return np.repeat(rows, each).tolist(), np.repeat(states, each).tolist()
 
 
 def _sampling(batch: Any) -> set[str]:
