@@ -31,7 +31,7 @@ from typing import Any
 import engine_figures
 from dummy_adapter import write_adapter
 from engine_figures import EVERYWHERE, SAME, Round
-from runs import pass_gate
+from runs import add_gate, pass_gate
 
 #: Rank of stock multi-LoRA's adapters: at 128, 64 of them on all layers of an 8B model are more than half of an H100.
 LORA_RANK = 16
@@ -154,7 +154,7 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
         "cases": {},
     }
     log(f"{args.arm}: engine up after {result['startup_s']:.0f} s, {result['device_mib']} MiB")
-    gate = pass_gate(args.gate)
+    gate = pass_gate(args)
     for name, extra in cases(args).items():
         for size in args.batches:
             measure(llm, size, args, extra, tokens_out=4)
@@ -245,11 +245,7 @@ def main() -> None:
     parser.add_argument("--profile", help="folder for profiler traces of a few decode steps")
     parser.add_argument("--out", default=str(RESULTS), help="folder for the dated JSON and Markdown")
     parser.add_argument("--name", default="engine")
-    parser.add_argument(
-        "--gate", metavar="FILE",
-        help="start all engines at once, and time one after the other, by a lock on this file that other runs may share; "
-        "--options needs a kv_cache_memory_bytes and a gpu_memory_utilization that leave room for all",
-    )  # fmt: skip
+    add_gate(parser)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compare:

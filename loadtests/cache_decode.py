@@ -19,7 +19,7 @@ import time
 from statistics import median
 from typing import Any
 
-from runs import DEMO, HERE, about, pass_gate, save
+from runs import DEMO, HERE, about, add_gate, pass_gate, save
 
 from vllm_ttt.eval.texts import read_texts
 
@@ -79,7 +79,7 @@ def decode(args: argparse.Namespace) -> None:
     print(f"{known:,} tokens are remembered after {time.perf_counter() - begin:.0f} s", flush=True)
     if known < 0.9 * args.sessions * args.tokens:
         raise SystemExit("that is not what was sent")
-    gate = pass_gate(args.gate)
+    gate = pass_gate(args)
     rows, apart = [], (args.tokens - PROMPT) // (args.rounds + 1)
     for number in range(args.rounds + 1):
         prompts = [ids[apart * number : apart * number + PROMPT] for ids in texts]
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000, help="that each session is sent")
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--gate", metavar="FILE", help="time while this run has a lock on it, which others may share")
+    add_gate(parser)
     parser.add_argument("--out", default=str(HERE / "results"))
     parser.add_argument("--name", default="cache-decode")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """--tensor-parallel-size N beside one rank: both learn the same texts, and each serves what the other has saved.
 
-    TTT_TRY_RANKS=1 python loadtests/ranks.py demo/model --ranks 2                   # CUDA: two GPUs
+    python loadtests/ranks.py demo/model --ranks 2                                   # CUDA: two GPUs
     VLLM_CPU_OMP_THREADS_BIND='0|1' python loadtests/ranks.py demo/model --ranks 2   # CPU: two cores
 
 Each arm is an engine in a process of its own (`LLM`): one rank, which learns and saves; N ranks, which serve what that has

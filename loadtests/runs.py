@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import fcntl
@@ -11,6 +12,7 @@ import platform
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -56,12 +58,25 @@ def served(flags: Sequence[str] = EAGER, config: dict[str, Any] | str = "{}", ur
             yield f"http://127.0.0.1:{port}"
 
 
-def pass_gate(gate: str | None) -> TextIO | None:
-    """Wait for a lock on the file ``gate`` before anything is timed: engines that start at once are timed one by one. It is
-    held until what this returns is closed."""
-    if gate is None:
+def add_gate(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `pass_gate`."""
+    parser.add_argument(
+        "--gate", metavar="FILE",
+        help="start engines at once, and time one after the other: once --engines of them are up, by a lock on this file, "
+        "which is new, and which other runs may share; --options needs a kv_cache_memory_bytes and a gpu_memory_utilization "
+        "that leave room for all",
+    )  # fmt: skip
+    parser.add_argument("--engines", type=int, default=1, help="that come to the gate")
+
+
+def pass_gate(args: argparse.Namespace) -> TextIO | None:
+    """Before anything is timed: wait until nobody starts or is timed. The gate is passed until what this returns is closed."""
+    if args.gate is None:
         return None
-    file = Path(gate).open("w")  # noqa: SIM115
+    file = Path(args.gate).open("a")  # noqa: SIM115
+    print(end=".", file=file, flush=True)
+    while Path(args.gate).stat().st_size < args.engines:
+        time.sleep(0.1)
     fcntl.flock(file, fcntl.LOCK_EX)
     return file
 

@@ -111,7 +111,7 @@ class Served:
         self.backlog.finish(name, pairs)
         while self.backlog.queues:
             self.trainer.learn(self.chunk)
-        self.trainer.collect(0)
+        self.trainer.collect(wait=True)
         self.trainer.sync()
 
     def delta(self, key: int) -> Tensor:

@@ -20,7 +20,6 @@ from vllm_ttt.geometry import Geometry
 from vllm_ttt.types import FileOrder, FileReport
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.files import Files
-from vllm_ttt.worker.learn.ahead import Ahead
 from vllm_ttt.worker.ranks import ALONE, FAILED, Ranks, Several
 
 pytestmark = pytest.mark.unit
@@ -53,7 +52,7 @@ class Rank(Hooks):
         if slow:
             device = torch.device("cpu")
             self.clock = self.trainer.clock = self.trainer.guard.clock = self.trainer.deltas.clock = SlowClock(device)
-        self.ahead, self.iterations, self.reserve = Ahead(), deque(), []
+        self.iterations, self.reserve = deque(), []
         self.files = Files(self.trainer, GEOMETRY, "tiny")
         #: a tile takes as long as an iteration, and a quarter of the time is for learning: it waits for four
         self.budget.calibrate(128, 1.0)

@@ -66,7 +66,7 @@ class Server:
             self.backlog.take([Rows(name, 0, 0, tokens)], self.h, self.a)
             self.backlog.finish(name, CHUNK)
             self.trainer.learn(CHUNK)
-            self.trainer.collect(0)
+            self.trainer.collect(wait=True)
         return self.trainer.take_report().chunks
 
     def order(self, **order: Any) -> Any:

@@ -98,7 +98,7 @@ def test_flags_that_are_refused(flags: tuple[str, ...], says: str, monkeypatch: 
         ({}, {}, None),
         ({**engine_args("last")}, {}, None),
         ({**engine_args("head")}, {}, "and the preset head"),
-        ({}, {"device_config.device_type": "cuda"}, "and CUDA"),
+        ({}, {"device_config.device_type": "cuda"}, None),
         ({}, {"model_config.quantization": "fp8"}, "and a quantised model"),
         ({}, {"speculative_config": object()}, "and --speculative-config"),
         ({}, {"parallel_config.nnodes": 2}, "and several machines"),

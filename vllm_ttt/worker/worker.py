@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -27,7 +26,6 @@ from vllm_ttt.worker.capture.step_view import Rows
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.guard.probe import Probe
-from vllm_ttt.worker.learn.ahead import Ahead
 from vllm_ttt.worker.learn.budget import Budget, tile_sizes
 from vllm_ttt.worker.learn.device_times import DeviceTimes
 from vllm_ttt.worker.learn.trainer import Trainer
@@ -134,7 +132,7 @@ class TTTWorkerMixin(Answers):
         site.serve(slots)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
-        self.times, self.ahead = DeviceTimes(self.clock), Ahead()
+        self.times = DeviceTimes(self.clock)
         #: (before learning, before the forward, after sampling, tokens learned) of iterations whose times are not known yet
         self.iterations: deque[tuple[Any, Any, Any, int]] = deque()
         self.ran: Any = None
@@ -291,19 +289,15 @@ class TTTWorkerMixin(Answers):
             if urgent:
                 self.trainer.make_room(lambda: not self.backlog.waits(urgent), self.budget.tokens_per_step)
             if not serving:
-                self.ahead.wait(self.trainer)
+                self.trainer.collect(wait=True)  # one step at a time, so that a request that comes now waits for one only
             allowed = lambda: self.budget.tokens() if serving else self.budget.tokens_per_step  # noqa: E731
-            tokens, began = self.trainer.ranks.agree("how much is learned", allowed), time.perf_counter()
+            tokens = self.trainer.ranks.agree("how much is learned", allowed)
             learned = self.trainer.learn(tokens) if tokens else 0
             if serving:
                 self.budget.spend(learned)
-            elif learned:
-                self.ahead.launched(began, self.budget.cost(learned))
-            else:
-                self.trainer.collect(0)  # what is left may wait for the outcome of a trial
         self.trainer.sync()
         if not serving:
-            self.trainer.collect(None if self.backlog.queues else 0)
+            self.trainer.collect(wait=not self.backlog.queues)
         return learned
 
     def _read_times(self) -> None:

@@ -50,13 +50,13 @@ class Budget:
     def spend(self, tokens: int) -> None:
         """``tokens`` are going to be learned: take their expected cost off the credit."""
         if tokens:
-            self.credit -= min(self.credit, self.cost(tokens))
+            self.credit -= min(self.credit, self._cost(tokens))
 
     def learned(self, tokens: int, seconds: float) -> None:
         """A step over ``tokens`` took ``seconds``: correct what a tile of that size is thought to cost."""
         if tokens in self.costs:
             self.costs[tokens] += 0.2 * (seconds - self.costs[tokens])
 
-    def cost(self, tokens: int) -> float:
+    def _cost(self, tokens: int) -> float:
         """Seconds that a step over ``tokens`` is thought to take."""
         return next((s for t, s in self.costs.items() if t >= tokens), max(self.costs.values(), default=0.0))

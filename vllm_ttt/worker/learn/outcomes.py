@@ -38,7 +38,8 @@ class Outcome:
     texts: list[Text | None]
 
 
-def known_of(outcomes: deque[Outcome], clock: Clock, left: int | None) -> list[tuple[list[list[float]], list[float]]]:
-    """Of each step whose outcome has arrived, its values chunk by chunk, and base losses. ``left``: as `Trainer.collect`."""
-    wait = 0 if left is None else len(outcomes) - left
-    return arrived(outcomes, lambda x: x.mark, lambda x: (x.values.T.tolist(), x.base_loss.tolist()), clock, wait)
+def known_of(outcomes: deque[Outcome], clock: Clock, wait: bool) -> list[tuple[list[list[float]], list[float]]]:
+    """Of each step whose outcome has arrived, its values chunk by chunk, and base losses. ``wait``: as `Trainer.collect`."""
+    return arrived(
+        outcomes, lambda x: x.mark, lambda x: (x.values.T.tolist(), x.base_loss.tolist()), clock, len(outcomes) if wait else 0
+    )

@@ -102,15 +102,15 @@ class Trainer:
         while not enough() and self.backlog.queues:
             in_flight = bool(self.outcomes or self.guard.outcomes)
             learned = self.learn(tokens)
-            self.collect(0)  # what is learned next may wait for the outcome of a trial
+            self.collect(wait=True)  # what is learned next may wait for the outcome of a trial
             if not (learned or in_flight):
                 return
 
-    def collect(self, left: int | None = None) -> None:
-        """Take in the outcomes that have arrived; those of the last ``left`` steps at most may be on their way. None: all."""
+    def collect(self, wait: bool = False) -> None:
+        """Take in the outcomes that have arrived; with ``wait``, all of them."""
         if not (self.outcomes or self.guard.outcomes):
             return
-        arrived = lambda: (known_of(self.outcomes, self.clock, left), self.guard.arrived(left == 0))  # noqa: E731
+        arrived = lambda: (known_of(self.outcomes, self.clock, wait), self.guard.arrived(wait))  # noqa: E731
         known, sums = self.ranks.agree("what has been learned", arrived)
         for values, base in known:
             outcome = self.outcomes.popleft()
@@ -189,7 +189,7 @@ class Trainer:
         Returns:
             its version: another one than the engine core knows, where the guard has just returned it.
         """
-        self.collect(0)
+        self.collect(wait=True)
         self.deltas.copy(key, to)
         self.guard.resume(to, self.guard.untried(key))
         if key in self.versions.good:
@@ -209,7 +209,7 @@ class Trainer:
 
     def roll_back(self, key: int, version: int) -> bool:
         """Make the session what it was at ``version``; False where that is not kept. What waits of it is given up."""
-        self.collect(0)
+        self.collect(wait=True)
         kept = self.versions.find(key, version)
         if kept is None or version > self.deltas.session(key).version:
             return False

@@ -1,4 +1,4 @@
-"""Buffers that do not fit are refused at start, with numbers."""
+"""Starts that fail: they end, with what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import MODEL
+
+from vllm_ttt.eval import server as processes
+from vllm_ttt.state_dir import StateDir
 
 pytestmark = pytest.mark.engine
 
@@ -33,3 +37,17 @@ def test_buffers_that_do_not_fit_are_refused(stage: Any) -> None:
     assert "leaves 0.00 GiB" in error, error
     assert "activations of 16,778,240 tokens that may wait to be learned (schedule.backlog_tokens)" in error
     assert "Raise --gpu-memory-utilization, or lower" in error
+
+
+def test_a_start_that_fails_once_the_workers_run(stage: Any, tmp_path: Path) -> None:
+    """The engine core finds the state dir in use when its worker, a process of its own, has loaded the model. Sessions keep workers
+    from ending by a signal; a start has none, and it ended never."""
+    stage.stop()
+    state, log = StateDir(tmp_path / "state"), tmp_path / "server.log"
+    state.create()
+    state.lock()
+    flags = ["--plugin", "ttt", "--ttt-state-dir", str(state.root), "--distributed-executor-backend", "mp", "--enforce-eager"]
+    flags += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(2**28), "--port", str(processes.free_port())]
+    with processes.process_group([sys.executable, "-m", "vllm_ttt.cli", "serve", str(MODEL), *flags], log) as process:
+        assert process.wait(timeout=300) != 0
+    assert f"the state dir {state.root} is in use by process {os.getpid()}" in log.read_text()
