@@ -133,6 +133,8 @@ class LearnConfig(_Model):
     """Regular expressions. Text of a prompt that matches one is not learned ([operators.md](operators.md#filter))."""
     history: Annotated[Literal["skip", "learn"], CONSTANT] = "skip"
     """Whether the history of a prompt is skipped, or learned again."""
+    fp8: bool = False
+    """`deep` on CUDA: the step multiplies with the model's weights in FP8, of which it makes copies ([deep.md](deep.md#fp8))."""
     interleave: bool = False
     """`true`: a prompt is read in chunks, each learned before the next one is read. A request can say otherwise."""
 
@@ -283,6 +285,12 @@ class TTTConfig(_Model):
                 f"schedule.tokens_per_step {self.schedule.tokens_per_step} is less than learn.chunk {self.learn.chunk}, and a "
                 "chunk is learned in one step"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8(self) -> TTTConfig:
+        if self.learn.fp8 and self.adapt.preset != "deep":
+            raise ValueError(f"learn.fp8 is for the preset deep, and not for {self.adapt.preset}; leave it out")
         return self
 
 

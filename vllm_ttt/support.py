@@ -151,6 +151,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     placement.check_engines(vllm_config, config)
     tensor_parallel.check(vllm_config, config)
     _check_drafts(vllm_config, config)
+    _check_fp8(vllm_config, config)
     if vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
         raise ConfigError("on CUDA, --plugin ttt needs vLLM's model runner V2; unset VLLM_USE_V2_MODEL_RUNNER")
     if config.guard.every and config.guard.probe is not None and not Path(config.guard.probe).is_file():
@@ -182,6 +183,24 @@ def _check_cache(vllm_config: Any, config: TTTConfig) -> None:
     for what, refused in refusals.items():
         if refused and config.cache.orders:
             raise ConfigError(f"{what} is not supported with cache.orders above 0; leave it out, or set cache.orders to 0")
+
+
+def _check_fp8(vllm_config: Any, config: TTTConfig) -> None:
+    """Raise ConfigError where the step cannot multiply in FP8."""
+    from vllm.platforms import current_platform
+
+    if not config.learn.fp8:
+        return
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    refusals = {
+        "on a CPU": vllm_config.device_config.device_type != "cuda",
+        "on a device that is older than compute capability 8.9": not current_platform.has_device_capability(89),
+        f"with --dtype {dtype}, but with bfloat16 alone": dtype != "bfloat16",
+        "with --tensor-parallel-size above 1": vllm_config.parallel_config.tensor_parallel_size > 1,
+    }
+    for what, refused in refusals.items():
+        if refused:
+            raise ConfigError(f"learn.fp8 is not supported {what}; set learn.fp8 to false")
 
 
 def _check_drafts(vllm_config: Any, config: TTTConfig) -> None:

@@ -63,6 +63,18 @@ def test_heads(heads: int, kv_heads: int, width: int, half: int, normed: bool) -
     near(kernels.turn_backward(of, kept, d, torch.float32), pointwise.turn_backward(of, saved, d, torch.float32))
 
 
+@pytest.mark.parametrize("width", [64, 1500])
+def test_rows_in_eight_bits(width: int) -> None:
+    """Of numbers that E4M3 has: the interpreter rounds what lies just below a power of two to half of it."""
+    codes = (50 * draw(T, width)).clamp(-400, 400).to(torch.float8_e4m3fn).float()
+    codes[:, 3], codes[2] = -448, 0
+    x = (codes * 2.0 ** torch.tensor([-20, 0, 1, 7, -3])[:, None]).bfloat16()
+    (found, scale), (expected, expected_scale) = kernels.scaled(x), pointwise.scaled(x)
+    assert torch.equal(found.float(), codes)
+    assert torch.equal(found.float(), expected.float())
+    assert torch.equal(scale, expected_scale)
+
+
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (0.5, 3.0)])
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, of -inf - -inf, which is then replaced
 @pytest.mark.parametrize("vocabulary", [700, 9001])

@@ -19,6 +19,7 @@ from test_start import changed_model, offline
 from torch import Tensor, nn
 
 from vllm_ttt import plugin
+from vllm_ttt.config import parse_config
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval.tiny import tiny_model
 from vllm_ttt.plugin import engine_args
@@ -86,7 +87,7 @@ def test_what_is_served_is_learned(distributed: None, tmp_path: Path, monkeypatc
     config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 320))
     worker: Any = SimpleNamespace(vllm_config=config, ranks=ALONE)
     site = InLayers.__new__(InLayers)
-    site.worker, site.modules = worker, modules
+    site.worker, site.modules, site.config = worker, modules, parse_config(None)
     kept = [w for b in tail.blocks for w in (b.wo_DQ, b.wgu_2FD, b.wd_DF)] + [a.wqkv_XD for a in tail.attentions]
     assert site.copied(torch.float32) == sum(w.nbytes for w in (*kept, tail.head_VD)), "what it has for itself is counted"
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
 #: Where a start refuses a model, an option of vLLM's or what they leave no room for.
 MODULES = (
     "support", "placement", "tensor_parallel", "geometry", "worker.memory", "worker.sites", "worker.capture.kv_cache",
-    "worker.step.lm_head", "worker.step.tail", "worker.step.weights", "worker.step.qkv", "worker.step.block",
+    "worker.step.lm_head", "worker.step.tail", "worker.step.fp8", "worker.step.weights", "worker.step.qkv", "worker.step.block",
     "worker.step.head", "engine.limits.filter", "engine.limits.probe",
 )  # fmt: skip
 #: How a way out begins.

@@ -13,7 +13,7 @@ from vllm_ttt.worker.capture.states import States
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.serve.head_slots import HeadSlots
 from vllm_ttt.worker.serve.slots import Slots
-from vllm_ttt.worker.step import weights
+from vllm_ttt.worker.step import fp8, weights
 from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.lm_head import build_head, find_head
 from vllm_ttt.worker.step.micro_step import Tail
@@ -38,12 +38,24 @@ class InLayers:
         """Bytes of the weights that a step in ``dtype`` has for itself."""
         vocabulary = -(-self.worker.vllm_config.model_config.get_vocab_size() // self.worker.ranks.size)
         head = weights.copied(self.modules.lm_head, dtype, vocabulary)
-        return head + sum(weights.copied(layer, dtype) for layer in self.modules.read)
+        # A quantised weight whose products are in FP8 is not kept in ``dtype``.
+        gone = lambda x: self.config.learn.fp8 and not weights.is_plain(x) and fp8.fits(*weights.shape(x))  # noqa: E731
+        return head + sum(weights.copied(layer, dtype) for layer in self.modules.read if not gone(layer))
+
+    @property
+    def rounded(self) -> int:
+        """Bytes of the weights that a step has in FP8: of a quantised layer alone the form for the way back."""
+        shapes = ((weights.is_plain(x), weights.shape(x)) for x in self.modules.read)
+        sizes = ((plain, fp8.bytes_of(*shape)) for plain, shape in shapes if fp8.fits(*shape))
+        return sum(plain * forward + back for plain, (forward, back) in sizes) if self.config.learn.fp8 else 0
 
     def build(self) -> tuple[Tail, Capture]:
         """The weights of the step, and what keeps its inputs."""
         worker, scheduler, model = self.worker, self.worker.vllm_config.scheduler_config, self.worker.vllm_config.model_config
-        tail = build_tail(worker.model_runner.get_model(), self.modules, self.config.adapt, model.max_model_len, worker.ranks)
+        tail = build_tail(
+            worker.model_runner.get_model(), self.modules, self.config.adapt, model.max_model_len, worker.ranks,
+            self.config.learn.fp8,
+        )  # fmt: skip
         worker.idle = worker.ttt_idle_flag(self.modules)
         device = tail.head_VD.device
         return tail, Capture(self.modules, scheduler.max_num_batched_tokens, model.dtype, device, worker.idle)
@@ -65,6 +77,8 @@ class AtHead:
         if worker.vllm_config.lora_config is not None:
             worker.ttt_adapters()
         self.found = find_head(worker.model_runner.get_model(), geometry.hidden, model.dtype, worker.device)
+
+    rounded = 0
 
     def copied(self, dtype: torch.dtype) -> int:
         """As `InLayers.copied`."""

@@ -111,6 +111,8 @@ class TTTWorkerMixin(Answers):
         if site.attentions and self.device.type == "cuda":
             needs["what such a step attends to, where no graph fits (--max-model-len)"] = packed
             needs["the graphs of such steps"] = memory.GRAPHS
+        if site.rounded:
+            needs["the weights of the adapted layers in FP8 (learn.fp8)"] = site.rounded
         memory.check(needs, left)
         tail, self.capture = site.build()
         dtype, device = model.dtype, tail.head_VD.device

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_ttt.worker.delta import LayerDelta
 from vllm_ttt.worker.step import pointwise
 from vllm_ttt.worker.step.pointwise import Flow, Normed
-from vllm_ttt.worker.step.products import Served, add_outer, linear, through
+from vllm_ttt.worker.step.products import Back, Served, add_outer, linear, through
 
 if TYPE_CHECKING:
     from vllm_ttt.worker.step.micro_step import Tail
@@ -34,8 +34,10 @@ class Block:
     bo_D: Tensor | None = None
     bgu_2F: Tensor | None = None
     bd_D: Tensor | None = None
-    #: by "o", "gu" and "d"; those of quantised layers alone
+    #: by "o", "gu" and "d"; those of quantised layers, and all that are multiplied in FP8. A weight with both is there for its
+    #: shape alone, and has no memory
     served: dict[str, Served] = field(default_factory=dict)
+    back: dict[str, Back] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,12 +80,12 @@ def backward(block: Block | Tail, tail: Tail, delta: LayerDelta, grad: LayerDelt
         that with respect to the one that enters it, as far as it does not go through the attention output (see
         `attention_gradient`).
     """
-    dt = block.wo_DQ.dtype
+    dt, back = block.wo_DQ.dtype, block.back.get
     add_outer(grad.d, flow, saved.az_TR, S)
-    dz_TF = through(flow.low_TD, block.wd_DF, tail.ad_RF, delta.d, S)
+    dz_TF = through(flow.low_TD, block.wd_DF, tail.ad_RF, delta.d, S, back("d"))
     dgu_T2F = pointwise.gated_backward(saved.gu_T2F, dz_TF)
     add_outer(grad.gu, Flow(dgu_T2F, dgu_T2F), saved.ax_TR, S)
-    dx_TD = tail.ranks.sum(through(dgu_T2F.to(dt), block.wgu_2FD, tail.ai_RD, delta.gu, S))
+    dx_TD = tail.ranks.sum(through(dgu_T2F.to(dt), block.wgu_2FD, tail.ai_RD, delta.gu, S, back("gu")))
     flow = pointwise.norm_backward(flow.d_TD, dx_TD, block.ln_D, saved.normed, dt)
     add_outer(grad.o, flow, saved.ao_TR, S)
     return flow
@@ -91,4 +93,4 @@ def backward(block: Block | Tail, tail: Tail, delta: LayerDelta, grad: LayerDelt
 
 def attention_gradient(block: Block | Tail, tail: Tail, delta: LayerDelta, flow: Flow, S: int) -> Tensor:
     """From what `backward` returned: the gradient with respect to the attention output, [T, Q]."""
-    return through(flow.low_TD, block.wo_DQ, tail.ao_RQ, delta.o, S)
+    return through(flow.low_TD, block.wo_DQ, tail.ao_RQ, delta.o, S, block.back.get("o"))

@@ -25,7 +25,7 @@ from vllm_ttt.worker.step.attention import Attention, SDPAAttention
 from vllm_ttt.worker.step.block import Block, Passed
 from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.loss import cross_entropy, workspace
-from vllm_ttt.worker.step.products import Served
+from vllm_ttt.worker.step.products import Back, Served
 from vllm_ttt.worker.step.qkv import QKV, Past, Rotated
 from vllm_ttt.worker.step.update import Norms
 
@@ -57,6 +57,7 @@ class Tail:
     bd_D: Tensor | None = None
     #: as in `Block`
     served: dict[str, Served] = field(default_factory=dict)
+    back: dict[str, Back] = field(default_factory=dict)
     bias_V: Tensor | None = None
     logit_scale: float = 1.0
     soft_cap: float | None = None

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vllm_ttt.worker.step.attention import Own
     from vllm_ttt.worker.step.qkv import QKV, HeadNorm
 
+#: The largest number of E4M3, and what stands for the largest of a row that has none.
+LARGEST, NOTHING = 448.0, 1e-12
+
 
 class Normed(NamedTuple):
     """A stream ``r_TD`` and its inverse norm ``i_T1``, both float32."""
@@ -123,6 +126,19 @@ def nll(
             x *= slope
         logits_TV.copy_(x)
     return loss_T
+
+
+def scaled(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """x in E4M3, and the scale of each row, [T, 1] float32: the largest number of a row becomes the type's largest."""
+    if x_TK.is_cuda:
+        return _cuda().scaled(x_TK)
+    scale_T1 = scales(x_TK)
+    return (x_TK.float() / scale_T1).to(torch.float8_e4m3fn), scale_T1
+
+
+def scales(x_TK: Tensor) -> Tensor:
+    """Of `scaled`."""
+    return x_TK.abs().amax(-1, keepdim=True).float().clamp(min=NOTHING) / LARGEST
 
 
 def _cuda() -> Any:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_ttt.worker.step import pointwise
 from vllm_ttt.worker.step.attention import Own
 from vllm_ttt.worker.step.pointwise import Flow, Normed
 from vllm_ttt.worker.step.qkv import QKV, HeadNorm
@@ -177,6 +178,17 @@ def _nll(
             tl.store(logits + n, g, n < V)
 
 
+@triton.jit
+def _scaled(x, x8, scale, K, LARGEST: tl.constexpr, NOTHING: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * K
+    n = tl.arange(0, BLOCK)
+    inside = n < K
+    v = tl.load(x + row + n, inside, 0.0).to(tl.float32)
+    s = tl.maximum(tl.max(tl.abs(v), 0), NOTHING) / LARGEST
+    tl.store(scale + tl.program_id(0), s)
+    tl.store(x8 + row + n, (v / s).to(tl.float8e4nv), inside)
+
+
 def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.dtype) -> tuple[Normed, Tensor]:
     T, D = r_TD.shape
     out = r_TD if y_TD is None else torch.empty_like(r_TD)
@@ -238,6 +250,20 @@ def nll(
     if top_T is not None and tops is not None:
         top_T.copy_(tops)
     return losses
+
+
+def scaled(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    (T, K), x = x_TK.shape, x_TK.contiguous()
+    x8, scale = torch.empty(T, K, dtype=torch.float8_e4m3fn, device=x.device), torch.empty(T, 1, device=x.device)
+    block = triton.next_power_of_2(K)
+    flags = dict[str, Any](LARGEST=pointwise.LARGEST, NOTHING=pointwise.NOTHING, BLOCK=block, num_warps=_warps(block))
+    _scaled[(T,)](x, x8, scale, K, **flags)
+    return x8, scale
+
+
+def _warps(block: int) -> int:
+    """So many that a thread has at most 64 numbers of a row."""
+    return min(max(block // 2048, 4), 32)
 
 
 def _row(D: int, **flags: Any) -> dict[str, Any]:

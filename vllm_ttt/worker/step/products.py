@@ -14,8 +14,10 @@ from torch import Tensor
 from vllm_ttt.worker.ranks import ALONE, Ranks
 from vllm_ttt.worker.step.pointwise import Flow
 
-#: x W^T as a quantised layer serves it, [T, O] of [T, I].
+#: x W^T as a quantised layer serves it, or in FP8 (fp8.py): [T, O] of [T, I].
 Served = Callable[[Tensor], Tensor]
+#: d W in FP8: [T, I] of [T, O].
+Back = Callable[[Tensor], Tensor]
 
 
 def linear(
@@ -44,9 +46,11 @@ def linear(
     return y_TO, xa_TR
 
 
-def through(d_TO: Tensor, w_OI: Tensor, a_RI: Tensor | None, b_SOR: Tensor | None, S: int) -> Tensor:
-    """The gradient that flows back through W + B A: [T, I]."""
-    dx_TI = d_TO @ w_OI
+def through(
+    d_TO: Tensor, w_OI: Tensor, a_RI: Tensor | None, b_SOR: Tensor | None, S: int, back: Back | None = None
+) -> Tensor:
+    """The gradient that flows back through W + B A: [T, I]; ``back`` in place of the product with W alone."""
+    dx_TI = d_TO @ w_OI if back is None else back(d_TO)
     dx_TI = dx_TI if dx_TI.is_cuda else dx_TI.float()
     if b_SOR is not None and a_RI is not None:
         db_TR = torch.bmm(d_TO.view(S, -1, d_TO.shape[1]), b_SOR).flatten(0, 1)

@@ -17,8 +17,8 @@ from vllm_ttt.worker.ranks import ALONE, Ranks
 from vllm_ttt.worker.step import pointwise
 from vllm_ttt.worker.step.attention import Attention, Layout, Own
 from vllm_ttt.worker.step.pointwise import Flow, Normed
+from vllm_ttt.worker.step.products import Back, linear, through
 from vllm_ttt.worker.step.products import Served as ServedProduct
-from vllm_ttt.worker.step.products import linear, through
 
 
 @dataclass
@@ -43,8 +43,9 @@ class QKV:
     bqkv_X: Tensor | None = None
     q_norm: HeadNorm | None = None
     k_norm: HeadNorm | None = None
-    #: of a quantised layer
+    #: of a quantised layer, or in FP8; as in `Block`
     served: ServedProduct | None = field(default=None, kw_only=True)
+    back: Back | None = field(default=None, kw_only=True)
     #: each has some of the heads
     ranks: Ranks = field(default=ALONE, kw_only=True)
 
@@ -123,5 +124,6 @@ def backward(w: QKV, kernel: Attention, past: Past, saved: Rotated, da_TQ: Tenso
     dt, E = w.wqkv_XD.dtype, w.head
     da_THE = da_TQ.to(dt).unflatten(-1, (-1, E))
     heads = kernel.backward(saved.own, past.served(saved.layer, dt), past.layout, w.scale, da_THE)
-    dx_TD = w.ranks.sum(through(pointwise.turn_backward(w, saved.turned, heads, dt), w.wqkv_XD, None, None, 1))
+    d_TX = pointwise.turn_backward(w, saved.turned, heads, dt)
+    dx_TD = w.ranks.sum(through(d_TX, w.wqkv_XD, None, None, 1, w.back))
     return pointwise.norm_backward(flow.d_TD, dx_TD, w.ln_D, saved.normed, dt)

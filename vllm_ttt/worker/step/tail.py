@@ -18,10 +18,10 @@ from vllm_ttt.errors import ConfigError
 from vllm_ttt.families import HEAD_INSTEAD
 from vllm_ttt.log import logger_of
 from vllm_ttt.worker.ranks import ALONE, Ranks
-from vllm_ttt.worker.step import attention, weights
+from vllm_ttt.worker.step import attention, fp8, weights
 from vllm_ttt.worker.step.block import Block
 from vllm_ttt.worker.step.micro_step import Tail
-from vllm_ttt.worker.step.products import Served
+from vllm_ttt.worker.step.products import Back, Served
 from vllm_ttt.worker.step.qkv import QKV, HeadNorm
 
 logger = logger_of(__name__)
@@ -147,8 +147,10 @@ def language_model(model: nn.Module) -> tuple[Any, str]:
     return inner, name and f"{name}."
 
 
-def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_len: int, ranks: Ranks = ALONE) -> Tail:
-    """Collect the model's weights and draw the projections A.
+def build_tail(
+    model: Any, modules: TailModules, adapt: AdaptConfig, max_model_len: int, ranks: Ranks = ALONE, in_fp8: bool = False
+) -> Tail:
+    """Collect the model's weights, for products ``in_fp8`` as `learn.fp8` has them, and draw the projections A.
 
     The weights are the model's, in the `step_dtype`. A is rounded to the model's dtype, as it stands in vLLM's LoRA slots. Of
     several ``ranks`` each has the part of the weights that vLLM gives it, and the same part of A, which is drawn whole.
@@ -157,7 +159,7 @@ def build_tail(model: Any, modules: TailModules, adapt: AdaptConfig, max_model_l
     """
     model, _ = language_model(model)
     vocab, norm = model.config.vocab_size, modules.final_norm.weight.data
-    reader = Reader(norm.dtype, step_dtype(norm.dtype, norm.device))
+    reader = Reader(norm.dtype, step_dtype(norm.dtype, norm.device), in_fp8)
     first_token, own = vocabulary_of(modules.lm_head, vocab, ranks)
     head = reader.weight(modules.lm_head, "lm_head", own)
     *lower, last = (_block(layer, reader) for layer in modules.layers)
@@ -236,6 +238,7 @@ class Reader:
     #: the model's dtype, and that of the step's products
     dtype: torch.dtype
     products: torch.dtype
+    in_fp8: bool = False
     #: of quantised layers
     errors: list[float] = field(default_factory=list)
 
@@ -249,29 +252,45 @@ class Reader:
     def bias(self, layer: Any) -> Tensor | None:
         return weights.bias_of(layer, self.dtype)
 
-    def served(self, layers: dict[str, Any]) -> dict[str, Served]:
-        """Of those that are quantised."""
-        found = {key: weights.product(layer, self.dtype) for key, layer in layers.items()}
-        return {key: product for key, product in found.items() if product is not None}
+    def frozen(self, layer: Any, weight: Tensor, name: str) -> Frozen:
+        """``weight``, which was read from ``layer``, and what takes the place of products with it."""
+        served = weights.product(layer, self.dtype)
+        if not self.in_fp8 or not fp8.fits(*weight.shape):
+            return Frozen(weight, served, None)
+        back = fp8.product(weight.T, name)
+        if served is not None:
+            weight = weight.to("meta")
+        return Frozen(weight, served or fp8.product(weight, name), back)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A weight [out, in] of the step and its products, as `Block` has them."""
+
+    weight: Tensor
+    served: Served | None
+    back: Back | None
 
 
 def _block(layer: LayerModules, reader: Reader) -> Block:
     parts = {"o": layer.o_proj, "gu": layer.gate_up_proj, "d": layer.down_proj}
-    wo, wgu, wd = (reader.weight(part, layer.names[key]) for key, part in parts.items())
+    wo, wgu, wd = dense = [reader.weight(part, layer.names[key]) for key, part in parts.items()]
     F = wd.shape[1]
     norm = lambda w: torch.linalg.vector_norm(w.float()).item()  # noqa: E731
     bo, bgu, bd = map(reader.bias, parts.values())
+    frozen = {key: reader.frozen(part, w, layer.names[key]) for (key, part), w in zip(parts.items(), dense, strict=True)}
     return Block(
-        wo_DQ=wo,
-        wgu_2FD=wgu,
-        wd_DF=wd,
+        wo_DQ=frozen["o"].weight,
+        wgu_2FD=frozen["gu"].weight,
+        wd_DF=frozen["d"].weight,
         ln_D=layer.norm.weight.data.float(),
         eps=layer.norm.variance_epsilon,
         norm={"o": norm(wo), "g": norm(wgu[:F]), "u": norm(wgu[F:]), "d": norm(wd)},
         bo_D=bo,
         bgu_2F=bgu,
         bd_D=bd,
-        served=reader.served(parts),
+        served={key: x.served for key, x in frozen.items() if x.served is not None},
+        back={key: x.back for key, x in frozen.items() if x.back is not None},
     )
 
 
@@ -283,8 +302,10 @@ def _qkv(layer: LayerModules, reader: Reader, max_model_len: int, ranks: Ranks) 
         norm = getattr(parts, name, None)
         return None if norm is None else HeadNorm(norm.weight.data.float(), norm.variance_epsilon)
 
+    weight = reader.weight(parts.qkv_proj, f"{name}.qkv_proj")
+    frozen = reader.frozen(parts.qkv_proj, weight, f"{name}.qkv_proj")
     return QKV(
-        wqkv_XD=reader.weight(parts.qkv_proj, f"{name}.qkv_proj"),
+        wqkv_XD=frozen.weight,
         ln_D=layer.attention_norm.weight.data.float(),
         eps=layer.attention_norm.variance_epsilon,
         heads=parts.attn.num_heads,
@@ -294,7 +315,8 @@ def _qkv(layer: LayerModules, reader: Reader, max_model_len: int, ranks: Ranks) 
         bqkv_X=reader.bias(parts.qkv_proj),
         q_norm=head_norm("q_norm"),
         k_norm=head_norm("k_norm"),
-        served=weights.product(parts.qkv_proj, reader.dtype),
+        served=frozen.served,
+        back=frozen.back,
         ranks=ranks,
     )
 

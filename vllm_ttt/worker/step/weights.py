@@ -37,6 +37,12 @@ def is_shared(layer: Any, dtype: torch.dtype) -> bool:
     return is_plain(layer) and weight is not None and weight.numel() > 0 and weight.dtype == dtype
 
 
+def shape(layer: Any) -> tuple[int, int]:
+    """Of the weight, [out, in]."""
+    layer = _base(layer)
+    return layer.output_size_per_partition, _width(layer)
+
+
 def copied(layer: Any, dtype: torch.dtype, rows: int | None = None) -> int:
     """Bytes of the weight that a step in ``dtype`` has for itself: none where it has the model's own tensor.
 
