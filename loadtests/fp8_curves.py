@@ -2,10 +2,10 @@
 
     python loadtests/fp8_curves.py demo/real/smollm2 FOLDER... [--domains a,b] [--requests 10] [--out FILE.json]
 
-Each FOLDER has a folder of .txt files for each domain. Protocol p2 of `vllm-ttt eval`, one session of each domain, products with
-the model's weights in bfloat16 as on a GPU. Every request is scored by the frozen model, by a session that learns so, and by one
-whose steps multiply in E4M3 with a scale for each row; what serves is in bfloat16 in either case. The first request of every
-domain, then the second, and so on; some fifteen seconds a request of SmolLM2 on two cores that know bfloat16.
+Each FOLDER has a folder of .txt files for each domain. Protocol p2 of `vllm-ttt eval`, one session of each domain, products
+with the model's weights in bfloat16 as on a GPU. Every request is scored by the frozen model, by a session that learns so, and
+by one whose steps multiply in E4M3 with a scale for each row; what serves is in bfloat16 in either case. The first request of
+every domain, then the second, and so on; some fifteen seconds a request of SmolLM2 on two cores that know bfloat16.
 """
 
 from __future__ import annotations

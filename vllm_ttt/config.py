@@ -134,7 +134,7 @@ class LearnConfig(_Model):
     history: Annotated[Literal["skip", "learn"], CONSTANT] = "skip"
     """Whether the history of a prompt is skipped, or learned again."""
     fp8: bool = False
-    """`deep` on CUDA: the step multiplies with the model's weights in FP8, of which it makes copies ([deep.md](deep.md#fp8))."""
+    """`deep` on CUDA: the step multiplies with the model's weights in FP8, in copies of its own ([deep.md](deep.md#fp8))."""
     interleave: bool = False
     """`true`: a prompt is read in chunks, each learned before the next one is read. A request can say otherwise."""
 

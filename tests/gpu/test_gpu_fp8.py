@@ -34,16 +34,18 @@ def test_the_kernel_rounds_as_torch_does(dt: torch.dtype, width: int) -> None:
     x = (draw(12, width) * 10.0 ** torch.arange(-9, 3, device="cuda")[:, None]).to(dt)
     x[4] = 0
     found, scale = pointwise_cuda.scaled(x)
-    expected = pointwise.scales(x)
-    assert torch.equal(scale, expected)
-    assert torch.equal(found.float(), (x.float() / expected).to(torch.float8_e4m3fn).float())
+    expected, expected_scale = pointwise.scaled(x.cpu())
+    assert torch.equal(scale.cpu(), expected_scale)
+    assert torch.equal(found.float().cpu(), expected.float())
     x[1, width // 2], x[2, width - 1], x[3, 0] = torch.nan, torch.inf, -torch.inf
     found, scale = pointwise_cuda.scaled(x)
     whole = (found.float() * scale).isfinite().all(1).tolist()
     assert whole == [True, False, False, False, *[True] * 8]
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (960, 576), (48, 64)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (960, 576), (48, 64)]
+)
 @pytest.mark.parametrize("rows", [512, 70, 1])
 def test_a_product_is_that_of_its_rounded_sides(rows: int, outputs: int, inputs: int) -> None:
     """Both ways through a weight. What the tensor cores sum in fewer bits is a tenth of what E4M3 rounds away."""
@@ -98,14 +100,16 @@ def test_a_replayed_step_is_the_launched_one(layers: int | str) -> None:
 
 @pytest.mark.parametrize("layers", [4, "all"])
 def test_a_step_points_where_it_does_in_bfloat16(layers: int | str) -> None:
-    """The delta that random tokens leave, and their losses, beside those of the products as they are."""
+    """The update of a first chunk of random tokens, and its loss, beside those of the products as they are. In float32 on a CPU
+    the cosines of five such steps were 0.974 to 0.987."""
     with torch.inference_mode():
-        plain, rounding = Worker(layers), in_fp8(Worker(layers))
         for which in STEPS:
-            before = [plain.deltas.masters.select(rows(plain, which)).delta, rounding.deltas.masters.select(rows(plain, which)).delta]
-            (_, one, *ones), (_, other, *others) = plain.step(which), rounding.step(which)
-            print(which, "losses", one[1].tolist(), other[1].tolist())
-            for a, b, x, y in zip(before[0].tensors(), before[1].tensors(), ones, others, strict=True):
-                moved, found = (x - a).flatten(), (y - b).flatten()
-                if moved.numel():
-                    print("cosine", torch.cosine_similarity(moved, found, 0).item())
+            plain, rounding = Worker(layers), in_fp8(Worker(layers))
+            rows = torch.tensor([plain.deltas.rows[key] for key in which], device="cuda")
+            before = plain.deltas.masters.select(rows).delta.tensors()
+            (base, said, *ones), (other_base, other_said, *others) = plain.step(which), rounding.step(which)
+            assert 0 < relative(other_base, base) < 0.02
+            assert 0 < relative(other_said[1], said[1]) < 0.02
+            for old, one, other in zip(before, ones, others, strict=True):
+                if old.numel():
+                    assert torch.cosine_similarity((one - old).flatten(), (other - old).flatten(), 0) > 0.95

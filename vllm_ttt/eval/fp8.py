@@ -25,8 +25,8 @@ Product = Callable[[Tensor, Any], Tensor]
 
 def codes(x: Tensor) -> tuple[Tensor, Tensor]:
     """x in E4M3, and a scale for each row: with it the row's largest number is the type's largest."""
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
-    return (x / scale).to(torch.float8_e4m3fn), scale
+    most = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    return (x * (LARGEST / most)).to(torch.float8_e4m3fn), most / LARGEST
 
 
 def rounded(x: Tensor) -> Tensor:

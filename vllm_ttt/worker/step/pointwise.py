@@ -132,13 +132,8 @@ def scaled(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     """x in E4M3, and the scale of each row, [T, 1] float32: the largest number of a row becomes the type's largest."""
     if x_TK.is_cuda:
         return _cuda().scaled(x_TK)
-    scale_T1 = scales(x_TK)
-    return (x_TK.float() / scale_T1).to(torch.float8_e4m3fn), scale_T1
-
-
-def scales(x_TK: Tensor) -> Tensor:
-    """Of `scaled`."""
-    return x_TK.abs().amax(-1, keepdim=True).float().clamp(min=NOTHING) / LARGEST
+    most_T1 = x_TK.abs().amax(-1, keepdim=True).float().clamp(min=NOTHING)
+    return (x_TK.float() * (LARGEST / most_T1)).to(torch.float8_e4m3fn), most_T1 / LARGEST
 
 
 def _cuda() -> Any:

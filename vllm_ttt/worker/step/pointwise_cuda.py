@@ -184,9 +184,9 @@ def _scaled(x, x8, scale, K, LARGEST: tl.constexpr, NOTHING: tl.constexpr, BLOCK
     n = tl.arange(0, BLOCK)
     inside = n < K
     v = tl.load(x + row + n, inside, 0.0).to(tl.float32)
-    s = tl.maximum(tl.max(tl.abs(v), 0), NOTHING) / LARGEST
-    tl.store(scale + tl.program_id(0), s)
-    tl.store(x8 + row + n, (v / s).to(tl.float8e4nv), inside)
+    most = tl.maximum(tl.max(tl.abs(v), 0), NOTHING)
+    tl.store(scale + tl.program_id(0), tl.div_rn(most, LARGEST))
+    tl.store(x8 + row + n, (v * tl.div_rn(LARGEST, most)).to(tl.float8e4nv), inside)
 
 
 def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.dtype) -> tuple[Normed, Tensor]:

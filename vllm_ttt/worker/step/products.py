@@ -46,9 +46,7 @@ def linear(
     return y_TO, xa_TR
 
 
-def through(
-    d_TO: Tensor, w_OI: Tensor, a_RI: Tensor | None, b_SOR: Tensor | None, S: int, back: Back | None = None
-) -> Tensor:
+def through(d_TO: Tensor, w_OI: Tensor, a_RI: Tensor | None, b_SOR: Tensor | None, S: int, back: Back | None = None) -> Tensor:
     """The gradient that flows back through W + B A: [T, I]; ``back`` in place of the product with W alone."""
     dx_TI = d_TO @ w_OI if back is None else back(d_TO)
     dx_TI = dx_TI if dx_TI.is_cuda else dx_TI.float()
