@@ -40,8 +40,8 @@ def test_buffers_that_do_not_fit_are_refused(stage: Any) -> None:
 
 
 def test_a_start_that_fails_once_the_workers_run(stage: Any, tmp_path: Path) -> None:
-    """The engine core finds the state dir in use when its worker, a process of its own, has loaded the model. Sessions keep workers
-    from ending by a signal; a start has none, and it ended never."""
+    """The engine core finds the state dir in use when its worker, a process of its own, has loaded the model. Sessions keep
+    workers from ending by a signal; a start has none, and it never ended."""
     stage.stop()
     state, log = StateDir(tmp_path / "state"), tmp_path / "server.log"
     state.create()

@@ -133,7 +133,8 @@ def scaled(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     if x_TK.is_cuda:
         return _cuda().scaled(x_TK)
     most_T1 = x_TK.abs().amax(-1, keepdim=True).float().clamp(min=NOTHING)
-    return (x_TK.float() * (LARGEST / most_T1)).to(torch.float8_e4m3fn), most_T1 / LARGEST
+    factor_T1 = torch.full_like(most_T1, LARGEST) / most_T1  # a number over a tensor is its reciprocal times that number
+    return (x_TK.float() * factor_T1).to(torch.float8_e4m3fn), most_T1 / LARGEST
 
 
 def _cuda() -> Any:
