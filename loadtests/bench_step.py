@@ -1,6 +1,6 @@
 """Times the step of the preset `deep` alone, on random weights of a model's shape: what a tile of so many sessions takes.
 
-    python loadtests/bench_step.py [--sessions 1,2,4,8] [--chunk 512] [--past 0] [--fp8] [--profile]
+    python loadtests/bench_step.py [--sessions 1,2,4,8] [--chunk 512] [--past 0] [--fp8 back|both] [--profile]
 
 The default shape is that of Qwen3-8B, all 36 layers, bf16, rank 64. A step is captured as a CUDA graph, as the worker does, and
 replayed; a time is the median of some replays. Forward and backward are timed apart from the update of the masters. `--fp8` is
@@ -75,14 +75,16 @@ def make_tail(shape: str, device: torch.device, dtype: torch.dtype) -> Tail:
     )  # fmt: skip
 
 
-def in_fp8(tail: Tail) -> None:
+def in_fp8(tail: Tail, ways: str) -> None:
     """As `build_tail` has it with `learn.fp8`."""
     for block in tail.blocks:
         weights = {"o": block.wo_DQ, "gu": block.wgu_2FD, "d": block.wd_DF}
-        block.served = {key: fp8.product(w, key) for key, w in weights.items()}
         block.back = {key: fp8.product(w.T, key) for key, w in weights.items()}
+        if ways == "both":
+            block.served = {key: fp8.product(w, key) for key, w in weights.items()}
     for x in tail.attentions:
-        x.served, x.back = fp8.product(x.wqkv_XD, "qkv"), fp8.product(x.wqkv_XD.T, "qkv")
+        x.back = fp8.product(x.wqkv_XD.T, "qkv")
+        x.served = fp8.product(x.wqkv_XD, "qkv") if ways == "both" else None
 
 
 class Step:
@@ -150,14 +152,14 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--past", default="0", help="tokens before each chunk")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--fp8", action="store_true", help="products with frozen weights in FP8")
+    parser.add_argument("--fp8", choices=("none", "back", "both"), default="none")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
     device = torch.device(args.device)
     tail = make_tail(args.shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if args.fp8:
-        in_fp8(tail)
+    if args.fp8 != "none":
+        in_fp8(tail, args.fp8)
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for S in map(int, args.sessions.split(",")):

@@ -133,8 +133,8 @@ class LearnConfig(_Model):
     """Regular expressions. Text of a prompt that matches one is not learned ([operators.md](operators.md#filter))."""
     history: Annotated[Literal["skip", "learn"], CONSTANT] = "skip"
     """Whether the history of a prompt is skipped, or learned again."""
-    fp8: bool = False
-    """`deep` on CUDA: the step multiplies with the model's weights in FP8, in copies of its own ([deep.md](deep.md#fp8))."""
+    fp8: Literal["none", "back", "both"] = "none"
+    """`deep` on CUDA: on its way back, or both ways, the step multiplies with weights in FP8 ([deep.md](deep.md#fp8))."""
     interleave: bool = False
     """`true`: a prompt is read in chunks, each learned before the next one is read. A request can say otherwise."""
 
@@ -289,8 +289,10 @@ class TTTConfig(_Model):
 
     @model_validator(mode="after")
     def _fp8(self) -> TTTConfig:
-        if self.learn.fp8 and self.adapt.preset != "deep":
-            raise ValueError(f"learn.fp8 is for the preset deep, and not for {self.adapt.preset}; leave it out")
+        if self.learn.fp8 != "none" and self.adapt.preset != "deep":
+            raise ValueError(
+                f"learn.fp8 {self.learn.fp8} is for the preset deep, and not for {self.adapt.preset}; leave it out"
+            )
         return self
 
 

@@ -189,7 +189,7 @@ def _check_fp8(vllm_config: Any, config: TTTConfig) -> None:
     """Raise ConfigError where the step cannot multiply in FP8."""
     from vllm.platforms import current_platform
 
-    if not config.learn.fp8:
+    if config.learn.fp8 == "none":
         return
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     refusals = {
@@ -200,7 +200,7 @@ def _check_fp8(vllm_config: Any, config: TTTConfig) -> None:
     }
     for what, refused in refusals.items():
         if refused:
-            raise ConfigError(f"learn.fp8 is not supported {what}; set learn.fp8 to false")
+            raise ConfigError(f"learn.fp8 {config.learn.fp8} is not supported {what}; set learn.fp8 to none")
 
 
 def _check_drafts(vllm_config: Any, config: TTTConfig) -> None:

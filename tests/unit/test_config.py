@@ -54,7 +54,7 @@ def test_nothing_given_is_all_defaults() -> None:
         ({"learn": {"scales": [1]}}, "learn.scales: unknown key"),
         ({"learn": {"chunk": 1024}}, "schedule.tokens_per_step 512 is less than learn.chunk 1024"),
         ({"learn": {"rate": "fast"}}, "learn.rate"),
-        ({"learn": {"fp8": True}, "adapt": {"preset": "last"}}, "learn.fp8 is for the preset deep, and not for last; leave it"),
+        ({"learn": {"fp8": "both"}, "adapt": {"preset": "last"}}, "learn.fp8 both is for the preset deep, and not for last"),
         ({"learn": {"chunk": 8}}, "learn.chunk: Input should be greater than or equal to 16 (got 8)"),
         ({"learn": {"tokens": "none"}}, "learn.tokens: Input should be 'prompt' or 'all' (got 'none')"),
         ({"adapt": {"rank": 100}}, "adapt.rank: rank 100 is not one that vLLM's LoRA slots can hold"),

@@ -77,7 +77,7 @@ def test_the_step_is_the_plain_loop_with_its_products_rounded(distributed: None,
     folder = tiny_model(architecture, tmp_path, num_hidden_layers=3, max_position_embeddings=1024)
     model, config = loaded(folder), config_of(2)
     modules = as_with_lora(find_modules(model, 2))
-    plain, tail = (build_tail(model, modules, config.adapt, 1024, in_fp8=on) for on in (False, True))
+    plain, tail = (build_tail(model, modules, config.adapt, 1024, ways=ways) for ways in ("none", "both"))
     oracle = Oracle(folder, config, dtype=torch.float64, compute_dtype=torch.float64)
     batch = batch_of(oracle)
     (losses, found), (plain_losses, unrounded) = gradient(tail, batch), gradient(plain, batch)
@@ -96,13 +96,27 @@ def test_the_step_is_the_plain_loop_with_its_products_rounded(distributed: None,
 def test_all_sites_of_all_layers_are_in_fp8(distributed: None, tmp_path: Path) -> None:  # noqa: F811
     """But those with a width that torch cannot multiply; what they take is what the check of the memory counts."""
     folder = tiny_model("llama", tmp_path, num_hidden_layers=3, max_position_embeddings=1024, intermediate_size=100)
-    model, config = loaded(folder), parse_config({"adapt": {"rank": 16}, "learn": {"fp8": True}})
+    model, config = loaded(folder), parse_config({"adapt": {"rank": 16}, "learn": {"fp8": "both"}})
     modules = as_with_lora(find_modules(model, 3))
-    tail = build_tail(model, modules, config.adapt, 1024, in_fp8=True)
+    tail = build_tail(model, modules, config.adapt, 1024, ways="both")
     assert [(set(b.served), set(b.back)) for b in tail.blocks] == [({"o"}, {"o"})] * 3
     assert all(x.served and x.back for x in tail.attentions)
     assert len(tail.attentions) == 3
     assert site_of(modules, config).rounded == bytes_of(tail)
+
+
+def test_on_the_way_back_alone(distributed: None, tmp_path: Path) -> None:  # noqa: F811
+    """The loss has the bits that it has without, and the gradient is nearer than with both ways."""
+    folder = tiny_model("qwen3", tmp_path, num_hidden_layers=3, max_position_embeddings=1024)
+    model, config = loaded(folder), parse_config({"adapt": {"rank": 16, "layers": 2}, "learn": {"fp8": "back"}})
+    modules = as_with_lora(find_modules(model, 2))
+    plain, back, both = (build_tail(model, modules, config.adapt, 1024, ways=ways) for ways in ("none", "back", "both"))
+    batch = batch_of(Oracle(folder, config, dtype=torch.float32, compute_dtype=torch.float32))
+    (losses, grads), (found, near), (_, far) = (gradient(tail, batch) for tail in (plain, back, both))
+    assert torch.equal(losses, found)
+    errors = [fmean(relative(x, y) for x, y in zip(xs, grads, strict=True)) for xs in (near, far)]
+    assert 0.01 < errors[0] < errors[1]
+    assert site_of(modules, config).rounded == bytes_of(back)
 
 
 @pytest.mark.parametrize("name", ["fp8_per_channel", "int4"])
@@ -117,9 +131,9 @@ def test_quantised_weights_are_kept_in_fp8_alone(
     folder = tiny_model("llama", tmp_path / "model", num_hidden_layers=3, max_position_embeddings=1024)
     quantised.quantise(folder, name, tmp_path / "dense")
     model = loaded(folder, "bfloat16", quantization=name if quantised.METHODS[name][1] is None else None)
-    config = parse_config({"adapt": {"rank": 16, "layers": 2}, "learn": {"fp8": True}})
+    config = parse_config({"adapt": {"rank": 16, "layers": 2}, "learn": {"fp8": "both"}})
     modules = as_with_lora(find_modules(model, 2))
-    plain, tail = (build_tail(model, modules, config.adapt, 1024, in_fp8=on) for on in (False, True))
+    plain, tail = (build_tail(model, modules, config.adapt, 1024, ways=ways) for ways in ("none", "both"))
     assert all(w.is_meta for b in tail.blocks for w in (b.wo_DQ, b.wgu_2FD, b.wd_DF))
     assert all(x.wqkv_XD.is_meta for x in tail.attentions)
     assert [b.norm for b in tail.blocks] == [b.norm for b in plain.blocks]
@@ -168,8 +182,8 @@ def test_where_it_is_refused(changed: dict[str, Any], says: str, monkeypatch: py
             section, field = name.split(".")
             monkeypatch.setattr(getattr(vllm_config, section), field, value)
     support._check_fp8(vllm_config, parse_config(None))
-    on = parse_config({"learn": {"fp8": True}})
-    with pytest.raises(ConfigError, match=f"learn.fp8 is not supported {says}.*; set learn.fp8 to false"):
+    on = parse_config({"learn": {"fp8": "back"}})
+    with pytest.raises(ConfigError, match=f"learn.fp8 back is not supported {says}.*; set learn.fp8 to none"):
         support._check_fp8(vllm_config, on)
 
 
@@ -177,9 +191,9 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_config = offline(dtype="bfloat16", additional_config={}).create_engine_config()
     monkeypatch.setattr(current_platform, "has_device_capability", lambda _: True)
     monkeypatch.setattr(vllm_config.device_config, "device_type", "cuda")
-    support._check_fp8(vllm_config, parse_config({"learn": {"fp8": True}}))
+    support._check_fp8(vllm_config, parse_config({"learn": {"fp8": "both"}}))
 
 
 def test_a_start_on_a_cpu_refuses_it() -> None:
-    with pytest.raises(ConfigError, match=r"learn\.fp8 is not supported on a CPU; set learn.fp8 to false"):
-        offline(**engine_args(config={"learn": {"fp8": True}})).create_engine_config()
+    with pytest.raises(ConfigError, match=r"learn\.fp8 both is not supported on a CPU; set learn.fp8 to none"):
+        offline(**engine_args(config={"learn": {"fp8": "both"}})).create_engine_config()

@@ -19,8 +19,8 @@ from vllm_ttt.eval.oracle import LayerWeights, Stack
 LARGEST = 448.0
 #: The linear layers of a layer, as `LayerWeights` names them.
 LINEAR = "qkvogud"
-#: x m^T, both with the summed dimension last.
-Product = Callable[[Tensor, Any], Tensor]
+#: x M^T of x.
+Product = Callable[[Tensor], Tensor]
 
 
 def codes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,22 +35,39 @@ def rounded(x: Tensor) -> Tensor:
     return x8.to(x.dtype) * scale
 
 
+def product_in_fp8(m: Tensor, dtype: torch.dtype | None = None) -> Product:
+    """``dtype``: that sums are rounded to; None: they are not."""
+    m8, m_scale = codes(m)
+    m8 = m8.to(dtype or m.dtype)
+
+    def product(x: Tensor) -> Tensor:
+        x8, scale = codes(x)
+        return (x8.to(m8.dtype) @ m8.T).to(x.dtype) * scale * m_scale.T
+
+    return product
+
+
+def product_in(m: Tensor, dtype: torch.dtype) -> Product:
+    m = m.to(dtype)
+    return lambda x: (x.to(dtype) @ m.T).to(x.dtype)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
-        return weight.product(x, weight.forth)
+        return weight.forth(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.weight.product(grads[0], ctx.weight.back), None
+        return ctx.weight.back(grads[0]), None
 
 
 class Weight:
-    """What stands for a weight W in ``x @ W.T``: ``prepare`` makes of W, and of its transpose, what ``product`` takes."""
+    """What stands for a weight in ``x @ W.T``: x W^T on the way forward, and d W on the way back."""
 
-    def __init__(self, w_OI: Tensor, prepare: Callable[[Tensor], Any], product: Product):
-        self.forth, self.back, self.product, self.shape = prepare(w_OI), prepare(w_OI.T), product, w_OI.shape
+    def __init__(self, shape: torch.Size, forth: Product, back: Product):
+        self.shape, self.forth, self.back = shape, forth, back
 
     @property
     def T(self) -> Weight:
@@ -60,31 +77,28 @@ class Weight:
         return _Linear.apply(x, self)  # type: ignore[return-value]
 
 
-def in_fp8(stack: Stack, dtype: torch.dtype | None = None) -> Stack:
-    """``stack`` with all products of its layers' frozen weights in FP8; lm_head is as it was.
+def in_fp8(stack: Stack, ways: str = "both", dtype: torch.dtype | None = None) -> Stack:
+    """``stack`` with the products of its layers' frozen weights in FP8; lm_head is as it was.
 
     Args:
-        dtype: that sums are rounded to; None: they are not.
+        ways: `learn.fp8`, "back" or "both". dtype: of all other products, and of sums; None: the stack's.
     """
 
-    def product(x: Tensor, m: tuple[Tensor, Tensor]) -> Tensor:
-        (x8, x_scale), (m8, m_scale) = codes(x), m
-        y = x8.to(dtype or x.dtype) @ m8.T.to(dtype or x.dtype)
-        return y.to(x.dtype) * x_scale * m_scale.T
+    def weight(w: Tensor) -> Weight:
+        forth = product_in_fp8(w, dtype) if ways == "both" else product_in(w, dtype or w.dtype)
+        return Weight(w.shape, forth, product_in_fp8(w.T, dtype))
 
-    def prepare(m: Tensor) -> tuple[Tensor, Tensor]:
-        m8, scale = codes(m)
-        return m8.to(dtype or m.dtype), scale
-
-    return replace(stack, layers=[_layer(w, lambda x: Weight(x, prepare, product)) for w in stack.layers])
+    return replace(stack, layers=[_layer(w, weight) for w in stack.layers])
 
 
 def in_dtype(stack: Stack, dtype: torch.dtype) -> Stack:
     """``stack`` with all products of frozen weights, lm_head's too, in ``dtype``; what stands between them is not."""
-    product: Product = lambda x, m: (x.to(dtype) @ m.T).to(x.dtype)  # noqa: E731
-    make = lambda w: Weight(w, lambda m: m.to(dtype), product)  # noqa: E731
-    return replace(stack, layers=[_layer(w, make) for w in stack.layers], head=make(stack.head))  # type: ignore[arg-type]
+
+    def weight(w: Tensor) -> Any:
+        return Weight(w.shape, product_in(w, dtype), product_in(w.T, dtype))
+
+    return replace(stack, layers=[_layer(w, weight) for w in stack.layers], head=weight(stack.head))
 
 
-def _layer(w: LayerWeights, make: Callable[[Tensor], Weight]) -> LayerWeights:
-    return replace(w, **{name: make(getattr(w, name)) for name in LINEAR})  # type: ignore[arg-type]
+def _layer(w: LayerWeights, make: Callable[[Tensor], Any]) -> LayerWeights:
+    return replace(w, **{name: make(getattr(w, name)) for name in LINEAR})

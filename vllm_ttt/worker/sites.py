@@ -39,15 +39,18 @@ class InLayers:
         vocabulary = -(-self.worker.vllm_config.model_config.get_vocab_size() // self.worker.ranks.size)
         head = weights.copied(self.modules.lm_head, dtype, vocabulary)
         # A quantised weight whose products are in FP8 is not kept in ``dtype``.
-        gone = lambda x: self.config.learn.fp8 and not weights.is_plain(x) and fp8.fits(*weights.shape(x))  # noqa: E731
+        gone = lambda x: self.config.learn.fp8 != "none" and not weights.is_plain(x) and fp8.fits(*weights.shape(x))  # noqa: E731
         return head + sum(weights.copied(layer, dtype) for layer in self.modules.read if not gone(layer))
 
     @property
     def rounded(self) -> int:
-        """Bytes of the weights that a step has in FP8: of a quantised layer alone the form for the way back."""
-        shapes = ((weights.is_plain(x), weights.shape(x)) for x in self.modules.read)
-        sizes = ((plain, fp8.bytes_of(*shape)) for plain, shape in shapes if fp8.fits(*shape))
-        return sum(plain * forward + back for plain, (forward, back) in sizes) if self.config.learn.fp8 else 0
+        """Bytes of the weights that a step has in FP8: a quantised layer has the form for the way back alone."""
+        ways, total = self.config.learn.fp8, 0
+        for layer in self.modules.read if ways != "none" else ():
+            if fp8.fits(*weights.shape(layer)):
+                forward, back = fp8.bytes_of(*weights.shape(layer))
+                total += back + (forward if ways == "both" and weights.is_plain(layer) else 0)
+        return total
 
     def build(self) -> tuple[Tail, Capture]:
         """The weights of the step, and what keeps its inputs."""

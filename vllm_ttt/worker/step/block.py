@@ -34,8 +34,8 @@ class Block:
     bo_D: Tensor | None = None
     bgu_2F: Tensor | None = None
     bd_D: Tensor | None = None
-    #: by "o", "gu" and "d"; those of quantised layers, and all that are multiplied in FP8. A weight with both is there for its
-    #: shape alone, and has no memory
+    #: by "o", "gu" and "d"; those of quantised layers, and what is multiplied in FP8. A quantised weight with both has no
+    #: memory: it is there for its shape
     served: dict[str, Served] = field(default_factory=dict)
     back: dict[str, Back] = field(default_factory=dict)
 

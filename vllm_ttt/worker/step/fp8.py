@@ -35,7 +35,8 @@ class Product:
     def __call__(self, x_TK: Tensor) -> Tensor:
         x8_TK, scale_T1 = pointwise.scaled(x_TK)
         # Sums in fewer bits than float32 take half as long on Hopper, and are off by less than what E4M3 rounds away.
-        return torch._scaled_mm(x8_TK, self.m8_NK.T, scale_T1, self.scale_1N, out_dtype=x_TK.dtype, use_fast_accum=x_TK.is_cuda)
+        sides, fast = (x8_TK, self.m8_NK.T, scale_T1, self.scale_1N), x_TK.is_cuda
+        return torch._scaled_mm(*sides, out_dtype=x_TK.dtype, use_fast_accum=fast)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def fits(outputs: int, inputs: int) -> bool:

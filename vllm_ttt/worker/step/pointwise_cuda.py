@@ -255,7 +255,7 @@ def nll(
 def scaled(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     (T, K), x = x_TK.shape, x_TK.contiguous()
     x8, scale = torch.empty(T, K, dtype=torch.float8_e4m3fn, device=x.device), torch.empty(T, 1, device=x.device)
-    block = triton.next_power_of_2(K)
+    block = 1 << (K - 1).bit_length()
     flags = dict[str, Any](LARGEST=pointwise.LARGEST, NOTHING=pointwise.NOTHING, BLOCK=block, num_warps=_warps(block))
     _scaled[(T,)](x, x8, scale, K, **flags)
     return x8, scale

@@ -148,9 +148,9 @@ def language_model(model: nn.Module) -> tuple[Any, str]:
 
 
 def build_tail(
-    model: Any, modules: TailModules, adapt: AdaptConfig, max_model_len: int, ranks: Ranks = ALONE, in_fp8: bool = False
+    model: Any, modules: TailModules, adapt: AdaptConfig, max_model_len: int, ranks: Ranks = ALONE, ways: str = "none"
 ) -> Tail:
-    """Collect the model's weights, for products ``in_fp8`` as `learn.fp8` has them, and draw the projections A.
+    """Collect the model's weights and draw the projections A. ``ways``: `learn.fp8`.
 
     The weights are the model's, in the `step_dtype`. A is rounded to the model's dtype, as it stands in vLLM's LoRA slots. Of
     several ``ranks`` each has the part of the weights that vLLM gives it, and the same part of A, which is drawn whole.
@@ -159,7 +159,7 @@ def build_tail(
     """
     model, _ = language_model(model)
     vocab, norm = model.config.vocab_size, modules.final_norm.weight.data
-    reader = Reader(norm.dtype, step_dtype(norm.dtype, norm.device), in_fp8)
+    reader = Reader(norm.dtype, step_dtype(norm.dtype, norm.device), ways)
     first_token, own = vocabulary_of(modules.lm_head, vocab, ranks)
     head = reader.weight(modules.lm_head, "lm_head", own)
     *lower, last = (_block(layer, reader) for layer in modules.layers)
@@ -238,7 +238,8 @@ class Reader:
     #: the model's dtype, and that of the step's products
     dtype: torch.dtype
     products: torch.dtype
-    in_fp8: bool = False
+    #: on which ways products are in FP8
+    ways: str = "none"
     #: of quantised layers
     errors: list[float] = field(default_factory=list)
 
@@ -255,12 +256,12 @@ class Reader:
     def frozen(self, layer: Any, weight: Tensor, name: str) -> Frozen:
         """``weight``, which was read from ``layer``, and what takes the place of products with it."""
         served = weights.product(layer, self.dtype)
-        if not self.in_fp8 or not fp8.fits(*weight.shape):
+        if self.ways == "none" or not fp8.fits(*weight.shape):
             return Frozen(weight, served, None)
         back = fp8.product(weight.T, name)
-        if served is not None:
-            weight = weight.to("meta")
-        return Frozen(weight, served or fp8.product(weight, name), back)
+        if served is None and self.ways == "both":
+            return Frozen(weight, fp8.product(weight, name), back)
+        return Frozen(weight if served is None else weight.to("meta"), served, back)
 
 
 @dataclass(frozen=True)
