@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -46,10 +47,10 @@ class Session(Oracle):
             self.kept = ids, self.version, super().served(ids)
         return self.kept[2]
 
-    def step(self, *args: Any) -> float:
+    def step(self, h: Tensor, a: Tensor, targets: Tensor, past: Sequence[KV]) -> float:
         self.stack, self.kept = self.learned, ([], -1, None)
         try:
-            return super().step(*args)
+            return super().step(h, a, targets, past)
         finally:
             self.stack = self.plain
 

@@ -149,12 +149,12 @@ def test_a_batch_that_goes_on_is_brought_once_and_anew_when_a_cache_has_moved() 
     first = tables.last[1]
     mixed(worker.told[A], worker.told[B])
     assert tables.last[1] is first
-    worker.sessions[A].ngrams = told(worker.texts[B], 6, A)
-    mixed(worker.sessions[A].ngrams, worker.told[B])
+    worker.sessions[A].ngrams = moved = told(worker.texts[B], 6, A)
+    mixed(moved, worker.told[B])
     batch.idx_mapping_np = batch.idx_mapping_np[::-1].copy()  # other states of the same requests, which hold other tokens
     worker.runner.req_states.all_token_ids.gpu[batch.idx_mapping_np[0], :30] = torch.tensor(worker.texts[A][5:35])
     found = worker.runner.sample(states, batch, None)
-    near(found, by_the_host(plain, [0, 1], [worker.texts[A][5:35], ids[:30]], [worker.sessions[A].ngrams, worker.told[B]]))
+    near(found, by_the_host(plain, [0, 1], [worker.texts[A][5:35], ids[:30]], [moved, worker.told[B]]))
     worker.caches.drop(B)
     del worker.sessions[B]
     assert tables.last is None, "nothing of a session that is gone is kept"
