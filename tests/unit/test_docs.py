@@ -10,6 +10,7 @@ import pkgutil
 import re
 import subprocess
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 import pytest
@@ -216,7 +217,8 @@ def test_figures_of_the_gains_are_those_of_their_run() -> None:
     algorithm = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
     arms = {
         "BM25 retrieval": "retrieval", "the last 7 documents in the context": "context",
-        "the session's own n-grams, mixed in": "ngrams", "**session**": "ttt", "session and n-grams": "ttt_ngrams",
+        "the session's own n-grams, mixed in": "ngrams", "the session's delta alone": "ttt",
+        "**session**, delta and n-grams": "ttt_ngrams",
     }  # fmt: skip
     for label, arm in arms.items():
         first, all_, last = (
@@ -225,6 +227,9 @@ def test_figures_of_the_gains_are_those_of_their_run() -> None:
         harmed = f"{100 * p2[arm]['harmed']['mean']:.0f} %"
         assert f"| {label} | {first} | {harmed} | {last} |" in README
         assert f"| {label} | {first} | {harmed} | {all_} | {last} |" in algorithm
+    served = json.loads((results / "2026-11-29-smollm2-h200.json").read_text(encoding="utf-8"))["runs"]["deep and cache"]
+    gain = fmean(x for gains in served.values() for x in gains[1:])
+    assert f"[{gain:+.3f}](loadtests/results/2026-11-29-smollm2-h200.md)" in README
 
 
 def test_make_targets_and_commands_exist() -> None:
