@@ -183,17 +183,22 @@ def settle_cache(vllm_config: Any, config: TTTConfig) -> TTTConfig:
     """
     from vllm_ttt import plugin
 
-    on_cuda = vllm_config.device_config.device_type == "cuda"
+    parallel, on_cuda = vllm_config.parallel_config, vllm_config.device_config.device_type == "cuda"
     refusals = {
         "--speculative-config on CUDA": on_cuda and vllm_config.speculative_config is not None,
-        "--enable-batch-sharded-sampling": bool(vllm_config.parallel_config.enable_batch_sharded_sampling),
+        "--enable-batch-sharded-sampling": bool(parallel.enable_batch_sharded_sampling),
     }
-    refused, given, orders = [what for what, found in refusals.items() if found], config.cache.orders, config.cache.longest
-    if refused and given == "auto":
-        orders = 0
-        logger.warning("vllm-ttt: cache.orders is 0 here, so that sessions have no cache: none is served with %s", refused[0])
-    elif refused and orders:
-        raise ConfigError(f"{refused[0]} is not supported with cache.orders above 0; leave it out, or set cache.orders to 0")
+    #: what nobody gets who has not asked for it
+    untried = {"--tensor-parallel-size on CUDA, where it has not been run": on_cuda and parallel.tensor_parallel_size > 1}
+    given, orders = config.cache.orders, config.cache.longest
+    if given == "auto":
+        if found := [what for what, there in (refusals | untried).items() if there]:
+            orders = 0
+            logger.warning("vllm-ttt: cache.orders is 0 here, so that sessions have no cache: none is served with %s", found[0])
+    elif orders:
+        for what, there in refusals.items():
+            if there:
+                raise ConfigError(f"{what} is not supported with cache.orders above 0; leave it out, or set cache.orders to 0")
     settled = config.model_copy(update={"cache": config.cache.model_copy(update={"orders": orders})})
     additional = vllm_config.additional_config
     if plugin.config_of(vllm_config) is not None:  # what the user gave stays: another server may be started with it

@@ -336,6 +336,19 @@ def test_where_caches_cannot_be_mixed_in(flag: str, monkeypatch: pytest.MonkeyPa
     assert logged == [f"vllm-ttt: cache.orders is 0 here, so that sessions have no cache: none is served with {flag}"]
 
 
+def test_where_caches_have_not_been_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several ranks on CUDA: who asks for caches tries them, and nobody else has them."""
+    made, logged = offline().create_engine_config(), list[str]()
+    monkeypatch.setattr(support.logger, "warning", lambda text, *values: logged.append(text % values))
+    made.parallel_config.tensor_parallel_size = 2
+    assert support.settle_cache(made, TTTConfig()).cache.orders == 6, "on a CPU they have been"
+    made.device_config.device_type = "cuda"
+    assert support.settle_cache(made, TTTConfig(cache=CacheConfig(orders=4))).cache.orders == 4
+    assert not logged
+    assert support.settle_cache(made, TTTConfig()).cache.orders == 0
+    assert "--tensor-parallel-size on CUDA, where it has not been run" in logged[0]
+
+
 def changed_model(folder: Path, **change: Any) -> str:
     config = json.loads((MODEL / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
