@@ -101,6 +101,7 @@ def _default(field: FieldInfo) -> str:
 def _allowed(name: str, field: FieldInfo) -> str:
     """What the field may be, in words."""
     kind, words = field.annotation, {"rank": ", ".join(map(str, RANKS)), "layers": "1 to 1024, or `all`"}
+    words["orders"] = "0 to 8, or `auto`"
     words["filter"] = "up to 64 regular expressions"
     words["ttl"] = "a number and `s`, `m`, `h` or `d`; `never`"
     if name in words:

@@ -30,7 +30,8 @@ from vllm_ttt.eval.protocols import SCORED, plan
 from vllm_ttt.eval.session_cache import SessionCache
 from vllm_ttt.eval.texts import encode, read_texts
 
-CONFIG: dict[str, Any] = {"cache": {"orders": 6}}
+#: The defaults.
+CONFIG: dict[str, Any] = {}
 #: name: knobs of its reading; None: without a session. In this order, since the last one learns.
 ARMS: dict[str, dict[str, int] | None] = {
     "frozen": None,

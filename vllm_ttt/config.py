@@ -31,6 +31,8 @@ CACHE_PRIOR = (
     (0.25, 0.4, 0.55, 0.65, 0.7),
 )
 CACHE_PRIOR_TOKENS = 10
+#: Length of the longest context where nobody has chosen another.
+CACHE_ORDERS = 6
 
 #: The ranks that vLLM's LoRA configuration can hold (vllm/config/lora.py, MaxLoRARanks).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -244,20 +246,25 @@ class GuardConfig(_Model):
 class CacheConfig(_Model):
     """The session's own n-grams, mixed with what the model says (docs/cache.md)."""
 
-    orders: Annotated[int, Field(ge=0, le=len(CACHE_PRIOR))] = 0
-    """Length of the longest n-gram context, in tokens; 6 is a good choice. 0: no cache."""
+    orders: Annotated[int, Field(ge=0, le=len(CACHE_PRIOR))] | Literal["auto"] = "auto"
+    """Length of the longest n-gram context, in tokens. 0: no cache. `auto`: 6, or 0 where [none can be served](cache.md)."""
     tokens: Annotated[int, Field(ge=512, le=2**20), CONSTANT] = 65536
     """Most tokens of a session that its cache remembers; the oldest go first."""
 
     @property
+    def longest(self) -> int:
+        """``orders`` as a number. A server has put one in the place of `auto` when it starts (support.settle_cache)."""
+        return CACHE_ORDERS if self.orders == "auto" else self.orders
+
+    @property
     def bytes(self) -> int:
         """What a session that has as many tokens takes in memory, and in a file, if it was sent in the shortest pieces."""
-        return 9 * self.tokens if self.orders else 0
+        return 9 * self.tokens if self.longest else 0
 
     @property
     def index_bytes(self) -> int:
         """What it takes besides while it is being served."""
-        return 12 * self.orders * self.tokens
+        return 12 * self.longest * self.tokens
 
 
 class ObserveConfig(_Model):

@@ -14,7 +14,10 @@ from vllm_ttt.config import TTTConfig, parse_config
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.families import ENCODER_DECODER, HEAD_INSTEAD, LAST_INSTEAD, Layers, check_weights, layers_of
 from vllm_ttt.geometry import Geometry, adapted_layers
+from vllm_ttt.log import logger_of
 from vllm_ttt.types import NO_ADAPTERS
+
+logger = logger_of(__name__)
 
 #: Releases of vLLM that are served with, by device, and the one with which the tests run. What a contract asks of any other has
 #: been looked up in its source (patches/source_check.py).
@@ -144,7 +147,7 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         "--runner pooling": model.runner_type != "generate",
         "--enable-prompt-embeds": model.enable_prompt_embeds,
     }
-    _check_cache(vllm_config, config)
+    config = settle_cache(vllm_config, config)
     for flag, refused in refusals.items():
         if refused:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
@@ -173,16 +176,35 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
     vllm_config.lora_config = lora
 
 
-def _check_cache(vllm_config: Any, config: TTTConfig) -> None:
-    """Raise ConfigError where the caches of sessions cannot be mixed in."""
-    on_cuda = vllm_config.device_config.device_type == "cuda"
+def settle_cache(vllm_config: Any, config: TTTConfig) -> TTTConfig:
+    """``config`` with a number in the place of cache.orders `auto`; all processes read it from ``vllm_config``, too.
+
+    Raises ConfigError where the user asked for caches of sessions, and they cannot be mixed in.
+    """
+    from vllm_ttt import plugin
+
+    parallel, on_cuda = vllm_config.parallel_config, vllm_config.device_config.device_type == "cuda"
     refusals = {
         "--speculative-config on CUDA": on_cuda and vllm_config.speculative_config is not None,
-        "--enable-batch-sharded-sampling": bool(vllm_config.parallel_config.enable_batch_sharded_sampling),
+        "--enable-batch-sharded-sampling": bool(parallel.enable_batch_sharded_sampling),
     }
-    for what, refused in refusals.items():
-        if refused and config.cache.orders:
-            raise ConfigError(f"{what} is not supported with cache.orders above 0; leave it out, or set cache.orders to 0")
+    #: what nobody gets who has not asked for it
+    untried = {"--tensor-parallel-size on CUDA, where it has not been run": on_cuda and parallel.tensor_parallel_size > 1}
+    given, orders = config.cache.orders, config.cache.longest
+    if given == "auto":
+        if found := [what for what, there in (refusals | untried).items() if there]:
+            orders = 0
+            logger.warning("vllm-ttt: cache.orders is 0 here, so that sessions have no cache: none is served with %s", found[0])
+    elif orders:
+        for what, there in refusals.items():
+            if there:
+                raise ConfigError(f"{what} is not supported with cache.orders above 0; leave it out, or set cache.orders to 0")
+    settled = config.model_copy(update={"cache": config.cache.model_copy(update={"orders": orders})})
+    additional = vllm_config.additional_config
+    if plugin.config_of(vllm_config) is not None:  # what the user gave stays: another server may be started with it
+        settings = {**additional[plugin.NAME], "config": settled.model_dump(mode="json")}
+        vllm_config.additional_config = {**additional, plugin.NAME: settings}
+    return settled
 
 
 def _check_fp8(vllm_config: Any, config: TTTConfig) -> None:

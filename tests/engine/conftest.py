@@ -1,10 +1,10 @@
 """Seven servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
 
-``reference``: stock vLLM, for its log-probabilities. ``exact``: the preset `last`, float32 and four slots, so that nothing
-but the algorithm separates it from the oracle. ``deep``: the same as it is by default, at full depth. ``half``: `last` in
-bfloat16. ``cached``: `deep` with sessions' own caches. ``small``: `deep` with a KV cache that is soon full, in chunks of 64.
-``server``: bfloat16 and full depth as users have it, for everything else; it, ``exact`` and ``half`` learn in chunks of 256,
-so that a text has several.
+``reference``: stock vLLM, for its log-probabilities. ``exact``: the preset `last`, float32, four slots and no caches, so that
+nothing but the algorithm separates it from the oracle, which has a delta alone. ``deep``: the same at full depth. ``half``:
+`last` in bfloat16. ``cached``: `deep` with sessions' own caches, the default. ``small``: `deep` with a KV cache that is soon
+full, in chunks of 64. ``server``: bfloat16, full depth and caches as users have it, for everything else; it, ``exact`` and
+``half`` learn in chunks of 256, so that a text has several.
 """
 
 from __future__ import annotations
@@ -32,14 +32,22 @@ MODEL = HERE.parents[1] / "demo" / "model"
 FLAGS = ["--served-model-name", "demo", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28)]
 FLAGS += ["--enforce-eager", "--enable-prompt-tokens-details"]
 SHORT = {"chunk": 256}
+#: Where what is served is held to the oracle of the delta.
+NO_CACHE: dict[str, Any] = {"cache": {"orders": 0}}
 #: name: (vllm-ttt's config, further flags)
 SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "exact": (
-        {"adapt": {"preset": "last"}, "learn": SHORT, "sessions": {"resident": 4}, "guard": {"hourly_tokens": 8000}},
+        {
+            "adapt": {"preset": "last"},
+            "learn": SHORT,
+            "sessions": {"resident": 4},
+            "guard": {"hourly_tokens": 8000},
+            **NO_CACHE,
+        },
         ["--dtype", "float32"],
     ),
     # A guard that tries every few commits, and lets everything pass.
-    "deep": ({"sessions": {"resident": 4}, "guard": {"every": 4, "max_regression": 100}}, ["--dtype", "float32"]),
+    "deep": ({"sessions": {"resident": 4}, "guard": {"every": 4, "max_regression": 100}, **NO_CACHE}, ["--dtype", "float32"]),
     # A KV cache of eleven blocks of 128 tokens.
     "small": (
         {
@@ -50,9 +58,9 @@ SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["--dtype", "float32", "--num-gpu-blocks-override", "12", "--max-model-len", "1024"],
     ),
-    # As `deep`, beside the session's own cache; every version is kept.
+    # Every version is kept.
     "cached": (
-        {"learn": SHORT, "sessions": {"resident": 4, "version_every": 1}, "guard": {"every": 0}, "cache": {"orders": 6}},
+        {"learn": SHORT, "sessions": {"resident": 4, "version_every": 1}, "guard": {"every": 0}},
         ["--dtype", "float32"],
     ),
     "half": ({"adapt": {"preset": "last"}, "learn": SHORT, "sessions": {"resident": 4}}, []),
@@ -128,6 +136,11 @@ def server(reference: Any, stage: Stage) -> Iterator[Served]:
 @pytest.fixture
 def deep(stage: Stage) -> Iterator[Served]:
     yield from at_rest(stage.get("deep"))
+
+
+@pytest.fixture
+def cached(stage: Stage) -> Iterator[Served]:
+    yield from at_rest(stage.get("cached"))
 
 
 @pytest.fixture

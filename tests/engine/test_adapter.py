@@ -1,4 +1,4 @@
-"""An exported session is a PEFT adapter: peft and stock vLLM serve with it what the session is served with."""
+"""An exported session is a PEFT adapter: peft and stock vLLM serve with it what the session is served with, its cache aside."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ pytestmark = pytest.mark.engine
 
 #: Nats per token, float32 on either side: what rounding may differ by.
 TOLERANCE = 0.001
+#: Uses the session's delta alone, as an adapter has it.
+READ: dict[str, Any] = {"vllm_xargs": {"ttt_learn": 0, "ttt_cache": 0}, **SCORED}
 
 
 @pytest.fixture(scope="session")
 def exported(stage: Stage, documents: Documents, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A session at full depth, float32: its adapter's folder, the single file, and what it is served with."""
-    served = stage.get("deep")
+    served = stage.get("cached")
     name = served.fresh("adapter")
     for text in documents["man2"][:3]:
         served.complete(text[:1025], name)
     served.settle()
     probe = documents["man2"][3][:200]
-    answer = served.complete(probe, name, vllm_xargs={"ttt_learn": 0}, **SCORED)
+    answer = served.complete(probe, name, **READ)
     base = served.complete(probe, **SCORED)
     folder = tmp_path_factory.mktemp("adapter")
     tar = served.http.get(f"/v1/ttt/sessions/{name}/adapter", params={"format": "tar"})
@@ -47,15 +49,17 @@ def exported(stage: Stage, documents: Documents, tmp_path_factory: pytest.TempPa
     file = served.http.get(f"/v1/ttt/sessions/{name}/adapter")
     assert int(file.headers["content-length"]) == len(file.content)
     (folder / "one.safetensors").write_bytes(file.content)
-    again = served.complete(probe, name, vllm_xargs={"ttt_learn": 0}, **SCORED)
+    again = served.complete(probe, name, **READ)
+    mixed = served.complete(probe, name, vllm_xargs={"ttt_learn": 0}, **SCORED)
     return {
         "folder": folder, "probe": probe, "served": logprobs(answer), "base": logprobs(base), "again": logprobs(again),
+        "mixed": logprobs(mixed),
         "tokens": answer["choices"][0]["logprobs"]["tokens"], "delta": served.delta(name),
         "version": served.session(name)["version"],
     }  # fmt: skip
 
 
-def test_the_tar_and_the_file_are_the_same_adapter(deep: Served, exported: dict[str, Any]) -> None:
+def test_the_tar_and_the_file_are_the_same_adapter(cached: Served, exported: dict[str, Any]) -> None:
     folder: Path = exported["folder"]
     assert {p.name for p in folder.iterdir()} == {
         "adapter_config.json",
@@ -74,7 +78,7 @@ def test_the_tar_and_the_file_are_the_same_adapter(deep: Served, exported: dict[
     for text in ((folder / "adapter_config.json").read_text(), metadata):
         assert str(MODEL.parent) not in text, "the server's folders are nobody's business"
     assert all(t.pop("exported").endswith("Z") for t in told)
-    session = deep.session(told[0]["session_id"])
+    session = cached.session(told[0]["session_id"])
     for t in told:
         assert (t["version"], t["tokens_learned"]) == (exported["version"], session["tokens_learned"])
         assert t["digest_sha256"] == delta_file.digest(exported["delta"])
@@ -88,7 +92,7 @@ def test_the_tar_and_the_file_are_the_same_adapter(deep: Served, exported: dict[
     assert config["base_model_name_or_path"] == "demo", "what clients call the model"
 
 
-def test_peft_loads_it(deep: Served, exported: dict[str, Any]) -> None:
+def test_peft_loads_it(cached: Served, exported: dict[str, Any]) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -100,6 +104,8 @@ def test_peft_loads_it(deep: Served, exported: dict[str, Any]) -> None:
     served, base = (torch.tensor(exported[key][: len(scores)]) for key in ("served", "base"))
     assert (served - base).abs().max() > 0.3, "the delta changes nothing: the comparison would prove nothing"
     assert (scores - served).abs().max() < TOLERANCE
+    mixed = torch.tensor(exported["mixed"][: len(scores)])
+    assert mixed.mean() > scores.mean() + 0.01, "the session answers with its cache, too, which no adapter has"
 
 
 def test_stock_vllm_loads_it(exported: dict[str, Any], stage: Stage) -> None:

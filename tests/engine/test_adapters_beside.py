@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MODEL, Stage, running_ttt
+from conftest import MODEL, NO_CACHE, Stage, running_ttt
 from served import Documents, assert_same, logprobs
 from transformers import AutoTokenizer
 
@@ -19,7 +19,7 @@ from vllm_ttt.eval.texts import read_texts
 pytestmark = pytest.mark.engine
 
 CONFIG: dict[str, Any] = {
-    "adapt": {"preset": "head"}, "learn": {"chunk": 256}, "sessions": {"resident": 2}, "guard": {"every": 0},
+    "adapt": {"preset": "head"}, "learn": {"chunk": 256}, "sessions": {"resident": 2}, "guard": {"every": 0}, **NO_CACHE,
 }  # fmt: skip
 READ: dict[str, Any] = {"vllm_xargs": {"ttt_learn": 0}}
 #: Nats per token, float32 on either side.

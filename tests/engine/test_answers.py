@@ -159,7 +159,8 @@ def test_list_get_reset_delete_config(server: Served, documents: Documents) -> N
     assert (got["version"], got["tokens_seen"], got["requests_open"], got["tier"]) == (2, 512, 0, "slot")
     assert set(got["norm"]) == {"o", "d"}
     assert all(0.01 < norm < 0.1 for norm in got["norm"].values())
-    assert got["bytes"] == 8 * (384 + 384) * 64 * (4 + 2) + 4
+    cache = 4 * (1 + 513)  # a cut, and the tokens
+    assert got["bytes"] == 8 * (384 + 384) * 64 * (4 + 2) + 4 + cache
     assert [chunk["tokens"] for chunk in got["losses"]] == [256, 256]
     assert [chunk["version"] for chunk in got["losses"]] == [1, 2]
     first, last = got["losses"]

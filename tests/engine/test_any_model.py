@@ -12,7 +12,7 @@ import families
 import pytest
 import quantised
 import torch
-from conftest import MODEL, Stage, at_rest, running, running_ttt
+from conftest import MODEL, NO_CACHE, Stage, at_rest, running, running_ttt
 from served import SCORED, Documents, Served, assert_same, logprobs, relative_error
 
 from vllm_ttt.config import parse_config
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engine
 LEARN: dict[str, Any] = {"chunk": 64, "max_loss": 2}
 CONFIG: dict[str, Any] = {
     "adapt": {"preset": "head"}, "learn": LEARN, "sessions": {"resident": 2}, "guard": {"every": 4, "max_regression": 100},
-    "schedule": {"tokens_per_step": 64},
+    "schedule": {"tokens_per_step": 64}, **NO_CACHE,
 }  # fmt: skip
 FLAGS = ["--dtype", "float32"]
 READ: dict[str, Any] = {"vllm_xargs": {"ttt_learn": 0}}

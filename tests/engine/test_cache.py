@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Stage, at_rest, config_of, running_ttt
+from conftest import Stage, config_of, running_ttt
 from served import SCORED, Documents, Served, logprobs
 from torch import nn
 
@@ -23,11 +23,6 @@ pytestmark = pytest.mark.engine
 #: Uses the session, and leaves it as it is.
 LOOK: dict[str, Any] = {"vllm_xargs": {"ttt_learn": 0}}
 WITHOUT: dict[str, Any] = {"vllm_xargs": {"ttt_learn": 0, "ttt_cache": 0}}
-
-
-@pytest.fixture
-def cached(stage: Stage) -> Iterator[Served]:
-    yield from at_rest(stage.get("cached"))
 
 
 @pytest.fixture
@@ -125,6 +120,19 @@ def test_a_request_may_leave_it_out(cached: Served, told: tuple[str, list[int]])
     assert after["losses"][-1]["cache_loss"] is None
 
 
+def test_a_server_as_it_comes_has_caches(server: Served, documents: Documents) -> None:
+    """In bfloat16, with no word of caches in its settings: a document that comes back is known better than by the delta."""
+    name, text = server.fresh(), documents["legal_a"][0][:513]
+    assert server.http.get("/v1/ttt/config").json()["cache"]["orders"] == 6
+    server.complete(text, name)
+    server.settle()
+    frozen = sum(served_losses(server, text, None))
+    with_it, bare = (sum(served_losses(server, text, name, **x)) for x in (LOOK, WITHOUT))
+    assert with_it < bare - 25 < frozen - 50
+    session = server.session(name)
+    assert (session["cache_tokens"], session["losses"][0]["cache_loss"] is None) == (512, False)
+
+
 def likeliest(served: Served, text: list[int], name: str | None, **body: Any) -> list[int]:
     """The first choice after each token of the text but the last."""
     answer = served.complete(text, name, prompt_logprobs=1, **body)
@@ -213,7 +221,7 @@ def test_it_goes_with_a_delta_on_the_last_hidden_state(
     models: dict[torch.dtype, nn.Module], documents: Documents, stage: Stage, tmp_path: Path
 ) -> None:
     """The preset `head`: the cache is mixed into what the model says with that delta."""
-    settings: dict[str, Any] = {"adapt": {"preset": "head"}, "learn": {"chunk": 128}, "cache": {"orders": 6}}
+    settings: dict[str, Any] = {"adapt": {"preset": "head"}, "learn": {"chunk": 128}}
     config, told, probe = parse_config(settings), documents["man_fr"][0][:257], documents["man_fr"][0][100:300]
     oracle, cache = HeadOracle(models[torch.float32], config), SessionCache(config)
     stage.stop()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 FLAGS = ["--dtype", "float32", "--speculative-config"]
 SHARED: dict[str, Any] = {"sessions": {"resident": 2}, "guard": {"every": 0}}
-HEAD: dict[str, Any] = {"adapt": {"preset": "head"}, "learn": {"chunk": 64}, "cache": {"orders": 6}, **SHARED}
+HEAD: dict[str, Any] = {"adapt": {"preset": "head"}, "learn": {"chunk": 64}, **SHARED}
 READ: dict[str, Any] = {"ttt_learn": 0, "ttt_cache": 0}
 LEARN_ALL: dict[str, Any] = {"ttt_learn_output": 1, "ttt_cache": 0}
 #: Nats per token, float32 on either side.

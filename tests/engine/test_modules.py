@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHORT, Stage, running_ttt
+from conftest import NO_CACHE, SHORT, Stage, running_ttt
 from served import Documents, assert_same, logprobs
 from torch import nn
 
@@ -22,7 +22,7 @@ def test_the_delta_is_the_oracles(
 ) -> None:
     stage.stop()
     adapt = {"layers": 2, "modules": modules}
-    config: dict[str, Any] = {"adapt": adapt, "learn": SHORT, "sessions": {"resident": 2}}
+    config: dict[str, Any] = {"adapt": adapt, "learn": SHORT, "sessions": {"resident": 2}, **NO_CACHE}
     reference = Oracle(models[torch.float32], parse_config(config))
     with running_ttt(stage.folder / "-".join(modules), config, ["--dtype", "float32"]) as served:
         name = served.fresh()

@@ -26,7 +26,7 @@ def kept(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     stage.stop()
     folder = tmp_path_factory.mktemp("operators")
     learn = {"chunk": 256, "filter": [r"\b\d{4} \d{4} \d{4} \d{4}\b"]}
-    config = {"learn": learn, "sessions": {"resident": 4, "autosave": 1.0}, "cache": {"orders": 6}}
+    config = {"learn": learn, "sessions": {"resident": 4, "autosave": 1.0}}
     with running_ttt(folder, config, ["--dtype", "float32", "--ttt-state-dir", str(folder / "state")]) as served:
         yield served, folder
 

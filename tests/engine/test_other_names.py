@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import twins
-from conftest import MODEL, Stage, running_ttt
+from conftest import MODEL, NO_CACHE, Stage, running_ttt
 from served import Documents, Served, assert_same, logprobs
 
 from vllm_ttt.config import parse_config
@@ -20,7 +20,7 @@ from vllm_ttt.config import parse_config
 pytestmark = pytest.mark.engine
 
 LEARN: dict[str, Any] = {"chunk": 256, "max_loss": 2}
-SESSIONS: dict[str, Any] = {"sessions": {"resident": 2}, "guard": {"every": 0}, "learn": LEARN}
+SESSIONS: dict[str, Any] = {"sessions": {"resident": 2}, "guard": {"every": 0}, "learn": LEARN, **NO_CACHE}
 READ: dict[str, Any] = {"vllm_xargs": {"ttt_learn": 0}}
 SHAPE: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 2048}
 #: What stands for an image, four times each.

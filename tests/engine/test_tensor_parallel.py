@@ -49,8 +49,7 @@ LOAD, SECONDS = HERE.parents[1] / "loadtests" / "run_load.py", int(os.environ.ge
 @contextlib.contextmanager
 def serving(folder: Path, preset: str, ranks: int) -> Iterator[Served]:
     """On the state dir of the preset."""
-    cache = {"orders": 6 if preset == "last" else 0}  # with one preset, sessions have their own caches, too
-    (folder / "ttt.yaml").write_text(yaml.safe_dump({**CONFIG, "adapt": ADAPT[preset], "cache": cache}))
+    (folder / "ttt.yaml").write_text(yaml.safe_dump({**CONFIG, "adapt": ADAPT[preset]}))
     log, state = folder / f"{preset}-{ranks}.log", str(folder / f"state-{preset}")
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", state, "--dtype", "float32"]
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))

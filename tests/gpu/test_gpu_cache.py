@@ -16,7 +16,7 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 DEMO = Path(__file__).parents[2] / "demo"
-CONFIG: dict[str, Any] = {"cache": {"orders": 6}, "guard": {"every": 0}, "sessions": {"resident": 4}}
+CONFIG: dict[str, Any] = {"guard": {"every": 0}, "sessions": {"resident": 4}}
 #: Uses a session and leaves it as it is, with and without its cache.
 LOOK, WITHOUT = {"ttt_learn": 0}, {"ttt_learn": 0, "ttt_cache": 0}
 

@@ -10,6 +10,7 @@ import pkgutil
 import re
 import subprocess
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 import pytest
@@ -190,7 +191,7 @@ def test_bodies_of_the_examples_are_accepted(file: Path) -> None:
 
 def test_figures_of_the_demo_are_those_of_its_run() -> None:
     """Each cell of README's table, and what is bold in it: the best of the row."""
-    run = json.loads((ROOT / "loadtests" / "results" / "2026-11-28-demo.json").read_text(encoding="utf-8"))
+    run = json.loads((ROOT / "loadtests" / "results" / "2026-11-29-demo.json").read_text(encoding="utf-8"))
     frozen, accepted, later = run["frozen"], run["characters"]["p2"], run["about"]["later"]
     losses = {"frozen": frozen["p2"], "retrieval": frozen["p2_rag"], "context": frozen["p2_context"]}
     losses["ttt"] = [loss - gain for loss, gain in zip(frozen["p2"], run["last"]["p2"], strict=True)]
@@ -216,7 +217,8 @@ def test_figures_of_the_gains_are_those_of_their_run() -> None:
     algorithm = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
     arms = {
         "BM25 retrieval": "retrieval", "the last 7 documents in the context": "context",
-        "the session's own n-grams, mixed in": "ngrams", "**session**": "ttt", "session and n-grams": "ttt_ngrams",
+        "the session's own n-grams, mixed in": "ngrams", "the session's delta alone": "ttt",
+        "**session**, delta and n-grams": "ttt_ngrams",
     }  # fmt: skip
     for label, arm in arms.items():
         first, all_, last = (
@@ -225,6 +227,9 @@ def test_figures_of_the_gains_are_those_of_their_run() -> None:
         harmed = f"{100 * p2[arm]['harmed']['mean']:.0f} %"
         assert f"| {label} | {first} | {harmed} | {last} |" in README
         assert f"| {label} | {first} | {harmed} | {all_} | {last} |" in algorithm
+    served = json.loads((results / "2026-11-29-smollm2-h200.json").read_text(encoding="utf-8"))["runs"]["deep and cache"]
+    gain = fmean(x for gains in served.values() for x in gains[1:])
+    assert f"[{gain:+.3f}](loadtests/results/2026-11-29-smollm2-h200.md)" in README
 
 
 def test_make_targets_and_commands_exist() -> None:

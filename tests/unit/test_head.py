@@ -394,7 +394,8 @@ def test_settings() -> None:
 
 
 def test_needs_are_the_bytes_of_the_buffers() -> None:
-    config = parse_config({"adapt": {"rank": R}, "sessions": {"resident": 3}, "schedule": {"backlog_tokens": 1024}}, "head")
+    data = {"adapt": {"rank": R}, "sessions": {"resident": 3}, "schedule": {"backlog_tokens": 1024}, "cache": {"orders": 0}}
+    config = parse_config(data, "head")
     geometry, head = Geometry(0, R, 0, D, 0, 0, modules=("lm_head",)), head_of(torch.bfloat16)
     deltas, states = Deltas(head, 3, 0.01), States(D, 64, torch.bfloat16, torch.device("cpu"))
     assert deltas.bytes_per_session() == geometry.bytes

@@ -48,7 +48,7 @@ class Fast:
 
     def __init__(self, config: TTTConfig = CONFIG):
         self.config, self.indexes = config, Indexes(1)
-        self.ngrams = NGrams.fresh(config.cache.orders)
+        self.ngrams = NGrams.fresh(config.cache.longest)
 
     def learn(self, ids: list[int], start: int = 0) -> list[tuple[float, float]]:
         """As `SessionCache.learn`."""

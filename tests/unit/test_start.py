@@ -305,16 +305,48 @@ def test_ways_to_run_in_parallel_that_are_refused(name: str, value: Any, says: s
         support.finish_vllm_config(made, TTTConfig())
 
 
+def test_sessions_have_caches_by_default() -> None:
+    """The processes read a number, and what the user gave stays as it was: a second server may be made of it."""
+    for given, orders in ({}, 6), ({"cache": {"orders": 0}}, 0), ({"cache": {"orders": 3}}, 3):
+        arguments = engine_args(config=given)
+        before = json.dumps(arguments)
+        config = plugin.config_of(offline(**arguments).create_engine_config())
+        assert config is not None
+        assert (config.cache.orders, json.dumps(arguments)) == (orders, before)
+
+
 @pytest.mark.parametrize("flag", ["--enable-batch-sharded-sampling", "--speculative-config on CUDA"])
-def test_where_caches_cannot_be_mixed_in(flag: str) -> None:
-    made = offline(additional_config={}).create_engine_config()
+def test_where_caches_cannot_be_mixed_in(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has asked for none is served without, and told so; who has is refused."""
+    made, logged = offline(additional_config=engine_args()["additional_config"]).create_engine_config(), list[str]()
     if "CUDA" in flag:
         made.device_config.device_type, made.speculative_config = "cuda", SimpleNamespace(method="ngram")  # type: ignore[assignment]
     else:
         made.parallel_config.enable_batch_sharded_sampling = True
     says = f"{flag} is not supported with cache.orders above 0; leave it out, or set cache.orders to 0"
     with pytest.raises(ConfigError, match=re.escape(says)):
-        support.finish_vllm_config(made, TTTConfig(cache=CacheConfig(orders=6)))
+        support.settle_cache(made, TTTConfig(cache=CacheConfig(orders=6)))
+    monkeypatch.setattr(support.logger, "warning", lambda text, *values: logged.append(text % values))
+    assert support.settle_cache(made, TTTConfig(cache=CacheConfig(orders=0))).cache.orders == 0
+    assert not logged
+    assert support.settle_cache(made, TTTConfig()).cache.orders == 0
+    config = plugin.config_of(made)
+    assert config is not None
+    assert config.cache.orders == 0, "engine core and worker read it there"
+    assert logged == [f"vllm-ttt: cache.orders is 0 here, so that sessions have no cache: none is served with {flag}"]
+
+
+def test_where_caches_have_not_been_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several ranks on CUDA: who asks for caches tries them, and nobody else has them."""
+    made, logged = offline().create_engine_config(), list[str]()
+    monkeypatch.setattr(support.logger, "warning", lambda text, *values: logged.append(text % values))
+    made.parallel_config.tensor_parallel_size = 2
+    assert support.settle_cache(made, TTTConfig()).cache.orders == 6, "on a CPU they have been"
+    made.device_config.device_type = "cuda"
+    assert support.settle_cache(made, TTTConfig(cache=CacheConfig(orders=4))).cache.orders == 4
+    assert not logged
+    assert support.settle_cache(made, TTTConfig()).cache.orders == 0
+    assert "--tensor-parallel-size on CUDA, where it has not been run" in logged[0]
 
 
 def changed_model(folder: Path, **change: Any) -> str:

@@ -24,7 +24,8 @@ D, Q, F, V, R, N = 32, 48, 64, 96, 8, 40
 def test_needs_are_the_bytes_of_the_buffers(modules: tuple[str, ...], layer: int) -> None:
     """Where every layer is adapted, all that is kept of a token is the token, and the one that follows."""
     adapt = {"layers": 1, "modules": modules, "rank": R}
-    config = parse_config({"adapt": adapt, "sessions": {"resident": 3}, "schedule": {"backlog_tokens": 1024}})
+    settings = {"sessions": {"resident": 3}, "schedule": {"backlog_tokens": 1024}, "cache": {"orders": 0}}
+    config = parse_config({"adapt": adapt, **settings})
     geometry = Geometry(layer=layer, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F, modules=modules)
     new = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)  # noqa: E731
     tail = Tail(

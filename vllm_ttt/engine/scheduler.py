@@ -226,7 +226,7 @@ class TTTScheduler(HoldingScheduler):
         knobs = attached.knobs
         return RequestPlan(
             session.adapter, attached.prompt, knobs.learn, knobs.learn_output, start, knobs.interleave,
-            cache=knobs.cache and self.ttt_config.cache.orders > 0, repetitive=attached.repetitive,
+            cache=knobs.cache and self.ttt_config.cache.longest > 0, repetitive=attached.repetitive,
             filtered=attached.filtered,
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ class SessionCache:
     def __init__(self, config: TTTConfig | None = None, orders: int | None = None):
         """``orders``: instead of what the config says."""
         config = config or TTTConfig()
-        self.orders, self.limit = config.cache.orders if orders is None else orders, config.cache.tokens
+        self.orders, self.limit = config.cache.longest if orders is None else orders, config.cache.tokens
         self.chunk, self.min_chunk = config.learn.chunk, config.learn.min_chunk
         #: what has followed a context, how often
         self.table: dict[Context, Counter[int]] = {}

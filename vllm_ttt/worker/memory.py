@@ -61,7 +61,7 @@ def needs(
     if copied:
         which = "lm_head" if geometry.head else "the adapted layers and of lm_head"
         parts[f"copies of the weights of {which}, which the model has in another form"] = copied
-    if config.cache.orders:
+    if config.cache.longest:
         parts["indexes of the caches of sessions that are served (cache.tokens, cache.orders, sessions.resident)"] = (
             rows * config.cache.index_bytes
         )

@@ -72,7 +72,7 @@ class Caches:
 
     @property
     def on(self) -> bool:
-        return self.config.orders > 0
+        return self.config.longest > 0
 
     def start(self, request: str, plan: RequestPlan) -> None:
         """A request of a session begins."""
@@ -119,7 +119,7 @@ class Caches:
 
     def commit(self, session: WorkerSession, text: Text) -> Known:
         """The chunk has been learned: from the version that follows on, the session remembers it."""
-        ngrams = session.ngrams or NGrams.fresh(self.config.orders)
+        ngrams = session.ngrams or NGrams.fresh(self.config.longest)
         index = self.indexes.of(ngrams)
         session.ngrams, known = commit(ngrams, index, text.tokens, text.chunk.rows, *text.losses, self.config.tokens)
         self.indexes.of(session.ngrams)

@@ -63,7 +63,7 @@ class NGrams:
     def revive(cls, stream: Tokens, experience: Sequence[Sequence[Sequence[float]]], config: CacheConfig) -> NGrams:
         """What a file has, as this configuration wants it. Raises ValueError where ``experience`` is none."""
         found = np.asarray(experience, np.float64)
-        own = _prior(config.orders) if config.orders else found.copy()  # a server without caches keeps it as it was
+        own = _prior(config.longest) if config.longest else found.copy()  # a server without caches keeps it as it was
         if not (np.isfinite(found).all() and (found > 0).all()):
             raise ValueError("the weights of its cache are not positive numbers")
         if found.shape[1:] == own.shape[1:]:  # other steps: its weights begin anew

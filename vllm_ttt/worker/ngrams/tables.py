@@ -25,12 +25,12 @@ class Tables:
     ``shares``: as `NGrams.shares`."""
 
     def __init__(self, rows: int, config: CacheConfig, device: torch.device):
-        entries = config.orders * config.tokens
-        self.orders = config.orders
+        entries = config.longest * config.tokens
+        self.orders = config.longest
         self.keys = torch.zeros(rows, entries, dtype=torch.int64, device=device)
         self.sums = torch.zeros(rows, entries + 1, dtype=torch.int32, device=device)
         self.sizes = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.shares = torch.zeros(rows, config.orders, len(STEPS) + 1, device=device)
+        self.shares = torch.zeros(rows, self.orders, len(STEPS) + 1, device=device)
         self.steps = torch.tensor(STEPS, dtype=torch.float32, device=device)
         #: session -> row and what is in it, least recently served first
         self.table: OrderedDict[int, tuple[int, NGrams]] = OrderedDict()
