@@ -70,14 +70,13 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_tiers.on_ready = self.ttt_holding.woke
         self.ttt_blocks = BlockKeys(config)
         self.ttt_held = HeldBlocks(self.kv_cache_manager.block_pool)
-        self.ttt_trust = Trust(config, self.vllm_config.model_config)
+        self.ttt_trust, self.ttt_stops = Trust(config, self.vllm_config.model_config), Stops(self.vllm_config.model_config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve(), config.adapt.in_slots)
         self.ttt_room, self.ttt_ending = Room(config.schedule.backlog_tokens, config.learn.chunk), Ending(self)
         self.ttt_alarm: Alarm | None = None
-        self.ttt_requests: dict[str, Attached] = {}
+        self.ttt_requests, self.ttt_interleaved = dict[str, Attached](), dict[str, Attached]()
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = Arrivals(config.adapt.in_slots)
-        self.ttt_stops, self.ttt_interleaved = Stops(self.vllm_config.model_config), dict[str, Attached]()
         self.ttt_report, self.ttt_ended = StepReport(), dict[str, int]()
 
     def add_request(self, request: Request) -> None:
@@ -243,6 +242,7 @@ class TTTScheduler(HoldingScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        self.ttt_tiers.check()
         report: StepReport | None = getattr(model_runner_output, "ttt", None)
         if report is not None:
             self._read(report)
