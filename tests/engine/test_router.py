@@ -86,7 +86,7 @@ def server(folder: Path, number: int) -> Iterator[Served]:
 
 @contextlib.contextmanager
 def nginx(folder: Path, urls: list[str]) -> Iterator[str]:
-    assert NGINX is not None
+    assert NGINX is not None, "nginx is not installed: apt-get install nginx-light"
     port = processes.free_port()
     servers = "\n    ".join(f"server {url.removeprefix('http://')} max_fails=1 fail_timeout=5s;" for url in urls)
     user = "user root;" if os.geteuid() == 0 else ""
@@ -111,9 +111,9 @@ def vllm_router(folder: Path, urls: list[str]) -> Iterator[str]:
 class Load:
     """Clients that learn and save until they are told to stop: of each session one behind each router."""
 
-    def __init__(self, routers: list[str], saves: str, documents: Documents):
+    def __init__(self, routers: list[str], documents: Documents):
         self.tokens = [token for domain in documents.values() for ids in domain for token in ids]
-        self.saves, self.lock = saves, threading.Lock()
+        self.lock = threading.Lock()
         #: of each session: versions that were answered with, and that were acknowledged as saved; statuses of all answers
         self.versions: dict[str, list[int]] = defaultdict(list)
         self.acknowledged: dict[str, int] = {}
@@ -133,14 +133,14 @@ class Load:
                     self._ask(http, url, name, i)
 
     def _ask(self, http: httpx.Client, url: str, name: str, i: int) -> None:
-        start = 40 * (i + hash((url, name))) % (len(self.tokens) - TEXT)
+        start = 40 * (i + 11 * NAMES.index(name)) % (len(self.tokens) - TEXT)
         answer = http.post(f"{url}/v1/completions", json=completion(self.tokens[start : start + TEXT]))
         self._note(answer)
         if answer.status_code == 200:
             with self.lock:
                 self.versions[name].append(answer.json()["ttt"]["version"])
             if i % 2:
-                saved = http.post(f"{self.saves}/v1/ttt/sessions/{name}/save")
+                saved = http.post(f"{url}/v1/ttt/sessions/{name}/save")
                 self._note(saved)
                 if saved.status_code == 200 and (version := saved.json()["saved_version"]) is not None:
                     with self.lock:
@@ -168,7 +168,6 @@ def ask(url: str, name: str, documents: Documents) -> httpx.Response:
     return httpx.post(f"{url}/v1/completions", json=completion(text), headers=headers, timeout=60, trust_env=False)
 
 
-@pytest.mark.skipif(NGINX is None and not os.environ.get("CI"), reason="needs nginx")
 def test_two_servers_behind_two_routers_and_one_is_killed(stage: Stage, tmp_path: Path, documents: Documents) -> None:
     stage.stop()
     assert importlib.util.find_spec("vllm_router"), "vllm-router is not installed: make setup"
@@ -176,27 +175,29 @@ def test_two_servers_behind_two_routers_and_one_is_killed(stage: Stage, tmp_path
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(server(tmp_path, number)) for number in range(2)]
         urls = [served.url for served in servers]
-        routers = [stack.enter_context(nginx(tmp_path, urls)), stack.enter_context(vllm_router(tmp_path, urls))]
+        routers = [stack.enter_context(vllm_router(tmp_path, urls))]
+        if NGINX is not None or os.environ.get("CI"):
+            routers.append(stack.enter_context(nginx(tmp_path, urls)))
         each_router_keeps_a_session_in_one_server(routers, servers, documents)
         one_that_is_idle_is_handed_over(urls, documents)
 
-        load = Load(routers, routers[0], documents)
+        load = Load(routers, documents)
         deadline = time.monotonic() + 60
         while len(load.acknowledged) < len(NAMES) and time.monotonic() < deadline:
             time.sleep(0.1)
+        assert set(load.acknowledged) == set(NAMES), load.statuses
         with load.lock:
             killed_at = time.monotonic()
             os.killpg(servers[0].process.pid, signal.SIGKILL)
             before = {name: list(versions) for name, versions in load.versions.items()}
             acknowledged = dict(load.acknowledged)
+        for name in NAMES:
+            for router in routers:
+                served_again(router, name, acknowledged[name], killed_at, documents)
         load.stop()
-        assert set(acknowledged) == set(NAMES), load.statuses
         print(f"statuses {dict(load.statuses)}, acknowledged {acknowledged}", flush=True)
         for name, versions in before.items():
             assert len(set(versions)) == len(versions), f"two servers have answered at once for {name}: {versions}"
-        for name in NAMES:
-            for router in routers:
-                served_again(router, name, max(acknowledged[name], load.acknowledged[name]), killed_at, documents)
         assert not load.wrong, load.wrong
         assert served_versions_go_on(routers, documents)
     log = (tmp_path / "server-1.log").read_text(errors="replace")
@@ -207,24 +208,26 @@ def test_two_servers_behind_two_routers_and_one_is_killed(stage: Stage, tmp_path
 def each_router_keeps_a_session_in_one_server(routers: list[str], servers: list[Served], documents: Documents) -> None:
     """By its header alone. Both servers get some."""
     for router in routers:
-        met: dict[str, set[int]] = defaultdict(set)
-        for _ in range(2):
-            for i in range(8):
-                before = [requests(served) for served in servers]
-                assert ask(router, f"{router[-5:]}-{i}", documents).status_code == 200
-                after = [requests(served) for served in servers]
-                met[f"{i}"] |= {n for n in range(2) if after[n] > before[n]}
-        assert all(len(found) == 1 for found in met.values()), met
-        assert len(set().union(*met.values())) == 2, met
+        found: set[int] = set()
+        for i in range(40):
+            name = f"{router[-5:]}-{i}"
+            places = []
+            for version in range(2):
+                answer = ask(router, name, documents)
+                assert (answer.status_code, answer.json()["ttt"]["version"]) == (200, version), answer.text
+                places.append(holders(servers, name))
+            assert len(places[0]) == 1, f"{name} is in {len(places[0])} servers"
+            assert places[0] == places[1], f"{name} went from one server to the other"
+            found |= set(places[0])
+            if len(found) == 2 and i >= 3:
+                break
+        assert found == {0, 1}, f"{router} sends all sessions to one server"
 
 
-def requests(served: Served) -> float:
-    time.sleep(0.05)
-    text = served.http.get("/metrics").text
-    line = next(
-        line for line in text.splitlines() if line.startswith("vllm:ttt_session_requests_total") and 'learn="yes"' in line
-    )
-    return float(line.split()[-1])
+def holders(servers: list[Served], name: str) -> list[int]:
+    """The servers that have the session in memory."""
+    shown = [served.http.get(f"/v1/ttt/sessions/{name}") for served in servers]
+    return [n for n, answer in enumerate(shown) if answer.status_code == 200 and answer.json()["tier"] in ("slot", "memory")]
 
 
 def one_that_is_idle_is_handed_over(urls: list[str], documents: Documents) -> None:
@@ -244,6 +247,6 @@ def served_again(router: str, name: str, saved: int, killed_at: float, documents
 
 
 def served_versions_go_on(routers: list[str], documents: Documents) -> bool:
-    """By both routers it is one session: in the server that is left."""
+    """Whichever router is asked it is one session: in the server that is left."""
     first = ask(routers[0], NAMES[0], documents).json()["ttt"]["version"]
-    return ask(routers[1], NAMES[0], documents).json()["ttt"]["version"] == first + 1
+    return ask(routers[-1], NAMES[0], documents).json()["ttt"]["version"] == first + 1

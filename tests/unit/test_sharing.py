@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -380,3 +381,25 @@ def test_reading_beside_it_leaves_its_journal(servers: Servers) -> None:
     assert [row["session_id"] for row in Offline(servers.folder).list()] == ["a"]
     database.connect(StateDir(servers.folder).database, readonly=True).close()
     assert not (servers.folder / "sessions.db-wal").exists()
+
+
+def test_a_server_beats_looks_and_leaves_by_itself(tmp_path: Path) -> None:
+    """With the threads and the clock that it has in earnest."""
+    world, woken = World(tmp_path / "s", shared=True), threading.Event()
+    watch = world.store.watch
+    assert watch is not None
+    beat, first = watch.member.folder / watch.member.id, b"%020d\n" % 0
+    assert claim(world, "a")
+    watch.wake = woken.set
+    other = database.connect(world.store.folder.database)
+    other.execute("UPDATE leases SET wanted = 1")
+    assert woken.wait(20), "nobody looks who wants a session"
+    deadline = time.monotonic() + 20
+    while beat.read_bytes() == first:
+        assert time.monotonic() < deadline, "it does not beat"
+        time.sleep(0.05)
+    world.end()
+    assert not beat.exists()
+    assert other.execute("SELECT (SELECT count(*) FROM leases), (SELECT count(*) FROM servers)").fetchone() == (0, 0)
+    other.close()
+    assert not [thread for thread in threading.enumerate() if thread in watch._threads]

@@ -21,7 +21,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": models.ErrorResponse, "description": "No such session under this API key"},
 }
 _CONFLICT: dict[int | str, dict[str, Any]] = {
-    409: {"model": models.ErrorResponse, "description": "The session has open requests"}
+    409: {"model": models.ErrorResponse, "description": "The session has open requests, or is in another server"}
 }
 
 _INVALID: dict[int | str, dict[str, Any]] = {422: {"model": models.ErrorResponse, "description": "Not what the schema allows"}}
@@ -104,6 +104,7 @@ async def list_sessions(
     response_class=StreamingResponse,
     responses={
         **_ERRORS,
+        **_CONFLICT,
         429: {"model": models.ErrorResponse, "description": "This API key waits for as many adapters as it may"},
         **_FULL,
         200: {"content": {"application/octet-stream": {}, "application/x-tar": {}}},
@@ -135,13 +136,13 @@ async def delete_session(session_id: SessionId, request: Request) -> Any:
     return await _ask(request, "delete", session_id)
 
 
-@router.post(_SESSION + "/freeze", response_model=models.SessionDetail, responses=_ERRORS | _FULL)
+@router.post(_SESSION + "/freeze", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
 async def freeze_session(session_id: SessionId, request: Request) -> Any:
     """Serve with the delta as it is, and learn nothing from now on. Answered when the state dir has it."""
     return await _ask(request, "freeze", session_id)
 
 
-@router.post(_SESSION + "/unfreeze", response_model=models.SessionDetail, responses=_ERRORS | _FULL)
+@router.post(_SESSION + "/unfreeze", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
 async def unfreeze_session(session_id: SessionId, request: Request) -> Any:
     """Learn again. Answered when the state dir has it."""
     return await _ask(request, "unfreeze", session_id)

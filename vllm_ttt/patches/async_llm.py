@@ -2,7 +2,7 @@
 
 The engine attaches it to every output as ``kv_transfer_params["ttt"]``. All online generation passes here, whichever
 route it came by, so the ``ttt_*`` knobs and the prompt are checked here too. Of several engine cores, a session's request goes
-to the one that has the session.
+to the one that has the session; where servers share a state dir, it goes to the engine once this server has the session.
 
 ``shutdown``: from its beginning on the API server takes nothing new (frontend/draining.py). At its end, whoever still waits for
 the engine core is answered.
