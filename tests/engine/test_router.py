@@ -182,6 +182,7 @@ def test_two_servers_behind_two_routers_and_one_is_killed(stage: Stage, tmp_path
         one_that_is_idle_is_handed_over(urls, documents)
 
         load = Load(routers, documents)
+        stack.callback(load.stop)
         deadline = time.monotonic() + 60
         while len(load.acknowledged) < len(NAMES) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -277,13 +277,13 @@ def test_places_are_counted_over_all_servers(servers: Servers) -> None:
         one.save(name)
     for world in (one, two):
         world.tiers.sharing.next_count = 0.0  # type: ignore[union-attr]
-        world.tiers.take_orders()
+        world.tiers.check()
     assert claim(two, "c")
     with pytest.raises(RequestError, match="at most 2"):
         two.use("c")
     assert ask(one, "delete", "a")["ok"]
     two.tiers.sharing.next_count = 0.0  # type: ignore[union-attr]
-    two.tiers.take_orders()
+    two.tiers.check()
     two.use("c", 1.0)
 
 

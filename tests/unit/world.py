@@ -143,6 +143,7 @@ class World:
 
     def step(self) -> None:
         """One step of the engine: orders out, reports in."""
+        self.tiers.check()
         self.files.step(self.tiers.take_orders())
         report, self.trainer.report = self.trainer.report, StepReport()
         counted = 0

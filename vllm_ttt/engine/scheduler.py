@@ -183,11 +183,11 @@ class TTTScheduler(HoldingScheduler):
         return tokens
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self.ttt_tiers.check()
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended, stopped=self.ttt_trust.take_stopped(), files=self.ttt_tiers.take_orders())
-        self.ttt_ended = {}
         plan.urgent, plan.lost, plan.still = self.ttt_held.urgent(output), self.ttt_held.take_lost(), self.ttt_arrivals.still()
-        plan.awaited = self.ttt_holding.learn_first()
+        plan.awaited, self.ttt_ended = self.ttt_holding.learn_first(), {}
         if self.ttt_requests or self.ttt_probe.open:
             for request_id in output.num_scheduled_tokens:
                 attached = self.ttt_requests.get(request_id)
@@ -380,7 +380,7 @@ class TTTScheduler(HoldingScheduler):
         return super().has_requests() or bool(learning or self.ttt_refused or self.ttt_tiers.busy)
 
     def _give_up(self, session: Session, error: RequestError) -> None:
-        """Refuse the requests of a session that cannot be brought back; none of them has started."""
+        """Refuse the requests of a session that cannot be brought back, and of one that another server may have."""
         waiting = [self.requests[request_id] for request_id in session.requests if request_id in self.requests]
         self.finish_requests([request.request_id for request in waiting], RequestStatus.FINISHED_ABORTED)
         self.ttt_counts.add("refused_requests_total", len(waiting), str(error.status))

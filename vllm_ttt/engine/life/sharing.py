@@ -85,7 +85,8 @@ class Sharing:
                     self._lose(key)
             elif isinstance(event, Wanted):
                 self._hand_over(set(event.sessions))
-        self.check()
+        if not self.leases.alive():
+            self._stop()
         if (now := time.monotonic()) >= self.next_look:
             self.next_look = now + _LOOK
             known = self.tiers.ledger.sessions
@@ -98,11 +99,10 @@ class Sharing:
             with contextlib.suppress(StoreError):  # as it was counted before
                 self.tiers.ledger.quotas.recount(unrecorded)
 
-    def check(self) -> None:
-        """Where this server may not answer for its sessions any more, it does not: their requests are refused."""
-        if not self.leases.alive():
-            for session in [s for s in self.tiers.ledger.sessions.values() if s.requests]:
-                self.tiers.give_up(session, Moved("this server may have been taken for dead; ask again"))
+    def _stop(self) -> None:
+        """This server may not answer for its sessions any more: their requests are refused."""
+        for session in [s for s in self.tiers.ledger.sessions.values() if s.requests]:
+            self.tiers.give_up(session, Moved("this server may have been taken for dead; ask again"))
 
     def drops(self, session: Session) -> bool:
         """Whether the session is lost. It is dropped as soon as nothing is under way for it."""

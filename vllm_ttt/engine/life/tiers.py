@@ -109,9 +109,9 @@ class Tiers:
             self._rest(session)
 
     def check(self) -> None:
-        """Before anything is answered: see that this server may."""
+        """Before anything is scheduled or answered: see which sessions this server has. Never raises."""
         if self.sharing is not None:
-            self.guard(self.sharing.check)
+            self.guard(self.sharing.step)
 
     def take_orders(self) -> list[FileOrder]:
         """What the worker is to do, with the step that is being scheduled. Never raises."""
@@ -121,8 +121,6 @@ class Tiers:
         if self.store is not None and self.saves is not None:
             for part in (self.store.poll, self._make_clean, self.saves.step):
                 self.guard(part)
-        if self.sharing is not None:
-            self.guard(self.sharing.step)
         for part in (self.exports.step, self.operations.step, self.lists.step):
             self.guard(part)
         broken, self.broken = self.broken, []

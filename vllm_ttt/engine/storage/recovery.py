@@ -41,10 +41,12 @@ def sweep(db: sqlite3.Connection, folder: StateDir) -> None:
 
     Nothing is recorded meanwhile, and later nothing whose file is not there (`Store.put`).
     """
+    (_, now), *files = folder.ages()
+    old = [file for file, written in files if now - written > _OLD]
     with db:
         db.execute("BEGIN IMMEDIATE")
-        recorded, (now, *others) = records.files(db), folder.ages()
-        leftovers = [file for file, time in others if file not in recorded and now[1] - time > _OLD]
+        recorded = records.files(db)
+        leftovers = [file for file in old if file not in recorded]
         for file in leftovers:
             with contextlib.suppress(OSError):
                 (folder.root / file).unlink()
