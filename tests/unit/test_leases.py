@@ -266,10 +266,10 @@ def pair(tmp_path: Path) -> Iterator[tuple[list[float], Server, Server]]:
         database.create(db, {})
         leases.create(db, alone=True)
     clock = [0.0]
-    servers = [Server(tmp_path, lambda: clock[0]) for _ in range(2)]
-    yield clock, *servers
-    for server in servers:
-        server.db.close()
+    one, two = (Server(tmp_path, lambda: clock[0]) for _ in range(2))
+    yield clock, one, two
+    one.db.close()
+    two.db.close()
 
 
 def take(server: Server, key: SessionKey) -> int | None:
