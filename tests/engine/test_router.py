@@ -114,8 +114,9 @@ class Load:
     def __init__(self, routers: list[str], documents: Documents):
         self.tokens = [token for domain in documents.values() for ids in domain for token in ids]
         self.lock = threading.Lock()
-        #: of each session: versions that were answered with, and that were acknowledged as saved; statuses of all answers
-        self.versions: dict[str, list[int]] = defaultdict(list)
+        #: of each session and router: when each request was sent and answered, and the version; versions that were acknowledged
+        #: as saved; statuses of all answers
+        self.answers: dict[tuple[str, str], list[tuple[float, float, int]]] = defaultdict(list)
         self.acknowledged: dict[str, int] = {}
         self.statuses: dict[int, int] = defaultdict(int)
         self.wrong: list[str] = []
@@ -134,11 +135,12 @@ class Load:
 
     def _ask(self, http: httpx.Client, url: str, name: str, i: int) -> None:
         start = 40 * (i + 11 * NAMES.index(name)) % (len(self.tokens) - TEXT)
+        sent = time.monotonic()
         answer = http.post(f"{url}/v1/completions", json=completion(self.tokens[start : start + TEXT]))
         self._note(answer)
         if answer.status_code == 200:
             with self.lock:
-                self.versions[name].append(answer.json()["ttt"]["version"])
+                self.answers[name, url].append((sent, time.monotonic(), answer.json()["ttt"]["version"]))
             if i % 2:
                 saved = http.post(f"{url}/v1/ttt/sessions/{name}/save")
                 self._note(saved)
@@ -155,6 +157,17 @@ class Load:
             time.sleep(0.5)
         elif answer.status_code not in (200, 502, 503, 504, 500):
             self.wrong.append(f"{answer.status_code}: {answer.text}")
+
+    def versions(self, name: str, after: float = 0.0, before: float = 1e12) -> list[int]:
+        """What requests of a session that were sent ``after`` and answered ``before`` have been answered with."""
+        with self.lock:
+            found = [answer for (of, _), answers in self.answers.items() if of == name for answer in answers]
+        return [version for sent, got, version in found if sent > after and got < before]
+
+    def served(self, after: float) -> set[tuple[str, str]]:
+        """Of which sessions requests that were sent ``after`` have been answered, and behind which router."""
+        with self.lock:
+            return {whose for whose, answers in self.answers.items() if answers[-1][0] > after}
 
     def stop(self) -> None:
         self.ends.set()
@@ -188,17 +201,20 @@ def test_two_servers_behind_two_routers_and_one_is_killed(stage: Stage, tmp_path
             time.sleep(0.1)
         assert set(load.acknowledged) == set(NAMES), load.statuses
         with load.lock:
-            killed_at = time.monotonic()
-            os.killpg(servers[0].process.pid, signal.SIGKILL)
-            before = {name: list(versions) for name, versions in load.versions.items()}
             acknowledged = dict(load.acknowledged)
-        for name in NAMES:
-            for router in routers:
-                served_again(router, name, acknowledged[name], killed_at, documents)
+            os.killpg(servers[0].process.pid, signal.SIGKILL)
+            killed = time.monotonic()
+        everybody = {(name, router) for name in NAMES for router in routers}
+        while load.served(killed) != everybody:
+            assert time.monotonic() < killed + SOON, f"{everybody - load.served(killed)}: {dict(load.statuses)}"
+            time.sleep(0.1)
+        took = time.monotonic() - killed
         load.stop()
-        print(f"statuses {dict(load.statuses)}, acknowledged {acknowledged}", flush=True)
-        for name, versions in before.items():
-            assert len(set(versions)) == len(versions), f"two servers have answered at once for {name}: {versions}"
+        print(f"all served {took:.1f} s after the kill; {dict(load.statuses)}; acknowledged {acknowledged}", flush=True)
+        for name in NAMES:
+            for versions in (load.versions(name, before=killed), load.versions(name, after=killed)):
+                assert len(set(versions)) == len(versions) > 0, f"two servers have answered at once for {name}: {versions}"
+            assert min(load.versions(name, after=killed)) >= acknowledged[name], f"an acknowledged save of {name} is lost"
         assert not load.wrong, load.wrong
         assert served_versions_go_on(routers, documents)
     log = (tmp_path / "server-1.log").read_text(errors="replace")
@@ -237,14 +253,6 @@ def one_that_is_idle_is_handed_over(urls: list[str], documents: Documents) -> No
         answer = ask(urls[i % 2], "to-and-fro", documents)
         assert answer.status_code == 200, answer.text
         assert answer.json()["ttt"]["version"] == i
-
-
-def served_again(router: str, name: str, saved: int, killed_at: float, documents: Documents) -> None:
-    while (answer := ask(router, name, documents)).status_code != 200:
-        assert time.monotonic() < killed_at + SOON, answer.text
-        time.sleep(0.5)
-    assert time.monotonic() < killed_at + SOON
-    assert answer.json()["ttt"]["version"] >= saved, f"an acknowledged save of {name} is lost"
 
 
 def served_versions_go_on(routers: list[str], documents: Documents) -> bool:

@@ -86,7 +86,7 @@ class FakeTrainer:
     def in_flight(self, key: int) -> bool:
         return key in self.flying
 
-    def collect(self, left: int | None = None) -> None:
+    def collect(self, wait: bool = False) -> None:
         """There is nothing under way."""
 
     def copy(self, key: int, to: int) -> int:
