@@ -316,7 +316,7 @@ class Tiers:
             folder.set_aside(saved.file)
             return Change(row, gone=[saved.file])
 
-        row = yield self.store.write(write, session.key)
+        row = yield self.store.write(write, whose=session.key)
         if row is None:
             raise OSError(why)
         session.become({**row.state, **session.standing()}, row.newest)

@@ -178,7 +178,7 @@ class Store:
             gone += self._make_room(db, version.file, version.bytes, gone)
             return Change(None, {version.file: version.bytes}, gone)
 
-        return self.write(write, row.key)
+        return self.write(write, whose=row.key)
 
     def note(self, row: Row) -> None:
         """Record what is known of a session that leaves memory, whose newest version, ``row.newest``, is recorded already."""
@@ -194,7 +194,7 @@ class Store:
 
     def record(self, row: Row) -> Future:
         """Record what is known of a session, but for its versions."""
-        return self.write(lambda db: Change(gone=records.put(db, replace(row, newest=None), self.keep)), row.key)
+        return self.write(lambda db: Change(gone=records.put(db, replace(row, newest=None), self.keep)), whose=row.key)
 
     def replace(self, key: SessionKey, uid: str, row: Row | None = None) -> Future:
         """Forget the session ``uid``; with a row, record another one in its place.
@@ -209,7 +209,7 @@ class Store:
                 records.put(db, row, self.keep)
             return Change({"files": files}, gone=gone, erased=(uid, name))
 
-        return self.write(write, key, frees=True, yields=True)
+        return self.write(write, whose=key, frees=True, yields=True)
 
     def back_to(self, row: Row, version: int, standing: dict[str, Any]) -> Future:
         """Make a recorded version of a session the newest again. Resolves to it, or to None where it is not recorded.
@@ -224,7 +224,7 @@ class Store:
                 records.put(db, replace(row, state={**found.state, **standing}, newest=None), self.keep)
             return Change(found, gone=gone)
 
-        return self.write(write, row.key, frees=True)
+        return self.write(write, whose=row.key, frees=True)
 
     def write(self, write: Write, whose: SessionKey | None = None, frees: bool = False, yields: bool = False) -> Future:
         """Run ``write`` after everything that was asked for before. Resolves in `poll`, to its result or a StoreError.
@@ -312,7 +312,7 @@ class Store:
                 self.folder.set_aside(file)
             return Change(gone=gone)
 
-        self.write(write, row.key).add_done_callback(lambda _: self._mending.discard(row.uid))
+        self.write(write, whose=row.key).add_done_callback(lambda _: self._mending.discard(row.uid))
 
     def _make_room(self, db: sqlite3.Connection, file: str, size: int, gone: list[str]) -> list[str]:
         """Older versions that have to go for a file of ``size`` bytes. Raises StoreError where that is not enough."""
