@@ -183,6 +183,8 @@ class SessionsConfig(_Model):
     """GiB of host memory for sessions without a slot. Others move to the state dir; without one, a new session is a 429."""
     state_dir: str | None = None
     """Folder in which sessions outlive the server (`--ttt-state-dir`). null: they end with it."""
+    shared: bool = False
+    """Several servers use the state dir at once, and each session is [in one of them](scale.md#several-servers)."""
     autosave: Annotated[float, Field(ge=0.1, le=86400)] = 30.0
     """Seconds until a session that has learned is saved, at the latest. A crash loses what was learned since."""
     keep_versions: Annotated[int, Field(ge=1, le=1000)] = 3

@@ -20,11 +20,12 @@ class RequestError(TTTError, ValueError):
         message: what is wrong and what is allowed.
         status: the HTTP status to answer with, 4xx.
         param: the field that is wrong, as the client knows it.
+        retry_after: seconds after which the same request may succeed; the answer says so.
     """
 
-    def __init__(self, message: str, status: int = 400, param: str | None = None):
-        super().__init__(message, status, param)
-        self.message, self.status, self.param = message, status, param
+    def __init__(self, message: str, status: int = 400, param: str | None = None, retry_after: int | None = None):
+        super().__init__(message, status, param, retry_after)
+        self.message, self.status, self.param, self.retry_after = message, status, param, retry_after
 
     def __str__(self) -> str:
         return self.message

@@ -54,11 +54,12 @@ def config_of_engine(config: TTTConfig, engine: int, engines: int) -> TTTConfig:
 def check_engines(vllm_config: Any, config: TTTConfig) -> None:
     """Raise ConfigError where vLLM would run several engines in a way in which a session has no one place; else note their
     number for the engine cores, each of which vLLM tells that it is alone."""
-    parallel = vllm_config.parallel_config
+    parallel, settings = vllm_config.parallel_config, vllm_config.additional_config["ttt"]
     engines = parallel.data_parallel_size
+    if config.sessions.shared:
+        _check_shared(config, engines, settings["http"])
     if engines == 1:
         return
-    settings = vllm_config.additional_config["ttt"]
     refusals = {
         "a script: it needs vllm serve, whose front end knows where a session is": not settings["http"],
         "--data-parallel-external-lb, --data-parallel-hybrid-lb or engines on other machines: sessions are placed among all "
@@ -81,6 +82,19 @@ def check_engines(vllm_config: Any, config: TTTConfig) -> None:
         logger.warning(
             "vllm-ttt: vLLM gives all engines the same cores; VLLM_CPU_OMP_THREADS_BIND='0-7|8-15' gives each its own"
         )
+
+
+def _check_shared(config: TTTConfig, engines: int, http: bool) -> None:
+    """Raise ConfigError where a state dir cannot be shared with other servers."""
+    refusals = {
+        "no state dir, which is what is shared (--ttt-state-dir)": config.sessions.state_dir is None,
+        f"--data-parallel-size {engines}: start so many servers instead": engines > 1,
+        "a script: it needs vllm serve, whose front end asks for a session before it is used": not http,
+        "sessions.audit_log: a log has one writer": config.sessions.audit_log is not None,
+    }
+    for why, refused in refusals.items():
+        if refused:
+            raise ConfigError(f"sessions.shared is not supported with {why}; leave sessions.shared out, or change the other")
 
 
 def _log(path: str | None, engine: int) -> str | None:

@@ -8,6 +8,7 @@ exports/                  adapters on their way to a client
 lock                      held by the server that uses the dir
 reserve                   room that is given up so that sessions can be removed on a disk that is full
 secret                    turns API keys into tenants
+servers/                  where several servers share the dir (`sessions.shared`): a heartbeat of each
 engine-1/                 with several engines: the second's sessions, in a state dir like this one; the first's are here
 """
 
@@ -23,6 +24,7 @@ import re
 import secrets
 import sqlite3
 import stat
+import time
 from pathlib import Path
 
 from vllm_ttt.errors import ConfigError
@@ -49,6 +51,9 @@ _SESSION_FILE = re.compile(r"sessions/([0-9a-f]{2})/\1[0-9a-f]{30}-[0-9a-f]{8}\.
 _DRAFT = re.compile(r"sessions/([0-9a-f]{2})/\.\1[0-9a-f]{30}-[0-9a-f]{8}\.safetensors\.[0-9a-f]{8}")
 #: Of an engine but the first.
 _SHELF = re.compile(r"engine-([1-9][0-9]{0,4})")
+_SERVER = re.compile(r"[0-9a-f]{16}")
+#: What `lock` holds while a server that shares the dir begins, and for how many seconds another one waits for that.
+_BEGINS, _PATIENCE = "begins", 60.0
 _EXPORT = re.compile(r"vllm-ttt-[0-9a-f]{32}\.safetensors|\.vllm-ttt-[0-9a-f]{32}\.safetensors\.[0-9a-f]{8}")
 
 
@@ -59,7 +64,9 @@ class StateDir:
         self.sessions = self.root / "sessions"
         self.damaged = self.root / "damaged"
         self.exports = self.root / "exports"
+        self.servers = self.root / "servers"
         self._lock: int | None = None
+        self._searched: int | None = None
 
     def create(self) -> None:
         """Make a state dir of a folder that is missing or empty, or make what is missing in one of ours; for this user alone.
@@ -116,26 +123,56 @@ class StateDir:
             f"reads format {FORMAT}; {todo}"
         )
 
-    def lock(self) -> None:
-        """Keep every other server out until this process ends. Raises ConfigError where another one is in."""
-        handle = None
-        try:
-            handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        except BlockingIOError:
-            assert handle is not None
-            holder = os.read(handle, 32).decode(errors="replace").strip()
+    def lock(self, shared: bool = False) -> bool:
+        """Keep every other server out until this process ends; with ``shared``, every one that does not share.
+
+        Returns:
+            whether nobody else is in. With ``shared`` nobody comes in then before `share` is called.
+        Raises:
+            ConfigError: another one is in.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            handle = None
+            try:
+                handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                if alone := _flock(handle, fcntl.LOCK_EX):
+                    _say(handle, f"{os.getpid()} {_BEGINS}" if shared else f"{os.getpid()}")
+            except OSError as error:  # also a file system that has no locks
+                if handle is not None:
+                    os.close(handle)
+                raise ConfigError(f"the state dir {self.root} cannot be locked: {error.strerror or error}") from None
+            if alone or (shared and _flock(handle, fcntl.LOCK_SH)):
+                self._lock = handle
+                return alone
+            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
             os.close(handle)
-            raise ConfigError(
-                f"the state dir {self.root} is in use by process {holder or '?'}; stop that server, or name another state dir"
-            ) from None
-        except OSError as error:  # also a file system that has no locks
-            if handle is not None:
-                os.close(handle)
-            raise ConfigError(f"the state dir {self.root} cannot be locked: {error.strerror or error}") from None
-        self._lock = handle
+            if not (shared and holder.endswith(_BEGINS) and time.monotonic() < deadline):
+                who = "servers that share it" if holder == "shared" else f"process {holder or '?'}"
+                raise ConfigError(
+                    f"the state dir {self.root} is in use by {who}; stop that server, or name another state dir"
+                    + " (sessions.shared is for servers that all have it)" * shared
+                )
+            time.sleep(0.1)
+
+    def share(self) -> None:
+        """Let others in that share the dir. Raises ConfigError where one that does not was faster."""
+        assert self._lock is not None
+        _say(self._lock, "shared")
+        if not _flock(self._lock, fcntl.LOCK_SH):
+            raise ConfigError(f"the state dir {self.root} was taken by another process just now; start again")
+
+    def shared(self, on: bool) -> None:
+        """Make it a dir that several servers share, or one that belongs to one; nobody else is in. Old heartbeats go."""
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self.servers):
+                if _SERVER.fullmatch(entry.name):
+                    os.unlink(entry.path)  # noqa: PTH108
+        if on:
+            self.servers.mkdir(mode=0o700, exist_ok=True)
+        else:
+            with contextlib.suppress(OSError):
+                self.servers.rmdir()
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -169,6 +206,21 @@ class StateDir:
                     with contextlib.suppress(FileNotFoundError):  # it went meanwhile
                         found[name] = entry.stat(follow_symlinks=False).st_size
         return found
+
+    def ages(self) -> list[tuple[str, float]]:
+        """When the lock and each of `files` were last written, by the clock of the file system; the lock, just now, first."""
+        os.utime(self.root / "lock")
+        found = [("lock", (self.root / "lock").stat().st_mtime)]
+        for file in self.files():
+            with contextlib.suppress(FileNotFoundError):
+                found.append((file, (self.root / file).stat().st_mtime))
+        return found
+
+    def opened(self) -> int:
+        """The database, open to be searched, and never closed: to close it would drop the locks that SQLite has on it here."""
+        if self._searched is None:
+            self._searched = os.open(self.database, os.O_RDONLY | os.O_CLOEXEC)
+        return self._searched
 
     def remove_exports(self) -> None:
         """Remove adapters that no client came for. Other files stay."""
@@ -266,6 +318,19 @@ class StateDir:
             os.close(os.open(self.database, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))  # SQLite's: 0644
         if self.database.stat().st_mode & 0o077:
             self.database.chmod(0o600)
+
+
+def _flock(handle: int, how: int) -> bool:
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _say(handle: int, text: str) -> None:
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{text}\n".encode(), 0)
 
 
 def fingerprint(secret: str) -> str:

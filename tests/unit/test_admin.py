@@ -97,7 +97,7 @@ def test_to_look_at_one_brings_nobody_back(engine: Engine) -> None:
     assert not engine.calls
 
 
-@pytest.mark.parametrize("op", sorted(set(OPERATIONS) - {"list", "list_all", "config", "metrics", "adopt"}))
+@pytest.mark.parametrize("op", sorted(set(OPERATIONS) - {"list", "list_all", "config", "metrics", "adopt", "claim"}))
 def test_another_tenants_session_is_not_there(engine: Engine, op: str) -> None:
     argument = {"rollback": 1, "fork": "t"}.get(op)
     for name, tenant in (("s0", "other"), ("s19", "other"), ("nobody", "-")):

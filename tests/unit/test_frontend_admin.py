@@ -9,6 +9,7 @@ import tarfile
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from fastapi.testclient import TestClient
 from test_frontend_http import RECEIPT, SESSION, FakeServing, build, refused
 from world import GEOMETRY
 
+from vllm_ttt import engine_args
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.frontend import tenants
+from vllm_ttt.frontend import engines, tenants
 from vllm_ttt.worker.deltas import delta_file, peft
 
 pytestmark = pytest.mark.unit
@@ -265,3 +267,36 @@ def test_a_site_that_the_operator_names_may(openly: TestClient, serving: FakeSer
     monkeypatch.setattr(app.state.args, "allowed_origins", ["http://mine.example"])
     for origin, status in (("http://mine.example", 200), ("http://evil.example", 403)):
         assert openly.post("/v1/ttt/sessions/s/reset", headers={"Origin": origin}).status_code == status
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_where_servers_share_a_state_dir_a_call_has_its_session_first(
+    keyed: TestClient, serving: FakeServing, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    """All but those that only look. What another server keeps is a 409 that says when to ask again."""
+    config = engine_args(config={"sessions": {"shared": True, "state_dir": "s"}})["additional_config"]
+    monkeypatch.setattr(serving, "vllm_config", SimpleNamespace(additional_config=config), raising=False)
+    monkeypatch.setattr(engines, "HANDOVER", 0.0)
+    monkeypatch.setattr(engines, "_PAUSE", 0.0)
+    serving.admin = {"ok": True, "result": {**SESSION, **RECEIPT, "held": held}}
+    for method, rest, body, (op, *_) in ROUTES:
+        del serving.asked[:]
+        answer = keyed.request(method, "/v1/ttt/sessions/s" + rest, json=body, headers=bearer("key-a"))
+        asked = [(call[1], call[3]) for call in serving.asked]
+        claims = {"get": [], "fork": [("claim", "s"), ("claim", "t")]}.get(op, [("claim", "s")])
+        if held or not claims:
+            assert answer.status_code == 200, answer.text
+            assert asked == [*claims, (op, "s")]
+        else:
+            refused(answer, "another server", status=409)
+            assert answer.headers["retry-after"] == "2"
+            assert {call for call, _ in asked} == {"claim"}
+
+
+def test_what_the_engine_refuses_says_when_to_ask_again(keyed: TestClient, serving: FakeServing) -> None:
+    serving.admin = {"ok": False, "status": 409, "message": "another server has this session", "retry_after": 2}
+    answer = keyed.post("/v1/ttt/sessions/s/save", headers=bearer("key-a"))
+    refused(answer, "another server", status=409)
+    assert answer.headers["retry-after"] == "2"
+    serving.admin = {"ok": False, "status": 409, "message": "it has requests"}
+    assert "retry-after" not in keyed.post("/v1/ttt/sessions/s/save", headers=bearer("key-a")).headers

@@ -13,7 +13,7 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from vllm_ttt import engine_args
-from vllm_ttt.frontend import receipt
+from vllm_ttt.frontend import engines, receipt
 from vllm_ttt.patches import frontend
 
 pytestmark = pytest.mark.unit
@@ -203,3 +203,49 @@ def test_who_waits_for_an_engine_that_ends_is_answered() -> None:
         return str(error.value)
 
     assert "shutting down" in asyncio.run(run())
+
+
+class SharingLLM(FakeLLM):
+    """A server that shares its state dir; ``claims`` are what its engine answers when it is asked for a session."""
+
+    vllm_config = SimpleNamespace(
+        additional_config=engine_args(config={"sessions": {"shared": True, "state_dir": "s"}})["additional_config"]
+    )
+
+    def __init__(self, claims: list[bool], *outputs: RequestOutput):
+        super().__init__(*outputs)
+        self.claims, self.asked, self.engine_core = claims, [], self
+
+    async def call_utility_async(self, *call: Any) -> dict[str, Any]:
+        self.asked.append(call)
+        return {"ok": True, "result": {"held": self.claims.pop(0) if len(self.claims) > 1 else self.claims[0]}}
+
+
+def test_a_session_is_claimed_before_the_engine_sees_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_PAUSE", 0.0)
+    llm = SharingLLM([False, False, True], output({"ttt": {"version": 0, "tokens_learned": 0}}, finished=True))
+    add = llm.add_request
+
+    async def add_request(*args: Any, **kwargs: Any) -> Any:
+        assert llm.asked == [("ttt_admin", "claim", "k", "s")] * 3
+        return await add(*args, **kwargs)
+
+    llm.add_request = add_request
+    assert collect(llm.generate(session_id="k/s"))
+    assert llm.added
+    collect(SharingLLM([False], output(None, finished=True)).generate())  # without a session nobody is asked
+
+
+def test_one_that_another_server_keeps_is_a_409_that_says_when_to_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "HANDOVER", 0.0)
+    monkeypatch.setattr(engines, "_PAUSE", 0.0)
+    llm = SharingLLM([False])
+    token = receipt.current.set(note := receipt.Receipt(session="s"))
+    try:
+        with pytest.raises(GracefulHTTPError, match="another server") as caught:
+            collect(llm.generate(session_id="k/s"))
+    finally:
+        receipt.current.reset(token)
+    assert create_error_response(caught.value).error.code == 409
+    assert note.retry_after == 2
+    assert not llm.added, "the engine has seen the request"

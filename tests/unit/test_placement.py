@@ -71,6 +71,9 @@ def vllm_config(engines: int = 2, **changes: Any) -> Any:
     )  # fmt: skip
 
 
+SHARED = {"shared": True, "state_dir": "s"}
+
+
 @pytest.mark.parametrize(
     ("changes", "sessions", "says"),
     [
@@ -80,6 +83,10 @@ def vllm_config(engines: int = 2, **changes: Any) -> Any:
         ({"backend": "ray"}, {}, "--data-parallel-backend ray"),
         ({"is_moe": True}, {}, "a mixture of experts"),
         ({}, {"per_key": 1}, "sessions.per_key 1: each engine has its part of it, so it must be 2 at least"),
+        ({}, SHARED, "--data-parallel-size 2: start so many servers instead"),
+        ({"engines": 1, "http": False}, SHARED, "sessions.shared is not supported with a script"),
+        ({"engines": 1}, {"shared": True}, "no state dir"),
+        ({"engines": 1}, {**SHARED, "audit_log": "audit.jsonl"}, "sessions.audit_log"),
     ],
 )
 def test_what_cannot_be_placed_is_refused(changes: dict[str, Any], sessions: dict[str, Any], says: str) -> None:

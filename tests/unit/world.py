@@ -86,7 +86,7 @@ class FakeTrainer:
     def in_flight(self, key: int) -> bool:
         return key in self.flying
 
-    def collect(self, left: int | None = None) -> None:
+    def collect(self, wait: bool = False) -> None:
         """There is nothing under way."""
 
     def copy(self, key: int, to: int) -> int:
@@ -126,7 +126,7 @@ class World:
         settings: dict[str, Any] = {"autosave": 3600.0, **config}
         self.config = SessionsConfig(state_dir=str(folder), **settings)
         vault = Vault.of(self.config.key_file)
-        self.store = Store(StateDir(folder), IDENTITY, self.config.keep_versions, disk, vault=vault)
+        self.store = Store(StateDir(folder), IDENTITY, self.config.keep_versions, disk, None, vault, self.config.shared)
         database.name_audit_log(self.store.reader, self.config.audit_log)
         quotas = Quotas(10**9, self.config.per_key, store=self.store)
         self.ledger = Ledger(100, limit, quotas, 8, self.store)
@@ -143,6 +143,7 @@ class World:
 
     def step(self) -> None:
         """One step of the engine: orders out, reports in."""
+        self.tiers.check()
         self.files.step(self.tiers.take_orders())
         report, self.trainer.report = self.trainer.report, StepReport()
         counted = 0
@@ -222,6 +223,8 @@ class World:
         self.store._turns.put(None)
         self.store._thread.join()
         self.store.reader.close()
+        if self.store.watch is not None:
+            self.store.watch.db.close()
         self.store.folder.unlock()
         self.tiers.audit.close()
         self.files.writer.shutdown()

@@ -120,6 +120,11 @@ class Admin:
             raise RequestError(f"there is a session {key.name!r} already; delete it first", 409, "to")
         return _then(self.tiers.owner.adopt(key, written), self._detail)
 
+    def claim(self, key: SessionKey, _: Any) -> Any:
+        """Whether this server has the session now, of those that share the state dir; it has where there is but one."""
+        sharing = self.tiers.sharing
+        return {"held": True} if sharing is None else _then(sharing.claim(key), lambda held: {"held": held})
+
     def _passing(self) -> str:
         """A name for a file on its way to a client or to another engine."""
         folder = self.store.folder.exports if self.store is not None else Path(tempfile.gettempdir())
@@ -214,6 +219,7 @@ OPERATIONS: dict[str, Callable[[Admin, SessionKey, Any], Any]] = {
     "depart": Admin.depart,
     "adopt": Admin.adopt,
     "export": Admin.export,
+    "claim": Admin.claim,
 }
 
 #: What is not done where the audit log cannot tell of it. What is forgotten makes room on a disk that is full: it may be.
@@ -247,4 +253,5 @@ def _then(future: Future, function: Callable[[Any], Any], catch: bool = False) -
 
 
 def _refusal(error: RequestError) -> dict[str, Any]:
-    return {"ok": False, "status": error.status, "message": error.message}
+    refusal = {"ok": False, "status": error.status, "message": error.message}
+    return refusal if error.retry_after is None else {**refusal, "retry_after": error.retry_after}

@@ -259,7 +259,12 @@ class Ledger:
         self.names: dict[SessionKey, Session] = {}
 
     def find(self, key: SessionKey) -> Session | None:
-        """The session of that key, or None; one that is on disk gets its place in the ledger."""
+        """The session of that key, or None; one that is on disk gets its place in the ledger.
+
+        Raises RequestError (409) where the state dir is shared and this server does not have the session.
+        """
+        if self.store is not None and self.store.leases is not None:
+            self.store.leases.check(key)
         session = self.peek(key)
         return self._enter(session) if session is not None and key not in self.sessions else session
 

@@ -70,14 +70,13 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_tiers.on_ready = self.ttt_holding.woke
         self.ttt_blocks = BlockKeys(config)
         self.ttt_held = HeldBlocks(self.kv_cache_manager.block_pool)
-        self.ttt_trust = Trust(config, self.vllm_config.model_config)
+        self.ttt_trust, self.ttt_stops = Trust(config, self.vllm_config.model_config), Stops(self.vllm_config.model_config)
         self.ttt_probe = ProbeReading(pieces(config.guard, self.vllm_config), self.ttt_ledger.reserve(), config.adapt.in_slots)
         self.ttt_room, self.ttt_ending = Room(config.schedule.backlog_tokens, config.learn.chunk), Ending(self)
         self.ttt_alarm: Alarm | None = None
-        self.ttt_requests: dict[str, Attached] = {}
+        self.ttt_requests, self.ttt_interleaved = dict[str, Attached](), dict[str, Attached]()
         self.ttt_refused: list[tuple[Request, RequestError]] = []
         self.ttt_arrivals = Arrivals(config.adapt.in_slots)
-        self.ttt_stops, self.ttt_interleaved = Stops(self.vllm_config.model_config), dict[str, Attached]()
         self.ttt_report, self.ttt_ended = StepReport(), dict[str, int]()
 
     def add_request(self, request: Request) -> None:
@@ -184,11 +183,11 @@ class TTTScheduler(HoldingScheduler):
         return tokens
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self.ttt_tiers.check()
         output = super().schedule(throttle_prefills)
         plan = StepPlan(ended=self.ttt_ended, stopped=self.ttt_trust.take_stopped(), files=self.ttt_tiers.take_orders())
-        self.ttt_ended = {}
         plan.urgent, plan.lost, plan.still = self.ttt_held.urgent(output), self.ttt_held.take_lost(), self.ttt_arrivals.still()
-        plan.awaited = self.ttt_holding.learn_first()
+        plan.awaited, self.ttt_ended = self.ttt_holding.learn_first(), {}
         if self.ttt_requests or self.ttt_probe.open:
             for request_id in output.num_scheduled_tokens:
                 attached = self.ttt_requests.get(request_id)
@@ -243,6 +242,7 @@ class TTTScheduler(HoldingScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        self.ttt_tiers.check()
         report: StepReport | None = getattr(model_runner_output, "ttt", None)
         if report is not None:
             self._read(report)
@@ -380,7 +380,7 @@ class TTTScheduler(HoldingScheduler):
         return super().has_requests() or bool(learning or self.ttt_refused or self.ttt_tiers.busy)
 
     def _give_up(self, session: Session, error: RequestError) -> None:
-        """Refuse the requests of a session that cannot be brought back; none of them has started."""
+        """Refuse the requests of a session that cannot be brought back, and of one that another server may have."""
         waiting = [self.requests[request_id] for request_id in session.requests if request_id in self.requests]
         self.finish_requests([request.request_id for request in waiting], RequestStatus.FINISHED_ABORTED)
         self.ttt_counts.add("refused_requests_total", len(waiting), str(error.status))

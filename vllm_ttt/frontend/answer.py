@@ -102,6 +102,8 @@ class _Answer:
         return True
 
     async def _pass(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 409 and self._note.retry_after is not None:
+            message["headers"] = [*message["headers"], _retry_after(self._note.retry_after)]
         if message["type"] == "http.response.start":
             kind = _kind(message) if self._note.session is not None else b""
             if kind == EVENTS:
@@ -184,5 +186,11 @@ async def send_error(error: RequestError, send: Send, further: Sequence[tuple[by
     """Answer with the error, as vLLM's handlers would; ``further`` headers go with it."""
     body = json.dumps(refusals.to_openai(error)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *further]
+    if error.retry_after is not None:
+        headers.append(_retry_after(error.retry_after))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _retry_after(seconds: int) -> tuple[bytes, bytes]:
+    return b"retry-after", str(seconds).encode()

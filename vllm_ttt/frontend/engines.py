@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import time
 from typing import Any
 
-from vllm_ttt import placement
+from vllm_ttt import placement, plugin
+from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey
 
 #: Operations that each engine answers for its own sessions.
 _LISTS = ("list", "list_all")
+#: Those that need no session, or read what was recorded of one, whoever has it.
+_ANYWHERE = (*_LISTS, "config", "metrics", "get", "claim")
+#: Of a state dir that several servers share: seconds for which a session is waited for that another one has, from one question
+#: to the next, and after which the client may ask again.
+HANDOVER, _PAUSE, AGAIN = 5.0, 0.25, 2
 
 
 def count(core: Any) -> int:
@@ -21,6 +29,41 @@ def count(core: Any) -> int:
 def rank_of(core: Any, wire: str) -> int | None:
     """What vLLM calls ``data_parallel_rank``: the engine of a session; None where there is but one."""
     return None if (engines := count(core)) == 1 else placement.owner(wire, engines)
+
+
+def shares(vllm_config: Any) -> bool:
+    """Whether other servers use the state dir too."""
+    config = plugin.config_of(vllm_config) if vllm_config is not None else None
+    return config is not None and config.sessions.shared
+
+
+async def claim(core: Any, tenant: str, name: str) -> None:
+    """Have the session here, and not in another of the servers that share the state dir. Raises RequestError (409, 503)."""
+    deadline = time.monotonic() + HANDOVER
+    while not (answer := await ask_one(core, 0, "claim", tenant, name))["ok"] or not answer["result"]["held"]:
+        if not answer["ok"]:
+            raise refused(answer)
+        if time.monotonic() > deadline:
+            message = (
+                f"session {name!r} is in another server, which still uses it or has just died; send this again in {AGAIN} s, "
+                "and let the router send all requests of a session to one server"
+            )
+            raise RequestError(message, 409, retry_after=AGAIN)
+        await asyncio.sleep(_PAUSE)
+
+
+async def claim_for(core: Any, op: str, tenant: str, name: str, *argument: Any) -> None:
+    """`claim` what an operation is about to change."""
+    if op in _ANYWHERE:
+        return
+    await claim(core, tenant, name)
+    if op == "fork":
+        await claim(core, tenant, argument[0])
+
+
+def refused(answer: dict[str, Any]) -> RequestError:
+    """What an engine has refused, as an error."""
+    return RequestError(answer["message"], answer["status"], retry_after=answer.get("retry_after"))
 
 
 async def ask(core: Any, op: str, tenant: str, name: str, *argument: Any) -> dict[str, Any]:

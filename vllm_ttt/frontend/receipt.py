@@ -50,6 +50,11 @@ class Receipt:
         """What the engine refused, where it has not begun to answer."""
         return None if self.begun else next((call.refused for call in self.calls if call.refused), None)
 
+    @property
+    def retry_after(self) -> int | None:
+        """Seconds after which what was refused may be asked again, where it is known."""
+        return next((c.refused.retry_after for c in self.calls if c.refused and c.refused.retry_after is not None), None)
+
     def answer(self) -> dict[str, Any] | None:
         """The ``ttt`` object, or None where there is no session or the engine has said nothing about it."""
         known = [call.version for call in self.calls if call.version is not None]

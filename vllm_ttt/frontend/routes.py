@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -21,7 +21,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": models.ErrorResponse, "description": "No such session under this API key"},
 }
 _CONFLICT: dict[int | str, dict[str, Any]] = {
-    409: {"model": models.ErrorResponse, "description": "The session has open requests"}
+    409: {"model": models.ErrorResponse, "description": "The session has open requests, or is in another server"}
 }
 
 _INVALID: dict[int | str, dict[str, Any]] = {422: {"model": models.ErrorResponse, "description": "Not what the schema allows"}}
@@ -58,6 +58,9 @@ class _Route(APIRoute):
                 check_origin(request)
                 return await handle(request)
             except RequestError as error:
+                if error.retry_after is not None:
+                    headers = {"Retry-After": str(error.retry_after)}
+                    return JSONResponse(refusals.to_openai(error), error.status, headers)
                 raise refusals.to_vllm(error) from None
             except RequestValidationError as error:
                 raise refusals.to_vllm(RequestError(refusals.of_schema(error.errors()), status=422)) from None
@@ -101,6 +104,7 @@ async def list_sessions(
     response_class=StreamingResponse,
     responses={
         **_ERRORS,
+        **_CONFLICT,
         429: {"model": models.ErrorResponse, "description": "This API key waits for as many adapters as it may"},
         **_FULL,
         200: {"content": {"application/octet-stream": {}, "application/x-tar": {}}},
@@ -132,13 +136,13 @@ async def delete_session(session_id: SessionId, request: Request) -> Any:
     return await _ask(request, "delete", session_id)
 
 
-@router.post(_SESSION + "/freeze", response_model=models.SessionDetail, responses=_ERRORS | _FULL)
+@router.post(_SESSION + "/freeze", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
 async def freeze_session(session_id: SessionId, request: Request) -> Any:
     """Serve with the delta as it is, and learn nothing from now on. Answered when the state dir has it."""
     return await _ask(request, "freeze", session_id)
 
 
-@router.post(_SESSION + "/unfreeze", response_model=models.SessionDetail, responses=_ERRORS | _FULL)
+@router.post(_SESSION + "/unfreeze", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
 async def unfreeze_session(session_id: SessionId, request: Request) -> Any:
     """Learn again. Answered when the state dir has it."""
     return await _ask(request, "unfreeze", session_id)
@@ -192,14 +196,19 @@ async def _ask(request: Request, op: str, session_id: str | None = None, *argume
     try:
         name = "" if session_id is None else check_session_id(session_id)
         tenant = tenants.tenant_of(request)
+        engine = request.app.state.ttt_engine
         try:
-            answer = await engines.ask(request.app.state.ttt_engine.engine_core, op, tenant, name, *argument)
+            if engines.shares(getattr(engine, "vllm_config", None)):
+                await engines.claim_for(engine.engine_core, op, tenant, name, *argument)
+            answer = await engines.ask(engine.engine_core, op, tenant, name, *argument)
         except Exception as error:
-            if "shutting down" not in str(error):
+            if isinstance(error, RequestError) or "shutting down" not in str(error):
                 raise
             raise RequestError("the server is shutting down; what it has learned is being saved", status=503) from None
         if not answer["ok"]:
-            raise RequestError(answer["message"], status=answer["status"])
+            raise engines.refused(answer)
     except RequestError as error:
+        if error.retry_after is not None:
+            raise  # the route says when
         raise refusals.to_vllm(error) from None
     return answer["result"]

@@ -2,7 +2,7 @@
 
 The engine attaches it to every output as ``kv_transfer_params["ttt"]``. All online generation passes here, whichever
 route it came by, so the ``ttt_*`` knobs and the prompt are checked here too. Of several engine cores, a session's request goes
-to the one that has the session.
+to the one that has the session; where servers share a state dir, it goes to the engine once this server has the session.
 
 ``shutdown``: from its beginning on the API server takes nothing new (frontend/draining.py). At its end, whoever still waits for
 the engine core is answered.
@@ -73,7 +73,10 @@ def _generate(original: Callable) -> Callable:
         if session_id is None:
             return stream
         note = receipt.current.get()
-        return _without_ttt(stream, note.open() if note else receipt.Call())
+        call = note.open() if note else receipt.Call()
+        if engines.shares(getattr(self, "vllm_config", None)):
+            stream = _claimed(self.engine_core, session_id, stream, call)
+        return _without_ttt(stream, call)
 
     return generate
 
@@ -121,6 +124,19 @@ def _check(prompt: Any, sampling_params: Any, session_id: str | None) -> str | N
     return session_id
 
 
+async def _claimed(core: Any, wire: str, stream: AsyncGenerator[Any, None], call: receipt.Call) -> AsyncGenerator[Any, None]:
+    """``stream``, once this server has the session, of those that share the state dir. Raises vLLM's exception if it cannot."""
+    key = SessionKey.from_wire(wire)
+    async with aclosing(stream):
+        try:
+            await engines.claim(core, key.tenant, key.name)
+        except RequestError as error:
+            call.refused = error
+            raise refusals.of_engine(error) from None
+        async for output in stream:
+            yield output
+
+
 async def _without_ttt(stream: AsyncGenerator[Any, None], call: receipt.Call) -> AsyncGenerator[Any, None]:
     """Pass on the outputs of ``stream``, and what they say of the session to ``call``.
 
@@ -133,7 +149,7 @@ async def _without_ttt(stream: AsyncGenerator[Any, None], call: receipt.Call) ->
             if params and "ttt" in params:
                 ttt = params["ttt"]
                 if "message" in ttt:
-                    call.refused = RequestError(ttt["message"], status=ttt["status"])
+                    call.refused = engines.refused(ttt)
                     raise refusals.of_engine(call.refused)
                 call.note(ttt)
                 output.kv_transfer_params = {key: value for key, value in params.items() if key != "ttt"} or None

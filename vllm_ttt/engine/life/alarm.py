@@ -24,13 +24,19 @@ class Alarm:
             seconds: between two looks, at most: those between two rounds of saves.
         """
         self.engine, self.seconds, self.tiers = engine, seconds, tiers
+        if tiers.sharing is not None:
+            tiers.sharing.watch.wake = self.ring
         threading.Thread(target=self._run, name="ttt-alarm", daemon=True).start()
 
     def _run(self) -> None:
         while True:
             time.sleep(self.pause())
             if self.tiers.busy:
-                self.engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+                self.ring()
+
+    def ring(self) -> None:
+        """From any thread."""
+        self.engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def pause(self) -> float:
         """Seconds to the next look: until the next round, so that what changes meanwhile does not wait for a second one.

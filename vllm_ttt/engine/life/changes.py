@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.life.operations import Steps
 from vllm_ttt.engine.life.states import State
+from vllm_ttt.engine.storage.failures import StoreError, answer_of
 from vllm_ttt.engine.storage.records import Row
-from vllm_ttt.engine.storage.store import Store, StoreError
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import FileOrder, FileReport, SessionKey
 
@@ -87,7 +88,7 @@ class Changes:
         return self.tiers.run(session, self._freeze(session, why))
 
     def _remove(self, session: Session, event: str) -> Steps:
-        found = yield from self._write(session, lambda store: store.replace(session.uid))
+        found = yield from self._write(session, lambda store: store.replace(session.key, session.uid))
         try:
             receipt = yield from self._receipt(session, found or {"files": [], "files_left": [], "database_wiped": True})
             yield from self.audit.durable(event, session, **receipt)
@@ -116,7 +117,7 @@ class Changes:
         self.ledger.claim(session)  # it gets a row
         uid, state = secrets.token_hex(16), keep()
         row = Row(uid, session.key, session.created, time.time(), state)
-        yield from self._write(session, lambda store: store.replace(session.uid, row))
+        yield from self._write(session, lambda store: store.replace(session.key, session.uid, row))
         try:
             yield from self.audit.durable("reset", session, version=session.version, new_uid=uid)
         finally:
@@ -257,7 +258,7 @@ class Changes:
             return (yield from steps)
         except StoreError as error:
             message = f"session {session.key.name!r} stays as it was: the state dir cannot be written: {error}"
-            raise RequestError(message, 507) from None
+            raise answer_of(error, message) from None
 
     def _unchanged(self, session: Session) -> None:
         """It is not changing any more, and where it was before."""

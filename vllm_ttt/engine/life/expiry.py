@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from vllm_ttt.engine.ledger import Ledger, Session
@@ -29,6 +30,8 @@ class Expiry:
     def __init__(self, ledger: Ledger, store: Store | None, ttl: float, remove: Callable[[Session], Any]):
         """``ttl`` in seconds, or infinite. ``remove`` forgets a session that nobody needs in memory."""
         self.ledger, self.store, self.ttl, self.remove = ledger, store, ttl, remove
+        #: calls what is to be done with a session that is on disk, if this server may have it
+        self.have: Callable[[SessionKey, Callable[[], None]], None] = lambda key, do: do()
         self.next_look = time.monotonic()
         #: the clock less the time that has passed: it changes where somebody sets the clock
         self.skew = time.time() - time.monotonic()
@@ -56,7 +59,8 @@ class Expiry:
         for session in [s for s in self.ledger.sessions.values() if s.last_used < oldest and s.idle]:
             self.remove(session)
         if self.store is not None and (self.unwritten is not None or self.ttl < math.inf):
-            self.found = self.store.write(self._look(self.unwritten, oldest))
+            # The clocks of servers that share the dir are not set together: its times follow none of them.
+            self.found = self.store.write(self._look(self.unwritten if self.store.leases is None else None, oldest))
 
     @staticmethod
     def _look(ahead: float | None, oldest: float) -> Write:
@@ -85,7 +89,11 @@ class Expiry:
         if len(keys) == _AT_ONCE:
             self.next_look = min(self.next_look, time.monotonic() + _SOON)
         for key in keys:
-            if key in self.ledger.sessions or (session := self.ledger.peek(key)) is None:
-                continue
-            if session.last_used < time.time() - self.ttl and (session := self.ledger.find(key)) is not None:
-                self.remove(session)  # else it was used, and put away, since it was found
+            if key not in self.ledger.sessions:
+                self.have(key, partial(self._expire_one, key))
+
+    def _expire_one(self, key: SessionKey) -> None:
+        if key in self.ledger.sessions or (session := self.ledger.peek(key)) is None:
+            return
+        if session.last_used < time.time() - self.ttl and (session := self.ledger.find(key)) is not None:
+            self.remove(session)  # else it was used, and put away, since it was found

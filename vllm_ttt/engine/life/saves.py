@@ -15,8 +15,9 @@ from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.operations import Operations, Steps
 from vllm_ttt.engine.life.orders import Orders
 from vllm_ttt.engine.life.states import State
+from vllm_ttt.engine.storage.failures import Moved, StoreError, answer_of, store_error
 from vllm_ttt.engine.storage.records import Row, Version
-from vllm_ttt.engine.storage.store import Store, StoreError, store_error
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.log import logger_of
 from vllm_ttt.types import FileOrder, FileReport, SessionKey
@@ -70,7 +71,7 @@ class Saves:
             try:
                 yield self.store.record(session.row())
             except StoreError as error:
-                raise RequestError(f"session {session.key.name!r} could not be saved: {error}", 507) from None
+                raise answer_of(error, f"session {session.key.name!r} could not be saved: {error}") from None
             session.life.recorded_at = now
         if not session.unsaved:  # nor has the guard returned it meanwhile
             return session.saved
@@ -97,9 +98,7 @@ class Saves:
             yield from self._put(replace(session.row(newest), state=state))
             written = True
         except (StoreError, OSError) as error:
-            self.counts.add("saves_total", 1, "failed")
-            self.store.failed(found := store_error(error))
-            raise found from None
+            raise self._counted(store_error(error)) from None
         finally:
             self.under_way -= 1
             if not written and session.unsaved:  # what it is, and stays, may have been due: its turn went to this
@@ -240,10 +239,15 @@ class Saves:
 
     def _failed(self, session: Session, error: StoreError) -> RequestError:
         """The session stays as it is, in memory; the next round tries again."""
-        self.counts.add("saves_total", 1, "failed")
-        self.store.failed(error)
+        self._counted(error)
         session.error = why = error.message
         self.failing.add(session.key)
         if not self.closing:
             self.changed[session.key] = session
-        return RequestError(f"session {session.key.name!r} could not be saved: {why}", 507)
+        return answer_of(error, f"session {session.key.name!r} could not be saved: {why}")
+
+    def _counted(self, error: StoreError) -> StoreError:
+        self.counts.add("saves_total", 1, "failed")
+        if not isinstance(error, Moved):  # that says nothing of the disk
+            self.store.failed(error)
+        return error

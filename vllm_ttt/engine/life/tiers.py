@@ -19,6 +19,7 @@ from vllm_ttt.engine.life.exports import Exports
 from vllm_ttt.engine.life.operations import ROOM, Operations, Steps
 from vllm_ttt.engine.life.orders import Orders
 from vllm_ttt.engine.life.saves import AT_ONCE, Saves
+from vllm_ttt.engine.life.sharing import Sharing
 from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.storage import records
 from vllm_ttt.engine.storage.audit import open_audit
@@ -58,6 +59,7 @@ class Tiers:
         self.saves = Saves(ledger, store, config.autosave, *tools) if store is not None else None
         self.exports, self.lists, self.owner = Exports(self.orders), Lists(ledger, store), Changes(self)
         self.expiry = Expiry(ledger, store, config.ttl_seconds, self.owner.expire)
+        self.sharing = Sharing(self, store) if store is not None and store.watch is not None else None
         #: sessions that have a place in memory, or are on their way there
         self.placed = 0
         #: sessions whose requests are to be refused, and why
@@ -98,11 +100,18 @@ class Tiers:
     def left(self, session: Session) -> None:
         """A request of the session has left the engine, or has been learned."""
         self.crowded = False
+        if self.sharing is not None and self.sharing.drops(session):
+            return
         if session.idle and session.blank and self.ledger.sessions.get(session.key) is session:
             for oldest in self.ledger.is_a_name(session):
-                self._put_away(oldest)
+                self.put_away(oldest)
         else:
             self._rest(session)
+
+    def check(self) -> None:
+        """Before anything is scheduled or answered: see which sessions this server has. Never raises."""
+        if self.sharing is not None:
+            self.guard(self.sharing.step)
 
     def take_orders(self) -> list[FileOrder]:
         """What the worker is to do, with the step that is being scheduled. Never raises."""
@@ -133,6 +142,8 @@ class Tiers:
             return True
         if self.store is None or self.saves is None:
             return False
+        if self.sharing is not None and self.sharing.due:
+            return True
         return self.store.busy or self.saves.busy or (self.expiry.due and not self.closing)
 
     @property
@@ -235,12 +246,13 @@ class Tiers:
             if session.life.state is State.IN_MEMORY and session.idle and not session.unsaved:
                 self.counts.add("evictions_total", 1, "memory")
                 self.saves.record(session)
-                self._put_away(session)
+                self.put_away(session)
                 return True
         self.saves.make_clean(AT_ONCE)
         return False
 
-    def _put_away(self, session: Session) -> None:
+    def put_away(self, session: Session) -> None:
+        """Nobody needs the session here: the state dir has what there is to be known of it, or another server has it."""
         if session.life.placed:
             self.move(session, session.home)
         self.forget(session)
@@ -253,6 +265,8 @@ class Tiers:
 
     def _rest(self, session: Session) -> None:
         """Where nobody needs the session, and it is not in memory, the state dir alone knows it."""
+        if self.sharing is not None and self.sharing.drops(session):
+            return
         here = self.ledger.sessions.get(session.key) is session
         if self.saves is not None and here and session.idle and not session.life.placed:
             self.saves.record(session)
@@ -302,7 +316,7 @@ class Tiers:
             folder.set_aside(saved.file)
             return Change(row, gone=[saved.file])
 
-        row = yield self.store.write(write)
+        row = yield self.store.write(write, whose=session.key)
         if row is None:
             raise OSError(why)
         session.become({**row.state, **session.standing()}, row.newest)

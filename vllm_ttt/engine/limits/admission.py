@@ -107,9 +107,10 @@ def knobs_of(params: SamplingParams, learn: LearnConfig, vllm_config: VllmConfig
 
 def refusal(request: Request, error: RequestError) -> EngineCoreOutput:
     """The whole answer to a request that is refused."""
+    told = {"status": error.status, "message": error.message, "retry_after": error.retry_after}
     return EngineCoreOutput(
         request_id=request.request_id,
         new_token_ids=[],
         finish_reason=FinishReason.ABORT,
-        kv_transfer_params={"ttt": {"status": error.status, "message": error.message}},
+        kv_transfer_params={"ttt": told},
     )

@@ -32,6 +32,12 @@ class Quotas:
         self._counts[tenant] = self.of(tenant) + sessions
         self.total += sessions
 
+    def recount(self, unrecorded: Counter[str]) -> None:
+        """Other servers make and remove sessions too: count anew. ``unrecorded``: what the state dir does not know yet."""
+        assert self.store is not None
+        counts = {tenant: self.store.count(tenant) + unrecorded[tenant] for tenant in self._counts}
+        self.total, self._counts = self.store.count() + unrecorded.total(), Counter(counts)
+
     def check(self, tenant: str) -> None:
         """Raise RequestError (429) where the key may not have another session."""
         mine, free = self.of(tenant), max(0, self.places - self.total)

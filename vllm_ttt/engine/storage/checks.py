@@ -13,6 +13,7 @@ from vllm_ttt.engine.storage import database
 from vllm_ttt.engine.storage.identity import compare, identity
 from vllm_ttt.engine.storage.shelves import settle
 from vllm_ttt.engine.storage.store import Store
+from vllm_ttt.errors import ConfigError
 from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
 from vllm_ttt.vault import Vault
 
@@ -26,6 +27,11 @@ def check_dir(vllm_config: Any, config: TTTConfig) -> None:
     if config.sessions.state_dir is not None:
         root = StateDir(config.sessions.state_dir)
         _check_state_dir(root, vllm_config, config)
+        if config.sessions.shared and len(root.shelves()) > 1:
+            raise ConfigError(
+                f"the state dir {root.root} has shelves of several engines, and sessions.shared is for servers of one: start "
+                "once with --data-parallel-size 1 and without sessions.shared, which brings all sessions together"
+            )
         if engines > 1 or len(root.shelves()) > 1:
             whose, secret = identity(vllm_config, config), os.environ.get(SECRET_VARIABLE)
             vault = Vault.of(config.sessions.key_file)
@@ -41,7 +47,7 @@ def check_dir(vllm_config: Any, config: TTTConfig) -> None:
 def _check_state_dir(folder: StateDir, vllm_config: Any, config: TTTConfig) -> None:
     vault = Vault.of(config.sessions.key_file)
     folder.create()
-    folder.lock()
+    folder.lock(config.sessions.shared)
     folder.unlock()
     if folder.exists():
         with contextlib.closing(database.connect(folder.database, vault=vault)) as db:

@@ -44,7 +44,11 @@ def connect(database: Path, readonly: bool = False, vault: Vault = PLAIN) -> sql
         db.execute("PRAGMA secure_delete = ON")
         db.execute("PRAGMA temp_store = MEMORY")
         if not readonly:
-            db.execute("PRAGMA journal_mode = WAL")
+            # The index of a write-ahead log is memory of one host. A dir that servers share may be on several.
+            journal = "truncate" if (database.parent / "servers").is_dir() else "wal"
+            found = db.execute(f"PRAGMA journal_mode = {journal}").fetchone()[0]
+            if journal != "wal" and found != journal:
+                raise sqlite3.OperationalError(f"its journal cannot be {journal}: somebody reads it")
             db.execute("PRAGMA synchronous = FULL")
         return db
     except sqlite3.Error as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from vllm_ttt.engine.storage import database, records
@@ -46,7 +46,7 @@ def wipe(db: sqlite3.Connection, folder: StateDir, uid: str, name: str) -> bool:
             file.unlink()
         if not _checkpoint(db):
             return False
-        if not _left(db, folder.database, uid, name):
+        if not _left(db, folder, uid, name):
             return True
         db.execute("VACUUM")
         return _checkpoint(db)
@@ -62,13 +62,13 @@ def _checkpoint(db: sqlite3.Connection) -> bool:
     return db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
 
 
-def _left(db: sqlite3.Connection, database: Path, uid: str, name: str) -> bool:
-    with database.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if next(places(data, uid.encode()), None) is not None:
-            return True
-        if len(name) < _NAME:
-            return False
-        found = sum(1 for _ in places(data, name.encode()))
+def _left(db: sqlite3.Connection, folder: StateDir, uid: str, name: str) -> bool:
+    data = _Pages(folder.opened())
+    if next(places(data, uid.encode()), None) is not None:
+        return True
+    if len(name) < _NAME:
+        return False
+    found = sum(1 for _ in places(data, name.encode()))
     # Of another key's session of that name, or in a longer name.
     (others,) = db.execute(
         "SELECT coalesce(sum((length(name) - length(replace(name, ?1, ''))) / length(?1)), 0) FROM sessions", (name,)
@@ -76,7 +76,21 @@ def _left(db: sqlite3.Connection, database: Path, uid: str, name: str) -> bool:
     return found > _COPIES * others
 
 
-def places(data: mmap.mmap, text: bytes) -> Iterator[int]:
+class _Pages:
+    """An open file, as far as `places` needs bytes. Not mapped: Python's map would close a handle of its own."""
+
+    def __init__(self, handle: int):
+        self.handle = handle
+
+    def __len__(self) -> int:
+        return os.fstat(self.handle).st_size
+
+    def find(self, text: bytes, start: int, end: int) -> int:
+        at = os.pread(self.handle, end - start, start).find(text)
+        return at if at < 0 else start + at
+
+
+def places(data: mmap.mmap | _Pages, text: bytes) -> Iterator[int]:
     """Where ``text`` begins. Searched in pieces: Python lets no other thread run while it searches one."""
     for piece in range(0, len(data), _PIECE):
         at, end = piece, min(piece + _PIECE + len(text) - 1, len(data))

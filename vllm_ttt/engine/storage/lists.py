@@ -19,8 +19,9 @@ from typing import Any
 
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.storage import database, records
+from vllm_ttt.engine.storage.failures import StoreError
 from vllm_ttt.engine.storage.records import Row
-from vllm_ttt.engine.storage.store import Store, StoreError
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey, shown
 from vllm_ttt.vault import PLAIN

@@ -8,7 +8,6 @@ StoreError and nothing else: what befalls the state dir is an answer to somebody
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sqlite3
 import threading
@@ -19,11 +18,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.storage import database, erase, records
+from vllm_ttt.engine.storage import database, erase, records, recovery
+from vllm_ttt.engine.storage.failures import Moved, StoreError, store_error
 from vllm_ttt.engine.storage.identity import compare, identity
 from vllm_ttt.engine.storage.records import Row
 from vllm_ttt.engine.storage.turns import Turns
-from vllm_ttt.errors import ConfigError, RequestError
+from vllm_ttt.engine.storage.watch import Watch
+from vllm_ttt.errors import ConfigError
 from vllm_ttt.log import logger_of
 from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
 from vllm_ttt.types import SessionKey
@@ -46,16 +47,6 @@ class Change:
 #: What is done in one transaction.
 Write = Callable[[sqlite3.Connection], Change]
 
-#: Errors of the state dir as a whole: who tries something else there will meet them too.
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
-_NO_ROOM_SQLITE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
-
-
-class StoreError(RequestError):
-    """Something could not be read (503) or written (507). ``everywhere``: nor could anything else be."""
-
-    everywhere = False
-
 
 def open_store(vllm_config: Any, config: TTTConfig) -> Store | None:
     """The state dir that the config names, or None. Raises ConfigError as `Store`."""
@@ -64,7 +55,7 @@ def open_store(vllm_config: Any, config: TTTConfig) -> Store | None:
         return None
     limit, secret = int(sessions.disk_gib * 2**30), os.environ.get(SECRET_VARIABLE)
     folder, vault = StateDir(sessions.state_dir), Vault.of(sessions.key_file)
-    store = Store(folder, identity(vllm_config, config), sessions.keep_versions, limit, secret, vault)
+    store = Store(folder, identity(vllm_config, config), sessions.keep_versions, limit, secret, vault, sessions.shared)
     database.name_audit_log(store.reader, sessions.audit_log)
     return store
 
@@ -80,6 +71,7 @@ class Store:
         limit: int,
         secret: str | None = None,
         vault: Vault = PLAIN,
+        shared: bool = False,
     ):
         """
         Args:
@@ -87,11 +79,14 @@ class Store:
             limit: bytes that all files may take.
             secret: what API keys are made tenants with; None: there are none.
             vault: what it is sealed with.
+            shared: other servers may use it at the same time; each has its own sessions.
         """
         self.folder, self.identity, self.keep, self.limit, self.vault = folder, identity, keep, limit, vault
         folder.create()
-        folder.lock()
+        alone = folder.lock(shared)
         try:
+            if alone:
+                folder.shared(shared)
             if not folder.exists() and (orphans := len(folder.files())):
                 raise ConfigError(
                     f"the state dir {folder.root} has {orphans} files of sessions and no sessions.db, which says whose they "
@@ -102,7 +97,12 @@ class Store:
             database.check_vault(self.reader, folder.root)
             if secret:
                 database.check_secret(self.reader, secret, folder.root)
-            self._recover()
+            (recovery.recover if alone else recovery.sweep)(self.reader, folder)
+            #: of a state dir that is shared: who has which session
+            self.watch = Watch(folder, vault, alone) if shared else None
+            self.leases = self.watch.leases if self.watch is not None else None
+            if shared and alone:
+                folder.share()
             folder.keep_reserve()
             self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
         except (sqlite3.Error, OSError) as error:
@@ -140,7 +140,7 @@ class Store:
             return self._pending[key][1]
         with self._reading():
             row = records.find(self.reader, key)
-        if row is not None and row.problem:
+        if row is not None and row.problem and (self.leases is None or self.leases.holds(key)):
             self._mend(row)
         return row
 
@@ -172,11 +172,13 @@ class Store:
         assert version is not None
 
         def write(db: sqlite3.Connection) -> Change:
+            if self.leases is not None and not self.folder.path(version.file).exists():
+                raise StoreError("its file was taken for a leftover, and removed", 507)
             gone = records.put(db, row, self.keep)
             gone += self._make_room(db, version.file, version.bytes, gone)
             return Change(None, {version.file: version.bytes}, gone)
 
-        return self.write(write)
+        return self.write(write, whose=row.key)
 
     def note(self, row: Row) -> None:
         """Record what is known of a session that leaves memory, whose newest version, ``row.newest``, is recorded already."""
@@ -192,9 +194,9 @@ class Store:
 
     def record(self, row: Row) -> Future:
         """Record what is known of a session, but for its versions."""
-        return self.write(lambda db: Change(gone=records.put(db, replace(row, newest=None), self.keep)))
+        return self.write(lambda db: Change(gone=records.put(db, replace(row, newest=None), self.keep)), whose=row.key)
 
-    def replace(self, uid: str, row: Row | None = None) -> Future:
+    def replace(self, key: SessionKey, uid: str, row: Row | None = None) -> Future:
         """Forget the session ``uid``; with a row, record another one in its place.
 
         Resolves to ``{"files": [...], "files_left": files that could not be removed yet, "database_wiped": bool}``.
@@ -207,7 +209,7 @@ class Store:
                 records.put(db, row, self.keep)
             return Change({"files": files}, gone=gone, erased=(uid, name))
 
-        return self.write(write, frees=True, yields=True)
+        return self.write(write, whose=key, frees=True, yields=True)
 
     def back_to(self, row: Row, version: int, standing: dict[str, Any]) -> Future:
         """Make a recorded version of a session the newest again. Resolves to it, or to None where it is not recorded.
@@ -222,15 +224,18 @@ class Store:
                 records.put(db, replace(row, state={**found.state, **standing}, newest=None), self.keep)
             return Change(found, gone=gone)
 
-        return self.write(write, frees=True)
+        return self.write(write, whose=row.key, frees=True)
 
-    def write(self, write: Write, frees: bool = False, yields: bool = False) -> Future:
+    def write(self, write: Write, whose: SessionKey | None = None, frees: bool = False, yields: bool = False) -> Future:
         """Run ``write`` after everything that was asked for before. Resolves in `poll`, to its result or a StoreError.
 
         Args:
+            whose: of that session; where the dir is shared it is written if this server has the session, else it is Moved.
             frees: it makes room, and may use what is kept for that where the disk is full.
             yields: it takes long: what is asked for later, of other sessions, may be done before.
         """
+        if self.leases is not None and whose is not None:
+            write = self.leases.fenced(whose, write)
         written: Future = Future()
         answer: Future = Future()
         self._asked[yields].append((written, answer, frees))
@@ -252,7 +257,8 @@ class Store:
             written, answer, frees = asked.popleft()
             if (error := written.exception()) is not None:
                 assert isinstance(error, StoreError)
-                self.failed(error)
+                if not isinstance(error, Moved):
+                    self.failed(error)
                 answer.set_exception(error)
                 continue
             change: Change = written.result()
@@ -279,6 +285,8 @@ class Store:
         self._turns.put(None)
         self._thread.join(timeout=30)
         self.poll()
+        if self.watch is not None:
+            self.watch.leave()
         self.reader.close()
         self.folder.unlock()
 
@@ -304,16 +312,20 @@ class Store:
                 self.folder.set_aside(file)
             return Change(gone=gone)
 
-        self.write(write).add_done_callback(lambda _: self._mending.discard(row.uid))
+        self.write(write, whose=row.key).add_done_callback(lambda _: self._mending.discard(row.uid))
 
     def _make_room(self, db: sqlite3.Connection, file: str, size: int, gone: list[str]) -> list[str]:
         """Older versions that have to go for a file of ``size`` bytes. Raises StoreError where that is not enough."""
         freed = sum(self.sizes.get(f, 0) for f in gone)
         excess = self.bytes + size - freed - self.limit
+        if self.leases is not None:  # others write too
+            excess = records.total_bytes(db) - self.limit
         if excess <= 0:
             return []
         old = [f for f in records.shrink(db, excess) if f != file]
-        if excess > sum(self.sizes.get(f, 0) for f in old):
+        if self.leases is not None:
+            excess = records.total_bytes(db) - self.limit
+        if excess > (sum(self.sizes.get(f, 0) for f in old) if self.leases is None else 0):
             error = StoreError(
                 f"the state dir has {self.bytes} of {self.limit} bytes (sessions.disk_gib); delete sessions, or allow more", 507
             )
@@ -352,6 +364,8 @@ class Store:
             raise
         self.sizes |= change.added
         self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
+        if self.leases is not None:
+            self.bytes = records.total_bytes(db)
         for file in change.gone:
             self.discard(file)
         if change.erased is not None:
@@ -361,37 +375,3 @@ class Store:
                 self._unwiped.popleft()
             change.result |= {"files_left": left, "database_wiped": not self._unwiped}
         return change
-
-    def _recover(self) -> None:
-        """After a stop of any kind: remove what was never recorded, and fall back where a file is gone or cut short."""
-        recorded, present = records.files(self.reader), self.folder.files()
-        leftovers = [file for file in present if file not in recorded]
-        for file in leftovers:
-            (self.folder.root / file).unlink(missing_ok=True)
-        self.folder.remove_exports()
-        lost = [file for file, (_, _, size) in recorded.items() if present.get(file) != size]
-        for file in lost:
-            with self.reader:
-                self.reader.execute("BEGIN IMMEDIATE")
-                records.without(self.reader, recorded[file][0], file)
-            self.folder.set_aside(file)
-            logger.error("vllm-ttt: %s is gone or was cut short; its session falls back to the version before", file)
-        sessions = self.reader.execute("SELECT count(*) FROM sessions").fetchone()[0]
-        logger.info(
-            "vllm-ttt: state dir %s: %d sessions, %d files; %d leftovers of cut-off saves removed, %d damaged set aside",
-            self.folder.root, sessions, len(recorded) - len(lost), len(leftovers), len(lost),
-        )  # fmt: skip
-
-
-def store_error(error: Exception) -> StoreError:
-    """What went wrong in a write, as an answer."""
-    if isinstance(error, StoreError):
-        return error
-    if isinstance(error, OSError):
-        found = StoreError(error.strerror or str(error), 507)
-        found.everywhere = error.errno in _NO_ROOM
-        return found
-    found = StoreError(str(error), 507)
-    if isinstance(error, sqlite3.Error):
-        found.everywhere = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _NO_ROOM_SQLITE
-    return found

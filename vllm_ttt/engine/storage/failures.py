@@ -1,0 +1,46 @@
+"""What befalls the state dir, as an answer to somebody."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+
+from vllm_ttt.errors import RequestError
+
+#: Errors of the state dir as a whole: who tries something else there will meet them too.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
+_NO_ROOM_SQLITE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
+#: Seconds after which whoever met a session on its way from one server to another may ask again.
+AGAIN = 2
+
+
+class StoreError(RequestError):
+    """Something could not be read (503) or written (507). ``everywhere``: nor could anything else be."""
+
+    everywhere = False
+
+
+class Moved(StoreError):
+    """Another server has the session, or may have it: what this one would write of it does not count (409)."""
+
+    def __init__(self, message: str = "another server has this session; ask again", *_: object):
+        super().__init__(message, 409, None, AGAIN)
+
+
+def store_error(error: Exception) -> StoreError:
+    """What went wrong in a write, as an answer."""
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, OSError):
+        found = StoreError(error.strerror or str(error), 507)
+        found.everywhere = error.errno in _NO_ROOM
+        return found
+    found = StoreError(str(error), 507)
+    if isinstance(error, sqlite3.Error):
+        found.everywhere = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _NO_ROOM_SQLITE
+    return found
+
+
+def answer_of(error: StoreError, message: str) -> RequestError:
+    """What is said to who asked for what could not be written: ``message``, or that another server has the session."""
+    return error if isinstance(error, Moved) else RequestError(message, 507)
