@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MODEL
+from conftest import HERE, MODEL
 
 from vllm_ttt.eval import server as processes
-from vllm_ttt.state_dir import StateDir
 
 pytestmark = pytest.mark.engine
 
@@ -40,14 +39,16 @@ def test_buffers_that_do_not_fit_are_refused(stage: Any) -> None:
 
 
 def test_a_start_that_fails_once_the_workers_run(stage: Any, tmp_path: Path) -> None:
-    """The engine core finds the state dir in use when its worker, a process of its own, has loaded the model. Sessions keep
-    workers from ending by a signal; a start has none, and it never ended."""
+    """Of a worker that is a process of its own. Sessions keep workers from ending by a signal; a start has none, and it never
+    ended."""
     stage.stop()
-    state, log = StateDir(tmp_path / "state"), tmp_path / "server.log"
-    state.create()
-    state.lock()
-    flags = ["--plugin", "ttt", "--ttt-state-dir", str(state.root), "--distributed-executor-backend", "mp", "--enforce-eager"]
-    flags += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(2**28), "--port", str(processes.free_port())]
-    with processes.process_group([sys.executable, "-m", "vllm_ttt.cli", "serve", str(MODEL), *flags], log) as process:
-        assert process.wait(timeout=300) != 0
-    assert f"the state dir {state.root} is in use by process {os.getpid()}" in log.read_text()
+    log, path = tmp_path / "server.log", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    flags = ["--plugin", "ttt", "--ttt-state-dir", str(tmp_path / "state"), "--worker-cls", "failing_start.FailingStart"]
+    flags += ["--distributed-executor-backend", "mp", "--enforce-eager", "--port", str(processes.free_port())]
+    flags += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(2**28)]
+    command = [sys.executable, "-m", "vllm_ttt.cli", "serve", str(MODEL), *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        with processes.process_group(command, log) as process:
+            assert process.wait(timeout=300) != 0
+    assert "planted by a test" in log.read_text()
