@@ -31,7 +31,7 @@ from typing import Any
 import engine_figures
 from dummy_adapter import write_adapter
 from engine_figures import EVERYWHERE, SAME, Round
-from runs import add_gate, pass_gate
+from gate import add_gate, pass_gate
 
 #: Rank of stock multi-LoRA's adapters: at 128, 64 of them on all layers of an 8B model are more than half of an H100.
 LORA_RANK = 16

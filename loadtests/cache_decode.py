@@ -19,7 +19,8 @@ import time
 from statistics import median
 from typing import Any
 
-from runs import DEMO, HERE, about, add_gate, pass_gate, save
+from gate import add_gate, pass_gate
+from runs import DEMO, HERE, about, save
 
 from vllm_ttt.eval.texts import read_texts
 
