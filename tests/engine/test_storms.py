@@ -33,10 +33,10 @@ from vllm_ttt.sessions.offline import Offline
 pytestmark = pytest.mark.engine
 
 STORM = int(os.environ.get("TTT_STORM", "60"))
-#: Four slots, and 14 sessions in memory; the disk holds what the storm makes, and some more.
+#: Four slots, and 14 sessions in memory, with what they remember; the disk holds what the storm makes, and some more.
 CONFIG = {
     "learn": {"chunk": 256},
-    "sessions": {"resident": 4, "host_gib": 0.033, "per_key": 10**6, "keep_versions": 1, "autosave": 2.0, "ttl": "1d"},
+    "sessions": {"resident": 4, "host_gib": 0.036, "per_key": 10**6, "keep_versions": 1, "autosave": 2.0, "ttl": "1d"},
     "observe": {"recent_chunks": 4096},
 }
 DISK_MB = 100 + 3 * STORM
