@@ -10,14 +10,17 @@ from vllm_ttt.types import ADAPTER_PATH
 
 _KEYS = ("_gen_lora_extra_hash_keys", "request")
 _LOOP = "_handle_shutdown"
+_SIGNAL = ("trigger", "self")
 _REQUEST = ("from_engine_core_request", "cls request block_hasher")
 
 
 def install() -> None:
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
+    from vllm.v1.engine.utils import SignalCallback
     from vllm.v1.request import Request
 
+    _contract.wrap(SignalCallback, *_SIGNAL, _once_at_a_time)
     _contract.wrap(kv_cache_utils, *_KEYS, _share_blocks)
     _contract.wrap(EngineCoreProc, _LOOP, "self", _look_at_the_loop)
     _contract.wrap(Request, *_REQUEST, _keep_the_name)
@@ -30,8 +33,10 @@ def check() -> None:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
+    from vllm.v1.engine.utils import SignalCallback
     from vllm.v1.request import Request
 
+    _contract.check(SignalCallback, *_SIGNAL)
     _contract.check(kv_cache_utils, *_KEYS)
     _contract.check(EngineCoreProc, _LOOP, "self")
     _contract.check(Request, *_REQUEST)
@@ -70,6 +75,18 @@ def _share_blocks(original: Callable) -> Callable:
         return original(request)
 
     return _gen_lora_extra_hash_keys
+
+
+def _once_at_a_time(original: Callable) -> Callable:
+    """It sets an event, whose lock a second signal's handler, inside the first one's, would wait for, and the engine core for
+    ever: `systemctl stop` signals all processes, and the API server then signals the engine core once more."""
+
+    def trigger(self: Any) -> None:
+        if not getattr(self, "ttt_triggered", False):
+            self.ttt_triggered = True  # it has one effect, once
+            original(self)
+
+    return trigger
 
 
 def _look_at_the_loop(original: Callable) -> Callable:
