@@ -62,7 +62,10 @@ def started(arm: str, state: str) -> dict[str, Any]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as arm_process:
         assert arm_process.stdout is not None
         for line in arm_process.stdout:  # vLLM's log goes there, too
-            found.append(line) if line.startswith("RESULT ") else print(line, end="", file=sys.stderr, flush=True)
+            if line.startswith("RESULT "):
+                found.append(line)
+            else:
+                print(line, end="", file=sys.stderr, flush=True)
     if arm_process.returncode or not found:
         sys.exit(f"the arm {arm} failed ({arm_process.returncode}); its log is above")
     return {**json.loads(found[-1].removeprefix("RESULT ")), "seconds": round(time.perf_counter() - begin, 1)}

@@ -13,6 +13,10 @@ class PatchContractError(TTTError, RuntimeError):
     """A vLLM function that we wrap is not the one that this release of vllm-ttt was written for."""
 
 
+#: Seconds after which whoever met a session on its way from one server to another may ask again.
+AGAIN = 2
+
+
 class RequestError(TTTError, ValueError):
     """A client's request is not acceptable.
 

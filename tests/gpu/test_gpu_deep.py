@@ -92,20 +92,24 @@ class Worker:
         values = self.compute.step(flat, weight, rows, share, source).clone()
         return [base, values, *self.deltas.masters.select(rows.cuda()).delta.tensors()]
 
+    def capture(self) -> None:
+        """Graphs of steps, of some of the shapes of these tests; the others are launched."""
+        from vllm_ttt.worker.capture.past import PastSource
+
+        def timed(run: Any) -> float:
+            run()
+            torch.cuda.synchronize()
+            return 0.0
+
+        self.compute.warm_up([(1, CHUNK), (2, CHUNK), (4, 128)], timed, PastSource(self.cache, ()))
+        assert self.compute.step_graphs, "nothing was captured"
+
 
 @pytest.mark.parametrize("layers", [4, "all"])
 def test_a_replayed_step_is_the_launched_one(layers: int | str) -> None:
-    from vllm_ttt.worker.capture.past import PastSource
-
-    def timed(run: Any) -> float:
-        run()
-        torch.cuda.synchronize()
-        return 0.0
-
     with torch.inference_mode():  # as the worker's hooks run
         plain, replayed = Worker(layers), Worker(layers)
-        replayed.compute.warm_up([(1, CHUNK), (2, CHUNK), (4, 128)], timed, PastSource(replayed.cache, ()))
-        assert replayed.compute.step_graphs, "nothing was captured"
+        replayed.capture()
         assert replayed.compute.base_graphs
         assert not plain.compute.step_graphs
         for which in ({7: 0}, {7: 5}, {7: 3, 8: 1}, {7: 1, 8: 0, 9: 1}, {9: 2}, {8: 1, 9: 0}, {7: 0}):

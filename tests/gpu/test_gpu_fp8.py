@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from test_gpu_deep import CHUNK, Worker
+from bench_step import in_fp8
+from test_gpu_deep import Worker
 from torch import Tensor
 
 pytestmark = [
@@ -62,17 +61,10 @@ def test_a_product_is_that_of_its_rounded_sides(rows: int, outputs: int, inputs:
         assert 0.01 < relative(found.float(), x.float() @ m.float().T) < 0.06
 
 
-def in_fp8(worker: Worker) -> Worker:
-    """Its step multiplies in FP8."""
-    from vllm_ttt.worker.step import fp8
-
-    tail = worker.compute.tail
-    for block in tail.blocks:  # type: ignore[union-attr]
-        weights = {"o": block.wo_DQ, "gu": block.wgu_2FD, "d": block.wd_DF}
-        block.served = {key: fp8.product(w, key) for key, w in weights.items()}
-        block.back = {key: fp8.product(w.T, key) for key, w in weights.items()}
-    for qkv in tail.attentions:  # type: ignore[union-attr]
-        qkv.served, qkv.back = fp8.product(qkv.wqkv_XD, "qkv"), fp8.product(qkv.wqkv_XD.T, "qkv")
+def rounding(layers: int | str) -> Worker:
+    """Its step multiplies in FP8, both ways."""
+    worker = Worker(layers)
+    in_fp8(worker.compute.tail, "both")  # type: ignore[arg-type]
     return worker
 
 
@@ -81,17 +73,9 @@ STEPS = ({7: 0}, {7: 5}, {7: 3, 8: 1}, {7: 1, 8: 0, 9: 1}, {9: 2})
 
 @pytest.mark.parametrize("layers", [4, "all"])
 def test_a_replayed_step_is_the_launched_one(layers: int | str) -> None:
-    from vllm_ttt.worker.capture.past import PastSource
-
-    def timed(run: Any) -> float:
-        run()
-        torch.cuda.synchronize()
-        return 0.0
-
     with torch.inference_mode():
-        launched, replayed = in_fp8(Worker(layers)), in_fp8(Worker(layers))
-        replayed.compute.warm_up([(1, CHUNK), (2, CHUNK), (4, 128)], timed, PastSource(replayed.cache, ()))
-        assert replayed.compute.step_graphs, "nothing was captured"
+        launched, replayed = rounding(layers), rounding(layers)
+        replayed.capture()
         for which in STEPS:
             for one, other in zip(replayed.step(which), launched.step(which), strict=True):
                 assert other.isfinite().all()
@@ -105,10 +89,10 @@ def test_a_step_points_where_it_does_in_bfloat16(layers: int | str) -> None:
     the cosines of five such steps were 0.974 to 0.987."""
     with torch.inference_mode():
         for which in STEPS:
-            plain, rounding = Worker(layers), in_fp8(Worker(layers))
+            plain, other_worker = Worker(layers), rounding(layers)
             rows = torch.tensor([plain.deltas.rows[key] for key in which], device="cuda")
             before = plain.deltas.masters.select(rows).delta.tensors()
-            (base, said, *ones), (other_base, other_said, *others) = plain.step(which), rounding.step(which)
+            (base, said, *ones), (other_base, other_said, *others) = plain.step(which), other_worker.step(which)
             assert 0 < relative(other_base, base) < 0.02
             assert 0 < relative(other_said[1], said[1]) < 0.02
             for old, one, other in zip(before, ones, others, strict=True):

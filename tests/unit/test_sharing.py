@@ -83,6 +83,21 @@ def ask(world: World, op: str, name: str, argument: Any = None, tenant: str = "-
     return world.wait(answer) if isinstance(answer, Future) else answer
 
 
+def stop_its_clock(servers: Servers, world: World) -> None:
+    """It does not notice that time passes."""
+    stands = servers.time
+    assert world.store.watch is not None
+    world.store.watch.member.clock = lambda: stands
+
+
+def take_over(servers: Servers, one: World, two: World) -> None:
+    """``one`` is stopped until ``two`` has found it dead, has its session a, and has learned and saved it."""
+    servers.passes(DEAD + 3, but=one)
+    assert claim(two, "a")
+    two.use("a", 2.0)
+    two.save("a")
+
+
 def test_a_session_is_had_by_one(servers: Servers) -> None:
     one, two = servers.start(), servers.start()
     assert claim(one, "a")
@@ -160,13 +175,8 @@ def test_a_server_that_was_stopped_writes_nothing_of_what_others_have(servers: S
     session = one.use("a")
     session.requests.add("r")
     if not noticed:
-        stands = servers.time
-        assert one.store.watch is not None
-        one.store.watch.member.clock = lambda: stands
-    servers.passes(DEAD + 3, but=one)
-    assert claim(two, "a")
-    two.use("a", 2.0)
-    two.save("a")
+        stop_its_clock(servers, one)
+    take_over(servers, one, two)
 
     refused = len(one.refused)
     if noticed:
@@ -208,13 +218,8 @@ def test_calls_are_fenced_too(servers: Servers) -> None:
     assert claim(one, "a")
     one.use("a", 1.0)
     one.save("a")
-    stands = servers.time
-    assert one.store.watch is not None
-    one.store.watch.member.clock = lambda: stands
-    servers.passes(DEAD + 3, but=one)
-    assert claim(two, "a")
-    two.use("a", 2.0)
-    two.save("a")
+    stop_its_clock(servers, one)
+    take_over(servers, one, two)
     for op, argument in (("delete", None), ("reset", None), ("freeze", None), ("rollback", 1), ("save", None)):
         answer = ask(one, op, "a", argument)
         assert (answer["status"], answer["retry_after"]) == (409, 2), op

@@ -9,16 +9,16 @@ import time
 from typing import Any
 
 from vllm_ttt import placement, plugin
-from vllm_ttt.errors import RequestError
+from vllm_ttt.errors import AGAIN, RequestError
 from vllm_ttt.types import SessionKey
 
 #: Operations that each engine answers for its own sessions.
 _LISTS = ("list", "list_all")
 #: Those that need no session, or read what was recorded of one, whoever has it.
 _ANYWHERE = (*_LISTS, "config", "metrics", "get", "claim")
-#: Of a state dir that several servers share: seconds for which a session is waited for that another one has, from one question
-#: to the next, and after which the client may ask again.
-HANDOVER, _PAUSE, AGAIN = 5.0, 0.25, 2
+#: Of a state dir that several servers share: seconds for which a session is waited for that another one has, and from one
+#: question to the next.
+HANDOVER, _PAUSE = 5.0, 0.25
 
 
 def count(core: Any) -> int:

@@ -191,24 +191,18 @@ async def _ask(request: Request, op: str, session_id: str | None = None, *argume
         session_id: as it stands in the path; None for lists and config.
         argument: what the operation needs besides, if anything.
     Raises:
-        Exception: one of vLLM's, for the status that is due: 400 for a bad id, else what the engine says.
+        RequestError: 400 for a bad id, else what the engine says; `_Route` answers with it.
     """
+    name = "" if session_id is None else check_session_id(session_id)
+    tenant, engine = tenants.tenant_of(request), request.app.state.ttt_engine
     try:
-        name = "" if session_id is None else check_session_id(session_id)
-        tenant = tenants.tenant_of(request)
-        engine = request.app.state.ttt_engine
-        try:
-            if engines.shares(getattr(engine, "vllm_config", None)):
-                await engines.claim_for(engine.engine_core, op, tenant, name, *argument)
-            answer = await engines.ask(engine.engine_core, op, tenant, name, *argument)
-        except Exception as error:
-            if isinstance(error, RequestError) or "shutting down" not in str(error):
-                raise
-            raise RequestError("the server is shutting down; what it has learned is being saved", status=503) from None
-        if not answer["ok"]:
-            raise engines.refused(answer)
-    except RequestError as error:
-        if error.retry_after is not None:
-            raise  # the route says when
-        raise refusals.to_vllm(error) from None
+        if engines.shares(getattr(engine, "vllm_config", None)):
+            await engines.claim_for(engine.engine_core, op, tenant, name, *argument)
+        answer = await engines.ask(engine.engine_core, op, tenant, name, *argument)
+    except Exception as error:
+        if isinstance(error, RequestError) or "shutting down" not in str(error):
+            raise
+        raise RequestError("the server is shutting down; what it has learned is being saved", status=503) from None
+    if not answer["ok"]:
+        raise engines.refused(answer)
     return answer["result"]

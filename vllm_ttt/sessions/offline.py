@@ -125,7 +125,7 @@ class Offline:
             checksum = delta_file.write(path, data)
             digest = delta_file.digest({module: tensors[module] for module in self.geometry.shapes})
             saved = Version(version, file, len(data), checksum, now, {"version": version, "digest": digest})
-            with self._transaction():
+            with database.transaction(self.db):
                 records.put(self.db, Row(uid, SessionKey(tenant, name), now, now, saved.state, saved), keep=1)
             note("import", SessionKey(tenant, name), uid, version=version, bytes=len(data), checksum=checksum)
         return {"session_id": name, "tenant": tenant, "version": version, "bytes": len(data)}
@@ -134,7 +134,7 @@ class Offline:
         with self._locked(), noting(self.db, self.folder.root) as note:
             row = self.find(name)
             files = erase.listed(self.db, row.uid)
-            with self._transaction():
+            with database.transaction(self.db):
                 gone = records.remove(self.db, row.uid)
             for file in gone:
                 self.folder.path(file).unlink(missing_ok=True)
@@ -153,7 +153,7 @@ class Offline:
             raise SessionsError("both keys are the same")
         with self._locked(), noting(self.db, self.folder.root) as note:
             try:
-                with self._transaction():
+                with database.transaction(self.db):
                     moved = records.move(self.db, tenant, to)
             except ValueError as error:
                 raise SessionsError(f"both keys have sessions of the same name, nothing was moved: {error}") from None
@@ -186,7 +186,7 @@ class Offline:
             if (found := records.find(self.db, row.key)) is not None and found.problem:
                 problems.append({"file": "sessions.db", "session_id": row.key.name, "problem": found.problem})
                 if repair:
-                    with self._transaction():
+                    with database.transaction(self.db):
                         records.mend(self.db, found)
                     for file in found.damaged:
                         self.folder.set_aside(file)
@@ -197,7 +197,7 @@ class Offline:
                     continue  # a server that runs has replaced it meanwhile
                 problems.append({"file": version.file, "session_id": row.key.name, "problem": problem})
                 if repair:
-                    with self._transaction():
+                    with database.transaction(self.db):
                         records.without(self.db, uid, version.file)
                     self.folder.set_aside(version.file)
         leftovers = sorted(file for file in present if file not in recorded)
@@ -299,16 +299,6 @@ class Offline:
             yield
         finally:
             self.folder.unlock()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self.db.execute("COMMIT")
-        except BaseException:
-            self.db.execute("ROLLBACK")
-            raise
 
 
 def the_one(found: list[Row], name: str, folder: StateDir) -> Row:

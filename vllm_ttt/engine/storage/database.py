@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,19 @@ def connect(database: Path, readonly: bool = False, vault: Vault = PLAIN) -> sql
         return db
     except sqlite3.Error as error:
         raise ConfigError(f"{database} cannot be opened: {error}") from None
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All that is done inside, or, where it raises, nothing of it."""
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def create(db: sqlite3.Connection, identity: dict[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import sqlite3
 
-from vllm_ttt.errors import RequestError
+from vllm_ttt.errors import AGAIN, RequestError
 
 #: Errors of the state dir as a whole: who tries something else there will meet them too.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
 _NO_ROOM_SQLITE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
-#: Seconds after which whoever met a session on its way from one server to another may ask again.
-AGAIN = 2
 
 
 class StoreError(RequestError):

@@ -19,9 +19,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from vllm_ttt.engine.storage import leases
+from vllm_ttt.engine.storage import database, leases
 from vllm_ttt.log import logger_of
 
 logger = logger_of(__name__)
@@ -84,7 +83,8 @@ class Member:
         handle = os.open(self.folder / id, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.write(handle, b"%020d\n" % 0)
         os.close(handle)
-        found = _transaction(db, lambda: leases.enter(db, id, before))
+        with database.transaction(db):
+            found = leases.enter(db, id, before)
         with self._lock:
             self.id, self._last, self._stopped = id, began, False
         if before:
@@ -107,13 +107,10 @@ class Member:
 
     def _bury(self, db: sqlite3.Connection, id: str) -> bool:
         seen, _ = self._seen[id]
-
-        def bury() -> int | None:
-            return leases.bury(db, id) if self._read(id) == seen else None
-
-        had = _transaction(db, bury)
-        if had is None:
-            return False
+        with database.transaction(db):
+            if self._read(id) != seen:
+                return False
+            had = leases.bury(db, id)
         (self.folder / id).unlink(missing_ok=True)
         logger.warning("vllm-ttt: server %s has shown no sign of life for %d s: its %d sessions are free", id, DEAD, had)
         return True
@@ -122,7 +119,8 @@ class Member:
         """This server has written all that it will: others may have its sessions at once."""
         with self._lock:
             self._stopped = True
-        _transaction(db, lambda: leases.bury(db, self.id))
+        with database.transaction(db):
+            leases.bury(db, self.id)
         with suppress(OSError):
             (self.folder / self.id).unlink()
 
@@ -130,15 +128,3 @@ class Member:
         with suppress(FileNotFoundError):
             return (self.folder / id).read_bytes()
         return None
-
-
-def _transaction(db: sqlite3.Connection, do: Callable[[], Any]) -> Any:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        found = do()
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-    return found

@@ -11,11 +11,11 @@ import os
 import shutil
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from vllm_ttt import placement
-from vllm_ttt.engine.storage import records
+from vllm_ttt.engine.storage import database, records
 from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.log import logger_of
@@ -80,7 +80,7 @@ def _link_all(source: Store, target: Store, uids: list[str]) -> None:
 
 def _move(source: Store, target: Store, uids: list[str]) -> None:
     """Record sessions whose files are there already on another shelf, and remove them from their own."""
-    with _transaction(target.reader):
+    with database.transaction(target.reader):
         for uid in uids:
             try:
                 records.carry(source.reader, target.reader, uid)
@@ -89,7 +89,7 @@ def _move(source: Store, target: Store, uids: list[str]) -> None:
                     f"{source.folder.root} and {target.folder.root} both have a session {error}, and one engine would have "
                     "both; nothing of either was lost. Keep one: vllm-ttt sessions rm FOLDER NAME, with the other's folder"
                 ) from None
-    with _transaction(source.reader):
+    with database.transaction(source.reader):
         gone = [file for uid in uids for file in records.remove(source.reader, uid)]
     for file in gone:
         source.discard(file)
@@ -118,17 +118,6 @@ def _wipe(db: sqlite3.Connection) -> None:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except sqlite3.Error as error:
         logger.error("vllm-ttt: what a database has of sessions that have moved could not be overwritten: %s", error)
-
-
-@contextlib.contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
 
 
 def _sync(path: Path) -> None:

@@ -316,16 +316,16 @@ class Store:
 
     def _make_room(self, db: sqlite3.Connection, file: str, size: int, gone: list[str]) -> list[str]:
         """Older versions that have to go for a file of ``size`` bytes. Raises StoreError where that is not enough."""
-        freed = sum(self.sizes.get(f, 0) for f in gone)
-        excess = self.bytes + size - freed - self.limit
-        if self.leases is not None:  # others write too
-            excess = records.total_bytes(db) - self.limit
-        if excess <= 0:
+
+        def excess(gone: list[str]) -> int:
+            if self.leases is not None:  # others write too; the file is recorded, and what is gone is not
+                return records.total_bytes(db) - self.limit
+            return self.bytes + size - sum(self.sizes.get(f, 0) for f in gone) - self.limit
+
+        if (too_much := excess(gone)) <= 0:
             return []
-        old = [f for f in records.shrink(db, excess) if f != file]
-        if self.leases is not None:
-            excess = records.total_bytes(db) - self.limit
-        if excess > (sum(self.sizes.get(f, 0) for f in old) if self.leases is None else 0):
+        old = [f for f in records.shrink(db, too_much) if f != file]
+        if excess([*gone, *old]) > 0:
             error = StoreError(
                 f"the state dir has {self.bytes} of {self.limit} bytes (sessions.disk_gib); delete sessions, or allow more", 507
             )
@@ -354,14 +354,8 @@ class Store:
             db.close()
 
     def _execute(self, db: sqlite3.Connection, write: Write) -> Change:
-        try:
-            db.execute("BEGIN IMMEDIATE")
+        with database.transaction(db):
             change = write(db)
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
         self.sizes |= change.added
         self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
         if self.leases is not None:
