@@ -3,9 +3,9 @@
 python loadtests/bench_attention.py --json loadtests/results/DATE-attention.json
 
 The default shape is that of Qwen3-8B: 32 query heads, 8 heads of keys and values, width 128, chunks of 256 tokens, bf16. A time
-is the median of some runs of one layer, packing of the keys included; a backward repeats the forward. Each implementation is
-first compared with the reference in float32. Needs torch alone; without xformers that column says so. `--device cpu` checks the
-script, not a machine.
+is the median of some runs of one layer, packing of the keys included; the backward of sdpa and xformers repeats the forward.
+Each implementation is first compared with the reference in float32. Needs torch alone; without xformers that column says so.
+`--device cpu` checks the script, not a machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.modules["vllm_ttt"] = package
 from vllm_ttt.worker.clock import Clock  # noqa: E402
 from vllm_ttt.worker.step.attention import Attention, Layout, SDPAAttention, available  # noqa: E402
 
-NAMES = ("sdpa", "varlen", "xformers")
+NAMES = ("sdpa", "varlen", "served", "xformers")
 
 
 def main() -> None:
@@ -93,7 +93,8 @@ def check(kernels: dict[str, Attention], args: Any, device: torch.device) -> dic
     def run(kernel: Attention, dtype: torch.dtype) -> list[Tensor]:
         past = total[0].to(dtype), total[1].to(dtype)
         attended = tuple(x.to(dtype) for x in own), past, layout, args.width**-0.5
-        return [kernel.forward(*attended), *kernel.backward(*attended, d.to(dtype))]  # type: ignore[arg-type]
+        out, saved = kernel.forward(*attended)  # type: ignore[arg-type]
+        return [out, *kernel.backward(*attended, d.to(dtype), saved)]  # type: ignore[arg-type]
 
     exact = run(SDPAAttention(), torch.float32)
     for name, kernel in kernels.items():
@@ -113,7 +114,7 @@ def measure(kernel: Attention, sessions: int, past: int, args: Any, device: torc
         attended = own, before, layout, args.width**-0.5
         forward = lambda: kernel.forward(*attended)  # noqa: E731
         clock = Clock(device)
-        both = [_timed(clock, forward, lambda _: kernel.backward(*attended, d)) for _ in range(args.runs + 3)][3:]
+        both = [_timed(clock, forward, lambda made: kernel.backward(*attended, d, made[1])) for _ in range(args.runs + 3)][3:]
         return {
             "forward": round(1e3 * statistics.median(f for f, _ in both), 4),
             "backward": round(1e3 * statistics.median(b for _, b in both), 4),

@@ -25,7 +25,7 @@ from torch import Tensor
 from vllm_ttt.config import parse_config
 from vllm_ttt.worker.delta import Delta, State
 from vllm_ttt.worker.step import attention, fp8
-from vllm_ttt.worker.step.attention import Layout
+from vllm_ttt.worker.step.attention import Attention, Layout
 from vllm_ttt.worker.step.block import Block
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
 from vllm_ttt.worker.step.qkv import QKV, HeadNorm, Past
@@ -51,7 +51,7 @@ class Served:
         return self.kv[0].index_select(0, slots_P), self.kv[1].index_select(0, slots_P)
 
 
-def make_tail(shape: str, device: torch.device, dtype: torch.dtype) -> Tail:
+def make_tail(shape: str, device: torch.device, dtype: torch.dtype, kernel: Attention | None = None) -> Tail:
     L, D, F, H, G, E, V = SHAPES[shape]
     draw = lambda o, i: torch.randn(o, i, device=device, dtype=dtype) * i**-0.5  # noqa: E731
     ones = lambda n: torch.ones(n, device=device)  # noqa: E731
@@ -71,7 +71,7 @@ def make_tail(shape: str, device: torch.device, dtype: torch.dtype) -> Tail:
     return Tail(
         **a_block(), modules="od", head_VD=draw(V, D), lnf_D=ones(D), eps_f=1e-6,
         ao_RQ=project(H * E), ai_RD=project(D), ad_RF=project(F), lower=tuple(Block(**a_block()) for _ in range(L - 1)),
-        attentions=tuple(a_qkv() for _ in range(L)), embedding_VD=draw(V, D), kernel=attention.choose(device, dtype),
+        attentions=tuple(a_qkv() for _ in range(L)), embedding_VD=draw(V, D), kernel=kernel or attention.choose(device, dtype),
     )  # fmt: skip
 
 
@@ -153,11 +153,13 @@ def main() -> None:
     parser.add_argument("--past", default="0", help="tokens before each chunk")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--fp8", choices=("none", "back", "both"), default="none")
+    parser.add_argument("--attention", choices=attention.IMPLEMENTATIONS, help="default: what a worker would take")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
     device = torch.device(args.device)
-    tail = make_tail(args.shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    kernel = attention.IMPLEMENTATIONS[args.attention]() if args.attention else None
+    tail = make_tail(args.shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32, kernel)
     if args.fp8 != "none":
         in_fp8(tail, args.fp8)
     rows: list[dict[str, Any]] = []

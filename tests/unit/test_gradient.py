@@ -335,8 +335,8 @@ def test_a_query_sees_its_past_and_what_comes_before_it() -> None:
     past = draw(4, 3, G, E), draw(5, 3, G, E)
     kernel, d = SDPAAttention(), draw(6, S * C, H, E)
     layout = Layout.of(lengths, C)
-    out = kernel.forward((q, k, v), past, layout, 0.3)
-    found = kernel.backward((q, k, v), past, layout, 0.3, d)
+    out, saved = kernel.forward((q, k, v), past, layout, 0.3)
+    found = kernel.backward((q, k, v), past, layout, 0.3, d, saved)
     own = [x.clone().requires_grad_() for x in (q, k, v)]
     rows = []
     for s, c, h in ((s, c, h) for s in range(S) for c in range(C) for h in range(H)):

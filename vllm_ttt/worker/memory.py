@@ -82,7 +82,7 @@ def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_l
     """
     D, Q, F, tokens = geometry.hidden, geometry.attention, geometry.feed_forward, config.schedule.tokens_per_step
     X = Q + 2 * geometry.keys
-    layer = 4 * 2 * D + kept * 2 * (F + X) + itemsize * (X + 3 * geometry.rank)
+    layer = 4 * 2 * D + kept * 2 * (F + X) + itemsize * (X + Q + 3 * geometry.rank)
     once = 4 * 4 * D + kept * 4 * F + itemsize * X
     sessions = max(1, tokens // SMALLEST_SHARE)
     packed = packed_bytes(geometry, config, itemsize, max_model_len)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -95,42 +94,79 @@ class Attention(ABC):
     #: whether it reads the lengths of the pasts on the device alone, so that a CUDA graph can follow them
     static = False
 
-    @abstractmethod
-    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
-        """[T, H, E], the sum of the values that each query sees, in the dtype of its inputs."""
+    def forward(self, own: Own, past: Before, layout: Layout, scale: float) -> tuple[Tensor, Any]:
+        """Attention of all sessions, [T, H, E], and what `backward` takes of it.
 
-    def forward(self, own: Own, past: Before, layout: Layout, scale: float) -> Tensor:
-        """Attention of all sessions, [T, H, E]. ``scale``: of the products of queries and keys."""
+        Args:
+            scale: of the products of queries and keys.
+        """
         k_UGE, v_UGE = _packed(own, past, layout)
         return self.attend(own[0], k_UGE, v_UGE, layout, scale)
 
-    def backward(self, own: Own, past: Before, layout: Layout, scale: float, d_THE: Tensor) -> Own:
-        """Gradients with respect to ``own``; ``d_THE``: with respect to what `forward` gives.
+    def backward(self, own: Own, past: Before, layout: Layout, scale: float, d_THE: Tensor, saved: Any) -> Own:
+        """Gradients with respect to ``own``. The keys are packed once more: all layers' would be most of a step's memory.
 
-        It packs and attends once more: what a forward would keep for it, of every layer, would be most of a step's memory.
+        Args:
+            d_THE: with respect to what `forward` gives. saved: what it gives beside that.
         """
-        # The worker's hooks run in inference mode, whose tensors cannot take part in autograd: copies made outside can.
-        with torch.inference_mode(False):
-            q, k, v = (x.requires_grad_() for x in (own[0].clone(), *_packed(own, past, layout)))
-            with torch.enable_grad():
-                out = self.attend(q, k, v, layout, scale)
-                dq, dk, dv = torch.autograd.grad(out, (q, k, v), d_THE.clone())
+        k_UGE, v_UGE = _packed(own, past, layout)
+        dq, dk, dv = self.gradient(own[0], k_UGE, v_UGE, layout, scale, d_THE, saved)
+        if _alone(past):
+            return dq, dk, dv
         at = layout.own_T
         return dq, dk.index_select(0, at), dv.index_select(0, at)
+
+    @abstractmethod
+    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Any]:
+        """[T, H, E], the sum of the values that each query sees, in the inputs' dtype; and what `gradient` takes of it."""
+
+    @abstractmethod
+    def gradient(
+        self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float, d_THE: Tensor, saved: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """With respect to the first three arguments."""
+
+
+def _alone(past: Before) -> bool:
+    """Whether the chunks have no past, so that their own keys are all that is packed, as they stand."""
+    return past[0].shape[0] == 0
 
 
 def _packed(own: Own, past: Before, layout: Layout) -> Before:
     """Keys and values [U, G, E]."""
+    if _alone(past):
+        return own[1], own[2]
     k, v = (torch.cat(both).index_select(0, layout.order_U) for both in zip(past, own[1:], strict=True))
     return k, v
 
 
-class SDPAAttention(Attention):
+class AutogradAttention(Attention):
+    """One whose backward attends once more, and is torch's."""
+
+    @abstractmethod
+    def output(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
+        """As `attend`, in a way that autograd can follow."""
+
+    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Any]:
+        return self.output(q_THE, k_UGE, v_UGE, layout, scale), None
+
+    def gradient(
+        self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float, d_THE: Tensor, saved: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # The worker's hooks run in inference mode, whose tensors cannot take part in autograd: copies made outside can.
+        with torch.inference_mode(False):
+            q, k, v = (x.clone().requires_grad_() for x in (q_THE, k_UGE, v_UGE))
+            with torch.enable_grad():
+                out = self.output(q, k, v, layout, scale)
+                return torch.autograd.grad(out, (q, k, v), d_THE.clone())  # type: ignore[return-value]
+
+
+class SDPAAttention(AutogradAttention):
     """torch's scaled_dot_product_attention, session by session: the reference, and what runs on a CPU."""
 
     name = "sdpa"
 
-    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
+    def output(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
         C, groups = layout.rows, q_THE.shape[1] // k_UGE.shape[1]
         sizes = [p + C for p in layout.lengths]
         out = []
@@ -144,34 +180,55 @@ class SDPAAttention(Attention):
 
 
 class VarlenAttention(Attention):
-    """torch.nn.attention.varlen: Flash Attention over all sessions in one kernel; CUDA, bf16 or fp16."""
+    """Flash Attention over all sessions in one kernel, as torch.nn.attention.varlen calls it; CUDA, bf16 or fp16. Its ops take
+    fewer heads of keys than of queries as they are, and a scale, which that interface does not in every release."""
 
     name = "varlen"
     static = True
 
-    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
+    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Any]:
+        of = layout.starts_q, layout.starts_k, layout.rows, layout.longest
+        found = torch.ops.aten._flash_attention_forward(q_THE, k_UGE, v_UGE, *of, 0.0, True, False, scale=scale)
+        return found[0], found[:4]
 
-        groups, known = q_THE.shape[1] // k_UGE.shape[1], inspect.signature(varlen_attn).parameters
-        options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-        if "enable_gqa" in known:
-            options["enable_gqa"] = groups > 1
-        else:  # torch 2.11
-            k_UGE, v_UGE = (x.repeat_interleave(groups, 1) for x in (k_UGE, v_UGE))
-        if "scale" in known:
-            options["scale"] = scale
-        else:
-            q_THE = q_THE * (scale * q_THE.shape[2] ** 0.5)  # it scales by the width of a head itself
-        starts = layout.starts_q, layout.starts_k
-        return varlen_attn(q_THE, k_UGE, v_UGE, *starts, layout.rows, layout.longest, **options)  # type: ignore[return-value]
+    def gradient(
+        self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float, d_THE: Tensor, saved: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, weights, *state = saved
+        of = layout.starts_q, layout.starts_k, layout.rows, layout.longest
+        given = d_THE, q_THE, k_UGE, v_UGE, out, weights, *of, 0.0, True, *state
+        return torch.ops.aten._flash_attention_backward(*given, scale=scale)
 
 
-class XformersAttention(Attention):
+class ServedAttention(VarlenAttention):
+    """Its forward is that which vLLM serves with on Hopper, FlashAttention 3, which has no backward there."""
+
+    name = "served"
+
+    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Any]:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        of = layout.rows, layout.starts_q, layout.longest, layout.starts_k
+        options: dict[str, Any] = {"softmax_scale": scale, "causal": True, "return_softmax_lse": True, "fa_version": 3}
+        out, weights = flash_attn_varlen_func(q_THE, k_UGE, v_UGE, *of, **options)
+        # What the backward would draw its dropout from: there is none.
+        return out, (out, weights, torch.empty(2, dtype=torch.uint64, device=out.device), out.new_empty(0))
+
+    @staticmethod
+    def runs(device: torch.device) -> bool:
+        if importlib.util.find_spec("vllm") is None or torch.cuda.get_device_capability(device)[0] != 9:
+            return False
+        from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
+
+        return is_fa_version_supported(3)
+
+
+class XformersAttention(AutogradAttention):
     """xformers' memory-efficient attention with a block-diagonal mask; CUDA. Needs the extra `xformers`."""
 
     name = "xformers"
 
-    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
+    def output(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> Tensor:
         load_cuda_runtime()
         from xformers.ops import fmha  # pyright: ignore[reportMissingImports]
 
@@ -195,13 +252,15 @@ def load_cuda_runtime() -> None:
 
 
 #: By name; the order is that of preference.
-IMPLEMENTATIONS: dict[str, type[Attention]] = {x.name: x for x in (VarlenAttention, XformersAttention, SDPAAttention)}
+IMPLEMENTATIONS: dict[str, type[Attention]] = {
+    x.name: x for x in (ServedAttention, VarlenAttention, XformersAttention, SDPAAttention)
+}
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Attention:
     """The fastest implementation that can run: Flash Attention on CUDA in bf16 or fp16, else the reference."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return VarlenAttention()
+        return ServedAttention() if ServedAttention.runs(device) else VarlenAttention()
     return SDPAAttention()
 
 
@@ -210,6 +269,8 @@ def available(device: torch.device, dtype: torch.dtype) -> list[Attention]:
     found: list[Attention] = [SDPAAttention()]
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         found.append(VarlenAttention())
+        if ServedAttention.runs(device):
+            found.append(ServedAttention())
         if importlib.util.find_spec("xformers") is not None:
             found.append(XformersAttention())
     return found

@@ -1,6 +1,6 @@
 """The functions of pointwise.py as Triton kernels: each number is read once and written once, and all between is float32.
 
-A program has one row, or one head of one row; a row of logits is read in pieces. Arguments and results as in pointwise.py.
+A program has one row, or some heads of one row; a row of logits is read in pieces. Arguments and results as in pointwise.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from vllm_ttt.worker.step.qkv import QKV, HeadNorm
 #: Columns that a program of the gated activation, and a pass over a row of logits, has at once.
 COLUMNS = 1024
 PIECE = 4096
+#: Heads of a row that a program turns, at most.
+HEADS = 8
 
 
 # No annotation but constexpr in a kernel: Triton looks any other name up among the globals, and does not compile.
@@ -75,23 +77,28 @@ def _gated_backward(gu, dz, dgu, F, BLOCK: tl.constexpr):
 
 @triton.jit
 def _turn(qkv, table, positions, qw, kw, q, k, inv, H, G, E, HALF, q_eps, k_eps, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
-    """Grid: (T, H + G). A head's partner of a column is the other column of its pair."""
-    row, j, n = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+          HEADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Grid: (T, (H + G) / HEADS); heads of a program are all of queries, or all of keys. A head's partner of a column is the
+    other column of its pair."""
+    row, j, n = (
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None],
+        tl.arange(0, BLOCK)[None],
+    )
     inside = n < E
     at = qkv + row * (H + 2 * G) * E + j * E
     other = tl.where(n < HALF, n + HALF, tl.where(n < 2 * HALF, n - HALF, n))
     x, y = tl.load(at + n, inside, 0.0).to(tl.float32), tl.load(at + other, inside, 0.0).to(tl.float32)
-    queries = j < H
+    queries = tl.program_id(1) * HEADS < H
     if Q_NORM and queries:
-        i = 1.0 / tl.sqrt(tl.sum(x * x, 0) / E + q_eps)
-        x *= i * tl.load(qw + n, inside, 0.0)
-        y *= i * tl.load(qw + other, inside, 0.0)
+        i = 1.0 / tl.sqrt(tl.sum(x * x, 1, keep_dims=True) / E + q_eps)
+        x *= i * tl.load(qw + n, n < E, 0.0)
+        y *= i * tl.load(qw + other, n < E, 0.0)
         tl.store(inv + row * (H + G) + j, i)
-    if K_NORM and j >= H:
-        i = 1.0 / tl.sqrt(tl.sum(x * x, 0) / E + k_eps)
-        x *= i * tl.load(kw + n, inside, 0.0)
-        y *= i * tl.load(kw + other, inside, 0.0)
+    if K_NORM and not queries:
+        i = 1.0 / tl.sqrt(tl.sum(x * x, 1, keep_dims=True) / E + k_eps)
+        x *= i * tl.load(kw + n, n < E, 0.0)
+        y *= i * tl.load(kw + other, n < E, 0.0)
         tl.store(inv + row * (H + G) + j, i)
     turned, angle = n < 2 * HALF, tl.where(n < HALF, n, n - HALF)
     place = table + tl.load(positions + row) * 2 * HALF + angle
@@ -106,16 +113,21 @@ def _turn(qkv, table, positions, qw, kw, q, k, inv, H, G, E, HALF, q_eps, k_eps,
 
 @triton.jit
 def _turn_backward(qkv, table, positions, qw, kw, inv, dq, dk, dv, out, H, G, E, HALF, Q_NORM: tl.constexpr,
-                   K_NORM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Grid: (T, H + 2 G)."""
-    row, j, n = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+                   K_NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Grid: (T, (H + 2 G) / HEADS), as for `_turn`."""
+    row, j, n = (
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None],
+        tl.arange(0, BLOCK)[None],
+    )
+    first = tl.program_id(1) * HEADS
     inside = n < E
     to = row * (H + 2 * G) * E + j * E
-    if j >= H + G:
+    if first >= H + G:
         tl.store(out + to + n, tl.load(dv + (row * G + j - H - G) * E + n, inside, 0.0), inside)
         return
     other = tl.where(n < HALF, n + HALF, tl.where(n < 2 * HALF, n - HALF, n))
-    if j < H:
+    if first < H:
         d = tl.load(dq + (row * H + j) * E + n, inside, 0.0).to(tl.float32)
         e = tl.load(dq + (row * H + j) * E + other, inside, 0.0).to(tl.float32)
     else:
@@ -126,14 +138,14 @@ def _turn_backward(qkv, table, positions, qw, kw, inv, dq, dk, dv, out, H, G, E,
     cos = tl.load(place, turned, 1.0).to(tl.float32)
     sin = tl.load(place + HALF, turned, 0.0).to(tl.float32)
     d = d * cos + tl.where(n < HALF, 1.0, -1.0) * e * sin
-    if Q_NORM and j < H:
+    if Q_NORM and first < H:
         x, i = tl.load(qkv + to + n, inside, 0.0).to(tl.float32), tl.load(inv + row * (H + G) + j)
-        d *= tl.load(qw + n, inside, 0.0)
-        d = i * d - x * (i * i * i * (tl.sum(d * x, 0) / E))
-    if K_NORM and j >= H:
+        d *= tl.load(qw + n, n < E, 0.0)
+        d = i * d - x * (i * i * i * (tl.sum(d * x, 1, keep_dims=True) / E))
+    if K_NORM and first >= H:
         x, i = tl.load(qkv + to + n, inside, 0.0).to(tl.float32), tl.load(inv + row * (H + G) + j)
-        d *= tl.load(kw + n, inside, 0.0)
-        d = i * d - x * (i * i * i * (tl.sum(d * x, 0) / E))
+        d *= tl.load(kw + n, n < E, 0.0)
+        d = i * d - x * (i * i * i * (tl.sum(d * x, 1, keep_dims=True) / E))
     tl.store(out + to + n, d, inside)
 
 
@@ -221,9 +233,10 @@ def turn(qkv_TX: Tensor, of: QKV, positions_T: Tensor, dt: torch.dtype) -> tuple
     T, (H, G, E) = len(qkv_TX), (of.heads, of.kv_heads, of.head)
     q, k = (torch.empty(T, n, E, dtype=dt, device=qkv_TX.device) for n in (H, G))
     inv = torch.empty(T, H + G, device=qkv_TX.device)
-    _turn[(T, H + G)](
+    heads = _heads(H, G)
+    _turn[(T, (H + G) // heads)](
         qkv_TX, of.cos_sin_PI, positions_T, _weight(of.q_norm), _weight(of.k_norm), q, k, inv, H, G, E,
-        of.cos_sin_PI.shape[1] // 2, _eps(of.q_norm), _eps(of.k_norm), **_head(of),
+        of.cos_sin_PI.shape[1] // 2, _eps(of.q_norm), _eps(of.k_norm), **_head(of, heads),
     )  # fmt: skip
     v = qkv_TX[:, (H + G) * E :].unflatten(-1, (G, E)).to(dt)
     return (q, k, v), (qkv_TX, inv, positions_T)
@@ -232,10 +245,10 @@ def turn(qkv_TX: Tensor, of: QKV, positions_T: Tensor, dt: torch.dtype) -> tuple
 def turn_backward(of: QKV, saved: Any, heads: Own, dt: torch.dtype) -> Tensor:
     (qkv, inv, positions), (T, H, E), G = saved, heads[0].shape, of.kv_heads
     dq, dk, dv = (x.contiguous() for x in heads)
-    out = torch.empty(qkv.shape, dtype=dt, device=qkv.device)
-    _turn_backward[(T, H + 2 * G)](
+    out, at_once = torch.empty(qkv.shape, dtype=dt, device=qkv.device), _heads(H, G)
+    _turn_backward[(T, (H + 2 * G) // at_once)](
         qkv, of.cos_sin_PI, positions, _weight(of.q_norm), _weight(of.k_norm), inv, dq, dk, dv, out, H, G, E,
-        of.cos_sin_PI.shape[1] // 2, **_head(of),
+        of.cos_sin_PI.shape[1] // 2, **_head(of, at_once),
     )  # fmt: skip
     return out
 
@@ -270,9 +283,14 @@ def _row(D: int, **flags: Any) -> dict[str, Any]:
     return {"BLOCK": triton.next_power_of_2(D), "num_warps": 8 if D > 2048 else 4, **flags}
 
 
-def _head(of: QKV) -> dict[str, Any]:
-    width = triton.next_power_of_2(of.head)
-    return dict[str, Any](Q_NORM=of.q_norm is not None, K_NORM=of.k_norm is not None, BLOCK=width, num_warps=1)
+def _heads(H: int, G: int) -> int:
+    """How many heads of one row a program has: a power of two of which both numbers of heads are multiples."""
+    return min(H & -H, G & -G, HEADS)
+
+
+def _head(of: QKV, heads: int) -> dict[str, Any]:
+    width, norms = triton.next_power_of_2(of.head), {"Q_NORM": of.q_norm is not None, "K_NORM": of.k_norm is not None}
+    return {**norms, "HEADS": heads, "BLOCK": width, "num_warps": max(1, min(heads * width // 256, 4))}
 
 
 def _weight(norm: HeadNorm | None) -> Tensor | None:

@@ -63,7 +63,7 @@ def add_outer(g_SOR: Tensor | None, flow: Flow, x_TR: Tensor | None, S: int) -> 
     x_SCR = x_TR.view(S, -1, x_TR.shape[1])
     split = lambda d_TO: d_TO.view(S, -1, d_TO.shape[1]).transpose(1, 2)  # noqa: E731
     if x_TR.is_cuda:
-        g_SOR += torch.bmm(split(flow.low_TD), x_SCR, out_dtype=torch.float32)
+        torch.baddbmm(g_SOR, split(flow.low_TD), x_SCR, out_dtype=torch.float32, out=g_SOR)
     else:
         g_SOR.baddbmm_(split(flow.d_TD), x_SCR.to(flow.d_TD.dtype))
 

@@ -97,8 +97,9 @@ class Rotated:
 
     normed: Normed
     own: Own
-    #: of `pointwise.turn`
+    #: of `pointwise.turn`, and of the attention's forward
     turned: Any
+    attended: Any
     #: the layer's number
     layer: int
 
@@ -115,15 +116,15 @@ def forward(
     normed, x_TD = pointwise.norm(r_TD, y_TD, w.ln_D, w.eps, dt)
     qkv_TX, _ = linear(x_TD, w.wqkv_XD, None, None, w.bqkv_X, 1, w.served)
     own, turned = pointwise.turn(qkv_TX, w, past.positions_T, dt)
-    out_THE = kernel.forward(own, past.served(layer, dt), past.layout, w.scale)
-    return normed.r_TD, out_THE.flatten(1), Rotated(normed, own, turned, layer)
+    out_THE, attended = kernel.forward(own, past.served(layer, dt), past.layout, w.scale)
+    return normed.r_TD, out_THE.flatten(1), Rotated(normed, own, turned, attended, layer)
 
 
 def backward(w: QKV, kernel: Attention, past: Past, saved: Rotated, da_TQ: Tensor, flow: Flow) -> Flow:
     """The gradient with respect to the residual stream: that which comes through the attention, and ``flow``, past it."""
     dt, E = w.wqkv_XD.dtype, w.head
     da_THE = da_TQ.to(dt).unflatten(-1, (-1, E))
-    heads = kernel.backward(saved.own, past.served(saved.layer, dt), past.layout, w.scale, da_THE)
+    heads = kernel.backward(saved.own, past.served(saved.layer, dt), past.layout, w.scale, da_THE, saved.attended)
     d_TX = pointwise.turn_backward(w, saved.turned, heads, dt)
     dx_TD = w.ranks.sum(through(d_TX, w.wqkv_XD, None, None, 1, w.back))
     return pointwise.norm_backward(flow.d_TD, dx_TD, w.ln_D, saved.normed, dt)
