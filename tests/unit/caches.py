@@ -49,9 +49,10 @@ def cpu_attention(
     scales: tuple[float, float] = (1, 1),
 ) -> Any:
     """A layer of vLLM's CPU backend."""
-    import vllm._C  # noqa: F401
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 
+    current_platform.import_kernels()  # of several builds the one that this CPU can run
     impl: Any = CPUAttentionBackendImpl.__new__(CPUAttentionBackendImpl)  # its __init__ asks for the config of an engine
     impl.attn_type, impl.kv_cache_dtype = "decoder", cache_dtype
     kv_cache = torch.zeros(blocks, heads, tokens, 2 * width, dtype=dtype if cache_dtype == "auto" else torch.uint8)
