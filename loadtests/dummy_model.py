@@ -1,6 +1,6 @@
 """Write a model folder without weights, to be served with `--load-format dummy`: the shape of a model, for benchmarks.
 
-python loadtests/dummy_model.py FOLDER [--shape qwen3-8b|qwen3-30b-a3b] [--layers N]
+python loadtests/dummy_model.py FOLDER [--shape qwen3-8b|qwen3-30b-a3b|llama-70b] [--layers N]
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-#: What all shapes share.
-_QWEN3: dict[str, Any] = {
+#: What shapes share, where they do not say otherwise.
+_SHARED: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "num_attention_heads": 32,
     "head_dim": 128,
@@ -49,13 +49,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
+    "llama-70b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+    },
 }
 
 
 def config_of(shape: str, layers: int | None = None) -> dict[str, Any]:
     """The config.json of a shape, with ``layers`` of its layers, or all of them."""
     own = SHAPES[shape]
-    return {**own, **_QWEN3, "num_hidden_layers": layers or own["num_hidden_layers"]}
+    return {**_SHARED, **own, "num_hidden_layers": layers or own["num_hidden_layers"]}
 
 
 def write(folder: Path, shape: str, layers: int | None = None) -> None:

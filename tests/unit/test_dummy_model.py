@@ -19,6 +19,7 @@ pytestmark = pytest.mark.unit
     [
         ("qwen3-8b", "deep", "Qwen3ForCausalLM, 36 layers, hidden 4096, vocabulary 151936"),
         ("qwen3-30b-a3b", "head", "Qwen3MoeForCausalLM, 48 layers, hidden 2048, vocabulary 151936"),
+        ("llama-70b", "deep", "LlamaForCausalLM, 80 layers, hidden 8192, vocabulary 128256"),
     ],
 )
 def test_a_shape_is_served(shape: str, preset: str, says: str, tmp_path: Path) -> None:
