@@ -65,8 +65,8 @@ BATCHES = {
 @pytest.mark.parametrize(("rank", "dtype"), [(8, torch.float32), (16, torch.float16), (40, torch.float16)])
 @pytest.mark.parametrize("slots", BATCHES.values(), ids=BATCHES)
 def test_many_rows(slots: list[int], rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles and blocks, ends that fill none of them, a rank of several pieces; a row's sums are its own. The interpreter
-    has no product in bfloat16."""
+    """Several tiles and blocks, ends that fill none of them, a rank of several pieces; a row's sums are its own. The
+    interpreter has no product in bfloat16."""
     for name, size in {"MANY_M": 16, "MANY_N": 16, "MANY_R": 16, "MANY_TIMES": 2}.items():
         monkeypatch.setattr(kernels, name, size)
     b8, scales, b = filled(rank)

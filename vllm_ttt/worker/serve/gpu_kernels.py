@@ -18,11 +18,12 @@ from torch import Tensor
 ROWS = 128
 #: Rows of x, and columns of it at a time, that a program of `_shrink` has; into how many parts it cuts the columns at most.
 BLOCK_M, BLOCK_K, SPLITS = 64, 128, 32
-#: Rows of B that a program of `_expand` reads at a time, how often, and its warps. What is under way at a time are BLOCK_N rows
-#: of R bytes.
-BLOCK_N, TIMES, WARPS = 256, 2, 8
-#: Rows of one session and outputs of a tile of `_expand_many`, columns of r at a time, tiles of a program, and its warps.
-MANY_M, MANY_N, MANY_R, MANY_TIMES, MANY_WARPS = 128, 128, 128, 4, 8
+#: Rows of B that a program of `_expand` reads at a time, how often, and its warps; and the bytes that may be under way at a
+#: time, so that a higher rank has fewer rows.
+BLOCK_N, TIMES, WARPS, BYTES = 256, 2, 8, 2**14
+#: Rows of one session and outputs of a tile of `_expand_many`, columns of r at a time, tiles of a program, and its warps: with
+#: these two programs share the registers of a multiprocessor of an H100.
+MANY_M, MANY_N, MANY_R, MANY_TIMES, MANY_WARPS = 64, 128, 64, 4, 8
 #: Numbers of a row that a program of `_add` has.
 BLOCK_ADD = 1024
 #: Numbers that a program of `_round` has.
@@ -153,13 +154,13 @@ def by_rows(
     (N, K), (splits, _, R) = x.shape, parts.shape
     sizes: dict[str, Any] = {"R": R, "PER": -(-K // (BLOCK_K * splits)), "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K}
     _shrink[(splits, -(-N // BLOCK_M))](x, a_RI, parts, N, K, x.stride(0), **sizes)
-    sizes = {"R": R, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "BLOCK_N": BLOCK_N, "TIMES": TIMES, "ADD": add}
-    sizes |= {"num_warps": WARPS}
+    sizes = {"R": R, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "TIMES": TIMES, "ADD": add}
+    sizes |= {"BLOCK_N": (at_once := min(BLOCK_N, BYTES // R)), "num_warps": WARPS}
     offset = 0
     for b8, scale in zip(b, scales, strict=True):
         out, to = b8.shape[2], y[:, offset:]
         strides = y.stride(0), b8.stride(0), scale.stride(0)
-        grid = -(-out // (BLOCK_N * TIMES)), N
+        grid = -(-out // (at_once * TIMES)), N
         _expand[grid](parts, b8, scale, to, slots, N, out, *strides, **sizes)
         offset += out
 
@@ -178,7 +179,8 @@ def by_slots(
     (N, R), entries = r_NR.shape, active.shape[0]
     sizes: dict[str, Any] = {"R": R, "PADDED": triton.next_power_of_2(entries), "BLOCK_M": MANY_M, "BLOCK_N": MANY_N}
     sizes |= {"BLOCK_R": max(16, min(MANY_R, triton.next_power_of_2(R))), "TIMES": MANY_TIMES}
-    sizes |= {"num_warps": MANY_WARPS}
+    # Of a high rank, what a program prefetches of its next tiles would not fit into shared memory.
+    sizes |= {"num_warps": MANY_WARPS, "num_stages": 3 if R <= 2 * MANY_R else 1}
     tiles, offset = min(N, N // MANY_M + entries), 0
     for b8, scale in zip(b, scales, strict=True):
         out, to = b8.shape[2], y[:, offset:]
