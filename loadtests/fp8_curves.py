@@ -1,11 +1,14 @@
-"""What the step's products in FP8 (`learn.fp8`) change of what a session gains, by the plain loops, without vLLM.
+"""What the step's products in FP8 (`learn.fp8`), or slots in 8 bits, change of what a session gains, by the plain loops.
 
-    python loadtests/fp8_curves.py demo/real/smollm2 FOLDER... [--ways back both] [--domains a b] [--requests 10] [--out FILE]
+    python loadtests/fp8_curves.py demo/real/smollm2 FOLDER... [--ways back both slots] [--domains a b] [--requests 10]
+        [--dtype bfloat16] [--out FILE]
 
 Each FOLDER has a folder of .txt files for each domain. Protocol p2 of `vllm-ttt eval`, one session of each domain, products
 with the model's weights in bfloat16 as on a GPU. Every request is scored by the frozen model, by a session that learns so, and
-by one whose steps multiply in FP8 for each of `--ways`; what serves is in bfloat16 in every case. The first request of each
-domain, then the second, and so on; some ten seconds for a session's request of SmolLM2 on a core that knows bfloat16.
+by one whose steps multiply in FP8 for each of `--ways`; what serves is in bfloat16 in every case. "slots" is another way: steps
+are as they were, and what serves has B in int8 with a scale for each row, as on CUDA. The first request of each domain, then
+the second, and so on; some ten seconds for a session's request of SmolLM2 on a core that knows bfloat16, thirty with
+`--dtype float32` on another.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor
 from vllm_ttt.config import parse_config
 from vllm_ttt.eval.curves import OracleScorer
 from vllm_ttt.eval.fp8 import in_dtype, in_fp8
+from vllm_ttt.eval.int8 import rounded
 from vllm_ttt.eval.oracle import KV, Oracle, Stack
 from vllm_ttt.eval.protocols import SCORED, plan
 from vllm_ttt.eval.texts import encode, read_texts
@@ -53,6 +57,13 @@ class Session(Oracle):
             return super().step(h, a, targets, past)
         finally:
             self.stack = self.plain
+
+
+class Slot(Session):
+    """It serves as a slot of vLLM on CUDA does, from 8 bits."""
+
+    def slot(self) -> list[dict[str, Tensor]]:
+        return [{k: rounded(b) for k, b in layer.items()} for layer in self.B]
 
 
 def agreement(one: Oracle, other: Oracle) -> float:
@@ -86,25 +97,31 @@ def table(found: dict[str, list[Row]], ways: list[str]) -> str:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--ways", nargs="*", default=["back", "both"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the products")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
     scorer = OracleScorer(args.model, parse_config(None, "deep"))
     texts = {
         name: x for folder in args.texts for name, x in read_texts(folder).items() if not args.domains or name in args.domains
     }
     work = plan("p2", asyncio.run(encode(texts, scorer.tokenize)), 1, args.requests)
     frozen = Oracle(scorer.model, scorer.config)
-    exact, frozen.stack = frozen.stack, in_dtype(frozen.stack, torch.bfloat16)
-    stacks = {way: replace(in_fp8(exact, way, torch.bfloat16), head=frozen.stack.head) for way in args.ways}
-    stacks = {"none": frozen.stack, **stacks}
-    sessions = [{way: Session(frozen, stack) for way, stack in stacks.items()} for _ in work.domains]
+    exact, frozen.stack = frozen.stack, in_dtype(frozen.stack, dtype)
+    ways = ["none", *args.ways]
+    learned = {
+        way: replace(in_fp8(exact, way, dtype), head=frozen.stack.head) if way in ("back", "both") else frozen.stack
+        for way in ways
+    }
+    kinds = {way: Slot if way == "slots" else Session for way in ways}
+    sessions = [{way: kinds[way](frozen, learned[way]) for way in ways} for _ in work.domains]
     found: dict[str, list[Row]] = {domain: [] for domain in work.domains}
     for i in range(args.requests):
         for domain, windows, each in zip(work.domains, work.windows, sessions, strict=True):
             found[domain].append(read(frozen, each, windows[i]))
             print(domain, i + 1, {name: round(x, 4) for name, x in found[domain][-1].items()}, flush=True)
         if i:
-            print(table(found, list(stacks)), flush=True)
+            print(table(found, ways), flush=True)
         if args.out:
             args.out.write_text(json.dumps(found, indent=1) + "\n")
 

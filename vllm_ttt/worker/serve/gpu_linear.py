@@ -19,30 +19,33 @@ from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_ttt.patches import _contract
-from vllm_ttt.worker.serve.gpu_lora import add_rows, by_rows, decodes, parts_of, session_lora
+from vllm_ttt.worker.serve.gpu_kernels import add_rows, by_rows, decodes, parts_of
+from vllm_ttt.worker.serve.gpu_lora import session_lora
+from vllm_ttt.worker.serve.gpu_slots import halves
 from vllm_ttt.worker.step.weights import is_plain
 
 
 def _session_linear(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], slots: Tensor, by_slot: Tensor, counts: Tensor,
-    starts: Tensor, active: Tensor, no_lora: Tensor, num_active: Tensor,
+    x: Tensor, w_IO: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], scales: list[Tensor], slots: Tensor,
+    by_slot: Tensor, counts: Tensor, starts: Tensor, active: Tensor, no_lora: Tensor,
 ) -> Tensor:  # fmt: skip
     """x W^T + bias, and for each row of a session x A^T B^T beside it.
 
     Args:
-        x: [N, in]. w: [out, in]. Others as for `session_lora`.
+        x: [N, in]. w_IO: the weight as a view [in, out]. Others as for `session_lora`.
     """
+    w = w_IO.T
     if no_lora.item():  # on the host
         return linear(x, w, bias)
     if not decodes(x, b):
         y = linear(x, w, bias)
-        session_lora(y, x, a, b, slots, by_slot, counts, starts, active, no_lora, num_active)
+        session_lora(y, x, a, b, scales, slots, by_slot, counts, starts, active, no_lora)
         return y
     here, beside = torch.cuda.current_stream(), _beside(x.device)
     d, parts = torch.empty(x.shape[0], w.shape[0], device=x.device), parts_of(x, a[0, 0])
     beside.wait_stream(here)
     with torch.cuda.stream(beside):
-        by_rows(d, x, a[0, 0], b, slots, parts, add=False)
+        by_rows(d, x, a[0, 0], b, scales, slots, parts, add=False)
     y = linear(x, w, bias)
     here.wait_stream(beside)
     add_rows(y, d, slots)
@@ -50,10 +53,10 @@ def _session_linear(
 
 
 def _session_linear_fake(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], slots: Tensor, by_slot: Tensor, counts: Tensor,
-    starts: Tensor, active: Tensor, no_lora: Tensor, num_active: Tensor,
+    x: Tensor, w_IO: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], scales: list[Tensor], slots: Tensor,
+    by_slot: Tensor, counts: Tensor, starts: Tensor, active: Tensor, no_lora: Tensor,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], w.shape[0])
+    return x.new_empty(x.shape[0], w_IO.shape[1])
 
 
 direct_register_custom_op(
@@ -78,9 +81,12 @@ class Beside:
         """vLLM's: the layer's own product, and the adapters'."""
         if x.ndim != 2:  # vLLM's Transformers backend
             return super().apply(x, bias)  # type: ignore[misc]
-        punica, b = self.punica_wrapper, list(self.lora_b_stacked)
-        args = punica.token_mapping_meta.meta_args(x.shape[0], punica.lora_config.specialize_active_lora)
-        return torch.ops.vllm.ttt_session_linear(x, self.base_layer.weight, bias, self.lora_a_stacked[0], b, *args)
+        # A view is a plain tensor, compiled or not: vLLM's class of parameters has a __torch_function__ in Python, which each
+        # call of an op with one goes through, and what torch.compile makes of ``.data`` is the parameter itself.
+        w_IO = self.base_layer.weight.t()
+        b, scales = halves(self.lora_b_stacked)
+        args = self.punica_wrapper.ttt_args(x)
+        return torch.ops.vllm.ttt_session_linear(x, w_IO, bias, self.lora_a_stacked[0], b, scales, *args)
 
 
 def adopt(layer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ADAPTER_PATH, NO_ADAPTERS
 from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.deltas.masters import Deltas, WorkerSession
+from vllm_ttt.worker.serve.gpu_slots import RoundedB, fill, halves, in_8_bits
 from vllm_ttt.worker.step.micro_step import Tail
 from vllm_ttt.worker.step.tail import LayerModules, TailModules
 
@@ -67,15 +69,23 @@ class SharedA:
             b[index, 0, :, : given.shape[1]].copy_(given, non_blocking=True)
 
 
-def share(layer: Any, a_RI: Tensor) -> None:
-    """Let all slots of a live LoRA layer of vLLM have ``a_RI``; gives back the copies that vLLM made room for."""
-    layer.__class__ = type(f"SharedA{type(layer).__name__}", (SharedA, type(layer)), {})
+class RoundedSharedA(RoundedB, SharedA):
+    """The same, with B in 8 bits."""
+
+
+def share(layer: Any, a_RI: Tensor, rounded: bool) -> None:
+    """Let all slots of a live LoRA layer of vLLM have ``a_RI``, and with ``rounded`` B in 8 bits; gives back what vLLM made
+    room for."""
+    kind = RoundedSharedA if rounded else SharedA
+    layer.__class__ = type(f"{kind.__name__}{type(layer).__name__}", (kind, type(layer)), {})
     layer.lora_a_stacked = tuple(a_RI.to(a)[None, None] for a in layer.lora_a_stacked)
+    if rounded:
+        layer.lora_b_stacked = in_8_bits(layer.lora_b_stacked)
 
 
-def _parts(stacks: tuple[Tensor, ...], count: int) -> list[Tensor]:
-    """vLLM's tensors [slots, 1, out, R] of a module as ``count`` of them: a module that has one has its parts beside each
-    other."""
+def _parts(stacks: Sequence[Tensor], count: int) -> list[Tensor]:
+    """vLLM's tensors [slots, 1, out, R] of a module, or their scales, as ``count`` of them: a module that has one has its parts
+    beside each other."""
     return list(stacks) if len(stacks) == count else list(stacks[0].chunk(count, 2))
 
 
@@ -88,24 +98,30 @@ class Slots:
         assert wrapped == set(modules.names), f"LoRA slots on {wrapped}, expected {set(modules.names)}"
         tail = deltas.tail
         assert isinstance(tail, Tail)
-        for layer in modules.layers:
+        #: whether B is in 8 bits
+        self.rounded = tail.head_VD.is_cuda
+        places = [
+            (letters, module, a)
+            for layer in modules.layers
             for letters, module, a in (
                 ("o", layer.o_proj, tail.ao_RQ),
                 ("gu", layer.gate_up_proj, tail.ai_RD),
                 ("d", layer.down_proj, tail.ad_RF),
-            ):
-                if letters in modules.adapted:
-                    share(module, a)
-        #: vLLM's tensors of all slots, one for each part of a delta
-        self.stacks = [
-            stack
-            for layer in modules.layers
-            for letters, module in (("o", layer.o_proj), ("gu", layer.gate_up_proj), ("d", layer.down_proj))
+            )
             if letters in modules.adapted
-            for stack in _parts(module.lora_b_stacked, len(letters))
         ]
+        for _, module, a in places:
+            share(module, a, self.rounded)
         #: whether gate and up are one slice of a slot
-        self.packed = "gu" in modules.adapted and len(modules.layers[0].gate_up_proj.lora_b_stacked) == 1
+        self.packed = any(letters == "gu" and module.n_slices == 1 for letters, module, _ in places)
+        #: vLLM's tensors of all slots, one for each part of a delta; their scales, where B is in 8 bits
+        self.stacks, self.scales = list[Tensor](), list[Tensor]()
+        for letters, module, _ in places:
+            stacks, scales = halves(module.lora_b_stacked) if self.rounded else (module.lora_b_stacked, ())
+            self.stacks += _parts(stacks, len(letters))
+            self.scales += _parts(scales, len(letters)) if scales else []
+        if self.rounded:
+            self._copy(0, tail.zeros(1))  # the first commit does not wait for the kernel to be compiled
 
     def start(self, request: str, key: int) -> None:
         """A request of the session begins: its adapter came with it."""
@@ -118,7 +134,8 @@ class Slots:
         session = self.deltas.session(key)
         if session.serving is not None:
             self.deltas.clock.wait(session.serving_copied)
-        served = (session.serving or self.deltas.read(key).delta).to(self.dtype)
+        served = session.serving or self.deltas.read(key).delta
+        served = served if self.rounded else served.to(self.dtype)
         tail, rank = self.deltas.tail, self.deltas.tail.rank
         assert isinstance(tail, Tail)
         names = (self._names(layer) for layer in self.modules.layers)
@@ -162,6 +179,9 @@ class Slots:
         return {letters: name for letters, name in names.items() if letters in self.modules.adapted}
 
     def _copy(self, slot: int, delta: Delta) -> None:
+        if self.rounded:
+            fill(self.stacks, self.scales, slot, delta)
+            return
         served = delta.to(self.dtype)
         torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
             [stack[slot, 0] for stack in self.stacks], [b[0] for _, b in served.parts()]

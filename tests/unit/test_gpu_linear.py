@@ -1,0 +1,65 @@
+"""A layer that computes deltas beside its product, as torch.compile traces it; tests/gpu has what it computes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from vllm_ttt.worker.serve import gpu_slots
+from vllm_ttt.worker.serve.gpu_linear import Beside
+
+pytestmark = pytest.mark.unit
+
+IN, OUT, RANK = 12, 20, 16
+
+
+class Weight(nn.Parameter):
+    """As vLLM's parameters are: what torch does with one goes through Python."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Layer(Beside, nn.Module):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Module()
+        self.base_layer.weight = Weight(torch.randn(OUT, IN), requires_grad=False)
+        self.lora_a_stacked = (torch.zeros(1, 1, RANK, IN),)
+        self.lora_b_stacked = gpu_slots.in_8_bits((torch.zeros(4, 1, OUT, RANK),))
+        none, idle = torch.full((5,), -1, dtype=torch.int32), torch.ones(1, dtype=torch.bool)
+        self.punica_wrapper = SimpleNamespace(ttt_args=lambda x: (none[: len(x)], none[: len(x)], none, none, none, idle))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply(x)
+
+
+def test_the_weight_is_an_input_of_what_is_traced() -> None:
+    """What serves is always the layer's own: after another was loaded into it, and after it was replaced."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    layer, x = Layer(), torch.randn(3, IN)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
+    served = lambda: torch.equal(compiled(x), linear(x, layer.base_layer.weight))  # noqa: E731
+    with torch.no_grad():
+        assert served()
+        layer.base_layer.weight.data.copy_(torch.randn(OUT, IN))
+        assert served()
+        layer.base_layer.weight.data = torch.randn(OUT, IN)
+        assert served()
+        layer.base_layer.weight = Weight(torch.randn(OUT, IN), requires_grad=False)
+        assert served()
+    (called,) = [n for n in graphs[0].nodes if n.target is torch.ops.vllm.ttt_session_linear]
+    assert called.args[1].target == "t", "not the parameter, whose class goes through Python"
+    assert called.args[1].args[0].op == "placeholder"
