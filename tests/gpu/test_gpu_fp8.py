@@ -80,7 +80,7 @@ def test_a_replayed_step_is_the_launched_one(layers: int | str) -> None:
             for one, other in zip(replayed.step(which), launched.step(which), strict=True):
                 assert other.isfinite().all()
                 # Attention's backward sums in no fixed order, and E4M3 rounds what is a bit apart three bits apart.
-                assert relative(one, other) < 0.05
+                assert one.numel() == 0 or relative(one, other) < 0.05  # gate and up are not adapted
 
 
 @pytest.mark.parametrize("layers", [4, "all"])

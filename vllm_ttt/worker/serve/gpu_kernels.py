@@ -16,14 +16,15 @@ from torch import Tensor
 
 #: Batches of up to so many rows, decodes for the most part, take the kernels that read a B for each row.
 ROWS = 128
-#: Rows of x, and columns of it at a time, that a program of `_shrink` has; into how many parts it cuts the columns at most.
-BLOCK_M, BLOCK_K, SPLITS = 64, 128, 32
+#: Rows of x, and columns of it at a time, that a program of `_shrink` has; into how many parts it cuts the columns at most, and
+#: how often a program reads at least: the parts are read once more, by each program of `_expand`.
+BLOCK_M, BLOCK_K, SPLITS, PER = 64, 128, 32, 2
 #: Rows of B that a program of `_expand` reads at a time, how often, and its warps; and the bytes that may be under way at a
 #: time, so that a higher rank has fewer rows.
-BLOCK_N, TIMES, WARPS, BYTES = 256, 2, 8, 2**14
+BLOCK_N, TIMES, WARPS, BYTES = 64, 4, 4, 2**14
 #: Rows of one session and outputs of a tile of `_expand_many`, columns of r at a time, tiles of a program, and its warps: with
 #: these two programs share the registers of a multiprocessor of an H100.
-MANY_M, MANY_N, MANY_R, MANY_TIMES, MANY_WARPS = 64, 128, 64, 4, 8
+MANY_M, MANY_N, MANY_R, MANY_TIMES, MANY_WARPS = 64, 64, 64, 4, 4
 #: Numbers of a row that a program of `_add` has.
 BLOCK_ADD = 1024
 #: Numbers that a program of `_round` has.
@@ -42,6 +43,13 @@ def _shrink(x, a, parts, N, K, x_stride, R: tl.constexpr, PER: tl.constexpr, BLO
         given = tl.load(x + rows[:, None].to(tl.int64) * x_stride + k[None, :], (rows[:, None] < N) & (k[None, :] < K), 0.0)
         found = tl.dot(given, columns, found, input_precision="ieee")
     tl.store(parts + (tl.program_id(0) * N + rows[:, None]) * R + r[None, :], found, rows[:, None] < N)
+
+
+@triton.jit
+def _number(b):
+    """int8 as float32: the bits of i are the last ones of 2^23 + i. A conversion would go through a narrower unit of the device."""
+    bits = (b.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x80) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
 
 
 @triton.jit
@@ -65,7 +73,7 @@ def _expand(parts, b, scales, y, slots, N, OUT, y_stride, b_stride, scales_strid
             n = first + i * BLOCK_N + tl.arange(0, BLOCK_N)
             weights = tl.load(at + n[:, None] * R, n[:, None] < OUT, 0)
             scale = tl.load(scales + n, n < OUT, 0.0)
-        out, found = y + row.to(tl.int64) * y_stride + n, tl.sum(weights.to(tl.float32) * r[None, :], 1) * scale
+        out, found = y + row.to(tl.int64) * y_stride + n, tl.sum(_number(weights) * r[None, :], 1) * scale
         if ADD:
             found += tl.load(out, n < OUT, 0.0).to(tl.float32)
         tl.store(out, found, n < OUT)
@@ -139,7 +147,8 @@ def decodes(x: Tensor, b: list[Tensor]) -> bool:
 def parts_of(x: Tensor, a_RI: Tensor) -> Tensor:
     """Room for x A^T in parts that are to be added up, float32 [parts, N, R]."""
     blocks = -(-x.shape[1] // BLOCK_K)
-    return torch.empty(-(-blocks // -(-blocks // SPLITS)), x.shape[0], a_RI.shape[0], device=x.device)
+    per = max(PER, -(-blocks // SPLITS))
+    return torch.empty(-(-blocks // per), x.shape[0], a_RI.shape[0], device=x.device)
 
 
 def by_rows(
