@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vllm.platforms import current_platform
 
 GROUP = 32
 FP8 = torch.float8_e4m3fn
@@ -88,6 +90,7 @@ WITHOUT_LORA: dict[str, tuple[Callable[[Tensor], Parts], dict[str, Any] | None]]
 def quantise(folder: Path, name: str, dense: Path) -> None:
     """Replace the linear layers of the model in ``folder`` by quantised ones, and write the model that they stand for to
     ``dense``, in float32."""
+    _multiplies(name)
     make, said = (METHODS | WITHOUT_LORA)[name]
     tensors, read = load_file(folder / "model.safetensors"), {}
     found: dict[str, Tensor] = {}
@@ -105,3 +108,10 @@ def quantise(folder: Path, name: str, dense: Path) -> None:
     save_file(found, folder / "model.safetensors", {"format": "pt"})
     if said is not None:
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+
+
+def _multiplies(name: str) -> None:
+    """Skip a test where vLLM's build for this CPU has no products of four bits: those without AVX-512 have none."""
+    current_platform.import_kernels()
+    if name in ("int4", "awq") and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        pytest.skip("vLLM has no products of four bits for this CPU")
