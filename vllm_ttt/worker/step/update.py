@@ -92,10 +92,12 @@ def orthogonalise(g_BOR: Tensor, ranks: Ranks = ALONE) -> Tensor:
     gram = ranks.sum(torch.bmm(g_BOR.transpose(1, 2), g_BOR)).double()
     trace_B11 = gram.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=1e-60)[:, None, None]
     s, eye = gram / trace_B11, torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    p = eye
-    for _ in range(5):
+    p = None
+    for left in reversed(range(5)):
         t = 3.4445 * eye - 4.7750 * s + 2.0315 * (s @ s)
-        p, s = t @ p, t @ s @ t
+        p = t if p is None else t @ p
+        s = t @ s @ t if left else s  # the last one nobody reads
+    assert p is not None
     return torch.bmm(g_BOR, (p * trace_B11.rsqrt()).to(g_BOR.dtype))
 
 
