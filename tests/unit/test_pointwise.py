@@ -1,4 +1,4 @@
-"""The kernels between two matrix products, without a GPU; tests/gpu runs them compiled."""
+"""The step's kernels, between two matrix products and of the optimiser, without a GPU; tests/gpu runs them compiled."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 pytestmark = pytest.mark.unit
 
 
-def test_each_kernel_is_what_torch_computes() -> None:
+@pytest.mark.parametrize(("cases", "count"), [("pointwise_cases.py", 15), ("update_cases.py", 19)])
+def test_each_kernel_is_what_torch_computes(cases: str, count: int) -> None:
     """In a process of its own: whether kernels are interpreted is decided when Triton is imported."""
-    cases = Path(__file__).with_name("pointwise_cases.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", str(cases)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", str(Path(__file__).with_name(cases))]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "15 passed" in done.stdout
+    assert f"{count} passed" in done.stdout

@@ -1,11 +1,13 @@
 """The optimiser of the micro-step: a rate that sets itself, Newton-Schulz through the Gram matrix, decay and trust region.
 
-The algorithm is docs/algorithm.md; `vllm_ttt.eval.oracle` is the plain loop that this file is held to. Suffixes as in delta.py.
+The algorithm is docs/algorithm.md; `vllm_ttt.eval.oracle` is the plain loop that this file is held to. What passes over whole
+matrices is plain torch here, and on CUDA three kernels (update_cuda.py). Suffixes as in delta.py; SMOR may be SNFR.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,31 +52,30 @@ def update(
         the new state; [S] bool, whether the session was updated; [modules, S], norms of B relative to W by adapted module, of
         the layer in which they are largest.
     """
+    sums = [_sums(g, u) for g, u in zip(grad.tensors(), state.last.tensors(), strict=True)]
     finite_S = torch.isfinite(loss_S)
-    for g in grad.tensors():
-        finite_S = finite_S & torch.isfinite(g.sum((1, 2, 3)))
+    for whole_S, _ in sums:
+        finite_S = finite_S & torch.isfinite(whole_S)
     if ranks.size > 1:
         loss_S = ranks.same(loss_S)
         finite_S = ranks.gather(finite_S.float()).amin(0) > 0
     ok_S = finite_S & (loss_S <= max_loss)
-    grad = grad.by(*(torch.where(finite_S[:, None, None, None], g, 0.0) for g in grad.tensors()))
-    rate_S = ranks.same(_adapted(state.rate_S, grad, state.last, learn.adapt_rate, ranks))
-    chosen = lambda new, old: torch.where(ok_S.view(-1, *[1] * (new.ndim - 1)), new, old)  # noqa: E731
+    # A gradient that is not finite stays what it is: all below is by session, and of that session nothing below is kept.
+    rate_S = ranks.same(_adapted(state.rate_S, [squares for _, squares in sums], learn.adapt_rate, ranks))
+    kept_S = 1 - learn.decay * share_S
     new, last, sizes = [], [], []
     for b, g, old, norm, rows in zip(
         state.delta.tensors(), grad.tensors(), state.last.tensors(), (norms.thin_M, norms.wide_N), (ALONE, ranks), strict=True
     ):
         u = orthogonalise(g.flatten(0, 1), rows).view_as(g)
-        length = (rate_S * share_S)[:, None] * norm / (_length(u, rows) + 1e-12)
-        stepped = b * (1 - learn.decay * share_S)[:, None, None, None] - u * length[..., None, None]
-        limit = learn.max_norm * norm
-        excess = (_length(stepped, rows) / limit).clamp(min=1.0)
-        own = chosen(stepped / excess[..., None, None], b), chosen(u.to(old.dtype), old)
+        length, stepped, before = _lengths(b, u, kept_S, (rate_S * share_S)[:, None] * norm, rows)
+        excess = (stepped / (learn.max_norm * norm)).clamp(min=1.0)
+        size = torch.where(ok_S[:, None], stepped / excess, before) / norm
+        own = *_written(ok_S, b, u, old, kept_S[:, None] / excess, length / excess), size
         own = own if rows is ranks else tuple(map(ranks.same, own))
-        for found, x in zip((new, last), own, strict=True):
+        for found, x in zip((new, last, sizes), own, strict=True):
             found.append(x)
-        sizes.append(_length(new[-1], rows) / norm)
-    return state.by(*new, *last, chosen(rate_S, state.rate_S)), ok_S, _largest(grad.modules, *sizes)
+    return state.by(*new, *last, torch.where(ok_S, rate_S, state.rate_S)), ok_S, _largest(grad.modules, *sizes)
 
 
 def orthogonalise(g_BOR: Tensor, ranks: Ranks = ALONE) -> Tensor:
@@ -91,27 +92,70 @@ def orthogonalise(g_BOR: Tensor, ranks: Ranks = ALONE) -> Tensor:
     gram = ranks.sum(torch.bmm(g_BOR.transpose(1, 2), g_BOR)).double()
     trace_B11 = gram.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=1e-60)[:, None, None]
     s, eye = gram / trace_B11, torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    p = eye
-    for _ in range(5):
+    p = None
+    for left in reversed(range(5)):
         t = 3.4445 * eye - 4.7750 * s + 2.0315 * (s @ s)
-        p, s = t @ p, t @ s @ t
+        p = t if p is None else t @ p
+        s = t @ s @ t if left else s  # the last one nobody reads
+    assert p is not None
     return torch.bmm(g_BOR, (p * trace_B11.rsqrt()).to(g_BOR.dtype))
 
 
-def _length(x_SMOR: Tensor, ranks: Ranks) -> Tensor:
-    """[S, M]: the Frobenius norms of matrices of which each rank has some rows."""
-    length = torch.linalg.vector_norm(x_SMOR, dim=(2, 3))
-    return length if ranks.size == 1 else ranks.total(length.square()).sqrt()
+def _sums(g_SMOR: Tensor, u_SMOR: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a gradient and the last update: [S], the sum of g, which is not finite where g is not; [3, S, M], the sums of g², g u
+    and u² over this rank's rows. Float32."""
+    if g_SMOR.is_cuda:
+        return _cuda().sums(g_SMOR, u_SMOR)
+    u = u_SMOR.float()
+    return g_SMOR.sum((1, 2, 3)), torch.stack((_squares(g_SMOR), (g_SMOR * u).sum((2, 3)), _squares(u)))
 
 
-def _adapted(rate_S: Tensor, grad: Delta, last: Delta, adapt_rate: float, ranks: Ranks = ALONE) -> Tensor:
+def _lengths(b_SMOR: Tensor, u_SMOR: Tensor, kept_S: Tensor, far_SM: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Before a step of length ``far_SM`` along -u from what is kept of b, [S, M] each: by what u is to be multiplied; the norm
+    of b after the step, and before. Each rank has some rows of the matrices."""
+    if b_SMOR.is_cuda:
+        return _cuda().lengths(b_SMOR, u_SMOR, kept_S, far_SM, ranks)
+    norm = lambda x: ranks.total(_squares(x)).sqrt()  # noqa: E731
+    length_SM = far_SM / (norm(u_SMOR) + 1e-12)
+    return length_SM, norm(_stepped(b_SMOR, u_SMOR, kept_S[:, None], length_SM)), norm(b_SMOR)
+
+
+def _written(
+    ok_S: Tensor, b_SMOR: Tensor, u_SMOR: Tensor, last_SMOR: Tensor, kept_SM: Tensor, length_SM: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As new tensors: kept b - length u and u, in the dtype of ``last_SMOR``; of a session that is not ok, b and last."""
+    if b_SMOR.is_cuda:
+        return _cuda().written(ok_S, b_SMOR, u_SMOR, last_SMOR, kept_SM, length_SM)
+    ok, stepped = ok_S[:, None, None, None], _stepped(b_SMOR, u_SMOR, kept_SM, length_SM)
+    return torch.where(ok, stepped, b_SMOR), torch.where(ok, u_SMOR.to(last_SMOR.dtype), last_SMOR)
+
+
+def _cuda() -> Any:
+    from vllm_ttt.worker.step import update_cuda  # it needs Triton
+
+    return update_cuda
+
+
+def _stepped(b_SMOR: Tensor, u_SMOR: Tensor, kept_SM: Tensor, length_SM: Tensor) -> Tensor:
+    return b_SMOR * kept_SM[..., None, None] - u_SMOR * length_SM[..., None, None]
+
+
+def _squares(x_SMOR: Tensor) -> Tensor:
+    """[S, M]: the squares of the Frobenius norms."""
+    return torch.linalg.vector_norm(x_SMOR, dim=(2, 3)).square()
+
+
+def _adapted(rate_S: Tensor, sums: list[Tensor], adapt_rate: float, ranks: Ranks = ALONE) -> Tensor:
     """The rate after a look at the gradient: larger where the last update was in the right direction, which is where its cosine
-    with the gradient now is positive (B moved along the negative update). Without a last update it stays."""
+    with the gradient now is positive (B moved along the negative update). Without a last update it stays.
+
+    Args:
+        sums: of the thin matrices and of the wide ones, the second of what `_sums` returns.
+    """
     cosines = []
-    for g, u, rows in zip(grad.tensors(), last.tensors(), (ALONE, ranks), strict=True):
-        u = u.float()
-        lengths = _length(g, rows) * _length(u, rows)
-        cosines.append(rows.total((g * u).sum((2, 3))) / lengths.clamp(min=1e-30))
+    for squares_3SM, rows in zip(sums, (ALONE, ranks), strict=True):
+        gg, gu, uu = rows.total(squares_3SM)
+        cosines.append(gu / (gg.sqrt() * uu.sqrt()).clamp(min=1e-30))
     c_S = torch.cat(cosines, 1).mean(1)
     return (rate_S * (adapt_rate * c_S).clamp(-LARGEST_MOVE, LARGEST_MOVE).exp()).clamp(*RATES)
 
