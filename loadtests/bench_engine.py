@@ -165,7 +165,7 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
             shown = {k: v for k, v in engine_figures.figures(rounds).items() if isinstance(v, float) and k != "wall_s"}
             log(f"{name:>14} {size:>3}: " + " ".join(f"{k} {v:.1f}" for k, v in shown.items()))
         if name == "learn prompts" and max(args.batches) > 1:
-            if not args.cases:
+            if not args.cases or "together" in args.cases.split(","):
                 result["together"] = together(llm, args, extra)
                 log(f"8 sessions together / one after the other: {result['together']:.2f}")
             result["worker"] = llm.collective_rpc("ttt_status")[0]
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 64])
     parser.add_argument("--arms", default="stock,ttt")
-    parser.add_argument("--cases", help="of the arm ttt, comma-separated; default: all")
+    parser.add_argument("--cases", help="of the arm ttt: idle, learn prompts, learn all, frozen, together; default: all")
     parser.add_argument("--slots", type=int, default=64, help="sessions.resident, or --max-loras")
     parser.add_argument("--tokens-in", type=int, default=512)
     parser.add_argument("--tokens-out", type=int, default=128)
