@@ -369,6 +369,22 @@ def test_who_is_waited_for_learns_first_and_the_others_every_other_time() -> Non
     assert [chunk.session for chunk in trainer.take_report().chunks] == [3, 1, 3, 2, 3, 1]
 
 
+def test_what_is_on_its_way_counts_for_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session is tried after two commits, and both may be under way: there is no third, however late their outcomes come."""
+    trainer = prompts(tokens=80, chunk=16, sessions=(1,))
+    guard = trainer.guard
+    guard.config = guard.config.model_copy(update={"every": 2})
+    monkeypatch.setattr(type(guard.probe), "ready", property(lambda _: True))
+    monkeypatch.setattr(guard, "run", lambda *_: 0)
+    monkeypatch.setattr(trainer.clock, "done", lambda _: False)
+    assert [trainer.learn(16) for _ in range(3)] == [16, 16, 0]
+    trainer.collect(wait=True)
+    assert guard.commits == {1: 2}
+    assert trainer.learn(16) == 0, "it waits for its trial"
+    guard.commits.clear()
+    assert trainer.learn(16) == 16
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 3, 4])
 @pytest.mark.parametrize("left", [0, 16])
 def test_everybody_is_tried_however_many_calls_a_trial_takes(pieces: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:

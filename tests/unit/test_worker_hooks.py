@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm_ttt.config import parse_config
 from vllm_ttt.types import RequestPlan
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.capture.step_view import Rows
+from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.budget import Budget
@@ -172,3 +174,42 @@ def test_a_session_is_served_as_it_is_while_samples_are_to_begin() -> None:
     worker.trainer.still = set()
     worker.trainer.sync()
     assert sessions[A].served == 1
+
+
+class Late(Clock):
+    """Nothing is done before somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.cuda, self.marks, self.reached = False, 0, 0
+
+    def mark(self) -> int:
+        self.marks += 1
+        return self.marks
+
+    def done(self, mark: int) -> bool:
+        return mark <= self.reached
+
+    def wait(self, mark: int) -> None:
+        self.reached = max(self.reached, mark)
+
+
+def test_what_came_of_a_step_is_taken_in_while_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nobody is served, the device does not wait for the host between two steps; and no third is launched."""
+    worker, happened = Hooks(), list[str]()
+    trainer = worker.trainer
+    worker.clock = trainer.clock = trainer.guard.clock = Late()
+    worker.iterations, worker.reserve = deque(), []
+    worker.budget.calibrate(CHUNK, 1.0)
+    step, learned, wait = trainer.compute.step, trainer._learned, trainer.clock.wait
+    note = lambda what, then: lambda *args: happened.append(what) or then(*args)  # noqa: E731
+    monkeypatch.setattr(trainer.compute, "step", note("launched", step))
+    monkeypatch.setattr(trainer, "_learned", note("taken in", learned))
+    monkeypatch.setattr(trainer.clock, "wait", note("waited", wait))
+    worker.start("a", A, 3)
+    worker.batch(("a", 0, 3 * CHUNK + 1))
+    worker.backlog.finish("a", 3 * CHUNK)
+    for _ in range(3):
+        worker._between(False, [])
+    said = [what for what, before in zip(happened, ["", *happened], strict=False) if (what, before) != ("waited", "waited")]
+    assert said == ["launched", "waited", "launched", "waited", "taken in", "waited", "launched", *["waited", "taken in"] * 2]
+    assert trainer.deltas.session(A).version == 3

@@ -291,7 +291,9 @@ class TTTWorkerMixin(Answers):
             if urgent:
                 self.trainer.make_room(lambda: not self.backlog.waits(urgent), self.budget.tokens_per_step)
             if not serving:
-                self.trainer.collect(wait=True)  # one step at a time, so that a request that comes now waits for one only
+                # One step at a time, so that a request that comes now waits for one only. What came of it is taken in while the
+                # next one runs.
+                self.trainer.wait()
             allowed = lambda: self.budget.tokens() if serving else self.budget.tokens_per_step  # noqa: E731
             tokens = self.trainer.ranks.agree("how much is learned", allowed)
             learned = self.trainer.learn(tokens) if tokens else 0

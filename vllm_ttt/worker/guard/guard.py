@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -92,9 +94,16 @@ class Guard:
         """Whether deltas are tried, as soon as there is a text."""
         return self.config.every > 0
 
-    def due(self) -> set[int]:
-        """Sessions that must not learn before their trial has begun."""
-        return {k for k, n in self.commits.items() if n >= self.config.every} if self.probe.ready else set()
+    def due(self, under_way: Mapping[int, int] = MappingProxyType({})) -> set[int]:
+        """Sessions that must not learn before their trial has begun.
+
+        Args:
+            under_way: sessions whose chunks are being learned, and how many: each may become a commit.
+        """
+        if not self.probe.ready:
+            return set()
+        keys = self.commits.keys() | under_way.keys()
+        return {key for key in keys if self.commits.get(key, 0) + under_way.get(key, 0) >= self.config.every > 0}
 
     @property
     def busy(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -106,6 +106,11 @@ class Trainer:
             if not (learned or in_flight):
                 return
 
+    def wait(self) -> None:
+        """Until no step is under way, and no trial."""
+        for mark in (*(x.mark for x in self.outcomes), *(mark for *_, mark in self.guard.outcomes)):
+            self.clock.wait(mark)
+
     def collect(self, wait: bool = False) -> None:
         """Take in the outcomes that have arrived; with ``wait``, all of them."""
         if not (self.outcomes or self.guard.outcomes):
@@ -205,7 +210,7 @@ class Trainer:
 
     def in_flight(self, key: int) -> bool:
         """Whether the master of a session is ahead of its version: the outcome of a step is not known yet."""
-        return any(chunk.session == key for outcome in self.outcomes for chunk in outcome.chunks)
+        return key in self._under_way()
 
     def roll_back(self, key: int, version: int) -> bool:
         """Make the session what it was at ``version``; False where that is not kept. What waits of it is given up."""
@@ -233,15 +238,18 @@ class Trainer:
 
     def _try(self, tokens: int, first: frozenset[int]) -> int:
         """Let the guard have the time for ``tokens`` tokens; returns how many it took. ``first``: as `Guard.run` has it."""
-        unsettled = frozenset(chunk.session for outcome in self.outcomes for chunk in outcome.chunks)
         try:
-            return self.guard.run(tokens, self.deltas, unsettled, first)
+            return self.guard.run(tokens, self.deltas, frozenset(self._under_way()), first)
         except Exception:
             self.failed("a delta could not be tried on the guard's text")
             return tokens
         finally:
             for key, had in self.guard.had.items():
                 self.shares.had(key, had)
+
+    def _under_way(self) -> Counter[int]:
+        """Of each session, how many chunks whose outcome is not known yet."""
+        return Counter(chunk.session for outcome in self.outcomes for chunk in outcome.chunks)
 
     def _write(self, key: int, session: WorkerSession) -> None:
         try:
@@ -258,7 +266,7 @@ class Trainer:
         """The next chunk of as many sessions as fit, those of ``first`` before others; with ``one``, of one at least. This
         bounds the workspace of a step, too."""
         tiles: list[Tile] = []
-        due, chosen, heads = self.guard.due(), set[int](), self.backlog.heads()
+        due, chosen, heads = self.guard.due(self._under_way()), set[int](), self.backlog.heads()
         for chunk in sorted(heads, key=lambda chunk: chunk.session not in first) if first else heads:
             if tokens <= 0:
                 break

@@ -47,16 +47,16 @@ def _shrink(x, a, parts, N, K, x_stride, R: tl.constexpr, PER: tl.constexpr, BLO
 
 @triton.jit
 def _number(b):
-    """int8 as float32: the bits of i are the last ones of 2^23 + i. A conversion would go through a narrower unit of the device."""
+    """int8 as float32: the bits of i are the last ones of 2^23 + i. A conversion would take a narrower unit of the device."""
     bits = (b.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x80) | 0x4B000000
     return bits.to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
 
 
 @triton.jit
-def _expand(parts, b, scales, y, slots, N, OUT, y_stride, b_stride, scales_stride, ADD: tl.constexpr, SPLITS: tl.constexpr,
-            PADDED: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, TIMES: tl.constexpr):  # fmt: skip
-    """y[t, n] = scales[slots[t], n] sum_k r[t, k] b[slots[t], n, k], r being the sum of the parts, with ADD added to what is
-    there; rows of slot -1 stay. Grid: (out, N)."""
+def _expand(parts, b, scales, d, slots, N, OUT, d_stride, b_stride, scales_stride, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+            R: tl.constexpr, BLOCK_N: tl.constexpr, TIMES: tl.constexpr):  # fmt: skip
+    """d[t, n] = scales[slots[t], n] sum_k r[t, k] b[slots[t], n, k], r being the sum of the parts; rows of slot -1 stay. Grid:
+    (out, N)."""
     row = tl.program_id(1)
     slot = tl.load(slots + row)
     if slot < 0:
@@ -73,10 +73,7 @@ def _expand(parts, b, scales, y, slots, N, OUT, y_stride, b_stride, scales_strid
             n = first + i * BLOCK_N + tl.arange(0, BLOCK_N)
             weights = tl.load(at + n[:, None] * R, n[:, None] < OUT, 0)
             scale = tl.load(scales + n, n < OUT, 0.0)
-        out, found = y + row.to(tl.int64) * y_stride + n, tl.sum(_number(weights) * r[None, :], 1) * scale
-        if ADD:
-            found += tl.load(out, n < OUT, 0.0).to(tl.float32)
-        tl.store(out, found, n < OUT)
+        tl.store(d + row.to(tl.int64) * d_stride + n, tl.sum(_number(weights) * r[None, :], 1) * scale, n < OUT)
 
 
 @triton.jit
@@ -151,24 +148,22 @@ def parts_of(x: Tensor, a_RI: Tensor) -> Tensor:
     return torch.empty(-(-blocks // per), x.shape[0], a_RI.shape[0], device=x.device)
 
 
-def by_rows(
-    y: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], scales: list[Tensor], slots: Tensor, parts: Tensor, add: bool
-) -> None:
-    """y = x A^T B^T, or with ``add`` y += that, where few rows have a B each, which is read once.
+def by_rows(d: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], scales: list[Tensor], slots: Tensor, parts: Tensor) -> None:
+    """d = x A^T B^T, in rows that have a slot, where few rows have a B each, which is read once. `add_rows` adds it.
 
     Args:
-        y: [N, out], the slices of ``b`` beside each other. x: [N, in]. b: per slice, int8 [slots, 1, out of the slice, R].
+        d: [N, out] float32, the slices of ``b`` beside each other. x: [N, in]. b: per slice, int8 [slots, 1, out of the slice, R].
         scales: of each, float32 [slots, 1, out of the slice]. slots: [N] int32, slot of each row, or -1. parts: of `parts_of`.
     """
     (N, K), (splits, _, R) = x.shape, parts.shape
     sizes: dict[str, Any] = {"R": R, "PER": -(-K // (BLOCK_K * splits)), "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K}
     _shrink[(splits, -(-N // BLOCK_M))](x, a_RI, parts, N, K, x.stride(0), **sizes)
-    sizes = {"R": R, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "TIMES": TIMES, "ADD": add}
+    sizes = {"R": R, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "TIMES": TIMES}
     sizes |= {"BLOCK_N": (at_once := min(BLOCK_N, BYTES // R)), "num_warps": WARPS}
     offset = 0
     for b8, scale in zip(b, scales, strict=True):
-        out, to = b8.shape[2], y[:, offset:]
-        strides = y.stride(0), b8.stride(0), scale.stride(0)
+        out, to = b8.shape[2], d[:, offset:]
+        strides = d.stride(0), b8.stride(0), scale.stride(0)
         grid = -(-out // (at_once * TIMES)), N
         _expand[grid](parts, b8, scale, to, slots, N, out, *strides, **sizes)
         offset += out
@@ -181,7 +176,7 @@ def by_slots(
     """y += r B^T where many rows have one B. Of any rank.
 
     Args:
-        y, b, scales: as for `by_rows`. r_NR: x A^T in the model's dtype.
+        y: [N, out]. b, scales: as for `by_rows`. r_NR: x A^T in the model's dtype.
         by_slot: [N] int32, rows sorted by slot. active, counts, starts: [slots + 1] int32 or longer, slots of the batch and -1,
             rows of each, and where in ``by_slot`` they begin.
     """

@@ -45,7 +45,7 @@ def _session_linear(
     d, parts = torch.empty(x.shape[0], w.shape[0], device=x.device), parts_of(x, a[0, 0])
     beside.wait_stream(here)
     with torch.cuda.stream(beside):
-        by_rows(d, x, a[0, 0], b, scales, slots, parts, add=False)
+        by_rows(d, x, a[0, 0], b, scales, slots, parts)
     y = linear(x, w, bias)
     here.wait_stream(beside)
     add_rows(y, d, slots)
