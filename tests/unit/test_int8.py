@@ -18,4 +18,4 @@ def test_each_kernel_is_what_torch_computes() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", str(cases)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "23 passed" in done.stdout
+    assert "21 passed" in done.stdout

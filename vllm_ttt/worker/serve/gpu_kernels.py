@@ -152,8 +152,8 @@ def by_rows(d: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], scales: list[Te
     """d = x A^T B^T, in rows that have a slot, where few rows have a B each, which is read once. `add_rows` adds it.
 
     Args:
-        d: [N, out] float32, the slices of ``b`` beside each other. x: [N, in]. b: per slice, int8 [slots, 1, out of the slice, R].
-        scales: of each, float32 [slots, 1, out of the slice]. slots: [N] int32, slot of each row, or -1. parts: of `parts_of`.
+        d: [N, out] float32, the slices of ``b`` beside each other. x: [N, in]. b: per slice, int8 [slots, 1, out of it, R].
+        scales: of each, float32 [slots, 1, out of it]. slots: [N] int32, slot of each row, or -1. parts: of `parts_of`.
     """
     (N, K), (splits, _, R) = x.shape, parts.shape
     sizes: dict[str, Any] = {"R": R, "PER": -(-K // (BLOCK_K * splits)), "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K}

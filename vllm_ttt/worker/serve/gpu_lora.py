@@ -34,7 +34,7 @@ def session_lora(
     if no_lora.item():  # on the host
         return
     if decodes(x, b):
-        # Not within one kernel: what the compiler makes one of a product and a sum has other bits than beside the layer's product.
+        # Not in one kernel: a product and a sum that the compiler makes one have other bits than beside the layer's product.
         d = torch.empty(y.shape, device=y.device)
         by_rows(d, x, a[0, 0], b, scales, slots, parts_of(x, a[0, 0]))
         add_rows(y, d, slots)
