@@ -17,7 +17,7 @@ from vllm_ttt.eval.oracle import KV, LayerWeights, Oracle, _attention, projectio
 from vllm_ttt.eval.tiny import ARCHITECTURES, tiny_model
 from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.step import loss as losses_of
-from vllm_ttt.worker.step.attention import Layout, SDPAAttention
+from vllm_ttt.worker.step.attention import Layout, SDPAAttention, VarlenAttention, available, choose
 from vllm_ttt.worker.step.block import Block
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
 from vllm_ttt.worker.step.qkv import QKV, HeadNorm, Past
@@ -347,3 +347,16 @@ def test_a_query_sees_its_past_and_what_comes_before_it() -> None:
     assert torch.allclose(out, expected)
     for one, other in zip(found, torch.autograd.grad(expected, own, d), strict=True):
         assert torch.allclose(one, other)
+
+
+def test_torchs_flash_attention_is_asked_as_it_wants_to_be() -> None:
+    """Its ops are torch's own affair: where their arguments are others, the step takes the reference."""
+    for op, arguments in (
+        (torch.ops.aten._flash_attention_forward, VarlenAttention.FORWARD),
+        (torch.ops.aten._flash_attention_backward, VarlenAttention.BACKWARD),
+    ):
+        schema = op.default._schema  # pyright: ignore[reportAttributeAccessIssue]
+        assert [x.name for x in schema.arguments if not x.kwarg_only] == arguments.split()
+        assert "scale" in [x.name for x in schema.arguments]
+    assert type(choose(torch.device("cpu"), torch.bfloat16)) is SDPAAttention
+    assert [x.name for x in available(torch.device("cpu"), torch.bfloat16)] == ["sdpa"]

@@ -185,7 +185,7 @@ class TTTWorkerMixin(Answers):
         learned = self._guard(self._between, serving, plan.urgent) or 0
         self._guard(self._start, plan)
         self._guard(self._note_blocks, scheduler_output)
-        self.marks = (before, self.clock.mark(), learned)
+        self.marks = (before, self.clock.mark() if learned else before, learned)  # each takes the host some time
         if learned and not serving:
             self.times.idle.append(self.marks[:2])
         output = super().execute_model(scheduler_output)  # type: ignore[misc]

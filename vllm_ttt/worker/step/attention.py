@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -185,6 +186,16 @@ class VarlenAttention(Attention):
 
     name = "varlen"
     static = True
+    #: arguments of torch's ops, which are its own affair: in their order, before those by name
+    FORWARD = "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask"
+    BACKWARD = "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p is_causal rng_state unused"
+
+    @classmethod
+    def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it can run there, with this torch."""
+        ops = torch.ops.aten._flash_attention_forward.default, torch.ops.aten._flash_attention_backward.default
+        taken = [" ".join(x.name for x in op._schema.arguments if not x.kwarg_only) for op in ops]
+        return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and taken == [cls.FORWARD, cls.BACKWARD]
 
     def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Any]:
         of = layout.starts_q, layout.starts_k, layout.rows, layout.longest
@@ -204,23 +215,29 @@ class ServedAttention(VarlenAttention):
     """Its forward is that which vLLM serves with on Hopper, FlashAttention 3, which has no backward there."""
 
     name = "served"
+    #: arguments of vLLM's function, in their order, and by name
+    FIRST = "q k v max_seqlen_q cu_seqlens_q max_seqlen_k cu_seqlens_k "
+    OPTIONS = ("softmax_scale", "causal", "return_softmax_lse", "fa_version")
 
     def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Any]:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
         of = layout.rows, layout.starts_q, layout.longest, layout.starts_k
-        options: dict[str, Any] = {"softmax_scale": scale, "causal": True, "return_softmax_lse": True, "fa_version": 3}
+        options: dict[str, Any] = dict(zip(self.OPTIONS, (scale, True, True, 3), strict=True))
         out, weights = flash_attn_varlen_func(q_THE, k_UGE, v_UGE, *of, **options)
         # What the backward would draw its dropout from: there is none.
         return out, (out, weights, torch.empty(2, dtype=torch.uint64, device=out.device), out.new_empty(0))
 
-    @staticmethod
-    def runs(device: torch.device) -> bool:
-        if importlib.util.find_spec("vllm") is None or torch.cuda.get_device_capability(device)[0] != 9:
+    @classmethod
+    def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        if not super().runs(device, dtype) or torch.cuda.get_device_capability(device)[0] != 9:
             return False
-        from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
+        if importlib.util.find_spec("vllm") is None:
+            return False
+        from vllm.vllm_flash_attn import flash_attn_interface as vllms
 
-        return is_fa_version_supported(3)
+        taken = inspect.signature(vllms.flash_attn_varlen_func).parameters
+        return vllms.is_fa_version_supported(3) and " ".join(taken).startswith(cls.FIRST) and set(cls.OPTIONS) <= set(taken)
 
 
 class XformersAttention(AutogradAttention):
@@ -259,18 +276,19 @@ IMPLEMENTATIONS: dict[str, type[Attention]] = {
 
 def choose(device: torch.device, dtype: torch.dtype) -> Attention:
     """The fastest implementation that can run: Flash Attention on CUDA in bf16 or fp16, else the reference."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return ServedAttention() if ServedAttention.runs(device) else VarlenAttention()
-    return SDPAAttention()
+    found = next((kernel() for kernel in (ServedAttention, VarlenAttention) if kernel.runs(device, dtype)), None)
+    if found is None and device.type == "cuda" and dtype != torch.float32:
+        from vllm_ttt.log import logger_of  # it needs vLLM
+
+        logger_of(__name__).warning(
+            "vllm-ttt: torch's ops of Flash Attention are others in this release; the step will be slow"
+        )
+    return found or SDPAAttention()
 
 
 def available(device: torch.device, dtype: torch.dtype) -> list[Attention]:
     """Every implementation that can run there."""
-    found: list[Attention] = [SDPAAttention()]
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        found.append(VarlenAttention())
-        if ServedAttention.runs(device):
-            found.append(ServedAttention())
-        if importlib.util.find_spec("xformers") is not None:
-            found.append(XformersAttention())
-    return found
+    found: list[Attention] = [kernel() for kernel in (VarlenAttention, ServedAttention) if kernel.runs(device, dtype)]
+    if found and importlib.util.find_spec("xformers") is not None:
+        found.append(XformersAttention())
+    return [SDPAAttention(), *found]
