@@ -46,13 +46,6 @@ def _shrink(x, a, parts, N, K, x_stride, R: tl.constexpr, PER: tl.constexpr, BLO
 
 
 @triton.jit
-def _number(b):
-    """int8 as float32: the bits of i are the last ones of 2^23 + i. A conversion would take a narrower unit of the device."""
-    bits = (b.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x80) | 0x4B000000
-    return bits.to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
-
-
-@triton.jit
 def _expand(parts, b, scales, d, slots, N, OUT, d_stride, b_stride, scales_stride, SPLITS: tl.constexpr, PADDED: tl.constexpr,
             R: tl.constexpr, BLOCK_N: tl.constexpr, TIMES: tl.constexpr):  # fmt: skip
     """d[t, n] = scales[slots[t], n] sum_k r[t, k] b[slots[t], n, k], r being the sum of the parts; rows of slot -1 stay. Grid:
@@ -73,7 +66,7 @@ def _expand(parts, b, scales, d, slots, N, OUT, d_stride, b_stride, scales_strid
             n = first + i * BLOCK_N + tl.arange(0, BLOCK_N)
             weights = tl.load(at + n[:, None] * R, n[:, None] < OUT, 0)
             scale = tl.load(scales + n, n < OUT, 0.0)
-        tl.store(d + row.to(tl.int64) * d_stride + n, tl.sum(_number(weights) * r[None, :], 1) * scale, n < OUT)
+        tl.store(d + row.to(tl.int64) * d_stride + n, tl.sum(weights.to(tl.float32) * r[None, :], 1) * scale, n < OUT)
 
 
 @triton.jit
