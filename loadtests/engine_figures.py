@@ -168,7 +168,7 @@ def _column(path: str, head: str) -> dict[str, str]:
         column[label] = "" if value is None else f"{value:.3f}"
     ttt = arms.get("ttt", {})
     column["tokens that fit into the KV cache"] = ""
-    if ttt and "stock" in arms and "kv_cache_memory_bytes" not in report["command"]:  # which makes all caches one size
+    if ttt and "stock" in arms and "kv_cache_memory_bytes" not in report.get("command", ""):  # which makes all caches one size
         column["tokens that fit into the KV cache"] = f"{ttt['kv_tokens'] / arms['stock']['kv_tokens']:.3f}"
     column["8 sessions together / one after the other"] = f"{ttt['together']:.2f}" if "together" in ttt else ""
     over_time = "decode_rate" in stock[size]
