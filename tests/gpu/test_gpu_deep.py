@@ -44,13 +44,13 @@ class Worker:
         from vllm_ttt.worker.capture.step_view import Rows
         from vllm_ttt.worker.deltas.masters import Deltas
         from vllm_ttt.worker.learn.compute import Compute
-        from vllm_ttt.worker.step.attention import VarlenAttention
+        from vllm_ttt.worker.step.attention import choose
 
         config = parse_config({"adapt": {"layers": layers}, "learn": {"chunk": CHUNK, "max_loss": 2}}, "deep")
         oracle = Oracle(Path(__file__).parents[2] / "demo" / "model", config, dtype=torch.bfloat16)
         tail = on_device(tail_of(oracle, torch.bfloat16))
         tail.__post_init__()
-        tail.kernel = VarlenAttention()
+        tail.kernel = choose(torch.device("cuda"), torch.bfloat16)
         torch.manual_seed(0)
         qkv, blocks = tail.attentions[0], sum(-(-prompt // BLOCK) for prompt in PROMPTS)
         new = lambda: torch.zeros(blocks + 1, BLOCK, qkv.kv_heads, 2 * qkv.head, dtype=torch.bfloat16, device="cuda")  # noqa: E731
