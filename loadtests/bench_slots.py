@@ -1,9 +1,9 @@
-"""Times the kernels with which sessions are served on CUDA, alone: those of decodes and of prompts, and the rounding of a commit.
+"""Times the kernels with which sessions are served on CUDA: those of decodes and of prompts, and the rounding of a commit.
 
     python loadtests/bench_slots.py [--rows 64] [--out 4096] [--in 4096] [--rank 64] [--prompt 512] [--sweep]
 
-The default shape is that of o_proj of Qwen3-8B. Each kernel is replayed from a CUDA graph on twelve modules in turn, so that no B
-is still in the cache; a time is the median of some replays. `--sweep` tries other sizes of the kernels, and names the best.
+The default shape is that of o_proj of Qwen3-8B. Each kernel is replayed from a CUDA graph on twelve modules in turn, so that no
+B is still in the cache; a time is the median of some replays. `--sweep` tries other sizes of the kernels, and names the best.
 """
 
 from __future__ import annotations
