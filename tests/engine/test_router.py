@@ -217,8 +217,10 @@ def test_two_servers_behind_two_routers_and_one_is_killed(stage: Stage, tmp_path
             assert min(load.versions(name, after=killed)) >= acknowledged[name], f"an acknowledged save of {name} is lost"
         assert not load.wrong, load.wrong
         assert served_versions_go_on(routers, documents)
-    log = (tmp_path / "server-1.log").read_text(errors="replace")
+    # While it served: that its engine has ended before it, vLLM's API server may log as an error when it ends itself.
+    log, _, ending = (tmp_path / "server-1.log").read_text(errors="replace").partition("[shutdown]")
     assert "Traceback" not in log, log
+    assert "Application shutdown complete" in ending, ending
     assert all(row["saved_version"] is not None for row in Offline(tmp_path / "state").list())
 
 
