@@ -1,8 +1,9 @@
 """Triton kernels of the deltas that are served on CUDA: y += x A^T B^T, B of each row's session, from 8 bits.
 
 B lies in a slot as int8 [out, R] with a float32 scale for each row, which makes the row's largest number 127. In a batch that
-decodes each row has another B: two kernels that read it once, at the memory's speed. In a prompt many rows have one: a kernel
-that multiplies tiles of them. Either way the order of a row's sums does not depend on the other rows.
+decodes each row has another B: two kernels that read it once, and are busier with making floats of it than with reading
+(loadtests/bench_slots.py). In a prompt many rows have one: a kernel that multiplies tiles of them. Either way the order of a
+row's sums does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ BLOCK_M, BLOCK_K, SPLITS, PER = 64, 128, 32, 2
 #: Rows of B that a program of `_expand` reads at a time, how often, and its warps; and the bytes that may be under way at a
 #: time, so that a higher rank has fewer rows.
 BLOCK_N, TIMES, WARPS, BYTES = 64, 4, 4, 2**14
-#: Rows of one session and outputs of a tile of `_expand_many`, columns of r at a time, tiles of a program, and its warps: with
-#: these two programs share the registers of a multiprocessor of an H100.
+#: Rows of one session and outputs of a tile of `_expand_many`, columns of r at a time, tiles of a program, and its warps: the
+#: fastest of those tried on an H200 (loadtests/bench_slots.py --sweep), as are the sizes of `_expand`.
 MANY_M, MANY_N, MANY_R, MANY_TIMES, MANY_WARPS = 64, 64, 64, 4, 4
 #: Numbers of a row that a program of `_add` has.
 BLOCK_ADD = 1024

@@ -1,4 +1,4 @@
-"""Slots on CUDA hold B in 8 bits: to read the B of 64 sessions is what a decode step of theirs costs.
+"""Slots on CUDA hold B in 8 bits: half of the memory, and of what a decode step of sessions has to read.
 
 Masters stay float32. Each row of B is int8 with a float32 scale that makes its largest number 127, and both ways into a slot
 round a master with the same kernel.
