@@ -30,10 +30,12 @@ import httpx
 from load.texts import Texts
 from runs import DEMO, HERE, about, save, served
 
+from vllm_ttt.eval import server
+
 KEYS = ("key-of-the-neighbour-0123456789", "key-of-the-flood-0123456789")
 FLAGS = [
     *(str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28), "--served-model-name", "demo"),
-    *("--enforce-eager", "--api-key", *KEYS),
+    *("--enforce-eager", "--api-key", *KEYS, *server.dtype_flags()),
 ]
 CONFIG: dict[str, Any] = {"sessions": {"resident": 6, "autosave": 2.0, "host_gib": 0.1}, "observe": {"recent_chunks": 4096}}
 #: Seconds that the neighbour is watched with nothing else, and at least beside each case.

@@ -37,7 +37,7 @@ from vllm_ttt.eval import server
 
 FLAGS = [
     *(str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28), "--served-model-name", "demo"),
-    "--enforce-eager",
+    *("--enforce-eager", *server.dtype_flags()),
 ]
 #: Six slots, and 43 sessions of the demo model in memory: the rest is on the move. All chunks of a session are remembered.
 CONFIG: dict[str, Any] = {

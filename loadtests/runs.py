@@ -23,7 +23,10 @@ os.environ[EXPERIMENTS] = "1"  # servers that load tests start may be given cons
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo"
 #: Arguments of a server of the demo's model.
-SERVE = [str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**29), "--served-model-name", "demo"]
+SERVE = [
+    *(str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**29), *server.dtype_flags()),
+    *("--served-model-name", "demo"),
+]
 EAGER = [*SERVE, "--enforce-eager"]
 
 

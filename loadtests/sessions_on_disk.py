@@ -41,7 +41,7 @@ from vllm_ttt.eval.texts import read_texts
 
 FLAGS = [
     *(str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28), "--served-model-name", "demo"),
-    "--enforce-eager",
+    *("--enforce-eager", *server.dtype_flags()),
 ]
 CONFIG = {"sessions": {"resident": 8, "host_gib": 0.25, "per_key": 10**6, "keep_versions": 1}}
 #: Tokens of what a session learns, and of the probe.

@@ -3,8 +3,8 @@
 ``reference``: stock vLLM, for its log-probabilities. ``exact``: the preset `last`, float32, four slots and no caches, so that
 nothing but the algorithm separates it from the oracle, which has a delta alone. ``deep``: the same at full depth. ``half``:
 `last` in bfloat16. ``cached``: `deep` with sessions' own caches, the default. ``small``: `deep` with a KV cache that is soon
-full, in chunks of 64. ``server``: bfloat16, full depth and caches as users have it, for everything else; it, ``exact`` and
-``half`` learn in chunks of 256, so that a text has several.
+full, in chunks of 64. ``server``: full depth and caches as users have it, in bfloat16 where the CPU is fast at it, for
+everything else; it, ``exact`` and ``half`` learn in chunks of 256, so that a text has several.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm_ttt.eval.oracle import Oracle, load_model
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "demo" / "model"
 FLAGS = ["--served-model-name", "demo", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28)]
-FLAGS += ["--enforce-eager", "--enable-prompt-tokens-details"]
+FLAGS += ["--enforce-eager", "--enable-prompt-tokens-details", *processes.dtype_flags()]
 SHORT = {"chunk": 256}
 #: Where what is served is held to the oracle of the delta.
 NO_CACHE: dict[str, Any] = {"cache": {"orders": 0}}
@@ -63,7 +63,7 @@ SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"learn": SHORT, "sessions": {"resident": 4, "version_every": 1}, "guard": {"every": 0}},
         ["--dtype", "float32"],
     ),
-    "half": ({"adapt": {"preset": "last"}, "learn": SHORT, "sessions": {"resident": 4}}, []),
+    "half": ({"adapt": {"preset": "last"}, "learn": SHORT, "sessions": {"resident": 4}}, ["--dtype", "bfloat16"]),
     # A guard that is stricter than the default, so that a session can be spoiled within a test.
     "server": ({"learn": SHORT, "sessions": {"resident": 6}, "guard": {"max_regression": 0.15}}, []),
 }

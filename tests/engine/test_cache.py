@@ -121,7 +121,7 @@ def test_a_request_may_leave_it_out(cached: Served, told: tuple[str, list[int]])
 
 
 def test_a_server_as_it_comes_has_caches(server: Served, documents: Documents) -> None:
-    """In bfloat16, with no word of caches in its settings: a document that comes back is known better than by the delta."""
+    """With no word of caches in its settings: a document that comes back is known better than by the delta."""
     name, text = server.fresh(), documents["legal_a"][0][:513]
     assert server.http.get("/v1/ttt/config").json()["cache"]["orders"] == 6
     server.complete(text, name)

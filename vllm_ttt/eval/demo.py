@@ -52,9 +52,9 @@ def demo(model: str | None, out: Path, port: int | None, keep: bool, quick: bool
     rounds.files(ROOT)
     name = folder.name if folder else str(model)
     flags = [*SERVER, "--served-model-name", name, "--max-model-len", str(min(CONTEXT, _context(str(folder or model))))]
-    if _slow_in_16_bits():
+    if dtype := server.dtype_flags():
         console.print("this CPU has no fast products in 16 bits: the model is served in float32")
-        flags += ["--dtype", "float32"]
+        flags += dtype
     port, log, began = port or server.free_port(), out / "server.log", time.monotonic()
     with _no_files_if_interrupted(out), _scratch(keep) as scratch:
         # A model of a hub is fetched there.
@@ -154,14 +154,6 @@ def _scratch(keep: bool) -> Iterator[str]:
     finally:
         if not (keep and done):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _slow_in_16_bits() -> bool:
-    import torch
-
-    from vllm_ttt.worker.step.tail import step_dtype
-
-    return not torch.cuda.is_available() and step_dtype(torch.bfloat16, torch.device("cpu")) == torch.float32
 
 
 def _context(model: str) -> int:

@@ -39,6 +39,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def dtype_flags() -> list[str]:
+    """Flags of a server, float32 for a model in bfloat16, on a CPU whose products in 16 bits are several times slower."""
+    import torch
+
+    from vllm_ttt.worker.step.tail import step_dtype
+
+    slow = not torch.cuda.is_available() and step_dtype(torch.bfloat16, torch.device("cpu")) == torch.float32
+    return ["--dtype", "float32"] if slow else []
+
+
 def serve(
     args: list[str], port: int, log: Path, keep: bool, environment: dict[str, str] | None = None
 ) -> contextlib.AbstractContextManager[subprocess.Popen]:
