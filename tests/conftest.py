@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> tuple[bool, int]:
         names = getattr(item, "fixturenames", ())
         # Each of them is started once, and then the others.
-        shared = [name in names for name in ("exact", "deep", "small", "half", "server")]
+        shared = [name in names for name in ("exact", "deep", "small", "half", "cached", "server")]
         return item.get_closest_marker("unit") is None, shared.index(True) if any(shared) else len(shared)
 
     items.sort(key=rank)  # stable: within a rank the order stays as it was

@@ -52,7 +52,7 @@ def stocks(model: Path, documents: Documents, stage: Stage) -> list[list[float]]
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, stocks: Any, stage: Stage) -> Iterator[Served]:
+def serving(model: Path, stocks: Any, stage: Stage) -> Iterator[Served]:
     stage.stop()  # what starts another server stops this one, too
     stage.name, served = "moe", stage.running.enter_context(running_ttt(stage.folder / "moe", CONFIG, FLAGS, model))
     yield served
@@ -60,8 +60,8 @@ def server(model: Path, stocks: Any, stage: Stage) -> Iterator[Served]:
 
 
 @pytest.fixture
-def moe(server: Served) -> Iterator[Served]:
-    yield from at_rest(server)
+def moe(serving: Served) -> Iterator[Served]:
+    yield from at_rest(serving)
 
 
 def loop(model: Any) -> HeadOracle:
@@ -188,7 +188,7 @@ OTHERS = {
     "gpt_oss": ("gpt_oss", FLAGS, TOLERANCE),
     "glm4": ("glm4", FLAGS, TOLERANCE),
     "transformers": ("phi", FLAGS, TOLERANCE),
-    "fp8": (None, ["--quantization", "fp8_per_channel"], None),
+    "fp8": (None, ["--quantization", "fp8_per_channel", "--dtype", "bfloat16"], None),
     "int8": ("llama", FLAGS, None),
 }
 

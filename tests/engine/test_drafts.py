@@ -68,7 +68,7 @@ def stocks(prompts: list[list[int]], stage: Stage) -> list[list[float]]:
 
 
 @pytest.fixture(scope="module")
-def server(stocks: Any, stage: Stage) -> Iterator[Served]:
+def drafting(stocks: Any, stage: Stage) -> Iterator[Served]:
     stage.stop()
     stage.name = "drafts"
     yield stage.running.enter_context(running_ttt(stage.folder / "drafts", HEAD, [*FLAGS, json.dumps(NGRAM)]))
@@ -76,8 +76,8 @@ def server(stocks: Any, stage: Stage) -> Iterator[Served]:
 
 
 @pytest.fixture
-def head(server: Served) -> Iterator[Served]:
-    yield from at_rest(server)
+def head(drafting: Served) -> Iterator[Served]:
+    yield from at_rest(drafting)
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def rounds(served: Served, prompts: list[list[int]]) -> list[tuple[list[float], 
 
 
 @pytest.fixture(scope="module")
-def server(flags: list[str], stage: Stage) -> Iterator[Served]:
+def drafting(flags: list[str], stage: Stage) -> Iterator[Served]:
     stage.stop()
     stage.name = "eagle"
     yield stage.running.enter_context(running_ttt(stage.folder / "eagle", HEAD, flags))
@@ -77,8 +77,8 @@ def server(flags: list[str], stage: Stage) -> Iterator[Served]:
 
 
 @pytest.fixture
-def eagle(server: Served) -> Iterator[Served]:
-    yield from at_rest(server)
+def eagle(drafting: Served) -> Iterator[Served]:
+    yield from at_rest(drafting)
 
 
 def test_the_drafters_keys_hold_no_delta(eagle: Served, prompts: list[list[int]], documents: Documents) -> None:
