@@ -70,12 +70,16 @@ SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @contextlib.contextmanager
-def running(log: Path, module: str, flags: list[str], environment: dict[str, str], model: Path = MODEL) -> Iterator[Served]:
-    """``python -m MODULE serve MODEL FLAGS`` in a process group of its own, on a free port."""
+def running(
+    log: Path, module: str, flags: list[str], environment: dict[str, str], model: Path = MODEL, forking: bool = True
+) -> Iterator[Served]:
+    """``python -m MODULE serve MODEL FLAGS`` in a process group of its own, on a free port; ``forking``: see forking.py."""
     port = processes.free_port()
-    command = [sys.executable, "-m", module, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
+    program = ["forking", module] if forking else [module]
+    command = [sys.executable, "-m", *program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in {EXPERIMENTS: "1", **environment}.items():
+        for key, value in {EXPERIMENTS: "1", "PYTHONPATH": path, **environment}.items():
             patch.setenv(key, value)
         with processes.process_group(command, log) as process:
             processes.wait_healthy(process, port, log)
@@ -90,8 +94,7 @@ def running_ttt(folder: Path, config: dict[str, Any], flags: list[str], model: P
     file = folder / "ttt.yaml"
     file.write_text(yaml.safe_dump(config))
     flags = ["--ttt-config", str(file), "--worker-cls", "faulty_worker.FaultyWorker", *flags]
-    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    environment = {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
     with running(folder / "server.log", "vllm_ttt.cli", flags, environment, model) as served:
         served.complete(list(range(10, 30)), prompt_logprobs=0)  # vLLM compiles a kernel at the first of these
         yield served

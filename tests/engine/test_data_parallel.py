@@ -54,7 +54,7 @@ def serving(folder: Path, engines: int, api_servers: int) -> Iterator[Served]:
     flags += ["--data-parallel-size", str(engines), "--api-server-count", str(api_servers)]
     # vLLM would give all engines the same core.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(i % (os.cpu_count() or 1)) for i in range(engines))}
-    with running(folder / f"server-{engines}.log", "vllm_ttt.cli", flags, environment) as served:
+    with running(folder / f"server-{engines}.log", "vllm_ttt.cli", flags, environment, forking=False) as served:
         yield served
 
 

@@ -125,7 +125,7 @@ def test_layers_in_eight_bits(documents: Documents, stage: Stage, tmp_path: Path
     stage.stop()
     text = documents["man_fr"][0][:400]
     with running_ttt(
-        tmp_path / "served", {**SESSIONS, "learn": {"chunk": 256}}, ["--quantization", "fp8_per_channel"]
+        tmp_path / "served", {**SESSIONS, "learn": {"chunk": 256}}, ["--quantization", "fp8_per_channel", "--dtype", "bfloat16"]
     ) as served:
         base = -torch.tensor(logprobs(served.complete(text, prompt_logprobs=0)))
         first = -torch.tensor(logprobs(served.complete(text, "s", prompt_logprobs=0)))

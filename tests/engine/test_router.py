@@ -80,7 +80,7 @@ def server(folder: Path, number: int) -> Iterator[Served]:
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", str(folder / "state"), "--max-model-len", "512"]
     # vLLM would give both the same core.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": str(number % (os.cpu_count() or 1))}
-    with running(folder / f"server-{number}.log", "vllm_ttt.cli", flags, environment) as served:
+    with running(folder / f"server-{number}.log", "vllm_ttt.cli", flags, environment, forking=False) as served:
         yield served
 
 

@@ -23,7 +23,7 @@ import httpx
 import psutil
 import pytest
 import yaml
-from conftest import HERE, Stage, running
+from conftest import Stage, running
 from load.books import Book, Rule
 from load.logs import unexpected
 from served import Documents, Served, completion
@@ -66,8 +66,7 @@ def stormy(stage: Stage, disk: Path, clock: Path, tmp_path_factory: pytest.TempP
     (folder / "ttt.yaml").write_text(yaml.safe_dump(CONFIG))
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", str(disk / "state")]
     flags += ["--worker-cls", "faulty_worker.FaultyWorker"]
-    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    environment = {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1", "TTT_TEST_CLOCK": str(clock)}
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "TTT_TEST_CLOCK": str(clock)}
     with running(folder / "server.log", "shifted_clock", flags, environment) as served:
         yield served
 

@@ -21,7 +21,7 @@ import httpx
 import pytest
 import torch
 import yaml
-from conftest import HERE, Stage, running
+from conftest import Stage, running
 from served import Documents, Served, completion
 
 from vllm_ttt import audit_log
@@ -51,9 +51,8 @@ def server(folder: Path, log: str, key: Path | None = None) -> Iterator[Served]:
     (folder / "ttt.yaml").write_text(yaml.safe_dump(config))
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", str(folder / "state")]
     flags += ["--worker-cls", "faulty_worker.FaultyWorker", "--api-key", KEYS["a"], KEYS["b"]]
-    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    environment = {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1"}
-    with running(folder / log, "vllm_ttt.cli", flags, environment) as served:
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    with running(folder / log, "vllm_ttt.cli", flags, environment, forking=False) as served:
         served.http.headers.update(headers("a"))
         yield served
 

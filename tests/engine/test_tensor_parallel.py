@@ -52,10 +52,10 @@ def serving(folder: Path, preset: str, ranks: int) -> Iterator[Served]:
     (folder / "ttt.yaml").write_text(yaml.safe_dump({**CONFIG, "adapt": ADAPT[preset]}))
     log, state = folder / f"{preset}-{ranks}.log", str(folder / f"state-{preset}")
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", state, "--dtype", "float32"]
-    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     worker = ["--worker-cls", "slow_rank.SlowRank"]
-    environment = {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1", **bound(ranks)}
-    with running(log, "vllm_ttt.cli", [*flags, *worker, "--tensor-parallel-size", str(ranks)], environment) as served:
+    environment = {"VLLM_SERVER_DEV_MODE": "1", **bound(ranks)}
+    flags += [*worker, "--tensor-parallel-size", str(ranks)]
+    with running(log, "vllm_ttt.cli", flags, environment, forking=False) as served:
         served.http.timeout = 300
         yield served
 
@@ -154,7 +154,7 @@ def test_two_ranks_are_one_server(folder: Path, documents: Documents, preset: st
         same_bits(both, look(served, "one", documents))
     if preset == "deep":
         flags, environment = ["--dtype", "float32", "--tensor-parallel-size", "2"], {"VLLM_PLUGINS": "", **bound(2)}
-        with running(folder / "stock.log", "vllm.entrypoints.cli.main", flags, environment) as stock:
+        with running(folder / "stock.log", "vllm.entrypoints.cli.main", flags, environment, forking=False) as stock:
             assert base == [logprobs(stock.complete(prompt, **SCORED)) for prompt in prompts(documents)]
 
 
