@@ -28,6 +28,8 @@ def bind() -> None:
 
 
 def main() -> None:
+    # A worker would read both on its one core, and n-gram drafts are made by numba.
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     import torch
     from vllm.utils import system_utils
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -343,6 +344,40 @@ def test_tokens_before_a_batch_are_looked_up_where_the_device_has_them() -> None
     assert found[1] == [[100, 101], [102], [103]]
     assert a.context(12, [(5, 7)]) is not None
     assert a.context(12, [(5, 7)]).tolist() == [5, -1, -1, 8, 9, 10, 11, 12]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("what", ["keep", "texts", "commit"])
+def test_what_fails_after_a_step_leaves_version_and_delta_together(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory for a copy is short: the master has moved by then. What could not be kept is all that is lost."""
+    worker, other = Worker(), Worker()
+    errors = worker.trainer.errors
+    failing = mock.Mock(side_effect=MemoryError)
+    if what == "keep":
+        monkeypatch.setattr("vllm_ttt.worker.learn.trainer.keep", failing)
+    else:
+        monkeypatch.setattr(worker.trainer.caches, what, failing)
+    chunks = worker.send(A, text(1))
+    assert failing.call_count == errors.count == 2
+    assert [(c.skipped, c.tokens) for c in chunks] == [(None, CHUNK), (None, CHUNK)]
+    session = worker.deltas.session(A)
+    assert (session.version, worker.trainer.in_flight(A), worker.trainer.guard.untried(A)) == (2, False, 0)
+    monkeypatch.undo()
+    other.send(A, text(1))
+    for found, expected in zip(worker.deltas.read(A).delta.tensors(), other.deltas.read(A).delta.tensors(), strict=True):
+        assert torch.equal(found, expected)
+    (chunk, _) = worker.send(A, text(2))
+    assert (chunk.skipped, session.version) == (None, 4), "and it goes on"
+
+
+def test_a_session_that_cannot_be_brought_in_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(rows=1)
+    worker.send(A, text(1))
+    monkeypatch.setattr(worker.deltas, "to_host", mock.Mock(side_effect=MemoryError))
+    chunks = worker.send(B, text(2))
+    assert [c.skipped for c in chunks] == ["error", "error"]
+    monkeypatch.undo()
+    assert [c.skipped for c in worker.send(A, text(3))] == [None, None]
+    assert [c.skipped for c in worker.send(B, text(2))] == [None, None]
 
 
 def test_memory_is_counted() -> None:

@@ -136,6 +136,21 @@ def test_an_answered_delete_outlives_a_kill(engine: Engine, tmp_path: Path) -> N
     assert engine.ask("get", "a") == 404
 
 
+def test_a_receipt_is_of_what_was_removed(engine: Engine) -> None:
+    """Its version and its digest are of one moment, although what it was sent is still being learned when it is deleted."""
+    world = engine.world
+    session = world.use("a", 4.0)
+    world.trainer.flying.add(session.adapter)
+    answer = ask(engine, "delete")
+    world.run(lambda: world.files.waiting)  # until it has been removed from the state dir
+    world.trainer.learn(session.adapter, 8.0)
+    world.trainer.flying.clear()
+    world.run(answer.done)
+    assert session.version == 4
+    receipt = answer.result()["result"]
+    assert (receipt["version"], receipt["tokens_learned"]) == (4, 4 * 16)
+
+
 def test_an_answered_reset_outlives_a_kill(engine: Engine, tmp_path: Path) -> None:
     engine.ask("freeze", "a")
     created = engine.ask("get", "a")["created"]

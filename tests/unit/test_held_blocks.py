@@ -71,6 +71,20 @@ def test_nothing_is_kept_for_who_needs_nothing() -> None:
     assert engine.free == free
 
 
+def test_ids_of_who_needs_nothing_are_forgotten() -> None:
+    """However many come and go beside a request whose blocks are kept."""
+    engine = Holding("deep")
+    kept = engine.leave("a")
+    for _ in range(5):
+        name = engine.send("b", learn=True, outputs=3)
+        engine.step()
+        engine.learned(name, "b", 1)
+        engine.drain()
+    held = engine.scheduler.ttt_held
+    assert list(held.requests) == [kept]
+    assert held.told == {kept}
+
+
 def test_an_aborted_request_keeps_what_is_being_learned() -> None:
     engine = Holding("deep")
     free = engine.free

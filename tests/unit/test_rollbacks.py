@@ -5,15 +5,22 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from test_admin import Engine
 from test_changes import Held, ask, engine, full, on_disk
+from world import Unguarded
 
+from vllm_ttt.config import SessionsConfig
+from vllm_ttt.engine.ledger import Ledger
 from vllm_ttt.engine.life.states import State
+from vllm_ttt.engine.life.tiers import Tiers
+from vllm_ttt.engine.limits.quotas import Quotas
 from vllm_ttt.engine.storage import records
+from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
-from vllm_ttt.types import Trial
+from vllm_ttt.types import SessionKey, Trial
 from vllm_ttt.worker.deltas import delta_file
 
 __all__ = ["engine", "full"]
@@ -226,3 +233,17 @@ def test_a_rollback_that_the_worker_cannot_do_is_done_from_the_file(engine: Engi
     assert session.life.state is not State.CHANGING_IN_MEMORY
     assert world.value("a") == 7.0
     assert engine.ask("get", "a")["version"] == 3
+
+
+def test_a_rollback_that_comes_after_the_guards_is_a_conflict() -> None:
+    """Without a state dir, where the worker has no file to do it from: nothing has happened, and that is what is said."""
+    ledger = Ledger(10, 4, Quotas(10**9, 10), 8)
+    tiers = Tiers(ledger, SessionsConfig(), None, mock.Mock(), guard=Unguarded())
+    session = ledger.open(SessionKey("-", "a"))
+    session.version = 3
+    kept = {"ttt_session": {"versions": [1, 2]}, "ttt_roll_back": [1]}
+    answer = tiers.owner.go_back(session, 2, lambda method, *_: kept[method])
+    with pytest.raises(RequestError, match="try again") as refused:
+        answer.result(0)
+    assert refused.value.status == 409
+    assert session.version == 3

@@ -307,6 +307,46 @@ def test_a_session_whose_trial_fails_is_still_due_and_a_trial_that_works_forgive
     assert trying.guard.on, "it was the first in a row"
 
 
+@pytest.mark.parametrize("of", ["the base model", "a session"])
+def test_a_trial_that_cannot_begin_has_failed(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory is short. No commit escapes the guard by it, and nobody waits for what cannot be."""
+    trying = Trying(GuardConfig(every=2))
+    trying.read()
+    if of == "a session":
+        trying.learn(1, 2, 0.1)
+        trying.run()
+        trying.guard.collect(trying.deltas.sessions)
+    else:
+        trying.learn(1, 2, 0.1)
+    monkeypatch.setattr("vllm_ttt.worker.guard.guard.keep", mock.Mock(side_effect=MemoryError))
+    monkeypatch.setattr(type(trying.tail), "zeros", mock.Mock(side_effect=MemoryError))
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            trying.run()
+        assert trying.guard.due() == {1}
+        assert trying.guard.untried(1) == 2
+        assert trying.guard.on
+    with pytest.raises(MemoryError):
+        trying.run()
+    assert not trying.guard.on
+    assert not trying.guard.due()
+
+
+def test_who_is_not_due_costs_nothing() -> None:
+    """Each step asks whether anybody is due: of thousands of sessions in memory, those that are not are not looked at."""
+    trying = Trying(GuardConfig(every=2))
+    trying.read()
+    fail = mock.Mock(side_effect=AssertionError("they were looked at, one by one"))
+    trying.guard.commits = type("Unread", (dict,), dict.fromkeys(("__iter__", "keys", "items"), fail))(
+        dict.fromkeys(range(9), 1)
+    )
+    assert not trying.guard.busy
+    assert trying.guard.due() == set()
+    assert trying.run() == 0
+    trying.guard.committed(5)
+    assert trying.guard.due() == {5}
+
+
 def test_off_it_costs_nothing() -> None:
     trying = Trying(GuardConfig(every=0))
     trying.read()
@@ -335,7 +375,7 @@ def test_room_is_made_although_a_session_waits_for_its_trial() -> None:
     probe.finish("p")
     backlog.start("r", RequestPlan(7, 33, True, False))
     backlog.take([Rows("r", 0, 0, tokens[:33])], h, a)
-    trainer.guard.commits[7] = 4
+    trainer.guard.resume(7, 4)
     assert trainer.guard.due() == {7}
     trainer.shares.awaited = frozenset({3})  # somebody waits for a session that has nothing to do
     trainer.make_room(lambda: False, 512)
@@ -381,7 +421,7 @@ def test_what_is_on_its_way_counts_for_a_trial(monkeypatch: pytest.MonkeyPatch) 
     trainer.collect(wait=True)
     assert guard.commits == {1: 2}
     assert trainer.learn(16) == 0, "it waits for its trial"
-    guard.commits.clear()
+    guard.drop(1)
     assert trainer.learn(16) == 16
 
 

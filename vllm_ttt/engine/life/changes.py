@@ -106,7 +106,11 @@ class Changes:
         """What is removed with the session; ``found``: in the state dir."""
         digest, counts = None, {"version": session.version, "tokens_learned": session.tokens_learned}
         if session.version and session.life.in_memory:
-            report = yield self.tiers.orders.ask(FileOrder("digest", session.adapter))
+
+            def taken(report: FileReport) -> None:  # what it was sent may still be being learned
+                counts.update(version=report.version, tokens_learned=session.tokens_learned)
+
+            report = yield self.tiers.orders.ask(FileOrder("digest", session.adapter), taken)
             digest = report.digest or None
         elif session.version and found["files"]:
             digest = found["files"][-1]["digest"]
@@ -161,6 +165,8 @@ class Changes:
                 self._unchanged(session)
             else:  # it was not in memory; or the guard has returned it further, or the worker has given that version up
                 self.tiers.become(session, {**newest.state, **session.standing()}, newest)
+        if not here and newest is None:
+            raise RequestError(f"session {session.key.name!r} has just been returned further; look at it, and try again", 409)
         yield from self.audit.durable("rollback", session, version=before, to_version=version)
         return session
 

@@ -49,7 +49,7 @@ class HeldBlocks:
             self.release(request_id)
         if not self.requests:
             return
-        self.told.update(plan.ended)
+        self.told.update(plan.ended.keys() & self.requests.keys())
         if not report.busy:  # it reads nothing of the requests that it knows to have left
             for request_id in self.told & set(self.requests):
                 self.release(request_id)

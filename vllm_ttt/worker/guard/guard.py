@@ -7,7 +7,7 @@ nothing more until its trial has begun. So no version is further from a good one
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -54,7 +54,9 @@ class Guard:
     def __init__(self, config: GuardConfig, tail: Tail | Head, probe: Probe, versions: Versions, clock: Clock):
         self.config, self.tail, self.probe, self.versions, self.clock = config, tail, probe, versions, clock
         #: commits since the last trial of each session
-        self.commits: OrderedDict[int, int] = OrderedDict()
+        self.commits: dict[int, int] = {}
+        #: sessions that have made so many that they are to be tried, the longest-waiting first
+        self.line: dict[int, None] = {}
         self.task: Task | None = None
         #: tokens that the last `run` took, by whose delta it tried
         self.had: dict[int | None, int] = {}
@@ -65,8 +67,7 @@ class Guard:
 
     def committed(self, key: int) -> None:
         """A chunk of the session has been learned."""
-        if self.config.every:
-            self.commits[key] = self.commits.get(key, 0) + 1
+        self._count(key, self.commits.get(key, 0) + 1)
 
     def untried(self, key: int) -> int:
         """Commits of the session that no trial has seen; kept with its file, so that it does not escape by leaving memory."""
@@ -75,19 +76,20 @@ class Guard:
 
     def resume(self, key: int, untried: int) -> None:
         """The session has come back."""
-        if self.config.every and untried:
-            self.commits[key] = untried
+        if untried:
+            self._count(key, untried)
 
     def failed(self) -> None:
         """A trial could not be made. After three in a row there are no more: learning must not wait for what cannot be."""
         task, self.task = self.task, None
         if task is not None and task.key is not None:  # it stays due
-            self.commits[task.key] = self.commits.get(task.key, 0) + task.commits
+            self._count(task.key, self.commits.get(task.key, 0) + task.commits)
         self.failures += 1
         if self.failures == 3:
             logger.error("vllm-ttt: the guard does not work and is switched off; deltas are no longer tried")
             self.config = self.config.model_copy(update={"every": 0})
             self.commits.clear()
+            self.line.clear()
 
     @property
     def on(self) -> bool:
@@ -102,13 +104,13 @@ class Guard:
         """
         if not self.probe.ready:
             return set()
-        keys = self.commits.keys() | under_way.keys()
-        return {key for key in keys if self.commits.get(key, 0) + under_way.get(key, 0) >= self.config.every > 0}
+        soon = {key for key, count in under_way.items() if self.commits.get(key, 0) + count >= self.config.every > 0}
+        return self.line.keys() | soon
 
     @property
     def busy(self) -> bool:
         """Whether there is something to try, or the outcome of a trial is on its way."""
-        return bool(self.outcomes) or (self.probe.ready and (self.task is not None or self._next(frozenset()) is not None))
+        return bool(self.outcomes) or (self.probe.ready and (self.task is not None or bool(self.line)))
 
     def run(self, tokens: int, deltas: Deltas, unsettled: frozenset[int], first: frozenset[int] = frozenset()) -> int:
         """Try deltas for as long as learning ``tokens`` tokens would take; returns how many that took.
@@ -120,12 +122,12 @@ class Guard:
         left, self.had = tokens, {}
         if first and not first & self.due():
             return 0
-        while left > 0 and self.probe.ready and (self.task or self._begin(deltas, unsettled, first)):
-            task = self.task
-            assert task is not None
-            rows = self.probe.next(task.done, left * ROWS_PER_TOKEN)
-            self.tail.ranks.note(task.key or 0, rows.start, rows.stop)
+        while left > 0 and self.probe.ready:
             try:
+                if (task := self.task or self._begin(deltas, unsettled, first)) is None:
+                    break
+                rows = self.probe.next(task.done, left * ROWS_PER_TOKEN)
+                self.tail.ranks.note(task.key or 0, rows.start, rows.stop)
                 task.sum_1 = task.sum_1 + self.probe.loss(self.tail, task.delta, rows)
             except Exception:
                 self.failed()
@@ -174,26 +176,33 @@ class Guard:
     def drop(self, key: int) -> None:
         """The session is the base model again, or has returned to what was tried."""
         self.commits.pop(key, None)
+        self.line.pop(key, None)
         if self.task is not None and self.task.key == key:
             self.task = None
 
-    def _next(self, unsettled: frozenset[int], first: frozenset[int] = frozenset()) -> int | None:
-        due = (key for key, commits in self.commits.items() if commits >= self.config.every and key not in unsettled)
-        return next((key for key in due if not first or key in first), None)
+    def _count(self, key: int, commits: int) -> None:
+        if self.config.every:
+            self.commits[key] = commits
+            if commits >= self.config.every:
+                self.line.setdefault(key)
+            else:
+                self.line.pop(key, None)
 
-    def _begin(self, deltas: Deltas, unsettled: frozenset[int], first: frozenset[int]) -> bool:
-        key = self._next(unsettled, first)
+    def _begin(self, deltas: Deltas, unsettled: frozenset[int], first: frozenset[int]) -> Task | None:
+        """Put the next delta on trial. Where it cannot be, its session is due as before."""
+        key = next((key for key in self.line if key not in unsettled and (not first or key in first)), None)
         if key is None:
-            return False
+            return None
         zero = torch.zeros(1, device=self.probe.t_P.device)
         if self.base_loss is None:
             if any(task.key is None for task, *_ in self.outcomes):
-                return False  # its outcome is on its way
+                return None  # its outcome is on its way
             self.task = Task(None, None, 0, self.tail.zeros(1, self.tail.head_VD.dtype), None, zero)
-            return True
-        session, commits = deltas.session(key), self.commits.pop(key)
+            return self.task
+        session = deltas.session(key)
         dtype, device = self.tail.head_VD.dtype, self.tail.head_VD.device
         master = deltas.read(key).delta
         delta = master.by(*(x.to(device, dtype, copy=True) for x in master.tensors()))
-        self.task = Task(key, session, session.version, delta, keep(deltas, key), zero, commits)
-        return True
+        self.task = Task(key, session, session.version, delta, keep(deltas, key), zero, self.commits[key])
+        del self.commits[key], self.line[key]
+        return self.task

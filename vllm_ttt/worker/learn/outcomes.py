@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,15 +27,18 @@ class Outcome:
     """What a step did, on its way to the host."""
 
     chunks: list[Chunk]
-    #: the sessions as they are after it, where that is to be kept
-    kept: list[Kept | None]
     #: what `Compute.step` returns
     values: Tensor
     #: [chunks], losses under the base model; NaN where they were not measured
     base_loss: Tensor
-    mark: Any
+    mark: Any = None
+    #: the sessions as they are after it, where that is to be kept
+    kept: list[Kept | None] = field(init=False)
     #: of each chunk that joins its session's cache
-    texts: list[Text | None]
+    texts: list[Text | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept, self.texts = [None] * len(self.chunks), [None] * len(self.chunks)
 
 
 def known_of(outcomes: deque[Outcome], clock: Clock, wait: bool) -> list[tuple[list[list[float]], list[float]]]:

@@ -272,7 +272,12 @@ class Trainer:
                 break
             if chunk.session in due or (_cost(chunk) > tokens and not (one and not tiles)):
                 continue
-            row = self.deltas.row(chunk.session, keep=chosen)
+            try:
+                row = self.deltas.row(chunk.session, keep=chosen)
+            except Exception:
+                self.failed("a session could not be brought in to be learned; its chunk is given up")
+                self._give_up(chunk, "error")
+                continue
             if row is None:
                 continue
             tiles.append(Tile(chunk, row))
@@ -293,14 +298,21 @@ class Trainer:
         flat, weight, source = self._rows(chunks)
         rows = torch.tensor([tile.row for tile in tiles])
         share = torch.tensor([(chunk.rows - chunk.out) / self.config.learn.chunk for chunk in chunks])
-        values = self.compute.step(flat, weight, rows, share, source)
-        kept = [keep(self.deltas, c.session) if self.versions.due(c.session) else None for c in chunks]
-        texts = self.caches.texts(chunks, self.backlog, self.compute.rows_2SC)  # before their pages are given back
-        self.outcomes.append(Outcome(chunks, kept, to_host(values), to_host(base), self.clock.mark(), texts))
+        outcome = Outcome(chunks, self.compute.step(flat, weight, rows, share, source), base)
+        self.outcomes.append(outcome)  # whatever fails from here on, the masters have moved
         for chunk, session in zip(chunks, sessions, strict=True):
             session.steps += 1
             self.dirty.add(chunk.session)
-            self.backlog.advance(chunk)
+        try:
+            outcome.values, outcome.base_loss = to_host(outcome.values), to_host(base)
+            outcome.kept = [keep(self.deltas, c.session) if self.versions.due(c.session) else None for c in chunks]
+            outcome.texts = self.caches.texts(chunks, self.backlog, self.compute.rows_2SC)  # while their pages are their own
+        except Exception:
+            self.failed("a step's versions, or what it read, could not be kept; its chunks are learned")
+        finally:
+            outcome.mark = self.clock.mark()
+            for chunk in chunks:
+                self.backlog.advance(chunk)
 
     def _rows(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor, PastSource | None]:
         """Where the rows of some chunks are, what each weighs in their mean loss, and what comes before them."""
@@ -338,12 +350,12 @@ class Trainer:
             base = loss
         session.rate, known = rate, None
         if ok:
-            known = None if text is None else self.caches.commit(session, text)
             session.version += 1
             self.ranks.note(chunk.session, session.version)
             session.norms = norms
             self.tokens_learned += chunk.rows - chunk.out
             self.guard.committed(chunk.session)
+            known = None if text is None else self._remember(session, text)
         if kept is not None:
             kept = kept._replace(rate=rate, norms=session.norms, ngrams=session.ngrams)
             self.versions.add(chunk.session, session.version, kept)
@@ -352,6 +364,13 @@ class Trainer:
             count = self.nonfinite.count
             logger.warning("vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", count)
         self._report_chunk(chunk, loss, reason, base, known)
+
+    def _remember(self, session: WorkerSession, text: Text) -> Known | None:
+        try:
+            return self.caches.commit(session, text)
+        except Exception:
+            self.failed("what a session has learned could not join its cache")
+            return None
 
     def _give_up(self, chunk: Chunk, reason: ChunkReason) -> None:
         queue = self.backlog.queues.get(chunk.session)
