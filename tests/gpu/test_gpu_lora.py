@@ -77,7 +77,17 @@ def check(batch: Batch, out: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("IN", "OUT", "RANK"), [(256, 512, 128), (576, 576, 64), (12288, 4096, 64), (4100, 300, 16), (256, 96, 8), (512, 200, 320)]
+    ("IN", "OUT", "RANK"),
+    [
+        (256, 512, 128),
+        (576, 576, 64),
+        (12288, 4096, 64),
+        (4100, 300, 16),
+        (256, 96, 8),
+        (512, 200, 320),
+        (900, 300, 256),
+        (900, 96, 512),
+    ],
 )
 @pytest.mark.parametrize(("rows", "real"), [(1, 1), (64, 64), (128, 100), (256, 256), (512, 300)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -152,6 +162,10 @@ def test_both_ways_into_a_slot_are_the_same_bits(modules: str) -> None:
             assert torch.equal(scale[5, 0], own)
         assert stack[5].any()
         assert not stack[[0, 4, 6]].any(), "another slot moved"
+    gpu_slots.fill(b8, scales, 6, delta.by(*(x.cpu().pin_memory() for x in delta.tensors())))
+    for stack, scale in zip(b8, scales, strict=True):
+        assert torch.equal(stack[6], stack[5]), "a master may lie on the host"
+        assert torch.equal(scale[6], scale[5])
 
 
 @pytest.mark.parametrize("captured", [False, True])

@@ -291,6 +291,24 @@ def test_a_file(tmp_path: Path) -> None:
     assert back.tokens(A) == text(15)[1:], "a server without caches keeps what others have"
 
 
+def test_ranks_have_a_session_or_have_it_not_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first could not read, another has not, although it could; one that cannot begin what the others do ends the
+    engine, but where none of them can."""
+    worker, path = Worker(), str(tmp_path / "s.safetensors")
+    worker.send(A, text(1))
+    saved = worker.order(action="save", session=A, path=path)
+    other, ended = Worker(), mock.Mock()
+    other.files.ranks = mock.Mock(agree=lambda what, decide: [x and False for x in decide()], failed=ended)
+    other.order(action="load", session=B, path=path, checksum=saved.checksum)
+    assert B not in other.deltas.sessions
+    assert other.order(action="save", session=B, path=path, version=1).outcome == "failed"
+    ended.assert_not_called()
+    monkeypatch.setattr(other.files, "_snapshot", mock.Mock(side_effect=MemoryError))
+    other.send(A, text(1))
+    assert other.order(action="save", session=A, path=path).outcome == "failed"
+    ended.assert_called_once()
+
+
 @pytest.mark.parametrize("stream", [[V], [-V - 2], [5, -V - 3]])
 def test_a_file_with_tokens_that_there_are_not_is_damaged(tmp_path: Path, stream: list[int]) -> None:
     worker, path = Worker(), tmp_path / "s.safetensors"

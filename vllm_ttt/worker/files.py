@@ -42,6 +42,10 @@ class _GoneError(Exception):
     """The version that is to be saved is not kept any more."""
 
 
+class _AbsentError(Exception):
+    """The session is not in memory: on no rank."""
+
+
 class Files:
     """``step`` runs between iterations and never raises. No thread and no memory before the first order."""
 
@@ -77,6 +81,8 @@ class Files:
             except _GoneError as error:
                 self.reports.append(FileReport(order.action, order.session, order.path, "gone", error=str(error)))
             except Exception as error:
+                if not isinstance(error, _AbsentError):
+                    self.ranks.failed(f"{order.action} of a session could not begin here")
                 logger.exception("vllm-ttt: %s of a session failed", order.action)
                 self._failed(order, error)
         if not self.running:
@@ -103,7 +109,7 @@ class Files:
         else:
             session = self.deltas.sessions.get(order.session)
             if session is None and order.action == "save" and order.version != 0:
-                raise RuntimeError("the session is not in memory")
+                raise _AbsentError("the session is not in memory")
             session = session or self.deltas.fresh()
             snapshot = self._snapshot(order.session, session) if order.version is None else self._kept(order, session)
             version = snapshot.state["version"]
@@ -149,7 +155,7 @@ class Files:
             self._failed(order, error)
             return
         report, session = future.result()
-        if session is not None:
+        if session is not None and outcome:
             self.trainer.resume(order.session, *session)
         self.reports.append(report)
 

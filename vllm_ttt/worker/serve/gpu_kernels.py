@@ -17,9 +17,10 @@ from torch import Tensor
 
 #: Batches of up to so many rows, decodes for the most part, take the kernels that read a B for each row.
 ROWS = 128
-#: Rows of x, and columns of it at a time, that a program of `_shrink` has; into how many parts it cuts the columns at most, and
-#: how often a program reads at least: the parts are read once more, by each program of `_expand`.
-BLOCK_M, BLOCK_K, SPLITS, PER = 64, 128, 32, 2
+#: Rows of x, and columns of it at a time, that a program of `_shrink` has, these as far as so many bytes of A go: what it reads
+#: ahead must fit into shared memory. Into how many parts it cuts the columns at most, and how often a program reads at least:
+#: the parts are read once more, by each program of `_expand`.
+BLOCK_M, BLOCK_K, A_BYTES, SPLITS, PER = 64, 128, 2**15, 32, 2
 #: Rows of B that a program of `_expand` reads at a time, how often, and its warps; and the bytes that may be under way at a
 #: time, so that a higher rank has fewer rows.
 BLOCK_N, TIMES, WARPS, BYTES = 64, 4, 4, 2**14
@@ -137,9 +138,16 @@ def decodes(x: Tensor, b: list[Tensor]) -> bool:
 
 def parts_of(x: Tensor, a_RI: Tensor) -> Tensor:
     """Room for x A^T in parts that are to be added up, float32 [parts, N, R]."""
-    blocks = -(-x.shape[1] // BLOCK_K)
+    blocks = -(-x.shape[1] // shrinking(a_RI)["BLOCK_K"])
     per = max(PER, -(-blocks // SPLITS))
     return torch.empty(-(-blocks // per), x.shape[0], a_RI.shape[0], device=x.device)
+
+
+def shrinking(a_RI: Tensor) -> dict[str, Any]:
+    """Sizes of `_shrink`, but for PER."""
+    R, size = a_RI.shape[0], a_RI.element_size()
+    columns = min(2 * BLOCK_K // size, A_BYTES // (size * R))
+    return {"R": R, "BLOCK_M": BLOCK_M, "BLOCK_K": columns, "num_warps": 4 if R <= 128 else 8}
 
 
 def by_rows(d: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], scales: list[Tensor], slots: Tensor, parts: Tensor) -> None:
@@ -150,7 +158,8 @@ def by_rows(d: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], scales: list[Te
         scales: of each, float32 [slots, 1, out of it]. slots: [N] int32, slot of each row, or -1. parts: of `parts_of`.
     """
     (N, K), (splits, _, R) = x.shape, parts.shape
-    sizes: dict[str, Any] = {"R": R, "PER": -(-K // (BLOCK_K * splits)), "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K}
+    sizes = shrinking(a_RI)
+    sizes["PER"] = -(-K // (sizes["BLOCK_K"] * splits))
     _shrink[(splits, -(-N // BLOCK_M))](x, a_RI, parts, N, K, x.stride(0), **sizes)
     sizes = {"R": R, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "TIMES": TIMES}
     sizes |= {"BLOCK_N": (at_once := min(BLOCK_N, BYTES // R)), "num_warps": WARPS}

@@ -44,14 +44,14 @@ class RoundedB:
 
 
 def fill(b8: list[Tensor], scales: list[Tensor], slot: int, delta: Delta) -> None:
-    """Bring a slot to a master, float32, of one session: a few launches for all modules.
+    """Bring a slot to a master, float32, of one session, on the device or on the host: a few launches for all modules.
 
     Args:
         b8, scales: of all slots, in the order of `Delta.parts`.
     """
     from vllm_ttt.worker.serve.gpu_kernels import rounded
 
-    found = zip(*(rounded(x) for x in delta.tensors()), strict=True)
+    found = zip(*(rounded(x.to(b8[0].device, non_blocking=True)) for x in delta.tensors()), strict=True)
     for stacks, made in zip((b8, scales), found, strict=True):
         parts = [x[0] for _, x in delta.by(*made).parts()]
         torch._foreach_copy_([stack[slot, 0] for stack in stacks], parts)  # pyright: ignore[reportPrivateImportUsage]

@@ -195,7 +195,9 @@ class VarlenAttention(Attention):
         """Whether it can run there, with this torch."""
         ops = torch.ops.aten._flash_attention_forward.default, torch.ops.aten._flash_attention_backward.default
         taken = [" ".join(x.name for x in op._schema.arguments if not x.kwarg_only) for op in ops]
-        return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and taken == [cls.FORWARD, cls.BACKWARD]
+        if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or taken != [cls.FORWARD, cls.BACKWARD]:
+            return False
+        return torch.cuda.get_device_capability(device) >= (8, 0)
 
     def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Any]:
         of = layout.starts_q, layout.starts_k, layout.rows, layout.longest
