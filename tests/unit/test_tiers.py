@@ -10,6 +10,7 @@ import pytest
 from world import World
 
 from vllm_ttt.engine.ledger import NAMES
+from vllm_ttt.engine.life.states import State
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
@@ -311,3 +312,18 @@ def test_leftovers_are_removed_and_unknown_files_do_not_exist(make: Make) -> Non
     assert sorted(path.name for path in folder.iterdir())[1:] == ["notes.txt"], "what is not called as ours are is not ours"
     assert [path.name for path in again.store.folder.exports.iterdir()] == ["thesis.docx"]
     assert again.value("a") == 1.0
+
+
+def test_a_session_that_has_learned_nothing_keeps_its_name_without_a_place(tmp_path: Path) -> None:
+    """What it was sent was not worth learning, and its owner still finds it; there is nothing that the state dir could keep."""
+    world = World(tmp_path / "state", limit=2)
+    blank = world.use("blank")
+    adapter = blank.adapter
+    for name in ("a", "b", "c"):
+        world.use(name, 1.0)
+        world.save(name)
+    assert world.ledger.sessions.get(blank.key) is blank
+    assert (blank.life.state, world.tiers.placed) == (State.NEW, 2)
+    assert adapter not in world.trainer.deltas.sessions
+    assert world.value("blank") == 0.0
+    world.end()

@@ -103,8 +103,7 @@ class Tiers:
         if self.sharing is not None and self.sharing.drops(session):
             return
         if session.idle and session.blank and self.ledger.sessions.get(session.key) is session:
-            for oldest in self.ledger.is_a_name(session):
-                self.put_away(oldest)
+            self._remember(session)
         else:
             self._rest(session)
 
@@ -245,11 +244,21 @@ class Tiers:
         for session in self.ledger.sessions.values():
             if session.life.state is State.IN_MEMORY and session.idle and not session.unsaved:
                 self.counts.add("evictions_total", 1, "memory")
-                self.saves.record(session)
-                self.put_away(session)
+                if session.blank:  # it needs no place for that
+                    self.move(session, State.NEW)
+                    self.ledger.renew(session)
+                    self._remember(session)
+                else:
+                    self.saves.record(session)
+                    self.put_away(session)
                 return True
         self.saves.make_clean(AT_ONCE)
         return False
+
+    def _remember(self, session: Session) -> None:
+        """It is only a name."""
+        for oldest in self.ledger.is_a_name(session):
+            self.put_away(oldest)
 
     def put_away(self, session: Session) -> None:
         """Nobody needs the session here: the state dir has what there is to be known of it, or another server has it."""
