@@ -52,7 +52,8 @@ def server(folder: Path, log: str, key: Path | None = None) -> Iterator[Served]:
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", str(folder / "state")]
     flags += ["--worker-cls", "faulty_worker.FaultyWorker", "--api-key", KEYS["a"], KEYS["b"]]
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
-    with running(folder / log, "vllm_ttt.cli", flags, environment, forking=False) as served:
+    # Without a key its processes are programs of their own, as on CPUs; with one they are forked, as on CUDA.
+    with running(folder / log, "vllm_ttt.cli", flags, environment, forking=key is not None) as served:
         served.http.headers.update(headers("a"))
         yield served
 
