@@ -85,7 +85,8 @@ def test_list_show_rm(state: Path) -> None:
 
 
 def test_a_state_dir_says_what_its_server_says(tmp_path: Path) -> None:
-    """Of each session that is on disk: one that is frozen, one that is not, and one of which nothing was ever saved."""
+    """Of each session that is on disk: one that is frozen, one that is not. Of one that has learned nothing the server alone
+    knows, by its name."""
     world = World(tmp_path / "state", limit=1)
     engine = Engine(world)
     for name in ("free", "frozen", "other"):
@@ -100,7 +101,10 @@ def test_a_state_dir_says_what_its_server_says(tmp_path: Path) -> None:
     listed = {s["session_id"]: s for s in offline.list()}
     compared = 0
     for said in engine.ask("list_all")["sessions"]:
-        if said["tier"] in ("disk", "new"):
+        if said["tier"] == "new":
+            assert (said["session_id"], said["version"]) == ("fresh", 0)
+            assert "fresh" not in listed
+        elif said["tier"] == "disk":
             assert listed[said["session_id"]] == said
             detail = engine.ask("get", said["session_id"])
             shown = offline.show(said["session_id"])
