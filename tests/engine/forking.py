@@ -1,7 +1,7 @@
 """`python -m forking MODULE ARGS`: MODULE as it is, but that vLLM forks its engine and workers, which is what it does on CUDA.
 
 Its CPU platform starts each as a program of its own: two more imports of vLLM, two thirds of the time that a start takes.
-`test_survival.py` and others that end processes start servers as users do.
+Half of the kills of `test_survival.py`, and tests of several engines or ranks, start servers as users do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def bind() -> None:
 
 
 def main() -> None:
-    # A worker would read both on its one core, and n-gram drafts are made by numba.
+    # As a worker finds it that counts its one core; numba, which makes n-gram drafts, counts them at its import.
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     import torch
     from vllm.utils import system_utils

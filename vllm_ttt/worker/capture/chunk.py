@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
@@ -60,3 +61,14 @@ class Reading:
     closed: bool = False
     #: it has been said that nobody reads its blocks any more
     released: bool = False
+
+
+def weights_of(chunks: list[Chunk], longest: int) -> Tensor:
+    """[S, longest]: what each row weighs in the mean loss of its chunk; nothing what is left out, nor what fills up a chunk
+    that is shorter than the longest."""
+    weight = torch.zeros(len(chunks), longest)
+    for s, chunk in enumerate(chunks):
+        weight[s, : chunk.rows] = 1.0 / (chunk.rows - chunk.out)
+        for first, end in chunk.left_out:
+            weight[s, first:end] = 0.0
+    return weight

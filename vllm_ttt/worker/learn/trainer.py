@@ -14,7 +14,7 @@ from vllm_ttt.config import TTTConfig
 from vllm_ttt.log import Rarely, logger_of
 from vllm_ttt.types import ChunkReason, ChunkReport, RequestPlan, StepReport
 from vllm_ttt.worker.capture.backlog import Backlog
-from vllm_ttt.worker.capture.chunk import Chunk
+from vllm_ttt.worker.capture.chunk import Chunk, weights_of
 from vllm_ttt.worker.capture.kv_cache import KVCache
 from vllm_ttt.worker.capture.past import PastSource
 from vllm_ttt.worker.clock import Clock, copy_to_host, to_device, to_host
@@ -317,12 +317,7 @@ class Trainer:
     def _rows(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor, PastSource | None]:
         """Where the rows of some chunks are, what each weighs in their mean loss, and what comes before them."""
         flat = self.backlog.rows_of(chunks)
-        weight = torch.zeros(flat.shape)
-        for s, chunk in enumerate(chunks):  # at weight 0: what fills up a chunk that is shorter than the longest
-            weight[s, : chunk.rows] = 1.0 / (chunk.rows - chunk.out)
-            for first, end in chunk.left_out:
-                weight[s, first:end] = 0.0
-        return flat, weight, None if self.cache is None else PastSource(self.cache, chunks)
+        return flat, weights_of(chunks, flat.shape[1]), None if self.cache is None else PastSource(self.cache, chunks)
 
     def _kept_still(self) -> set[int]:
         """Sessions that are served as they are for now."""
