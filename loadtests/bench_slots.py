@@ -1,9 +1,10 @@
 """Times the kernels with which sessions are served on CUDA: those of decodes and of prompts, and the rounding of a commit.
 
-    python loadtests/bench_slots.py [--rows 64] [--out 4096] [--in 4096] [--rank 64] [--prompt 512] [--sweep]
+    python loadtests/bench_slots.py [--rows 64] [--out 4096] [--in 4096] [--rank 64] [--prompt 512] [--sweep [decodes]]
 
-The default shape is that of o_proj of Qwen3-8B. Each kernel is replayed from a CUDA graph on twelve modules in turn, so that no
-B is still in the cache; a time is the median of some replays. `--sweep` tries other sizes of the kernels, and names the best.
+The default shape is that of o_proj of Qwen3-8B; `beside` is its product with the deltas of a batch that decodes. Each kernel
+is replayed from a CUDA graph on twelve modules in turn, so that no B is still in the cache; a time is the median of some
+replays. `--sweep` tries other sizes of the kernels, and names the best.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from vllm_ttt.worker.serve import gpu_kernels as kernels
+from vllm_ttt.worker.serve.gpu_linear import _session_linear
 
 MODULES, RUNS = 12, 5
+NO = torch.tensor([False])
 #: Sizes of the kernels that are tried: those of gpu_kernels.py by these names.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    "decodes": {"BLOCK_N": (64, 128, 256), "TIMES": (1, 2, 4), "WARPS": (4, 8)},
+    "decodes": {"BYTES": (2**11, 2**12, 2**13, 2**14), "WARPS": (1, 2, 4)},
     "prompts": {"MANY_M": (64, 128), "MANY_N": (64, 128), "MANY_TIMES": (2, 4), "MANY_WARPS": (4, 8)},
 }
 
@@ -39,7 +43,8 @@ class Layer:
         self.scales = [torch.rand(entries, 1, args.out, device="cuda") for _ in range(MODULES)]
         self.a, self.x = draw(args.rank, args.width), draw(args.rows, args.width)
         self.slots = torch.arange(args.rows, dtype=torch.int32, device="cuda")
-        self.d = torch.empty(args.rows, args.out, device="cuda")
+        self.w = [draw(args.out, args.width) for _ in range(MODULES)]
+        self.out = draw(args.rows, args.out)
         N, sessions = args.prompt_rows, args.prompt_rows // args.prompt
         self.r, self.y = draw(N, args.rank), draw(N, args.out)
         counts, starts = torch.zeros(entries, dtype=torch.int32), torch.zeros(entries + 1, dtype=torch.int32)
@@ -50,9 +55,16 @@ class Layer:
         self.master = torch.randn(MODULES * args.out, args.rank, device="cuda")
         self.rounded = torch.empty_like(self.master, dtype=torch.int8), torch.empty(len(self.master), device="cuda")
 
+    def product(self, i: int) -> None:
+        linear(self.x, self.w[i])
+
+    def beside(self, i: int) -> None:
+        a, b, scales = self.a[None, None], [self.b[i]], [self.scales[i]]
+        unread = [self.slots] * 4
+        _session_linear(self.x, self.w[i].T, None, a, b, scales, self.slots, *unread, no_lora=NO)
+
     def decodes(self, i: int) -> None:
-        parts = kernels.parts_of(self.x, self.a)
-        kernels.by_rows(self.d, self.x, self.a, [self.b[i]], [self.scales[i]], self.slots, parts)
+        kernels.expand(self.out, *kernels.shrink(self.x, self.a), [self.b[i]], [self.scales[i]], self.slots)
 
     def prompts(self, i: int) -> None:
         kernels.by_slots(self.y, self.r, [self.b[i]], [self.scales[i]], *self.by_slot)
@@ -89,6 +101,8 @@ def moved(args: argparse.Namespace, what: str) -> float:
     """Bytes that must be read and written at least, for a module."""
     of_b = args.out * (args.rank + 4)
     sizes: dict[str, Tensor | float] = {
+        "product": 2 * args.out * args.width,
+        "beside": 2 * args.out * args.width + args.rows * of_b,
         "decodes": args.rows * of_b + 4 * args.rows * args.out,
         "prompts": 2 * 2 * args.prompt_rows * args.out + args.prompt_rows // args.prompt * of_b,
         "rounds": of_b + 4 * args.out * args.rank,
@@ -104,7 +118,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each session in a batch of prompts")
     parser.add_argument("--prompt-rows", type=int, default=16384, help="tokens of such a batch")
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--sweep", nargs="*", choices=SIZES, help="all of them, where none is named")
     parser.add_argument("--json")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -120,9 +134,10 @@ def main() -> None:
         print(rows[-1], flush=True)
         return us
 
-    for what in ("decodes", "prompts", "rounds"):
+    for what in ("product", "beside", "decodes", "prompts", "rounds"):
         measure(what)
-    for what, sizes in SIZES.items() if args.sweep else ():
+    for what in (args.sweep or SIZES) if args.sweep is not None else ():
+        sizes = SIZES[what]
         tried = [dict(zip(sizes, values, strict=True)) for values in itertools.product(*sizes.values())]
         best = min(tried, key=lambda chosen: measure(what, **chosen))
         print(f"{what}: best with {best}")

@@ -87,16 +87,16 @@ def test_many_rows(slots: list[int], rank: int, dtype: torch.dtype, monkeypatch:
 
 @pytest.mark.parametrize("rank", [16, 32])
 def test_few_rows(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "BLOCK_N", 16)
+    monkeypatch.setattr(kernels, "BYTES", 16 * rank)
     slots, (b8, scales, b) = [2, -1, 0, 3, 2], filled(rank)
     x, a, before = draw(5, IN), draw(rank, IN) / IN**0.5, draw(5, sum(OUTS))
-    d, y, on_device = before.clone(), before.clone(), torch.tensor(slots, dtype=torch.int32)
-    kernels.by_rows(d, x, a, b8, scales, on_device, kernels.parts_of(x, a))
-    assert torch.equal(d[1], before[1]), "a row without a session moved"
-    kernels.add_rows(y, d, on_device)
+    y, on_device = before.clone(), torch.tensor(slots, dtype=torch.int32)
+    kernels.expand(y, *kernels.shrink(x, a), b8, scales, on_device)
     found = expected(before, x @ a.T, b, slots)
     found[1] = before[1]
-    assert torch.allclose(y, found, rtol=1e-5, atol=1e-4)
+    half = (x @ a.T).abs().amax(1) / (2 * 32512)  # of a step of r, which is rounded to 16 bits
+    bound = half[:, None] * torch.cat([torch.stack([part[s, 0].abs().sum(1) for s in slots]) for part in b], 1)
+    assert ((y - found).abs() <= bound + 1e-5 * found.abs() + 1e-5).all()
     assert torch.equal(y[1], before[1]), "a row without a session moved"
 
 

@@ -27,6 +27,7 @@ from vllm_ttt.frontend.exposition import Figures, MetricsMiddleware
 from vllm_ttt.metrics import BY_NAME, METRICS, PREFIX, REASONS, Values
 from vllm_ttt.types import ChunkReason, ChunkReport, Trial
 from vllm_ttt.worker.clock import Clock
+from vllm_ttt.worker.learn.budget import Budget
 from vllm_ttt.worker.learn.device_times import DeviceTimes
 
 pytestmark = pytest.mark.unit
@@ -126,11 +127,14 @@ def test_an_observation_falls_into_the_bucket_that_it_is_no_larger_than() -> Non
 def test_the_workers_times() -> None:
     import torch
 
-    times = DeviceTimes(Clock(torch.device("cpu")))
-    times.learned(0.03, "serving")
+    budget = Budget(512, 1.25)
+    budget.calibrate(512, 0.05)
+    times = DeviceTimes(Clock(torch.device("cpu")), budget)
+    times.learned(512, 0.03, "serving")
     times.serving += 0.5
-    times.idle.append((10.0, 10.25))
+    times.idle.append((10.0, 10.25, 512))
     found = times.snapshot()
+    assert budget.costs == {512: pytest.approx(0.8 * (0.8 * 0.05 + 0.2 * 0.03) + 0.2 * 0.25)}, "each step corrects its cost"
     assert found["learning_seconds_total"] == {"serving": 0.03, "idle": 0.25}
     assert found["serving_seconds_total"] == {"": 0.5}
     assert sum(found["step_seconds"][""][1:]) == 2

@@ -24,7 +24,7 @@ from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.ranks import ALONE, Ranks
 from vllm_ttt.worker.serve.slots import Slots
 from vllm_ttt.worker.step.micro_step import Tail
-from vllm_ttt.worker.worker import TTTWorkerMixin
+from vllm_ttt.worker.worker import AHEAD, TTTWorkerMixin
 
 pytestmark = pytest.mark.unit
 
@@ -49,7 +49,8 @@ class Hooks(TTTWorkerMixin):
         slots.write = lambda key, session: Slots.write(slots, key, session)
         self.probe, self.capture = Probe(1, h, a), SimpleNamespace(h_ND=h, a_NQ=a, taken=lambda: None)  # type: ignore[assignment]
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe)
-        self.budget, self.ran, self.times = Budget(CHUNK, 1.25), None, DeviceTimes(self.trainer.clock)
+        self.budget, self.ran, self.ends = Budget(CHUNK, 1.25), None, 0.0
+        self.times = DeviceTimes(self.trainer.clock, self.budget)
 
     def ttt_view(self, ran: Any, wanted: Any) -> list[Rows]:
         return [rows for rows in ran if rows.request in wanted]
@@ -194,10 +195,12 @@ class Late(Clock):
 
 
 def test_what_came_of_a_step_is_taken_in_while_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While nobody is served, the device does not wait for the host between two steps; and no third is launched."""
+    """While nobody is served, the device does not wait for the host between two steps: the next one is launched just before one
+    ends, and no third."""
     worker, happened = Hooks(), list[str]()
     trainer = worker.trainer
     worker.clock = trainer.clock = trainer.guard.clock = Late()
+    worker.clock.cuda = True
     worker.iterations, worker.reserve = deque(), []
     worker.budget.calibrate(CHUNK, 1.0)
     step, learned, wait = trainer.compute.step, trainer._learned, trainer.clock.wait
@@ -205,11 +208,15 @@ def test_what_came_of_a_step_is_taken_in_while_the_next_one_runs(monkeypatch: py
     monkeypatch.setattr(trainer.compute, "step", note("launched", step))
     monkeypatch.setattr(trainer, "_learned", note("taken in", learned))
     monkeypatch.setattr(trainer.clock, "wait", note("waited", wait))
+    slept = list[float]()
+    clock = SimpleNamespace(sleep=note("slept", slept.append), perf_counter=lambda: 5.0)
+    monkeypatch.setattr("vllm_ttt.worker.worker.time", clock)
     worker.start("a", A, 3)
     worker.batch(("a", 0, 3 * CHUNK + 1))
     worker.backlog.finish("a", 3 * CHUNK)
     for _ in range(3):
         worker._between(False, [])
     said = [what for what, before in zip(happened, ["", *happened], strict=False) if (what, before) != ("waited", "waited")]
-    assert said == ["launched", "waited", "launched", "waited", "taken in", "waited", "launched", *["waited", "taken in"] * 2]
+    assert said == ["launched", *["slept", "launched", "waited", "taken in"] * 2, "waited", "taken in"]
+    assert slept == [pytest.approx(1 - AHEAD)] * 2, "a step takes a second here"
     assert trainer.deltas.session(A).version == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -38,6 +39,9 @@ from vllm_ttt.worker.sites import site_of
 from vllm_ttt.worker.step.tail import TailModules, step_dtype
 
 logger = logger_of(__name__)
+
+#: Seconds before the end of a step in which the host launches the next one: it takes half of that.
+AHEAD = 0.004
 
 
 class TTTWorkerMixin(Answers):
@@ -134,11 +138,13 @@ class TTTWorkerMixin(Answers):
         site.serve(slots)
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
-        self.times = DeviceTimes(self.clock)
+        self.times = DeviceTimes(self.clock, self.budget)
         #: (before learning, before the forward, after sampling, tokens learned) of iterations whose times are not known yet
         self.iterations: deque[tuple[Any, Any, Any, int]] = deque()
         self.ran: Any = None
         self.marks: tuple[Any, Any, int] | None = None
+        #: when the step under way should be done, by `time.perf_counter`
+        self.ends = 0.0
         self.began: dict[str, int] = {}
         #: keeps room on the device: until vLLM has its KV cache, for the graphs of the step; until the first step, for what one
         #: without a graph attends to
@@ -187,7 +193,7 @@ class TTTWorkerMixin(Answers):
         self._guard(self._note_blocks, scheduler_output)
         self.marks = (before, self.clock.mark() if learned else before, learned)  # each takes the host some time
         if learned and not serving:
-            self.times.idle.append(self.marks[:2])
+            self.times.idle.append(self.marks)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         if serving:
             self.ran = self.ttt_batch(scheduler_output) if plan.sessions else None
@@ -290,15 +296,23 @@ class TTTWorkerMixin(Answers):
             self.reserve.clear()
             if urgent:
                 self.trainer.make_room(lambda: not self.backlog.waits(urgent), self.budget.tokens_per_step)
-            if not serving:
-                # One step at a time, so that a request that comes now waits for one only. What came of it is taken in while the
-                # next one runs.
-                self.trainer.wait()
+            under_way = [] if serving else self.trainer.under_way()
+            if under_way and self.clock.cuda:
+                # One step at a time, so that a request that comes now waits for one only; the next one is launched just before
+                # it ends, and what came of it is taken in while that runs.
+                time.sleep(max(0.0, self.ends - AHEAD - time.perf_counter()))
             allowed = lambda: self.budget.tokens() if serving else self.budget.tokens_per_step  # noqa: E731
             tokens = self.trainer.ranks.agree("how much is learned", allowed)
+            begins = time.perf_counter()
             learned = self.trainer.learn(tokens) if tokens else 0
             if serving:
                 self.budget.spend(learned)
+            for mark in under_way:
+                if not self.clock.done(mark):
+                    self.clock.wait(mark)
+                    begins = time.perf_counter()
+            if learned:
+                self.ends = begins + self.budget.cost(learned)
         self.trainer.sync()
         if not serving:
             self.trainer.collect(wait=not self.backlog.queues)
@@ -306,15 +320,14 @@ class TTTWorkerMixin(Answers):
 
     def _read_times(self) -> None:
         """Tell the budget of iterations that are over."""
+        self.times.read()
         while self.iterations and self.clock.done(self.iterations[0][2]):
             before, start, end, tokens = self.iterations.popleft()
             seconds = self.clock.seconds(start, end)
             self.budget.served(seconds)
             self.times.serving += seconds
             if tokens:
-                seconds = self.clock.seconds(before, start)
-                self.budget.learned(tokens, seconds)
-                self.times.learned(seconds, "serving")
+                self.times.learned(tokens, self.clock.seconds(before, start), "serving")
 
     def _take(self) -> None:
         """After an iteration: keep the rows that are to be learned, before the next one overwrites them."""

@@ -28,7 +28,7 @@ class Budget:
 
     def __init__(self, tokens_per_step: int, max_slowdown: float):
         self.tokens_per_step, self.share = tokens_per_step, max_slowdown - 1.0
-        #: seconds that a tile of so many tokens takes, ascending; measured at start, corrected while serving
+        #: seconds that a tile of so many tokens takes, ascending; measured at start, corrected by each step
         self.costs: dict[int, float] = {}
         self.credit = 0.0
         self.recent: deque[float] = deque(maxlen=RECENT)
@@ -50,13 +50,13 @@ class Budget:
     def spend(self, tokens: int) -> None:
         """``tokens`` are going to be learned: take their expected cost off the credit."""
         if tokens:
-            self.credit -= min(self.credit, self._cost(tokens))
+            self.credit -= min(self.credit, self.cost(tokens))
 
     def learned(self, tokens: int, seconds: float) -> None:
         """A step over ``tokens`` took ``seconds``: correct what a tile of that size is thought to cost."""
         if tokens in self.costs:
             self.costs[tokens] += 0.2 * (seconds - self.costs[tokens])
 
-    def _cost(self, tokens: int) -> float:
+    def cost(self, tokens: int) -> float:
         """Seconds that a step over ``tokens`` is thought to take."""
         return next((s for t, s in self.costs.items() if t >= tokens), max(self.costs.values(), default=0.0))

@@ -7,26 +7,33 @@ from typing import Any, Literal
 
 from vllm_ttt.metrics import Snapshot, Values
 from vllm_ttt.worker.clock import Clock
+from vllm_ttt.worker.learn.budget import Budget
 
 
 class DeviceTimes(Values):
     """Fed with times that are known anyway. Iterations without learning cost one addition."""
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock: Clock, budget: Budget):
         super().__init__("step_seconds", "learning_seconds_total", "serving_seconds_total")
-        self.clock = clock
+        self.clock, self.budget = clock, budget
         #: seconds of iterations that served requests, learning apart
         self.serving = 0.0
-        #: (before, after) of learning while nobody was served, whose times are not known yet
-        self.idle: deque[tuple[Any, Any]] = deque(maxlen=4096)
+        #: (before, after, tokens) of learning while nobody was served, whose times are not known yet
+        self.idle: deque[tuple[Any, Any, int]] = deque(maxlen=4096)
 
-    def learned(self, seconds: float, load: Literal["serving", "idle"]) -> None:
-        """The learning before one iteration took ``seconds`` of the device."""
+    def learned(self, tokens: int, seconds: float, load: Literal["serving", "idle"]) -> None:
+        """The learning of so many tokens took ``seconds`` of the device."""
+        self.budget.learned(tokens, seconds)
         self.add("learning_seconds_total", seconds, load)
         self.observe("step_seconds", seconds)
 
-    def snapshot(self) -> Snapshot:
+    def read(self) -> None:
+        """Take in what is known by now."""
         while self.idle and self.clock.done(self.idle[0][1]):
-            self.learned(self.clock.seconds(*self.idle.popleft()), "idle")
+            before, after, tokens = self.idle.popleft()
+            self.learned(tokens, self.clock.seconds(before, after), "idle")
+
+    def snapshot(self) -> Snapshot:
+        self.read()
         self.set("serving_seconds_total", self.serving)
         return super().snapshot()

@@ -6,6 +6,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,10 +107,9 @@ class Trainer:
             if not (learned or in_flight):
                 return
 
-    def wait(self) -> None:
-        """Until no step is under way, and no trial."""
-        for mark in (*(x.mark for x in self.outcomes), *(mark for *_, mark in self.guard.outcomes)):
-            self.clock.wait(mark)
+    def under_way(self) -> list[Any]:
+        """Marks of the steps and trials whose outcome is not known yet."""
+        return [*(x.mark for x in self.outcomes), *(mark for *_, mark in self.guard.outcomes)]
 
     def collect(self, wait: bool = False) -> None:
         """Take in the outcomes that have arrived; with ``wait``, all of them."""

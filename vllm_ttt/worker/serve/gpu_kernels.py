@@ -1,9 +1,9 @@
 """Triton kernels of the deltas that are served on CUDA: y += x A^T B^T, B of each row's session, from 8 bits.
 
 B lies in a slot as int8 [out, R] with a float32 scale for each row, which makes the row's largest number 127. In a batch that
-decodes each row has another B: two kernels that read it once, and are busier with making floats of it than with reading
-(loadtests/bench_slots.py). In a prompt many rows have one: a kernel that multiplies tiles of them. Either way the order of a
-row's sums does not depend on the other rows.
+decodes each row has another B, which is read once and multiplied as it lies, four numbers an instruction: x A^T is rounded to
+16 bits for that, and sums are exact. In a prompt many rows have one B: a kernel that multiplies tiles of them. Either way a
+row's sums do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from torch import Tensor
 ROWS = 128
 #: Rows of x, and columns of it at a time, that a program of `_shrink` has, these as far as so many bytes of A go: what it reads
 #: ahead must fit into shared memory. Into how many parts it cuts the columns at most, and how often a program reads at least:
-#: the parts are read once more, by each program of `_expand`.
+#: the parts are read once more.
 BLOCK_M, BLOCK_K, A_BYTES, SPLITS, PER = 64, 128, 2**15, 32, 2
-#: Rows of B that a program of `_expand` reads at a time, how often, and its warps; and the bytes that may be under way at a
-#: time, so that a higher rank has fewer rows.
-BLOCK_N, TIMES, WARPS, BYTES = 64, 4, 4, 2**14
+#: Bytes of B that a program of `_expand` reads, and its warps.
+BYTES, WARPS = 2**12, 1
 #: Rows of one session and outputs of a tile of `_expand_many`, columns of r at a time, tiles of a program, and its warps: the
 #: fastest of those tried on an H200 (loadtests/bench_slots.py --sweep), as are the sizes of `_expand`.
 MANY_M, MANY_N, MANY_R, MANY_TIMES, MANY_WARPS = 64, 64, 64, 4, 4
-#: Numbers of a row that a program of `_add` has.
-BLOCK_ADD = 1024
 #: Numbers that a program of `_round` has.
 BLOCK_ROUND = 4096
 
@@ -48,27 +45,50 @@ def _shrink(x, a, parts, N, K, x_stride, R: tl.constexpr, PER: tl.constexpr, BLO
 
 
 @triton.jit
-def _expand(parts, b, scales, d, slots, N, OUT, d_stride, b_stride, scales_stride, SPLITS: tl.constexpr, PADDED: tl.constexpr,
-            R: tl.constexpr, BLOCK_N: tl.constexpr, TIMES: tl.constexpr):  # fmt: skip
-    """d[t, n] = scales[slots[t], n] sum_k r[t, k] b[slots[t], n, k], r being the sum of the parts; rows of slot -1 stay. Grid:
-    (out, N)."""
-    row = tl.program_id(1)
+def _add_up(parts, digits, steps, N, SPLITS: tl.constexpr, PADDED: tl.constexpr, R: tl.constexpr):
+    """The sum of the parts as whole numbers of 16 bits, as digits [N, 2, R] of 8: steps[t] (256 high + low). Grid: N."""
+    row, k, s = tl.program_id(0), tl.arange(0, R), tl.arange(0, PADDED)
+    r = tl.sum(tl.load(parts + (s[:, None] * N + row) * R + k[None, :], s[:, None] < SPLITS, 0.0), 0)
+    most = tl.max(tl.abs(r), 0)
+    whole = tl.floor(r * tl.where(most > 1e-30, 32512.0 / most, 0.0) + 0.5).to(tl.int32)
+    high = (whole + 128) >> 8
+    tl.store(digits + row * 2 * R + k, high.to(tl.int8))
+    tl.store(digits + (row * 2 + 1) * R + k, (whole - (high << 8)).to(tl.int8))
+    tl.store(steps + row, most / 32512.0)
+
+
+@triton.jit
+def _products(b, high, low, PLAIN: tl.constexpr):
+    """Of the four numbers in each word of ``b`` with those that 256 high + low has there, the sum. PLAIN: without instructions
+    of a GPU."""
+    if PLAIN:
+        found = tl.zeros(b.shape, tl.int32)
+        for shift in tl.static_range(0, 32, 8):
+            r = ((high << (24 - shift)) >> 24) * 256 + ((low << (24 - shift)) >> 24)
+            found += ((b << (24 - shift)) >> 24) * r
+        return found
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; dp4a.s32.s32 t, $1, $2, 0; shl.b32 t, t, 8; dp4a.s32.s32 $0, $1, $3, t; }", "=r,r,r,r",
+        [b, high, low], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _expand(digits, steps, b, scales, y, slots, OUT, y_stride, b_stride, scales_stride, WORDS: tl.constexpr,
+            BLOCK: tl.constexpr, PLAIN: tl.constexpr):  # fmt: skip
+    """y[t, n] += scales[slots[t], n] sum_k r[t, k] b[slots[t], n, k], r as `_add_up` leaves it; rows of slot -1 stay. Words are
+    of 32 bits, four numbers of B. Grid: (out / BLOCK, N)."""
+    row, n, w = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WORDS)
     slot = tl.load(slots + row)
+    high, low = tl.load(digits + row * 2 * WORDS + w), tl.load(digits + (row * 2 + 1) * WORDS + w)
+    step = tl.load(steps + row)
     if slot < 0:
         return
-    first, k = tl.program_id(0) * TIMES * BLOCK_N, tl.arange(0, R)
-    at, n = b + slot.to(tl.int64) * b_stride + k[None, :], first + tl.arange(0, BLOCK_N)
-    scales += slot.to(tl.int64) * scales_stride
-    weights = tl.load(at + n[:, None] * R, n[:, None] < OUT, 0)  # on their way while r is summed
-    scale = tl.load(scales + n, n < OUT, 0.0)
-    s = tl.arange(0, PADDED)
-    r = tl.sum(tl.load(parts + (s[:, None] * N + row) * R + k[None, :], s[:, None] < SPLITS, 0.0), 0)
-    for i in tl.static_range(TIMES):
-        if i > 0:
-            n = first + i * BLOCK_N + tl.arange(0, BLOCK_N)
-            weights = tl.load(at + n[:, None] * R, n[:, None] < OUT, 0)
-            scale = tl.load(scales + n, n < OUT, 0.0)
-        tl.store(d + row.to(tl.int64) * d_stride + n, tl.sum(weights.to(tl.float32) * r[None, :], 1) * scale, n < OUT)
+    slot, out = slot.to(tl.int64), y + row.to(tl.int64) * y_stride + n
+    words = tl.load(b + slot * b_stride + n[:, None] * WORDS + w[None, :], n[:, None] < OUT, 0)
+    scale, before = tl.load(scales + slot * scales_stride + n, n < OUT, 0.0), tl.load(out, n < OUT, 0.0).to(tl.float32)
+    found = tl.sum(_products(words, high[None, :], low[None, :], PLAIN), 1).to(tl.float32)
+    tl.store(out, found * (step * scale) + before, n < OUT)
 
 
 @triton.jit
@@ -107,17 +127,6 @@ def _expand_many(r, b, scales, y, by_slot, counts, starts, active, ENTRIES, OUT,
 
 
 @triton.jit
-def _add(y, d, slots, OUT, y_stride, BLOCK: tl.constexpr):
-    """y += d, float32, in rows that have a slot. Grid: (OUT / BLOCK, N)."""
-    row = tl.program_id(1)
-    if tl.load(slots + row) < 0:
-        return
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    out = y + row.to(tl.int64) * y_stride + n
-    tl.store(out, tl.load(out, n < OUT, 0.0).to(tl.float32) + tl.load(d + row * OUT + n, n < OUT, 0.0), n < OUT)
-
-
-@triton.jit
 def _round(b, b8, scales, N, K, b_stride, R, BLOCK: tl.constexpr, PADDED: tl.constexpr):
     """Rows [N, K] as int8 [N, R], zeros in what is beyond K, and their scales. Grid: N / BLOCK."""
     n, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
@@ -136,13 +145,6 @@ def decodes(x: Tensor, b: list[Tensor]) -> bool:
     return x.shape[0] <= ROWS and rank >= 16 and rank & (rank - 1) == 0
 
 
-def parts_of(x: Tensor, a_RI: Tensor) -> Tensor:
-    """Room for x A^T in parts that are to be added up, float32 [parts, N, R]."""
-    blocks = -(-x.shape[1] // shrinking(a_RI)["BLOCK_K"])
-    per = max(PER, -(-blocks // SPLITS))
-    return torch.empty(-(-blocks // per), x.shape[0], a_RI.shape[0], device=x.device)
-
-
 def shrinking(a_RI: Tensor) -> dict[str, Any]:
     """Sizes of `_shrink`, but for PER."""
     R, size = a_RI.shape[0], a_RI.element_size()
@@ -150,25 +152,35 @@ def shrinking(a_RI: Tensor) -> dict[str, Any]:
     return {"R": R, "BLOCK_M": BLOCK_M, "BLOCK_K": columns, "num_warps": 4 if R <= 128 else 8}
 
 
-def by_rows(d: Tensor, x: Tensor, a_RI: Tensor, b: list[Tensor], scales: list[Tensor], slots: Tensor, parts: Tensor) -> None:
-    """d = x A^T B^T, in rows that have a slot, where few rows have a B each, which is read once. `add_rows` adds it.
+def shrink(x: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """x A^T of [N, in], to 16 bits: steps [N] and digits int8 [N, 2, R], steps (256 digits[:, 0] + digits[:, 1])."""
+    (N, K), R, sizes = x.shape, a_RI.shape[0], shrinking(a_RI)
+    blocks = -(-K // sizes["BLOCK_K"])
+    sizes["PER"] = max(PER, -(-blocks // SPLITS))
+    splits = -(-blocks // sizes["PER"])
+    parts = torch.empty(splits, N, R, device=x.device)
+    _shrink[(splits, -(-N // BLOCK_M))](x, a_RI, parts, N, K, x.stride(0), **sizes)
+    digits, steps = torch.empty(N, 2, R, dtype=torch.int8, device=x.device), torch.empty(N, device=x.device)
+    more: dict[str, Any] = {"SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "R": R, "num_warps": 1}
+    _add_up[(N,)](parts, digits, steps, N, **more)
+    return steps, digits
+
+
+def expand(y: Tensor, steps: Tensor, digits: Tensor, b: list[Tensor], scales: list[Tensor], slots: Tensor) -> None:
+    """y += x A^T B^T, in rows that have a slot, where few rows have a B each, which is read once.
 
     Args:
-        d: [N, out] float32, the slices of ``b`` beside each other. x: [N, in]. b: per slice, int8 [slots, 1, out of it, R].
-        scales: of each, float32 [slots, 1, out of it]. slots: [N] int32, slot of each row, or -1. parts: of `parts_of`.
+        y: [N, out], the slices of ``b`` beside each other. steps, digits: of `shrink`.
+        b: per slice, int8 [slots, 1, out of it, R]. scales: of each, float32 [slots, 1, out of it].
+        slots: [N] int32, slot of each row, or -1.
     """
-    (N, K), (splits, _, R) = x.shape, parts.shape
-    sizes = shrinking(a_RI)
-    sizes["PER"] = -(-K // (sizes["BLOCK_K"] * splits))
-    _shrink[(splits, -(-N // BLOCK_M))](x, a_RI, parts, N, K, x.stride(0), **sizes)
-    sizes = {"R": R, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "TIMES": TIMES}
-    sizes |= {"BLOCK_N": (at_once := min(BLOCK_N, BYTES // R)), "num_warps": WARPS}
-    offset = 0
+    N, _, R = digits.shape
+    sizes: dict[str, Any] = {"WORDS": R // 4, "BLOCK": BYTES // R, "PLAIN": not y.is_cuda, "num_warps": WARPS}
+    digits, offset = digits.view(torch.int32), 0
     for b8, scale in zip(b, scales, strict=True):
-        out, to = b8.shape[2], d[:, offset:]
-        strides = d.stride(0), b8.stride(0), scale.stride(0)
-        grid = -(-out // (at_once * TIMES)), N
-        _expand[grid](parts, b8, scale, to, slots, N, out, *strides, **sizes)
+        words, out, to = b8.view(torch.int32), b8.shape[2], y[:, offset:]
+        strides = y.stride(0), words.stride(0), scale.stride(0)
+        _expand[(-(-out // sizes["BLOCK"]), N)](digits, steps, words, scale, to, slots, out, *strides, **sizes)
         offset += out
 
 
@@ -179,7 +191,7 @@ def by_slots(
     """y += r B^T where many rows have one B. Of any rank.
 
     Args:
-        y: [N, out]. b, scales: as for `by_rows`. r_NR: x A^T in the model's dtype.
+        y: [N, out]. b, scales: as for `expand`. r_NR: x A^T in the model's dtype.
         by_slot: [N] int32, rows sorted by slot. active, counts, starts: [slots + 1] int32 or longer, slots of the batch and -1,
             rows of each, and where in ``by_slot`` they begin.
     """
@@ -195,13 +207,6 @@ def by_slots(
         grid = -(-out // (MANY_N * MANY_TIMES)), tiles
         _expand_many[grid](r_NR, b8, scale, to, by_slot, counts, starts, active, entries, out, *strides, **sizes)
         offset += out
-
-
-def add_rows(y: Tensor, d: Tensor, slots: Tensor) -> None:
-    """y += d, [N, out] float32, in rows that have a slot."""
-    N, out = d.shape
-    sizes: dict[str, Any] = {"BLOCK": BLOCK_ADD}
-    _add[(-(-out // BLOCK_ADD), N)](y, d, slots, out, y.stride(0), **sizes)
 
 
 def round_into(b8_NR: Tensor, scale_N: Tensor, b_NK: Tensor) -> None:

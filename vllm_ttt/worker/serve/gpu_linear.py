@@ -1,8 +1,8 @@
-"""A linear layer of vLLM's on CUDA with the deltas of sessions: while a batch decodes, they are computed beside its product.
+"""A linear layer of vLLM's on CUDA with the deltas of sessions: while a batch decodes, x A^T is computed beside its product.
 
-At the end of a product, and at the beginning of the next kernel, most of the device waits. Two kernels of a delta after each
-product of an adapted layer would wait twice more; on a stream of their own they fill those gaps. What they find is added when
-both are there, to the same bits as one after the other.
+At the end of a product, and at the beginning of the next kernel, most of the device waits. The kernels of x A^T after each
+product of an adapted layer would wait twice more; on a stream of their own they fill those gaps. What reads B comes after both:
+beside a product, which takes the whole device, it would run no earlier (loadtests/bench_slots.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_ttt.patches import _contract
-from vllm_ttt.worker.serve.gpu_kernels import add_rows, by_rows, decodes, parts_of
+from vllm_ttt.worker.serve.gpu_kernels import decodes, expand, shrink
 from vllm_ttt.worker.serve.gpu_lora import session_lora
 from vllm_ttt.worker.serve.gpu_slots import halves
 from vllm_ttt.worker.step.weights import is_plain
@@ -42,13 +42,13 @@ def _session_linear(
         session_lora(y, x, a, b, scales, slots, by_slot, counts, starts, active, no_lora)
         return y
     here, beside = torch.cuda.current_stream(), _beside(x.device)
-    d, parts = torch.empty(x.shape[0], w.shape[0], device=x.device), parts_of(x, a[0, 0])
-    beside.wait_stream(here)
+    given = here.record_event()
+    y = linear(x, w, bias)  # first: where it leaves a part of the device free, the other kernels have that
+    beside.wait_event(given)
     with torch.cuda.stream(beside):
-        by_rows(d, x, a[0, 0], b, scales, slots, parts)
-    y = linear(x, w, bias)
+        r = shrink(x, a[0, 0])
     here.wait_stream(beside)
-    add_rows(y, d, slots)
+    expand(y, *r, b, scales, slots)
     return y
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_ttt.worker.serve.gpu_kernels import ROWS, add_rows, by_rows, by_slots, decodes, parts_of
+from vllm_ttt.worker.serve.gpu_kernels import ROWS, by_slots, decodes, expand, shrink
 from vllm_ttt.worker.serve.gpu_slots import halves
 
 
@@ -28,16 +28,13 @@ def session_lora(
     """y += x A^T B^T, B of each row's session.
 
     Args:
-        y: [N, out]. x, b, scales, slots: as for `by_rows`. a: [1, 1, R, in], that of all slots.
+        y: [N, out]. x, b, scales, slots: as for `expand`. a: [1, 1, R, in], that of all slots.
         by_slot, counts, starts, active: as for `by_slots`. no_lora: [1] on the host, whether no row has a slot.
     """
     if no_lora.item():  # on the host
         return
     if decodes(x, b):
-        # Not in one kernel: a product and a sum that the compiler makes one have other bits than beside the layer's product.
-        d = torch.empty(y.shape, device=y.device)
-        by_rows(d, x, a[0, 0], b, scales, slots, parts_of(x, a[0, 0]))
-        add_rows(y, d, slots)
+        expand(y, *shrink(x, a[0, 0]), b, scales, slots)
     else:
         by_slots(y, x @ a[0, 0].T, b, scales, by_slot, counts, starts, active)
 
