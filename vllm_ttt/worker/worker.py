@@ -180,7 +180,6 @@ class TTTWorkerMixin(Answers):
             self.untouched = False
             leave_with_the_engine()
         serving = scheduler_output.total_num_scheduled_tokens > 0
-        before = self.clock.mark()
         if plan.files or not self.files.idle:
             self.files.step(plan.files)
         # Guarded one by one: a request whose start or end is missed would keep its session waiting for ever.
@@ -191,7 +190,8 @@ class TTTWorkerMixin(Answers):
         learned = self._guard(self._between, serving, plan.urgent) or 0
         self._guard(self._start, plan)
         self._guard(self._note_blocks, scheduler_output)
-        self.marks = (before, self.clock.mark() if learned else before, learned)  # each takes the host some time
+        after = self.clock.mark()
+        self.marks = (self.trainer.began if learned else after, after, learned)
         if learned and not serving:
             self.times.idle.append(self.marks)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
@@ -288,13 +288,13 @@ class TTTWorkerMixin(Answers):
         """Before an iteration: learn what the budget allows, or all that may be where nobody is served; then the slots.
 
         Args:
-            urgent: requests that are learned in any case.
+            urgent: requests that are learned in any case, whoever is served.
         """
         self._read_times()
         learned = 0
         if self.backlog.queues or self.trainer.guard.busy:
             self.reserve.clear()
-            if urgent:
+            if urgent and serving:
                 self.trainer.make_room(lambda: not self.backlog.waits(urgent), self.budget.tokens_per_step)
             under_way = [] if serving else self.trainer.under_way()
             if under_way and self.clock.cuda:
@@ -303,14 +303,14 @@ class TTTWorkerMixin(Answers):
                 time.sleep(max(0.0, self.ends - AHEAD - time.perf_counter()))
             allowed = lambda: self.budget.tokens() if serving else self.budget.tokens_per_step  # noqa: E731
             tokens = self.trainer.ranks.agree("how much is learned", allowed)
-            begins = time.perf_counter()
+            begins, self.trainer.began = time.perf_counter(), None
             learned = self.trainer.learn(tokens) if tokens else 0
             if serving:
                 self.budget.spend(learned)
             for mark in under_way:
                 if not self.clock.done(mark):
                     self.clock.wait(mark)
-                    begins = time.perf_counter()
+                    begins, self.trainer.began = time.perf_counter(), None
             if learned:
                 self.ends = begins + self.budget.cost(learned)
         self.trainer.sync()

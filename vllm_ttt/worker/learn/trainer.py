@@ -65,6 +65,8 @@ class Trainer:
         self.versions = Versions(sessions.keep_versions, sessions.version_every, limit)
         self.guard = Guard(config.guard, tail, probe, self.versions, self.clock)
         self.outcomes: deque[Outcome] = deque()
+        #: before what was launched first since somebody set it to None
+        self.began: Any = None
         #: sessions whose slot does not follow their master yet
         self.dirty: set[int] = set()
         #: sessions that the guard has stopped, until the engine core plans their requests knowing that
@@ -238,6 +240,8 @@ class Trainer:
 
     def _try(self, tokens: int, first: frozenset[int]) -> int:
         """Let the guard have the time for ``tokens`` tokens; returns how many it took. ``first``: as `Guard.run` has it."""
+        if self.guard.busy:
+            self.began = self.began or self.clock.mark()
         try:
             return self.guard.run(tokens, self.deltas, frozenset(self._under_way()), first)
         except Exception:
@@ -287,6 +291,11 @@ class Trainer:
 
     def _step(self, tiles: list[Tile]) -> None:
         chunks, sessions = [tile.chunk for tile in tiles], [self.deltas.session(tile.chunk.session) for tile in tiles]
+        flat, weight, source = self._rows(chunks)
+        rows = torch.tensor([tile.row for tile in tiles])
+        share = torch.tensor([(chunk.rows - chunk.out) / self.config.learn.chunk for chunk in chunks])
+        self.ranks.note(*(x for tile in tiles for x in (tile.chunk.session, tile.row, tile.chunk.rows, tile.chunk.end)))
+        self.began = self.began or self.clock.mark()
         self._keep_serving(chunks)
         base = torch.full((len(tiles),), math.nan)
         due = [s for s, x in enumerate(sessions) if x.steps % FROZEN_EVERY == 0 and (x.steps or x.version)]
@@ -294,10 +303,6 @@ class Trainer:
             losses = self.compute.base_loss(*self._rows([chunks[s] for s in due]))
             base = losses.new_full((len(tiles),), math.nan)
             base.index_copy_(0, to_device(torch.tensor(due), losses.device), losses)
-        self.ranks.note(*(x for tile in tiles for x in (tile.chunk.session, tile.row, tile.chunk.rows, tile.chunk.end)))
-        flat, weight, source = self._rows(chunks)
-        rows = torch.tensor([tile.row for tile in tiles])
-        share = torch.tensor([(chunk.rows - chunk.out) / self.config.learn.chunk for chunk in chunks])
         outcome = Outcome(chunks, self.compute.step(flat, weight, rows, share, source), base)
         self.outcomes.append(outcome)  # whatever fails from here on, the masters have moved
         for chunk, session in zip(chunks, sessions, strict=True):
@@ -375,12 +380,7 @@ class Trainer:
             self.backlog.settle(chunk)
 
     def _report_chunk(
-        self,
-        chunk: Chunk,
-        loss: float,
-        skipped: ChunkReason | None,
-        base_loss: float | None = None,
-        known: Known | None = None,
+        self, chunk: Chunk, loss: float, skipped: ChunkReason | None, base_loss: float | None = None, known: Known | None = None
     ) -> None:
         session = self.deltas.session(chunk.session)
         norm, out = max(session.norms) if skipped is None else None, 0 if skipped == "filter" else chunk.out
