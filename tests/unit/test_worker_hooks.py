@@ -215,7 +215,8 @@ def test_what_came_of_a_step_is_taken_in_while_the_next_one_runs(monkeypatch: py
     worker.batch(("a", 0, 3 * CHUNK + 1))
     worker.backlog.finish("a", 3 * CHUNK)
     for _ in range(3):
-        worker._between(False, [])
+        assert worker._between(False, []) == CHUNK
+        assert trainer.began is not None, "when the device began with it is known"
     said = [what for what, before in zip(happened, ["", *happened], strict=False) if (what, before) != ("waited", "waited")]
     assert said == ["launched", *["slept", "launched", "waited", "taken in"] * 2, "waited", "taken in"]
     assert slept == [pytest.approx(1 - AHEAD)] * 2, "a step takes a second here"

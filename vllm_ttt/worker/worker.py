@@ -310,7 +310,7 @@ class TTTWorkerMixin(Answers):
             for mark in under_way:
                 if not self.clock.done(mark):
                     self.clock.wait(mark)
-                    begins, self.trainer.began = time.perf_counter(), None
+                    begins = time.perf_counter()
             if learned:
                 self.ends = begins + self.budget.cost(learned)
         self.trainer.sync()
