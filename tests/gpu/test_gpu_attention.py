@@ -11,6 +11,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 C = 96
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper")
+@pytest.mark.parametrize("dt", [torch.bfloat16, torch.float16])
+def test_vllms_own_kernels_are_there(dt: torch.dtype) -> None:
+    """What skips below would say so here."""
+    from vllm_ttt.worker.step.attention import available
+
+    assert {"varlen", "served"} <= {kernel.name for kernel in available(torch.device("cuda"), dt)}
+
+
 @pytest.mark.parametrize("name", ["varlen", "served", "xformers"])
 @pytest.mark.parametrize("dt", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 128), (9, 3, 64), (4, 4, 32)])

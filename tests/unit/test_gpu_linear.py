@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
+from vllm.model_executor.layers.layernorm import RMSNorm
 
+from vllm_ttt.worker.capture.capture import Capture, CapturingNorm
 from vllm_ttt.worker.serve import gpu_slots
 from vllm_ttt.worker.serve.gpu_linear import Beside
+from vllm_ttt.worker.step.tail import TailModules
 
 pytestmark = pytest.mark.unit
 
@@ -63,3 +67,19 @@ def test_the_weight_is_an_input_of_what_is_traced() -> None:
     (called,) = [n for n in graphs[0].nodes if n.target is torch.ops.vllm.ttt_session_linear]
     assert called.args[1].target == "t", "not the parameter, whose class goes through Python"
     assert called.args[1].args[0].op == "placeholder"
+
+
+def test_the_layer_whose_input_is_captured_computes_deltas_beside_its_product_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    applied = []
+    monkeypatch.setattr(Beside, "apply", lambda self, x, bias=None: applied.append("beside") or x)
+    monkeypatch.setattr(torch.ops.vllm, "ttt_capture", lambda x, buffer, idle: applied.append("captured"), raising=False)
+    o_proj, norm = RowParallelLinearWithLoRA.__new__(RowParallelLinearWithLoRA), RMSNorm.__new__(RMSNorm)
+    for module, sizes in ((o_proj, {"input_size": IN}), (norm, {"hidden_size": OUT})):
+        nn.Module.__init__(module)
+        vars(module).update(sizes)
+    o_proj.__class__ = type("BesideLayer", (Beside, RowParallelLinearWithLoRA), {})
+    modules = TailModules((SimpleNamespace(norm=norm, o_proj=o_proj),), None, None, "o")  # type: ignore[arg-type]
+    Capture(modules, 4, torch.float32, torch.device("cpu"), torch.zeros(1, dtype=torch.bool))
+    o_proj.apply(torch.randn(3, IN))
+    assert applied == ["captured", "beside"]
+    assert isinstance(norm, CapturingNorm)
