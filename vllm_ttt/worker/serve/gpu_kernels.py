@@ -161,7 +161,7 @@ def shrink(x: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
     parts = torch.empty(splits, N, R, device=x.device)
     _shrink[(splits, -(-N // BLOCK_M))](x, a_RI, parts, N, K, x.stride(0), **sizes)
     digits, steps = torch.empty(N, 2, R, dtype=torch.int8, device=x.device), torch.empty(N, device=x.device)
-    more: dict[str, Any] = {"SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "R": R, "num_warps": 1}
+    more: dict[str, Any] = {"SPLITS": splits, "PADDED": triton.next_power_of_2(splits), "R": R, "num_warps": -(-R // 64)}
     _add_up[(N,)](parts, digits, steps, N, **more)
     return steps, digits
 
