@@ -129,6 +129,30 @@ def test_a_rows_sums_are_its_own() -> None:
     assert not alone[~kept].any()
 
 
+@pytest.mark.parametrize("RANK", [16, 64, 512])
+def test_few_rows_are_multiplied_exactly(RANK: int) -> None:
+    """Four numbers an instruction, both digits."""
+    from vllm_ttt.worker.serve import gpu_kernels
+
+    rows, OUT, slots = 5, 96, [0, 2, -1, 1, 2]
+    draw = torch.Generator().manual_seed(RANK)
+    b8 = torch.randint(-127, 128, (3, 1, OUT, RANK), generator=draw).to(torch.int8)
+    digits = torch.randint(-128, 128, (rows, 2, RANK), generator=draw).to(torch.int8)
+    b8[2], digits[4, 0], digits[4, 1] = 127, 127, 0  # the largest sum that there is
+    steps, scales = torch.rand(rows, generator=draw), torch.rand(3, 1, OUT, generator=draw) + 0.5
+    y = torch.randn(rows, OUT, generator=draw)
+    expected = y.double()
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            whole = 256 * digits[row, 0].long() + digits[row, 1].long()
+            expected[row] += (b8[slot, 0].long() @ whole) * scales[slot, 0].double() * steps[row]
+    on_device = y.cuda()
+    gpu_kernels.expand(
+        on_device, steps.cuda(), digits.cuda(), [b8.cuda()], [scales.cuda()], torch.tensor(slots, dtype=torch.int32).cuda()
+    )
+    assert ((on_device.cpu() - expected).abs() <= 1e-6 * expected.abs().amax(1, keepdim=True)).all()
+
+
 @pytest.mark.parametrize("RANK", [8, 64, 320])
 def test_a_row_is_rounded_by_half_a_step_at_most(RANK: int) -> None:
     from vllm_ttt.worker.serve import gpu_kernels

@@ -132,9 +132,11 @@ def test_the_workers_times() -> None:
     times = DeviceTimes(Clock(torch.device("cpu")), budget)
     times.learned(512, 0.03, "serving")
     times.serving += 0.5
-    times.idle.append((10.0, 10.25, 512))
+    times.under_way.append((10.0, 10.25, 512, "idle"))
     found = times.snapshot()
-    assert budget.costs == {512: pytest.approx(0.8 * (0.8 * 0.05 + 0.2 * 0.03) + 0.2 * 0.25)}, "each step corrects its cost"
+    assert budget.costs == {512: pytest.approx(1.2 * (0.8 * 0.05 + 0.2 * 0.03))}, (
+        "each step corrects its cost, by a fifth at most"
+    )
     assert found["learning_seconds_total"] == {"serving": 0.03, "idle": 0.25}
     assert found["serving_seconds_total"] == {"": 0.5}
     assert sum(found["step_seconds"][""][1:]) == 2

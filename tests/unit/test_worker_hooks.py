@@ -24,7 +24,7 @@ from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.ranks import ALONE, Ranks
 from vllm_ttt.worker.serve.slots import Slots
 from vllm_ttt.worker.step.micro_step import Tail
-from vllm_ttt.worker.worker import AHEAD, TTTWorkerMixin
+from vllm_ttt.worker.worker import AHEAD, PAUSE, TTTWorkerMixin
 
 pytestmark = pytest.mark.unit
 
@@ -193,13 +193,16 @@ class Late(Clock):
     def wait(self, mark: int) -> None:
         self.reached = max(self.reached, mark)
 
+    def seconds(self, first: int, second: int) -> float:
+        return 1.0
+
 
 def test_what_came_of_a_step_is_taken_in_while_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """While nobody is served, the device does not wait for the host between two steps: the next one is launched just before one
     ends, and no third."""
     worker, happened = Hooks(), list[str]()
     trainer = worker.trainer
-    worker.clock = trainer.clock = trainer.guard.clock = Late()
+    worker.clock = worker.times.clock = trainer.clock = trainer.guard.clock = Late()
     worker.clock.cuda = True
     worker.iterations, worker.reserve = deque(), []
     worker.budget.calibrate(CHUNK, 1.0)
@@ -208,16 +211,73 @@ def test_what_came_of_a_step_is_taken_in_while_the_next_one_runs(monkeypatch: py
     monkeypatch.setattr(trainer.compute, "step", note("launched", step))
     monkeypatch.setattr(trainer, "_learned", note("taken in", learned))
     monkeypatch.setattr(trainer.clock, "wait", note("waited", wait))
-    slept = list[float]()
-    clock = SimpleNamespace(sleep=note("slept", slept.append), perf_counter=lambda: 5.0)
+    worker.ends, slept = 0.0, list[float]()
+    clock = SimpleNamespace(sleep=note("slept", slept.append), perf_counter=lambda: 5.0 + sum(slept))
     monkeypatch.setattr("vllm_ttt.worker.worker.time", clock)
     worker.start("a", A, 3)
     worker.batch(("a", 0, 3 * CHUNK + 1))
     worker.backlog.finish("a", 3 * CHUNK)
     for _ in range(3):
-        assert worker._between(False, []) == CHUNK
+        worker._between(False, [])
         assert trainer.began is not None, "when the device began with it is known"
-    said = [what for what, before in zip(happened, ["", *happened], strict=False) if (what, before) != ("waited", "waited")]
-    assert said == ["launched", *["slept", "launched", "waited", "taken in"] * 2, "waited", "taken in"]
-    assert slept == [pytest.approx(1 - AHEAD)] * 2, "a step takes a second here"
+    once = [
+        what
+        for what, before in zip(happened, ["", *happened], strict=False)
+        if what not in ("waited", "slept") or what != before
+    ]
+    assert once == ["launched", *["slept", "launched", "waited", "taken in"] * 2, "waited", "taken in"]
+    assert sum(slept) == pytest.approx(2 * (1 - AHEAD)), "the next one is launched just before one ends"
+    assert max(slept) <= PAUSE
     assert trainer.deltas.session(A).version == 3
+
+
+def test_a_step_that_ends_early_is_not_slept_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small one it is known that it takes no longer than a large one."""
+    worker, slept = Hooks(), list[float]()
+    worker.clock = worker.times.clock = worker.trainer.clock = worker.trainer.guard.clock = late = Late()
+    worker.iterations, worker.reserve, worker.ends = deque(), [], 0.0
+    worker.budget.calibrate(CHUNK, 1.0)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            late.wait(late.marks)
+
+    monkeypatch.setattr("vllm_ttt.worker.worker.time", SimpleNamespace(sleep=sleep, perf_counter=lambda: 5.0))
+    worker.start("a", A, 2)
+    worker.batch(("a", 0, 2 * CHUNK + 1))
+    worker.backlog.finish("a", 2 * CHUNK)
+    for _ in range(2):
+        worker._between(False, [])
+    assert slept == [PAUSE] * 3
+
+
+@pytest.mark.parametrize("serving", [True, False])
+def test_what_is_urgent_is_learned_at_once_where_others_are_served(serving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody is, everything is learned anyway, step by step."""
+    worker, asked = Hooks(), list[int]()
+    worker.clock, worker.iterations, worker.reserve = worker.trainer.clock, deque(), []
+    worker.start("a", A, 3)
+    worker.batch(("a", 0, 3 * CHUNK + 1))
+    worker.backlog.finish("a", 3 * CHUNK)
+    make_room = worker.trainer.make_room
+    monkeypatch.setattr(worker.trainer, "make_room", lambda enough, tokens: asked.append(tokens) or make_room(enough, tokens))
+    worker._between(serving, ["a"])
+    assert asked == [CHUNK] * serving
+    assert len(worker.backlog.queues.get(A, ())) == (0 if serving else 2)
+    found = worker.times.snapshot()
+    counted = {load for load, seconds in found["learning_seconds_total"].items() if seconds}
+    assert counted == {"serving" if serving else "idle"}, "and its time is counted"
+
+
+def test_what_fails_before_the_device_begins_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Hooks()
+    worker.clock, worker.iterations, worker.reserve = worker.trainer.clock, deque(), []
+    worker.start("a", A, 1)
+    worker.batch(("a", 0, CHUNK + 1))
+    worker.backlog.finish("a", CHUNK)
+    monkeypatch.setattr(worker.trainer, "_rows", lambda chunks: 1 / 0)
+    worker._between(False, [])
+    assert worker.trainer.errors.count == 1
+    assert not worker.times.under_way
+    worker.times.snapshot()

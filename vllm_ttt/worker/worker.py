@@ -40,8 +40,9 @@ from vllm_ttt.worker.step.tail import TailModules, step_dtype
 
 logger = logger_of(__name__)
 
-#: Seconds before the end of a step in which the host launches the next one: it takes half of that.
-AHEAD = 0.004
+#: Seconds before the end of a step in which the host launches the next one: it takes half of that. Until then it looks every
+#: so many whether the step has ended: a small one takes less than is known of it.
+AHEAD, PAUSE = 0.004, 0.001
 
 
 class TTTWorkerMixin(Answers):
@@ -139,10 +140,11 @@ class TTTWorkerMixin(Answers):
         self.clock = self.trainer.clock
         self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
         self.times = DeviceTimes(self.clock, self.budget)
-        #: (before learning, before the forward, after sampling, tokens learned) of iterations whose times are not known yet
-        self.iterations: deque[tuple[Any, Any, Any, int]] = deque()
+        #: (before the forward, after sampling) of iterations whose times are not known yet
+        self.iterations: deque[tuple[Any, Any]] = deque()
         self.ran: Any = None
-        self.marks: tuple[Any, Any, int] | None = None
+        #: before the forward of the iteration that runs
+        self.start: Any = None
         #: when the step under way should be done, by `time.perf_counter`
         self.ends = 0.0
         self.began: dict[str, int] = {}
@@ -187,13 +189,10 @@ class TTTWorkerMixin(Answers):
         self._guard(self._finish, scheduler_output, plan)
         self.trainer.stopped.difference_update(plan.stopped)
         self.trainer.still, self.trainer.shares.awaited = set(plan.still), frozenset(plan.awaited)
-        learned = self._guard(self._between, serving, plan.urgent) or 0
+        self._guard(self._between, serving, plan.urgent)
         self._guard(self._start, plan)
         self._guard(self._note_blocks, scheduler_output)
-        after = self.clock.mark()
-        self.marks = (self.trainer.began if learned else after, after, learned)
-        if learned and not serving:
-            self.times.idle.append(self.marks)
+        self.start = self.clock.mark()
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         if serving:
             self.ran = self.ttt_batch(scheduler_output) if plan.sessions else None
@@ -207,9 +206,9 @@ class TTTWorkerMixin(Answers):
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        if self.marks is not None:
-            self.iterations.append((self.marks[0], self.marks[1], self.clock.mark(), self.marks[2]))
-            self.marks = None
+        if self.start is not None:
+            self.iterations.append((self.start, self.clock.mark()))
+            self.start = None
         if self.ran is not None:
             self._guard(self._take)
         if output is not None:
@@ -284,50 +283,52 @@ class TTTWorkerMixin(Answers):
             self.trainer.slots.start(request, request_plan.session)
             self.began[request] = self.trainer.deltas.session(request_plan.session).served
 
-    def _between(self, serving: bool, urgent: list[str]) -> int:
+    def _between(self, serving: bool, urgent: list[str]) -> None:
         """Before an iteration: learn what the budget allows, or all that may be where nobody is served; then the slots.
 
         Args:
             urgent: requests that are learned in any case, whoever is served.
         """
         self._read_times()
-        learned = 0
         if self.backlog.queues or self.trainer.guard.busy:
             self.reserve.clear()
-            if urgent and serving:
-                self.trainer.make_room(lambda: not self.backlog.waits(urgent), self.budget.tokens_per_step)
-            under_way = [] if serving else self.trainer.under_way()
-            if under_way and self.clock.cuda:
-                # One step at a time, so that a request that comes now waits for one only; the next one is launched just before
-                # it ends, and what came of it is taken in while that runs.
-                time.sleep(max(0.0, self.ends - AHEAD - time.perf_counter()))
-            allowed = lambda: self.budget.tokens() if serving else self.budget.tokens_per_step  # noqa: E731
-            tokens = self.trainer.ranks.agree("how much is learned", allowed)
-            begins, self.trainer.began = time.perf_counter(), None
-            learned = self.trainer.learn(tokens) if tokens else 0
             if serving:
-                self.budget.spend(learned)
-            for mark in under_way:
-                if not self.clock.done(mark):
-                    self.clock.wait(mark)
-                    begins = time.perf_counter()
-            if learned:
-                self.ends = begins + self.budget.cost(learned)
+                self._learn_beside(urgent)
+            else:
+                self._learn_alone()
         self.trainer.sync()
         if not serving:
             self.trainer.collect(wait=not self.backlog.queues)
-        return learned
+
+    def _learn_beside(self, urgent: list[str]) -> None:
+        """What must be learned, and what the time that serving has taken allows."""
+        if urgent:
+            enough, tokens = lambda: not self.backlog.waits(urgent), self.budget.tokens_per_step
+            self.times.timed(lambda: self.trainer.make_room(enough, tokens), self.trainer, "serving")
+        if tokens := self.trainer.ranks.agree("how much is learned", self.budget.tokens):
+            self.budget.spend(self.times.timed(lambda: self.trainer.learn(tokens), self.trainer, "serving"))
+
+    def _learn_alone(self) -> None:
+        """One step at a time, so that a request that comes now waits for one only. The next one is launched just before it
+        ends, and what came of it is taken in while that runs."""
+        under_way = self.trainer.under_way()
+        while under_way and not self.clock.done(under_way[-1]) and (left := self.ends - AHEAD - time.perf_counter()) > 0:
+            time.sleep(min(left, PAUSE))
+        begins = time.perf_counter()
+        learned = self.times.timed(lambda: self.trainer.learn(self.budget.tokens_per_step), self.trainer, "idle")
+        for mark in under_way:
+            if not self.clock.done(mark):
+                self.clock.wait(mark)
+                begins = time.perf_counter()
+        self.ends = begins + self.budget.cost(learned)
 
     def _read_times(self) -> None:
-        """Tell the budget of iterations that are over."""
+        """Tell the budget of what is over."""
         self.times.read()
-        while self.iterations and self.clock.done(self.iterations[0][2]):
-            before, start, end, tokens = self.iterations.popleft()
-            seconds = self.clock.seconds(start, end)
+        while self.iterations and self.clock.done(self.iterations[0][1]):
+            seconds = self.clock.seconds(*self.iterations.popleft())
             self.budget.served(seconds)
             self.times.serving += seconds
-            if tokens:
-                self.times.learned(tokens, self.clock.seconds(before, start), "serving")
 
     def _take(self) -> None:
         """After an iteration: keep the rows that are to be learned, before the next one overwrites them."""

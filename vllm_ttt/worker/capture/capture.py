@@ -85,9 +85,7 @@ class Capture:
             (lowest.norm, CapturingNorm, self.h_ND),
             (lowest.o_proj, CapturingOutputProjection if "o" in modules.adapted else CapturingPlainProjection, self.a_NQ),
         ):
-            module.__class__ = type(
-                cls.__name__, (cls, type(module)), {}
-            )  # it may be one of ours (gpu_linear.py)
+            module.__class__ = type(cls.__name__, (cls, type(module)), {})  # it may be one of ours (gpu_linear.py)
             module.ttt_buffer, module.ttt_idle = buffer, idle
 
     def ran(self, state: object) -> None:

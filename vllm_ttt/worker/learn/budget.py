@@ -53,9 +53,11 @@ class Budget:
             self.credit -= min(self.credit, self.cost(tokens))
 
     def learned(self, tokens: int, seconds: float) -> None:
-        """A step over ``tokens`` took ``seconds``: correct what a tile of that size is thought to cost."""
+        """A step over ``tokens`` took ``seconds``: correct what a tile of that size is thought to cost. A step that something
+        held up counts as twice that at most."""
         if tokens in self.costs:
-            self.costs[tokens] += 0.2 * (seconds - self.costs[tokens])
+            cost = self.costs[tokens]
+            self.costs[tokens] += 0.2 * (min(seconds, 2 * cost) - cost)
 
     def cost(self, tokens: int) -> float:
         """Seconds that a step over ``tokens`` is thought to take."""

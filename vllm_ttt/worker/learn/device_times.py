@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Literal
 
 from vllm_ttt.metrics import Snapshot, Values
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.learn.budget import Budget
+from vllm_ttt.worker.learn.trainer import Trainer
+
+#: What the device does besides.
+Load = Literal["serving", "idle"]
 
 
 class DeviceTimes(Values):
@@ -18,10 +23,18 @@ class DeviceTimes(Values):
         self.clock, self.budget = clock, budget
         #: seconds of iterations that served requests, learning apart
         self.serving = 0.0
-        #: (before, after, tokens) of learning while nobody was served, whose times are not known yet
-        self.idle: deque[tuple[Any, Any, int]] = deque(maxlen=4096)
+        #: (before, after, tokens, load) of learning whose times are not known yet
+        self.under_way: deque[tuple[Any, Any, int, Load]] = deque(maxlen=4096)
 
-    def learned(self, tokens: int, seconds: float, load: Literal["serving", "idle"]) -> None:
+    def timed(self, learn: Callable[[], int | None], trainer: Trainer, load: Load) -> int:
+        """What ``learn`` returns, which is how many tokens it has launched, or None; its time on the device is taken."""
+        trainer.began = None
+        tokens = learn() or 0
+        if trainer.began is not None:
+            self.under_way.append((trainer.began, self.clock.mark(), tokens, load))
+        return tokens
+
+    def learned(self, tokens: int, seconds: float, load: Load) -> None:
         """The learning of so many tokens took ``seconds`` of the device."""
         self.budget.learned(tokens, seconds)
         self.add("learning_seconds_total", seconds, load)
@@ -29,9 +42,9 @@ class DeviceTimes(Values):
 
     def read(self) -> None:
         """Take in what is known by now."""
-        while self.idle and self.clock.done(self.idle[0][1]):
-            before, after, tokens = self.idle.popleft()
-            self.learned(tokens, self.clock.seconds(before, after), "idle")
+        while self.under_way and self.clock.done(self.under_way[0][1]):
+            before, after, tokens, load = self.under_way.popleft()
+            self.learned(tokens, self.clock.seconds(before, after), load)
 
     def snapshot(self) -> Snapshot:
         self.read()
