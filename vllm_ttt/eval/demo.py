@@ -54,7 +54,7 @@ def demo(model: str | None, out: Path, port: int | None, keep: bool, quick: bool
     flags = [*SERVER, "--served-model-name", name, "--max-model-len", str(min(CONTEXT, _context(str(folder or model))))]
     if dtype := server.dtype_flags():
         slow = "this CPU has no fast products in 16 bits: the model is served in float32"
-        console.print(f"{slow}, and `make demo` takes twelve minutes on two cores, not four", soft_wrap=True)
+        console.print(f"{slow}, and `make demo` takes about twelve minutes on two cores, not four", soft_wrap=True)
         flags += dtype
     port, log, began = port or server.free_port(), out / "server.log", time.monotonic()
     with _no_files_if_interrupted(out), _scratch(keep) as scratch:
