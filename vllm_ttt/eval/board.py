@@ -87,9 +87,9 @@ def _cells(values: list[float | None], form: str, best: Callable[[Iterable[float
 
 
 def later(result: Result) -> dict[str, dict[str, float | None]]:
-    """Loss and characters of each arm, of all documents but the first."""
+    """Loss and characters of each arm, of all documents but the first: of all sessions' runs together, as in the table."""
     rows = {arm: [m for row in rows[1:] for m in row] for arm, rows in result.arms.items()}
-    return {arm: {"nats": _loss(row), "characters": characters(row)} for arm, row in rows.items()}
+    return {arm: {"nats": _loss(row), "characters_pooled": characters(row)} for arm, row in rows.items()}
 
 
 def verdict(result: Result) -> list[str]:

@@ -53,7 +53,8 @@ def demo(model: str | None, out: Path, port: int | None, keep: bool, quick: bool
     name = folder.name if folder else str(model)
     flags = [*SERVER, "--served-model-name", name, "--max-model-len", str(min(CONTEXT, _context(str(folder or model))))]
     if dtype := server.dtype_flags():
-        console.print("this CPU has no fast products in 16 bits: the model is served in float32")
+        slow = "this CPU has no fast products in 16 bits: the model is served in float32"
+        console.print(f"{slow}, and `make demo` takes about twelve minutes on two cores, not four", soft_wrap=True)
         flags += dtype
     port, log, began = port or server.free_port(), out / "server.log", time.monotonic()
     with _no_files_if_interrupted(out), _scratch(keep) as scratch:
@@ -64,7 +65,7 @@ def demo(model: str | None, out: Path, port: int | None, keep: bool, quick: bool
             with Progress(*columns, console=console) as waiting:
                 waiting.add_task(f"starting vLLM (half a minute or more; log: {log})")
                 server.wait_healthy(process, port, log)
-            console.print(f"serving {name} on http://127.0.0.1:{port} after {time.monotonic() - began:.0f} s")
+            console.print(f"serving {name} on http://127.0.0.1:{port} after {time.monotonic() - began:.0f} s", soft_wrap=True)
             console.print(f"[bold]watch it learn: http://127.0.0.1:{port}/ttt[/]", soft_wrap=True)
             about = {"command": "vllm-ttt demo" + (f" --model {model}" if model else "") + " --quick" * quick, "model": name}
             asyncio.run(_show(f"http://127.0.0.1:{port}", QUICK if quick else (ROUNDS, SESSIONS), out, about, console))
@@ -77,8 +78,8 @@ def demo(model: str | None, out: Path, port: int | None, keep: bool, quick: bool
 async def _show(url: str, counts: tuple[int, int], out: Path, about: dict[str, Any], console: Console) -> None:
     async with Client(url) as client:
         work = await rounds.library(ROOT, client.tokenize, *counts)
-        console.print(f"{counts[1]} sessions read {counts[0]} documents each: {', '.join(work.domains)}")
-        console.print("beside them: the frozen model; BM25 over what was read; the last documents as context")
+        console.print(f"{counts[1]} sessions read {counts[0]} documents each: {', '.join(work.domains)}", soft_wrap=True)
+        console.print("beside them: the frozen model; BM25 over what was read; the last documents as context", soft_wrap=True)
         result = await _compare(client, work, console)
         for line in verdict(result):
             console.print(line, soft_wrap=True)
@@ -113,15 +114,16 @@ async def _question(client: Client, console: Console) -> rounds.Answers:
         task = bar.add_task("a fourth session reads the README's first page", total=rounds.READINGS + 2)
         answers = await rounds.question(client, text, lambda: bar.advance(task))
     losses = ", ".join(f"{loss:.2f}" for loss in answers.losses)
-    console.print(f"the page is read {rounds.READINGS} times; nats per token each time: {losses}")
+    console.print(f"the page is read {rounds.READINGS} times; nats per token each time: {losses}", soft_wrap=True)
     if None not in answers.asked:
         console.print(f"[bold]{rounds.QUESTION}[/]")
         for when, said in zip(("before", "after"), answers.asked, strict=True):
-            console.print(f"  {when}: {escape(_line(str(said)))}", highlight=False)
+            console.print(f"  {when}: {escape(_line(str(said)))}", highlight=False, soft_wrap=True)
     console.print(f"[bold]How does the page go on after “{escape(_line(answers.beginning))}”?[/]", soft_wrap=True)
     for when, said in zip(("before", "after"), answers.went_on, strict=True):
         count = rounds.agree(said, answers.truth)
-        console.print(f"  {when}, {count} characters right: {escape(_line(said))}", highlight=False)
+        right = f"{count} character{'s' * (count != 1)} right"
+        console.print(f"  {when}, {right}: {escape(_line(said))}", highlight=False, soft_wrap=True)
     return answers
 
 

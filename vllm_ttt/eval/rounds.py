@@ -6,7 +6,7 @@ A round is one document of every session, in every arm. So the arms can be watch
 from __future__ import annotations
 
 import asyncio
-import random
+import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,17 +53,22 @@ class Answers:
 
 
 def files(root: Path) -> dict[str, list[Path]]:
-    """Files of a checkout by domain, in a fixed order. Raises ConfigError where ``root`` is none."""
+    """Files of a checkout by domain, ordered by `_place`. Raises ConfigError where ``root`` is none."""
     found = {
-        "source code": sorted((root / "vllm_ttt").rglob("*.py")),
-        "documents": [*sorted((root / "docs").glob("*.md")), root / "patches" / "README.md", root / "CONTRIBUTING.md"],
-        "kjv": sorted((root / "demo" / "texts" / "kjv").glob("*.txt")),
+        "source code": [*(root / "vllm_ttt").rglob("*.py")],
+        "documents": [*(root / "docs").glob("*.md"), root / "patches" / "README.md", root / "CONTRIBUTING.md"],
+        "kjv": [*(root / "demo" / "texts" / "kjv").glob("*.txt")],
     }
     for paths in found.values():
         if not paths or not all(path.is_file() for path in paths):
             raise ConfigError(f"{root} is no checkout of vllm-ttt, whose files the demo reads: run `make demo` in one")
-        random.Random(4).shuffle(paths)
+        paths.sort(key=lambda path: _place(path.relative_to(root)))
     return found
+
+
+def _place(path: Path) -> bytes:
+    """A key by which files stand in a random order; where one is added, the others keep theirs."""
+    return hashlib.sha256(path.as_posix().encode()).digest()
 
 
 async def library(root: Path, tokenize: Callable[[str], Awaitable[list[int]]], rounds: int, sessions: int = 3) -> Library:
@@ -162,5 +167,6 @@ async def question(client: Client, text: str, step: Callable[[], None]) -> Answe
 
 
 def agree(text: str, truth: str) -> int:
-    """How many characters ``text`` begins with that ``truth`` begins with, too."""
+    """How many characters ``text`` begins with that ``truth`` begins with, too. Space before either does not count."""
+    text, truth = text.lstrip(), truth.lstrip()
     return next((i for i, (a, b) in enumerate(zip(text, truth, strict=False)) if a != b), min(len(text), len(truth)))
