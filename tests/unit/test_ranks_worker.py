@@ -66,7 +66,7 @@ class Rank(Hooks):
                 self.batch((f"{key}-{i}", 0, CHUNKS * CHUNK + 1))
                 self.backlog.finish(f"{key}-{i}", CHUNKS * CHUNK)
                 for _ in range(9):
-                    self.iterations.append((0.0, 0.0, 1.0, 0))
+                    self.iterations.append((0.0, 1.0))
                     self._guard(self._between, True, [])
                     self.trainer.take_report()
                     seen.append(tuple(self.trainer.deltas.session(k).version for k in SESSIONS))
