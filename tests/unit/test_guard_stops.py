@@ -23,6 +23,7 @@ from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.deltas.versions import keep
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.budget import Budget
+from vllm_ttt.worker.learn.device_times import DeviceTimes
 from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.step.micro_step import accumulate
 from vllm_ttt.worker.worker import TTTWorkerMixin
@@ -47,8 +48,10 @@ class Worker:
         )
         self.probe = Probe(TEXT, self.h, self.a)
         self.trainer = Trainer(tail, config, self.backlog, self.deltas, slots, self.probe)
-        self.hooks: Any = SimpleNamespace(trainer=self.trainer, probe=self.probe, backlog=self.backlog, began={})
+        self.hooks: Any = TTTWorkerMixin()
+        self.hooks.trainer, self.hooks.probe, self.hooks.backlog, self.hooks.began = self.trainer, self.probe, self.backlog, {}
         self.hooks.iterations, self.hooks.budget, self.hooks.reserve = [], Budget(CHUNK, 1.25), []
+        self.hooks.times = DeviceTimes(self.trainer.clock, self.hooks.budget)
         self.hooks.budget.calibrate(CHUNK, 0.001)
         self.hooks._read_times = lambda: None
         self.number = 0
@@ -61,7 +64,7 @@ class Worker:
         self.number += 1
         name = f"r{self.number}"
         plan = StepPlan(started={name: RequestPlan(key, chunks * CHUNK + 1, learn=learn, learn_output=False)})
-        TTTWorkerMixin._start(self.hooks, plan)
+        self.hooks._start(plan)
         return name
 
     def read(self, name: str, chunks: int) -> None:
@@ -78,7 +81,7 @@ class Worker:
     def between(self) -> StepReport:
         """Before a batch that serves somebody, with the time for one chunk."""
         self.hooks.budget.credit = 0.001
-        TTTWorkerMixin._between(self.hooks, True, [])
+        self.hooks._between(True, [])
         return self.trainer.take_report()
 
     def harm(self, key: int) -> None:
