@@ -51,7 +51,8 @@ class Worker:
         self.hooks: Any = TTTWorkerMixin()
         self.hooks.trainer, self.hooks.probe, self.hooks.backlog, self.hooks.began = self.trainer, self.probe, self.backlog, {}
         self.hooks.iterations, self.hooks.budget, self.hooks.reserve = [], Budget(CHUNK, 1.25), []
-        self.hooks.times = DeviceTimes(self.trainer.clock, self.hooks.budget)
+        self.hooks.clock = self.trainer.clock
+        self.hooks.times = DeviceTimes(self.hooks.clock, self.hooks.budget)
         self.hooks.budget.calibrate(CHUNK, 0.001)
         self.hooks._read_times = lambda: None
         self.number = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,9 @@ class Rank(Hooks):
 
     def __init__(self, ranks: Ranks = ALONE, slow: bool = False):
         super().__init__(pages=12, ranks=ranks)
-        self.clock = self.trainer.clock
         if slow:
-            device = torch.device("cpu")
-            self.clock = self.trainer.clock = self.trainer.guard.clock = self.trainer.deltas.clock = SlowClock(device)
-        self.iterations, self.reserve = deque(), []
+            self.go_by(SlowClock(torch.device("cpu")))
+            self.trainer.deltas.clock = self.clock
         self.files = Files(self.trainer, GEOMETRY, "tiny")
         #: a tile takes as long as an iteration, and a quarter of the time is for learning: it waits for four
         self.budget.calibrate(128, 1.0)

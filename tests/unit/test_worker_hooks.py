@@ -51,6 +51,11 @@ class Hooks(TTTWorkerMixin):
         self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe)
         self.budget, self.ran, self.ends = Budget(CHUNK, 1.25), None, 0.0
         self.times = DeviceTimes(self.trainer.clock, self.budget)
+        self.iterations, self.reserve = deque(), []
+        self.go_by(self.trainer.clock)
+
+    def go_by(self, clock: Clock) -> None:
+        self.clock = self.times.clock = self.trainer.clock = self.trainer.guard.clock = clock
 
     def ttt_view(self, ran: Any, wanted: Any) -> list[Rows]:
         return [rows for rows in ran if rows.request in wanted]
@@ -202,16 +207,14 @@ def test_what_came_of_a_step_is_taken_in_while_the_next_one_runs(monkeypatch: py
     ends, and no third."""
     worker, happened = Hooks(), list[str]()
     trainer = worker.trainer
-    worker.clock = worker.times.clock = trainer.clock = trainer.guard.clock = Late()
-    worker.clock.cuda = True
-    worker.iterations, worker.reserve = deque(), []
+    worker.go_by(Late())
     worker.budget.calibrate(CHUNK, 1.0)
     step, learned, wait = trainer.compute.step, trainer._learned, trainer.clock.wait
     note = lambda what, then: lambda *args: happened.append(what) or then(*args)  # noqa: E731
     monkeypatch.setattr(trainer.compute, "step", note("launched", step))
     monkeypatch.setattr(trainer, "_learned", note("taken in", learned))
     monkeypatch.setattr(trainer.clock, "wait", note("waited", wait))
-    worker.ends, slept = 0.0, list[float]()
+    slept = list[float]()
     clock = SimpleNamespace(sleep=note("slept", slept.append), perf_counter=lambda: 5.0 + sum(slept))
     monkeypatch.setattr("vllm_ttt.worker.worker.time", clock)
     worker.start("a", A, 3)
@@ -233,9 +236,8 @@ def test_what_came_of_a_step_is_taken_in_while_the_next_one_runs(monkeypatch: py
 
 def test_a_step_that_ends_early_is_not_slept_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a small one it is known that it takes no longer than a large one."""
-    worker, slept = Hooks(), list[float]()
-    worker.clock = worker.times.clock = worker.trainer.clock = worker.trainer.guard.clock = late = Late()
-    worker.iterations, worker.reserve, worker.ends = deque(), [], 0.0
+    worker, late, slept = Hooks(), Late(), list[float]()
+    worker.go_by(late)
     worker.budget.calibrate(CHUNK, 1.0)
 
     def sleep(seconds: float) -> None:
@@ -256,7 +258,6 @@ def test_a_step_that_ends_early_is_not_slept_through(monkeypatch: pytest.MonkeyP
 def test_what_is_urgent_is_learned_at_once_where_others_are_served(serving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody is, everything is learned anyway, step by step."""
     worker, asked = Hooks(), list[int]()
-    worker.clock, worker.iterations, worker.reserve = worker.trainer.clock, deque(), []
     worker.start("a", A, 3)
     worker.batch(("a", 0, 3 * CHUNK + 1))
     worker.backlog.finish("a", 3 * CHUNK)
@@ -272,7 +273,6 @@ def test_what_is_urgent_is_learned_at_once_where_others_are_served(serving: bool
 
 def test_what_fails_before_the_device_begins_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Hooks()
-    worker.clock, worker.iterations, worker.reserve = worker.trainer.clock, deque(), []
     worker.start("a", A, 1)
     worker.batch(("a", 0, CHUNK + 1))
     worker.backlog.finish("a", CHUNK)

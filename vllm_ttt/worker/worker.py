@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.budget import Budget, tile_sizes
-from vllm_ttt.worker.learn.device_times import DeviceTimes
+from vllm_ttt.worker.learn.device_times import DeviceTimes, Load
 from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.memory import SMALLEST_SHARE
 from vllm_ttt.worker.ngrams.caches import Caches
@@ -304,23 +304,31 @@ class TTTWorkerMixin(Answers):
         """What must be learned, and what the time that serving has taken allows."""
         if urgent:
             enough, tokens = lambda: not self.backlog.waits(urgent), self.budget.tokens_per_step
-            self.times.timed(lambda: self.trainer.make_room(enough, tokens), self.trainer, "serving")
+            self._learn(lambda: self.trainer.make_room(enough, tokens), "serving")
         if tokens := self.trainer.ranks.agree("how much is learned", self.budget.tokens):
-            self.budget.spend(self.times.timed(lambda: self.trainer.learn(tokens), self.trainer, "serving"))
+            self.budget.spend(self._learn(lambda: self.trainer.learn(tokens), "serving"))
 
     def _learn_alone(self) -> None:
         """One step at a time, so that a request that comes now waits for one only. The next one is launched just before it
         ends, and what came of it is taken in while that runs."""
-        under_way = self.trainer.under_way()
+        under_way = self.trainer.marks()
         while under_way and not self.clock.done(under_way[-1]) and (left := self.ends - AHEAD - time.perf_counter()) > 0:
             time.sleep(min(left, PAUSE))
         begins = time.perf_counter()
-        learned = self.times.timed(lambda: self.trainer.learn(self.budget.tokens_per_step), self.trainer, "idle")
+        learned = self._learn(lambda: self.trainer.learn(self.budget.tokens_per_step), "idle")
         for mark in under_way:
             if not self.clock.done(mark):
                 self.clock.wait(mark)
                 begins = time.perf_counter()
         self.ends = begins + self.budget.cost(learned)
+
+    def _learn(self, learn: Callable[[], int | None], load: Load) -> int:
+        """What ``learn`` returns: how many tokens it has launched, or None. How long the device takes is known later."""
+        self.trainer.began = None
+        tokens = learn() or 0
+        if self.trainer.began is not None:
+            self.times.under_way.append((self.trainer.began, self.clock.mark(), tokens, load))
+        return tokens
 
     def _read_times(self) -> None:
         """Tell the budget of what is over."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import Any, Literal
 
 from vllm_ttt.metrics import Snapshot, Values
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.learn.budget import Budget
-from vllm_ttt.worker.learn.trainer import Trainer
 
 #: What the device does besides.
 Load = Literal["serving", "idle"]
@@ -25,14 +23,6 @@ class DeviceTimes(Values):
         self.serving = 0.0
         #: (before, after, tokens, load) of learning whose times are not known yet
         self.under_way: deque[tuple[Any, Any, int, Load]] = deque(maxlen=4096)
-
-    def timed(self, learn: Callable[[], int | None], trainer: Trainer, load: Load) -> int:
-        """What ``learn`` returns, which is how many tokens it has launched, or None; its time on the device is taken."""
-        trainer.began = None
-        tokens = learn() or 0
-        if trainer.began is not None:
-            self.under_way.append((trainer.began, self.clock.mark(), tokens, load))
-        return tokens
 
     def learned(self, tokens: int, seconds: float, load: Load) -> None:
         """The learning of so many tokens took ``seconds`` of the device."""

@@ -109,7 +109,7 @@ class Trainer:
             if not (learned or in_flight):
                 return
 
-    def under_way(self) -> list[Any]:
+    def marks(self) -> list[Any]:
         """Marks of the steps and trials whose outcome is not known yet."""
         return [*(x.mark for x in self.outcomes), *(mark for *_, mark in self.guard.outcomes)]
 
