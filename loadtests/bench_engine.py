@@ -6,8 +6,10 @@
 Each engine runs in a process of its own: stock vLLM; vLLM with ttt (idle; sessions resident and frozen; sessions that learn
 their prompts; prompts and outputs); and, where asked, stock multi-LoRA with an adapter per request: `lora-same` on the modules
 that ttt adapts and at its rank, `lora` on all layers at rank 16. They run one after the other, and once more in reverse order
-(`--passes`), so that a machine that gets warm favours none. A figure is the median over `--repeat` rounds of each pass; the
-table gives it as a ratio to stock in the same run. `--compare` prints one table of several runs: those of the documents.
+(`--passes`), so that a machine that gets warm favours none; or, where all of them fit (`--gate`), they are up together and
+take turns, round by round, so that a neighbour that slows the machine for some seconds favours none. A figure is the median
+over `--repeat` rounds of each pass; the table gives it as a ratio to stock in the same run. `--compare` prints one table of
+several runs: those of the documents.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any
 import engine_figures
 from dummy_adapter import write_adapter
 from engine_figures import EVERYWHERE, SAME, Round
-from gate import add_gate, pass_gate
+from gate import Gate
 
 #: Rank of stock multi-LoRA's adapters: at 128, 64 of them on all layers of an 8B model are more than half of an H100.
 LORA_RANK = 16
@@ -154,29 +156,34 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
         "cases": {},
     }
     log(f"{args.arm}: engine up after {result['startup_s']:.0f} s, {result['device_mib']} MiB")
-    gate = pass_gate(args)
-    for name, extra in cases(args).items():
-        for size in args.batches:
-            measure(llm, size, args, extra, tokens_out=4)
-            while name == "frozen" and llm.collective_rpc("ttt_status")[0]["trying"]:
-                time.sleep(0.01)  # the guard still tries what was learned before
-            rounds = [measure(llm, size, args, extra) for _ in range(args.repeat)]
-            result["cases"].setdefault(name, {})[size] = [asdict(r) for r in rounds]
-            shown = {k: v for k, v in engine_figures.figures(rounds).items() if isinstance(v, float) and k != "wall_s"}
-            log(f"{name:>14} {size:>3}: " + " ".join(f"{k} {v:.1f}" for k, v in shown.items()))
-        if name == "learn prompts" and max(args.batches) > 1:
-            if not args.cases or "together" in args.cases.split(","):
-                result["together"] = together(llm, args, extra)
-                log(f"8 sessions together / one after the other: {result['together']:.2f}")
-            result["worker"] = llm.collective_rpc("ttt_status")[0]
-            log(f"worker: {result['worker']}")
-        if args.profile and name in ("stock", "idle", "frozen"):
-            llm.start_profile(name)
-            measure(llm, max(args.batches), args, extra, tokens_out=8)
-            llm.stop_profile()
-    llm.llm_engine.engine_core.shutdown()
-    if gate is not None:
-        gate.close()
+    gate, arms = Gate(args), [(name, size, extra) for name, extra in cases(args).items() for size in args.batches]
+    rounds: dict[tuple[str, int], list[Round]] = {(name, size): [] for name, size, _ in arms}
+    for turn in range(args.repeat + 1):  # the first one warms up
+        with gate.turn():
+            for name, size, extra in arms:
+                while args.arm == "ttt" and llm.collective_rpc("ttt_status")[0]["trying"]:
+                    time.sleep(0.01)  # the guard still tries what was learned before
+                if turn:
+                    rounds[name, size].append(measure(llm, size, args, extra))
+                else:
+                    measure(llm, size, args, extra, tokens_out=4)
+    for (name, size), found in rounds.items():
+        result["cases"].setdefault(name, {})[size] = [asdict(r) for r in found]
+        shown = {k: v for k, v in engine_figures.figures(found).items() if isinstance(v, float) and k != "wall_s"}
+        log(f"{name:>14} {size:>3}: " + " ".join(f"{k} {v:.1f}" for k, v in shown.items()))
+    with gate.turn():
+        for name, extra in cases(args).items():
+            if name == "learn prompts" and max(args.batches) > 1:
+                if not args.cases or "together" in args.cases.split(","):
+                    result["together"] = together(llm, args, extra)
+                    log(f"8 sessions together / one after the other: {result['together']:.2f}")
+                result["worker"] = llm.collective_rpc("ttt_status")[0]
+                log(f"worker: {result['worker']}")
+            if args.profile and name in ("stock", "idle", "frozen"):
+                llm.start_profile(name)
+                measure(llm, max(args.batches), args, extra, tokens_out=8)
+                llm.stop_profile()
+        llm.llm_engine.engine_core.shutdown()
     return result
 
 
@@ -245,7 +252,7 @@ def main() -> None:
     parser.add_argument("--profile", help="folder for profiler traces of a few decode steps")
     parser.add_argument("--out", default=str(RESULTS), help="folder for the dated JSON and Markdown")
     parser.add_argument("--name", default="engine")
-    add_gate(parser)
+    Gate.add_arguments(parser)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compare:

@@ -19,7 +19,7 @@ import time
 from statistics import median
 from typing import Any
 
-from gate import add_gate, pass_gate
+from gate import Gate
 from runs import DEMO, HERE, about, save
 
 from vllm_ttt.eval.texts import read_texts
@@ -80,17 +80,16 @@ def decode(args: argparse.Namespace) -> None:
     print(f"{known:,} tokens are remembered after {time.perf_counter() - begin:.0f} s", flush=True)
     if known < 0.9 * args.sessions * args.tokens:
         raise SystemExit("that is not what was sent")
-    gate = pass_gate(args)
+    gate = Gate(args)
     rows, apart = [], (args.tokens - PROMPT) // (args.rounds + 1)
     for number in range(args.rounds + 1):
         prompts = [ids[apart * number : apart * number + PROMPT] for ids in texts]
         order = list(WAYS) if number % 2 else list(WAYS)[::-1]
-        found = {way: ask(llm, prompts, WAYS[way], args.answer) for way in order}
+        with gate.turn():
+            found = {way: ask(llm, prompts, WAYS[way], args.answer) for way in order}
         if number:  # the first one warms up
             rows.append(found)
             print({way: round(x, 1) for way, x in found.items()}, flush=True)
-    if gate is not None:
-        gate.close()
     without, with_it = ([row[way] for row in rows] for way in WAYS)
     errors = sum(worker["errors"] for worker in llm.collective_rpc("ttt_status"))
     body = (
@@ -165,7 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000, help="that each session is sent")
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10)
-    add_gate(parser)
+    Gate.add_arguments(parser)
     parser.add_argument("--out", default=str(HERE / "results"))
     parser.add_argument("--name", default="cache-decode")
     args = parser.parse_args()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from vllm_ttt.eval import real
@@ -37,6 +38,15 @@ def _no_secret_stays() -> Iterator[None]:
         os.environ.pop(name, None)
         if name in before:
             os.environ[name] = before[name]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For this test alone: what vLLM has packed for two threads, without AVX-512, it multiplies wrongly with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

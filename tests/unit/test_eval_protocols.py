@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from rich.console import Console
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -28,7 +27,7 @@ from vllm_ttt.eval.retrieval import recent, retrieve
 from vllm_ttt.eval.texts import interactions, read_texts, repeats
 from vllm_ttt.eval.tiny import tiny_model
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("one_thread")]
 
 
 #: Loss of a token up to which it is the first choice.
@@ -87,7 +86,6 @@ class OracleServer:
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory: pytest.TempPathFactory) -> OracleScorer:
-    torch.set_num_threads(1)
     folder = tiny_model("llama", tmp_path_factory.mktemp("tiny"), max_position_embeddings=2048)
     return OracleScorer(folder, TTTConfig.model_validate({"adapt": {"rank": 16}, "learn": {"max_loss": 2}}))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,12 @@ from vllm_ttt.eval.protocols import plan, run
 from vllm_ttt.eval.texts import encode, read_texts
 from vllm_ttt.eval.tiny import ARCHITECTURES, tiny_model
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("one_thread")]
 
 DEMO = Path(__file__).parents[2] / "demo"
 HERE = Path(__file__).parent
 EVERYTHING = ("o_proj", "gate_up_proj", "down_proj")
 RATE = 0.03
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
