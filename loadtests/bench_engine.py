@@ -163,10 +163,10 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
             for name, size, extra in arms:
                 while args.arm == "ttt" and llm.collective_rpc("ttt_status")[0]["trying"]:
                     time.sleep(0.01)  # the guard still tries what was learned before
+                found = measure(llm, size, args, extra, tokens_out=None if turn else 4)
                 if turn:
-                    rounds[name, size].append(measure(llm, size, args, extra))
-                else:
-                    measure(llm, size, args, extra, tokens_out=4)
+                    rounds[name, size].append(found)
+                    log(f"round {turn}, {name} {size}: decoded {found.decode:.0f} tok/s, all done after {found.drained:.2f} s")
     for (name, size), found in rounds.items():
         result["cases"].setdefault(name, {})[size] = [asdict(r) for r in found]
         shown = {k: v for k, v in engine_figures.figures(found).items() if isinstance(v, float) and k != "wall_s"}
