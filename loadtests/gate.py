@@ -15,10 +15,12 @@ class Gate:
 
     def __init__(self, args: argparse.Namespace):
         """Wait until nobody starts any more."""
-        self.file = None if args.gate is None else Path(args.gate).open("a")  # noqa: SIM115
-        if self.file is not None:
+        self.file = None
+        if args.gate is not None:
+            path = Path(args.gate)
+            self.file = path.open("a")
             print(end=".", file=self.file, flush=True)
-            while Path(args.gate).stat().st_size < args.engines:
+            while path.stat().st_size < args.engines:
                 time.sleep(0.1)
 
     @contextmanager

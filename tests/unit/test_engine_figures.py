@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import threading
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import engine_figures
 import pytest
 from dummy_adapter import write_adapter
 from engine_figures import EVERYWHERE, SAME, Round
+from gate import Gate
 from safetensors import safe_open
 
 pytestmark = pytest.mark.unit
@@ -26,6 +30,35 @@ def test_cases_are_chosen_of_the_arm_with_sessions_alone() -> None:
     for chosen, expected in ((None, ["idle", "learn prompts", "learn all", "frozen"]), ("frozen,idle", ["idle", "frozen"])):
         assert list(bench_engine.cases(Namespace(arm="ttt", cases=chosen))) == expected
         assert list(bench_engine.cases(Namespace(arm="stock", cases=chosen))) == ["stock"]
+
+
+def test_engines_that_are_up_together_take_turns(tmp_path: Path) -> None:
+    args, happened, lock = Namespace(gate=str(tmp_path / "gate"), engines=2), list[str](), threading.Lock()
+
+    def run(name: str) -> None:
+        happened.append(f"{name} up")
+        gate = Gate(args)
+        for _ in range(3):
+            with gate.turn():
+                assert lock.acquire(blocking=False), "two turns at once"
+                happened.append(name)
+                time.sleep(0.2)
+                lock.release()
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run, "a")
+        time.sleep(0.2)
+        assert happened == ["a up"], "it does not wait for the other"
+        second = pool.submit(run, "b")
+        first.result()
+        second.result()
+    assert sorted(happened[2:]) == ["a", "a", "a", "b", "b", "b"]
+
+
+def test_without_a_gate_nobody_waits() -> None:
+    gate = Gate(Namespace(gate=None))
+    with gate.turn(), gate.turn():
+        pass
 
 
 def a_round(wall: float = 2.0, decode: float = 3.0, **fields: Any) -> Round:
