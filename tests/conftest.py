@@ -42,7 +42,8 @@ def _no_secret_stays() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For this test alone: what vLLM has packed for two threads, without AVX-512, it multiplies wrongly with one."""
+    """For this test alone: in a process that has multiplied with two threads, vLLM's own products with one are wrong for some
+    widths, such as 192 (oneDNN's, seen on a CPU without AVX-512)."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
