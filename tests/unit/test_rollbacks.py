@@ -13,7 +13,7 @@ from test_changes import Held, ask, engine, full, on_disk
 from world import Unguarded
 
 from vllm_ttt.config import SessionsConfig
-from vllm_ttt.engine.ledger import Ledger
+from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.limits.quotas import Quotas
@@ -247,3 +247,19 @@ def test_a_rollback_that_comes_after_the_guards_is_a_conflict() -> None:
         answer.result(0)
     assert refused.value.status == 409
     assert session.version == 3
+
+
+def test_all_that_was_sent_is_learned_skipped_or_waits() -> None:
+    """Wherever the session returns to, and of what a kill leaves of it, too."""
+    session = Session(SessionKey("-", "s"), 1, 4)
+    session.tokens_learned, session.tokens_skipped["short"] = 20, 4
+    session.open["r"], session.tokens_seen = Open(1, sent=6), 30
+    state = session.to_state()
+    assert state["tokens_seen"] == 24
+    session.requests.add("r")
+    for returned_to, seen in ((state, 30), ({}, 6)):
+        session.become(returned_to, None)
+        assert session.tokens_seen == seen
+    session.requests.clear()
+    session.become(state, None)
+    assert session.tokens_seen == 24

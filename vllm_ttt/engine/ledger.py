@@ -42,6 +42,8 @@ class Open:
 
     #: order of arrival
     arrival: int
+    #: pairs of its prompt, which have been counted as sent
+    sent: int = 0
     #: pairs that have been learned, history included, and pairs of which it is known what became of them
     learned: int = 0
     done: int = 0
@@ -124,7 +126,7 @@ class Session:
         """What is kept of the session with each version, for JSON; `from_state` takes it back."""
         return {
             "version": self.version,
-            "tokens_seen": self.tokens_seen,
+            "tokens_seen": self.tokens_learned + self.tokens_skipped.total(),  # of what still waits nothing is kept
             "tokens_learned": self.tokens_learned,
             "tokens_skipped": dict(self.tokens_skipped),
             "requests": self.asked,
@@ -221,6 +223,7 @@ class Session:
         """The state dir has it like this now, and its delta is nowhere else. Requests that wait for it stay with it."""
         self.from_state(state)
         self.open = {name: opened for name, opened in self.open.items() if name in self.requests}
+        self.tokens_seen += sum(opened.sent for opened in self.open.values())
         self.life.returned()
         self.life.saved_at = self.life.generation
         self.saved, self.error = saved, None

@@ -123,10 +123,10 @@ class TTTScheduler(HoldingScheduler):
         session.requests.add(request.request_id)
         self.ttt_counts.add("session_requests_total", 1, "yes" if attached.knobs.learn else "no")
         if attached.knobs.learn:
-            session.open[request.request_id] = Open(attached.arrival)
+            session.open[request.request_id] = Open(attached.arrival, sent := max(0, attached.prompt - 1))
+            session.tokens_seen += sent
             if attached.knobs.interleave:
                 self.ttt_interleaved[request.request_id] = attached
-            session.tokens_seen += max(0, attached.prompt - 1)
         for reading in self.ttt_probe.begin(request):
             super().add_request(reading)
 
