@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_ttt.eval import server
 from vllm_ttt.eval.server import StartError, free_port, process_group, wait_healthy
 
 pytestmark = pytest.mark.unit
@@ -110,6 +112,15 @@ def test_keep_leaves_it_running(tmp_path: Path):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def test_a_port_is_given_once_and_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = free_port()
+    monkeypatch.setattr(server, "PORTS", range(first, first + 40))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first + 1))
+        found = [free_port() for _ in range(20)]
+    assert len({*found, first, first + 1}) == 22
 
 
 def test_a_server_that_dies_is_told_at_once(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,6 +24,10 @@ PATIENCE = 15.0
 #: Seconds that Python's resource trackers may take after that.
 TRACKERS = 5.0
 
+#: Ports for servers of ours, below those that Linux and macOS give to connections.
+PORTS = range(20_000, 32_000)
+_given: set[int] = set()
+
 #: What a server of ours is told, unless the environment says otherwise. Its model is found in its own folder only: nothing is
 #: fetched, nothing reported. Idle connections outlive those of every client: vLLM closes them after 5 s, just when httpx thinks
 #: of its own as usable for the last time, and a request that meets the end of its connection is lost.
@@ -34,9 +39,15 @@ class StartError(TTTError):
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that nobody has, and that this process was not given before. It is none of those that the system gives to connections
+    and to whoever asks for any: somebody would have it before a server has started."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 def dtype_flags() -> list[str]:
