@@ -36,6 +36,7 @@ from vllm_ttt.worker.learn.trainer import Trainer
 from vllm_ttt.worker.step.micro_step import Tail
 
 D, Q, F, R = 8, 12, 16, 4
+CHUNK = 16
 GEOMETRY = Geometry(layer=1, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)
 IDENTITY: dict[str, Any] = {
     "model": {"name": "tiny", "config": "c", "weights": "w"},
@@ -80,7 +81,7 @@ class FakeTrainer:
         if self.versions.due(key):
             self.versions.add(key, session.version, keep(self.deltas, key))
         self.report.chunks.append(
-            ChunkReport(key, "r", 16, 1.0, None, None, 16 * session.version, session.version, session.rate)
+            ChunkReport(key, "r", CHUNK, 1.0, None, None, CHUNK * session.version, session.version, session.rate)
         )
 
     def in_flight(self, key: int) -> bool:
@@ -168,6 +169,7 @@ class World:
         session.requests.add("r")
         self.tiers.changes(session)
         self.run(lambda: self.tiers.ready(session) or self.refused)
+        session.tokens_seen += CHUNK * len(learn)
         for value in learn:
             self.trainer.learn(session.adapter, value)
             self.step()
