@@ -85,6 +85,12 @@ def measure(llm: Any, size: int, args: argparse.Namespace, extra: Any, tokens_ou
     )
 
 
+def tried(llm: Any, args: argparse.Namespace) -> None:
+    """Wait until the guard has tried all that was learned."""
+    while args.arm == "ttt" and llm.collective_rpc("ttt_status")[0]["trying"]:
+        time.sleep(0.01)
+
+
 def learned_so_far(llm: Any, args: argparse.Namespace) -> int:
     return llm.collective_rpc("ttt_status")[0]["tokens_learned"] if args.arm == "ttt" else 0  # each rank says the same
 
@@ -156,33 +162,33 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
         "cases": {},
     }
     log(f"{args.arm}: engine up after {result['startup_s']:.0f} s, {result['device_mib']} MiB")
-    gate, arms = Gate(args), [(name, size, extra) for name, extra in cases(args).items() for size in args.batches]
-    rounds: dict[tuple[str, int], list[Round]] = {(name, size): [] for name, size, _ in arms}
+    chosen, gate = cases(args), Gate(args)
+    rounds: dict[tuple[str, int], list[Round]] = {(name, size): [] for name in chosen for size in args.batches}
     for turn in range(args.repeat + 1):  # the first one warms up
         with gate.turn():
-            for name, size, extra in arms:
-                while args.arm == "ttt" and llm.collective_rpc("ttt_status")[0]["trying"]:
-                    time.sleep(0.01)  # the guard still tries what was learned before
-                found = measure(llm, size, args, extra, tokens_out=None if turn else 4)
+            for (name, size), done in rounds.items():
+                tried(llm, args)
+                found = measure(llm, size, args, chosen[name], tokens_out=None if turn else 4)
                 if turn:
-                    rounds[name, size].append(found)
+                    done.append(found)
                     log(f"round {turn}, {name} {size}: decoded {found.decode:.0f} tok/s, all done after {found.drained:.2f} s")
-    for (name, size), found in rounds.items():
-        result["cases"].setdefault(name, {})[size] = [asdict(r) for r in found]
-        shown = {k: v for k, v in engine_figures.figures(found).items() if isinstance(v, float) and k != "wall_s"}
+    for (name, size), done in rounds.items():
+        result["cases"].setdefault(name, {})[size] = [asdict(r) for r in done]
+        shown = {k: v for k, v in engine_figures.figures(done).items() if isinstance(v, float) and k != "wall_s"}
         log(f"{name:>14} {size:>3}: " + " ".join(f"{k} {v:.1f}" for k, v in shown.items()))
     with gate.turn():
-        for name, extra in cases(args).items():
-            if name == "learn prompts" and max(args.batches) > 1:
-                if not args.cases or "together" in args.cases.split(","):
-                    result["together"] = together(llm, args, extra)
-                    log(f"8 sessions together / one after the other: {result['together']:.2f}")
-                result["worker"] = llm.collective_rpc("ttt_status")[0]
-                log(f"worker: {result['worker']}")
-            if args.profile and name in ("stock", "idle", "frozen"):
+        for name in ("stock", "idle", "frozen"):
+            if args.profile and name in chosen:
+                tried(llm, args)
                 llm.start_profile(name)
-                measure(llm, max(args.batches), args, extra, tokens_out=8)
+                measure(llm, max(args.batches), args, chosen[name], tokens_out=8)
                 llm.stop_profile()
+        if "learn prompts" in chosen and max(args.batches) > 1:
+            if not args.cases or "together" in args.cases.split(","):
+                result["together"] = together(llm, args, chosen["learn prompts"])
+                log(f"8 sessions together / one after the other: {result['together']:.2f}")
+            result["worker"] = llm.collective_rpc("ttt_status")[0]
+            log(f"worker: {result['worker']}")
         llm.llm_engine.engine_core.shutdown()
     return result
 

@@ -323,7 +323,7 @@ class TTTWorkerMixin(Answers):
         self.ends = begins + self.budget.cost(learned)
 
     def _learn(self, learn: Callable[[], int | None], load: Load) -> int:
-        """What ``learn`` returns: how many tokens it has launched, or None. How long the device takes is known later."""
+        """How many tokens ``learn`` has launched. How long the device takes for them is known later."""
         self.trainer.began = None
         tokens = learn() or 0
         if self.trainer.began is not None:
