@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.config import parse_config
-from vllm_ttt.worker.delta import Delta, State
+from vllm_ttt.worker.delta import State
 from vllm_ttt.worker.step import attention, fp8
 from vllm_ttt.worker.step.attention import Attention, Layout
 from vllm_ttt.worker.step.block import Block
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
 from vllm_ttt.worker.step.qkv import QKV, HeadNorm, Past
 from vllm_ttt.worker.step.tail import make_projection
-from vllm_ttt.worker.step.update import update
+from vllm_ttt.worker.step.update import picked, update
 
 #: layers, D, F, heads, heads of keys, width of a head, V
 SHAPES = {
@@ -51,7 +51,9 @@ class Served:
         return self.kv[0].index_select(0, slots_P), self.kv[1].index_select(0, slots_P)
 
 
-def make_tail(shape: str, device: torch.device, dtype: torch.dtype, kernel: Attention | None = None) -> Tail:
+def make_tail(
+    shape: str, device: torch.device, dtype: torch.dtype, kernel: Attention | None = None, join: bool = False
+) -> Tail:
     L, D, F, H, G, E, V = SHAPES[shape]
     draw = lambda o, i: torch.randn(o, i, device=device, dtype=dtype) * i**-0.5  # noqa: E731
     ones = lambda n: torch.ones(n, device=device)  # noqa: E731
@@ -68,9 +70,17 @@ def make_tail(shape: str, device: torch.device, dtype: torch.dtype, kernel: Atte
         return QKV(draw(x, D), ones(D), 1e-6, H, G, E**-0.5, table, None, *norms)
 
     project = lambda width: make_projection(width, min(RANK, width), 0).to(device, dtype)  # noqa: E731
+    ao, ad = project(H * E), project(F)
+
+    def with_a(block: dict[str, Any]) -> dict[str, Any]:
+        """As `build_tail` has it on CUDA: A lies below the weight."""
+        joined = {"o": torch.cat((block["wo_DQ"], ao)), "d": torch.cat((block["wd_DF"], ad))}
+        return {**block, "wo_DQ": joined["o"][:D], "wd_DF": joined["d"][:D], "joined": joined}
+
+    own = with_a if join else lambda block: block
     return Tail(
-        **a_block(), modules="od", head_VD=draw(V, D), lnf_D=ones(D), eps_f=1e-6,
-        ao_RQ=project(H * E), ai_RD=project(D), ad_RF=project(F), lower=tuple(Block(**a_block()) for _ in range(L - 1)),
+        **own(a_block()), modules="od", head_VD=draw(V, D), lnf_D=ones(D), eps_f=1e-6,
+        ao_RQ=ao, ai_RD=project(D), ad_RF=ad, lower=tuple(Block(**own(a_block())) for _ in range(L - 1)),
         attentions=tuple(a_qkv() for _ in range(L)), embedding_VD=draw(V, D), kernel=kernel or attention.choose(device, dtype),
     )  # fmt: skip
 
@@ -100,20 +110,18 @@ class Step:
         positions = torch.arange(past, past + C).repeat(S)
         source = torch.arange(S * past) % 4096
         self.past = Past(Layout.of([past] * S, C), positions, source, Served(G, E, 4096, device, dtype)).to(device)
-        self.grad: Delta = tail.zeros(S)
+        self.grad, self.rows = tail.zeros(S), torch.arange(S, device=device)
         self.loss = torch.zeros(S, device=device)
 
     def gradient(self) -> None:
         for g in self.grad.tensors():
             g.zero_()
-        served = self.state.delta.to(self.tail.head_VD.dtype)
+        served = picked(self.state.delta, self.rows, self.tail.head_VD.dtype)
         h = torch.nn.functional.embedding(self.t[:, :-1], self.tail.embedding_VD)  # type: ignore[arg-type]
         self.loss = accumulate(self.tail, served, h, None, self.t[:, 1:], self.w, self.grad, self.past)
 
     def advance(self) -> None:
-        new, _, _ = update(self.tail.norms, self.state, self.grad, self.loss, self.share, self.config, 100.0)
-        for x, part in zip(self.state.tensors(), new.tensors(), strict=True):
-            x.copy_(part)
+        update(self.tail.norms, self.state, self.rows, self.grad, self.loss, self.share, self.config, 100.0)
 
 
 def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -154,12 +162,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--fp8", choices=("none", "back", "both"), default="none")
     parser.add_argument("--attention", choices=attention.IMPLEMENTATIONS, help="default: what a worker would take")
+    parser.add_argument("--join", action=argparse.BooleanOptionalAction, default=True, help="A lies below the weights")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
     device = torch.device(args.device)
     kernel = attention.IMPLEMENTATIONS[args.attention]() if args.attention else None
-    tail = make_tail(args.shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32, kernel)
+    join = args.join and args.fp8 == "none"
+    tail = make_tail(args.shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32, kernel, join)
     if args.fp8 != "none":
         in_fp8(tail, args.fp8)
     rows: list[dict[str, Any]] = []

@@ -90,7 +90,7 @@ class Worker:
         share = torch.tensor([chunk.rows / CHUNK for chunk in chunks])
         base = self.compute.base_loss(flat, weight, source).clone()
         values = self.compute.step(flat, weight, rows, share, source).clone()
-        return [base, values, *self.deltas.masters.select(rows.cuda()).delta.tensors()]
+        return [base, values, *(x[rows.cuda()] for x in self.deltas.masters.delta.tensors())]
 
     def capture(self) -> None:
         """Graphs of steps, of some of the shapes of these tests; the others are launched."""

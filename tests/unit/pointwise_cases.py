@@ -31,13 +31,18 @@ def near(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("width", [96, 128])
 def test_norms(width: int) -> None:
     r, y, ln = draw(T, width), draw(T, width, seed=1), draw(width).abs()
-    for more in (y, None):
+    for more in (y, None, draw(T, width + 16, seed=1)[:, :width]):
         expected, x = pointwise.norm(r, more, ln, 1e-5, torch.float32)
         found = kernels.norm(r, more, ln, 1e-5, torch.float32)
         near((*found[0], found[1]), (*expected, x))
         for past in (draw(T, width, seed=2), None):
             args = past, draw(T, width, seed=3), ln, expected, torch.float32
-            near(kernels.norm_backward(*args), pointwise.norm_backward(*args))
+            for room in (0, 16):
+                found, other = (x.norm_backward(*args, room) for x in (kernels, pointwise))
+                near(found[:2], other[:2])
+                assert found.roomy is not None
+                assert found.roomy.shape == (T, width + room)
+                assert torch.equal(found.roomy[:, :width], found.low_TD)
 
 
 @pytest.mark.parametrize("width", [64, 1500])
@@ -92,3 +97,15 @@ def test_losses(vocabulary: int, scale: float, cap: float | None) -> None:
             pointwise.nll(logits.clone(), targets, scale, cap, backward),
         )
         assert torch.equal(one, logits) != backward
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, 3.0)])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # as above
+@pytest.mark.parametrize("width", [700, 9001])
+def test_what_is_known_of_a_part_of_the_vocabulary(width: int, scale: float, cap: float | None) -> None:
+    logits, at, lse = 4 * draw(T, width + 3)[:, :width], torch.tensor([0, width - 1, -1, 600, -1]), 5 + draw(T)
+    near(kernels.known(logits, at, scale, cap), pointwise.known(logits, at, scale, cap))
+    one, other = logits.clone(), logits.clone()
+    kernels.known_backward(one, at, lse, scale, cap)
+    pointwise.known_backward(other, at, lse, scale, cap)
+    near(one, other)

@@ -85,7 +85,7 @@ class Engine:
         share = torch.tensor([chunk.rows / CHUNK for chunk in chunks])
         base = self.compute.base_loss(flat, weight, source).clone()
         values = self.compute.step(flat, weight, rows, share, source).clone()
-        return [base, values, *self.deltas.masters.select(rows).tensors()]
+        return [base, values, *(x[rows] for x in self.deltas.masters.tensors())]
 
     def graph(self, function: Any, shape: tuple[int, int, int]) -> Eager:
         """Stands where a captured graph stands; what comes before is told by six tensors."""

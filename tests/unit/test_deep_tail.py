@@ -23,6 +23,7 @@ from vllm_ttt.eval.tiny import tiny_model
 from vllm_ttt.geometry import PATHS, Geometry
 from vllm_ttt.worker.deltas import peft
 from vllm_ttt.worker.step import tail as tail_module
+from vllm_ttt.worker.step import weights
 from vllm_ttt.worker.step.micro_step import accumulate
 from vllm_ttt.worker.step.tail import LayerModules, TailModules, build_tail, check_attention, find_modules, step_dtype
 
@@ -72,7 +73,9 @@ def as_with_lora(modules: TailModules) -> TailModules:
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3"])
-def test_the_tail_of_vllms_model_has_the_models_gradient(distributed: None, tmp_path: Path, architecture: str) -> None:
+def test_the_tail_of_vllms_model_has_the_models_gradient(
+    distributed: None, tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Biases (Qwen2), norms of heads (Qwen3), packed weights, the rotary table: all are found, and in the right order."""
     shape: dict[str, Any] = {"num_hidden_layers": 3, "max_position_embeddings": 1024}
     shape |= {"sliding_window": 1024} if architecture == "mistral" else {}  # no narrower than the context: nothing is cut
@@ -94,6 +97,22 @@ def test_the_tail_of_vllms_model_has_the_models_gradient(distributed: None, tmp_
             assert losses[s].item() == pytest.approx(loss, abs=1e-5)
             for one, other in zip([x for b in of_session(grad, s) for x in b.values()], expected, strict=True):
                 assert relative(one, other) < 1e-4
+
+        modules = as_with_lora(find_modules(model, layers))
+        parts = [part.base_layer for layer in modules.layers for part in (layer.o_proj, layer.down_proj)]
+        for part in parts:  # as on CUDA: a CPU keeps a weight in an order of its kernels'
+            part.weight.data = weights.dense(part, torch.float32)
+        before = [part.weight.clone() for part in parts]
+        with monkeypatch.context() as patched:
+            patched.setattr(weights, "joins", lambda *_: True)
+            tail = build_tail(model, modules, config.adapt, 1024)
+        assert all(torch.equal(part.weight, x) for part, x in zip(parts, before, strict=True)), "what is served stays"
+        pieces = [block.joined[key] for block in tail.blocks for key in "od"]
+        assert [x.weight.data_ptr() for x in parts] == [x.data_ptr() for x in pieces], "and lies where the step reads it"
+        again = tail.zeros(len(ROWS))
+        torch.testing.assert_close(accumulate(tail, delta, *batch.rows(), again, batch.past), losses)
+        for one, other in zip(again.tensors(), grad.tensors(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     if architecture == "mistral":
         with pytest.raises(ConfigError, match=r"layers\.2\.self_attn has a sliding window"):
             build_tail(model, as_with_lora(find_modules(model, 2)), CONFIG.adapt, 1025)

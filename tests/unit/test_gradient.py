@@ -73,6 +73,16 @@ def tail_of(oracle: Oracle, dtype: torch.dtype = torch.float32, **more: Any) -> 
     )  # fmt: skip
 
 
+def joined(tail: Tail) -> Tail:
+    """With A below each weight that has a delta, as on CUDA."""
+    thin = {key: a for key, a in (("o", tail.ao_RQ), ("d", tail.ad_RF)) if key in tail.modules}
+
+    def own(block: Block | Tail) -> dict[str, Tensor]:
+        return {key: torch.cat((block.wo_DQ if key == "o" else block.wd_DF, a)) for key, a in thin.items()}
+
+    return replace(tail, joined=own(tail), lower=tuple(replace(b, joined=own(b)) for b in tail.lower))
+
+
 @dataclass
 class Kept:
     """What stands for vLLM's cache: keys and values [slots, G, E] of each layer whose attention the step computes."""
@@ -257,6 +267,17 @@ def test_bfloat16_is_near(oracle: Oracle, batch: Batch) -> None:
     accumulate(tail, delta.to(torch.bfloat16), *half.rows(), grads[1], half.past)
     for one, other in zip(grads[0].tensors(), grads[1].tensors(), strict=True):
         assert torch.cosine_similarity(one.flatten(), other.flatten(), 0) > 0.97
+
+
+@pytest.mark.parametrize("modules", SUBSETS, ids="+".join)
+def test_one_product_for_a_weight_and_what_lies_below_it(oracle: Oracle, batch: Batch, modules: tuple[str, ...]) -> None:
+    tail, found = tail_of(of_modules(oracle, modules)), []
+    delta = random_deltas(tail, 0.05)
+    for one in (tail, joined(tail)):
+        grad = one.zeros(len(ROWS))
+        found.append((accumulate(one, delta, *batch.rows(), grad, batch.past), *grad.tensors()))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
 def test_loss_tiles(oracle: Oracle, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 
-@pytest.mark.parametrize(("cases", "count"), [("pointwise_cases.py", 15), ("update_cases.py", 19)])
+@pytest.mark.parametrize(("cases", "count"), [("pointwise_cases.py", 19), ("update_cases.py", 22)])
 def test_each_kernel_is_what_torch_computes(cases: str, count: int) -> None:
     """In a process of its own: whether kernels are interpreted is decided when Triton is imported."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", str(Path(__file__).with_name(cases))]

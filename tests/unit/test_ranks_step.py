@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from several import cut, together
-from test_gradient import EVERYTHING, ROWS, SUBSETS, Batch, Kept, batch_of, config_of, tail_of
+from test_gradient import EVERYTHING, ROWS, SUBSETS, Batch, Kept, batch_of, config_of, joined, tail_of
+from test_update import stepped
 from torch import Tensor
 
 from vllm_ttt.eval.oracle import Oracle
@@ -17,7 +18,6 @@ from vllm_ttt.eval.tiny import tiny_model
 from vllm_ttt.worker.delta import Delta, State
 from vllm_ttt.worker.ranks import Several
 from vllm_ttt.worker.step.micro_step import accumulate
-from vllm_ttt.worker.step.update import update
 
 pytestmark = pytest.mark.unit
 
@@ -61,7 +61,7 @@ def learned(case: Case, folder: Path, ranks: Several | None = None) -> Found:
     tail, batches = tail_of(oracle), [batch_of(oracle), batch_of(oracle, seed=10), batch_of(oracle)]
     tail.logit_scale, tail.soft_cap = case.scale, case.cap
     if ranks is not None:
-        tail, batches = cut(tail, ranks, case.first), [cut_batch(batch, ranks) for batch in batches]
+        tail, batches = joined(cut(tail, ranks, case.first)), [cut_batch(batch, ranks) for batch in batches]
     state = State(tail.zeros(3), tail.zeros(3, torch.bfloat16), torch.full((3,), 0.01))
     found = Found([], torch.zeros(2, 3, max(ROWS)), tail.zeros(3), state, [], torch.zeros(()))
     share = torch.tensor([n / max(ROWS) for n in ROWS])
@@ -72,7 +72,7 @@ def learned(case: Case, folder: Path, ranks: Several | None = None) -> Found:
         loss = accumulate(tail, state.delta, *batch.rows(), grad, batch.past, None if i else found.rows)
         alone = accumulate(tail, state.delta, *batch.rows(), None, batch.past)
         torch.testing.assert_close(alone, loss, equal_nan=True)
-        state, ok, found.norms = update(tail.norms, state, grad, loss, share, config_of(1).learn, 100.0, tail.ranks)
+        state, ok, found.norms = stepped(tail.norms, state, grad, loss, share, config_of(1).learn, 100.0, tail.ranks)
         found.losses.append(loss)
         found.oks.append(ok)
         found.grad = grad if i == 1 else found.grad

@@ -40,6 +40,19 @@ def fresh(sessions: int, rate: float = 0.01, modules: str = "ogud") -> State:
     return State(zeros(torch.float32), zeros(torch.bfloat16), torch.full((sessions,), rate))
 
 
+def stepped(norms: Norms, state: State, *args: Any) -> tuple[State, Tensor, Tensor]:
+    """A step of all sessions of ``state``, whose masters lie in another order among others'; ``state`` stays."""
+    S = len(state.rate_S)
+    rows = torch.arange(S).flip(0) + 1
+    masters = state.by(*(torch.full((S + 2, *x.shape[1:]), 7.0, dtype=x.dtype) for x in state.tensors()))
+    for x, own in zip(masters.tensors(), state.tensors(), strict=True):
+        x[rows] = own
+    ok, rate, sizes = update(norms, masters, rows, *args)
+    assert torch.equal(rate, masters.rate_S[rows])
+    assert all((x[[0, -1]] == 7).all() for x in masters.tensors()), "of others nothing is touched"
+    return masters.by(*(x[rows] for x in masters.tensors())), ok, sizes
+
+
 def step(
     state: State, grad: Delta, loss: Tensor | None = None, share: Tensor | None = None, learn: LearnConfig = LEARN,
     max_loss: float = 10.0,
@@ -47,7 +60,7 @@ def step(
     S = len(state.rate_S)
     norms = Norms(grad.modules, [{k: (i + 1) * n for k, n in NORMS.items()} for i in range(LAYERS)], torch.device("cpu"))
     loss, share = (torch.ones(S) if x is None else x for x in (loss, share))
-    return update(norms, state, grad, loss, share, learn, max_loss)
+    return stepped(norms, state, grad, loss, share, learn, max_loss)
 
 
 # The oracle's step
@@ -73,7 +86,7 @@ def test_the_step_is_the_oracles(model: Any, layers: int | str, modules: tuple[s
     for batch in sequence:
         grad = tail.zeros(3)
         loss = accumulate(tail, state.delta, *batch.rows(), grad, batch.past)
-        state, ok, norms = update(tail.norms, state, grad, loss, share, config.learn, 100.0)
+        state, ok, norms = stepped(tail.norms, state, grad, loss, share, config.learn, 100.0)
         assert ok.all()
         rates.append(state.rate_S.clone())
     for s in range(3):

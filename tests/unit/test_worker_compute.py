@@ -10,7 +10,7 @@ import torch
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.worker.capture.backlog import Backlog
 from vllm_ttt.worker.deltas.masters import Deltas
-from vllm_ttt.worker.learn.compute import Compute
+from vllm_ttt.worker.learn.compute import Compute, Packed
 from vllm_ttt.worker.step.micro_step import Tail
 
 pytestmark = pytest.mark.unit
@@ -118,6 +118,18 @@ def test_a_padded_batch_is_measured_the_same(modules: str) -> None:
     fresh = make(modules)
     values = fresh.step(flat, weight, torch.tensor([2, 0]), torch.tensor([13 / 16, 0.5]))
     torch.testing.assert_close(found, values[1])  # a fresh session is the base model
+
+
+def test_the_inputs_of_a_graph_are_one_copy() -> None:
+    like = torch.arange(5), torch.ones(2, 3), torch.zeros(0, dtype=torch.int64), torch.arange(3, dtype=torch.int32)
+    packed = Packed(like)
+    buffer = packed.empty()
+    for place, x in zip(packed.views(buffer), like, strict=True):
+        place.copy_(x)
+    for place, x in zip(packed.views(buffer.clone()), like, strict=True):
+        assert place.dtype == x.dtype
+        assert torch.equal(place, x)
+    assert buffer.numel() % Packed.ALIGNED == 0
 
 
 def test_warming_up_leaves_the_spare_row_fresh() -> None:

@@ -21,6 +21,17 @@ pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("ignore:.*(overflow|i
 SHAPES = [(3, 2, 100, 16), (3, 1, 201, 64), (3, 0, 64, 16)]
 
 
+#: Which rows of the masters the sessions have, and those that no step may touch where the second session is not updated.
+ROWS, STAYS = torch.tensor([3, 0, 4]), [0, 1, 2]
+
+
+def spread(x: Tensor) -> Tensor:
+    """Masters: ``x`` in the rows ROWS of five."""
+    masters = draw(9, 5, *x.shape[1:]).to(x.dtype)
+    masters[ROWS] = x
+    return masters
+
+
 class Twins(Ranks):
     """Two, of which the other has the same rows."""
 
@@ -39,7 +50,7 @@ def test_the_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Of a session with NaN they are NaN, and where squares overflow the gradient is finite all the same."""
     g, u = draw(1, *shape), draw(2, *shape).to(dtype)
     g[1, :, 7, 3], g[2, :, 3, 5] = math.nan, 1e30
-    (whole, squares), (expected, expected_squares) = kernels.sums(g, u), update._sums(g, u)
+    (whole, squares), (expected, expected_squares) = (f(g, spread(u), ROWS) for f in (kernels.sums, update._sums))
     torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-3, equal_nan=True)
     near(squares, expected_squares)
     assert torch.isfinite(whole).tolist() == [True, shape[1] == 0, True]
@@ -50,10 +61,11 @@ def test_the_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_the_lengths(shape: tuple[int, ...]) -> None:
     b, u, kept, far = draw(1, *shape), draw(2, *shape), torch.tensor([1.0, 0.985, 0.5]), 50 * draw(3, *shape[:2]).abs()
     u[2], b[1] = 0, math.nan
-    for found, expected in zip(kernels.lengths(b, u, kept, far, ALONE), update._lengths(b, u, kept, far, ALONE), strict=True):
+    args = spread(b), ROWS, u, kept, far
+    for found, expected in zip(kernels.lengths(*args, ALONE), update._lengths(*args, ALONE), strict=True):
         near(found, expected)
-    both = torch.cat((b, b), 2), torch.cat((u, u), 2)
-    found = kernels.lengths(b, u, kept, far, Twins())
+    both = spread(torch.cat((b, b), 2)), ROWS, torch.cat((u, u), 2)
+    found = kernels.lengths(*args, Twins())
     for x, expected in zip(found, update._lengths(*both, kept, far, ALONE), strict=True):
         near(x, expected)
 
@@ -63,24 +75,34 @@ def test_the_length_of_what_a_step_nearly_takes_back() -> None:
     u = draw(2, 1, 1, 201, 64)
     b = u + 1e-3 * draw(3, *u.shape)
     far = u.norm().view(1, 1)
-    _, found, _ = kernels.lengths(b, u, torch.ones(1), far, ALONE)
+    first = torch.zeros(1, dtype=torch.int64)
+    _, found, _ = kernels.lengths(b, first, u, torch.ones(1), far, ALONE)
     assert found.item() == pytest.approx((b.double() - u.double()).norm().item(), rel=1e-4)
-    _, found, _ = kernels.lengths(u, u, torch.ones(1), far, ALONE)
+    _, found, _ = kernels.lengths(u, first, u, torch.ones(1), far, ALONE)
     assert found.item() < 1e-6 * far.item()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_written(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Of a session that is not updated, the bits that were there."""
-    b, u, last = draw(1, *shape), draw(2, *shape).to(dtype).float(), draw(3, *shape).to(dtype)
+    """Of a session that is not updated, and of those that are not among them, the bits that were there."""
+    b, u, last = spread(draw(1, *shape)), draw(2, *shape).to(dtype).float(), spread(draw(3, *shape).to(dtype))
     u[1, :, 7, 3] = math.nan
-    args = torch.tensor([True, False, True]), b, u, last, draw(4, *shape[:2]), draw(5, *shape[:2])
-    found = kernels.written(*args)
-    for x, expected, old in zip(found, update._written(*args), (b, last), strict=True):
+    both = []
+    for write in (kernels.write, update._write):
+        own = b.clone(), last.clone()
+        write(torch.tensor([True, False, True]), own[0], ROWS, u, own[1], draw(4, *shape[:2]), draw(5, *shape[:2]))
+        both.append(own)
+    for x, expected, old in zip(*both, (b, last), strict=True):
         near(x, expected)
-        assert torch.equal(x[1], old[1])
-        assert x.data_ptr() != old.data_ptr() or not x.numel()
+        assert torch.equal(x[STAYS], old[STAYS])
+        assert not x.numel() or not torch.equal(x[ROWS[0]], old[ROWS[0]])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_picked(shape: tuple[int, ...]) -> None:
+    x = spread(draw(1, *shape))
+    assert torch.equal(kernels.picked(x, ROWS, torch.float32), x[ROWS])
 
 
 @pytest.mark.parametrize("modules", ["ogud", "od", "gu"])
@@ -96,7 +118,7 @@ def test_the_whole_update(monkeypatch: pytest.MonkeyPatch, modules: str) -> None
     for fused in (False, True):
         if fused:
             monkeypatch.setattr(kernels, "PIECE", 128)
-            for name in ("sums", "lengths", "written"):
+            for name in ("sums", "lengths", "write"):
                 monkeypatch.setattr(update, f"_{name}", getattr(kernels, name))
         found = [step(state, drawn(1, 5, modules), share=share)]
         grad = drawn(1, 5, modules)

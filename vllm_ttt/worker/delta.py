@@ -126,10 +126,6 @@ class State:
         """Another of the same modules."""
         return State(self.delta.by(*tensors[:2]), self.last.by(*tensors[2:4]), tensors[4])
 
-    def select(self, rows_S: Tensor) -> State:
-        """A copy of the given sessions, in the given order."""
-        return self.by(*(x.index_select(0, rows_S) for x in self.tensors()))
-
     def row(self, i: int) -> State:
         """A view of one session."""
         return self.by(*(x[i : i + 1] for x in self.tensors()))

@@ -52,6 +52,12 @@ class InLayers:
                 total += back + (forward if ways == "both" and weights.is_plain(layer) else 0)
         return total
 
+    def below(self, rank: int, dtype: torch.dtype) -> int:
+        """Bytes of A below the weights of a step in ``dtype``."""
+        adapted = [part for layer in self.modules.layers for part in (layer.o_proj, layer.down_proj)]
+        own = [x for x in adapted if weights.joins(x, dtype, self.config.learn.fp8)]
+        return sum(rank * weights.shape(x)[1] * dtype.itemsize for x in own)
+
     def build(self) -> tuple[Tail, Capture]:
         """The weights of the step, and what keeps its inputs."""
         worker, scheduler, model = self.worker, self.worker.vllm_config.scheduler_config, self.worker.vllm_config.model_config
@@ -86,6 +92,10 @@ class AtHead:
     def copied(self, dtype: torch.dtype) -> int:
         """As `InLayers.copied`."""
         return weights.copied(self.found.lm_head, dtype, self.found.vocabulary)
+
+    def below(self, rank: int, dtype: torch.dtype) -> int:
+        """As `InLayers.below`."""
+        return 0
 
     def build(self) -> tuple[Head, States]:
         config = self.worker.vllm_config

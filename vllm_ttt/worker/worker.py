@@ -116,6 +116,8 @@ class TTTWorkerMixin(Answers):
         if site.attentions and self.device.type == "cuda":
             needs["what such a step attends to, where no graph fits (--max-model-len)"] = packed
             needs["the graphs of such steps"] = memory.GRAPHS
+        if below := site.below(geometry.rank, products):
+            needs["A beside each weight that has a delta (adapt.rank, adapt.layers)"] = below
         if site.rounded:
             needs["the weights of the adapted layers in FP8 (learn.fp8)"] = site.rounded
         memory.check(needs, left)

@@ -6,6 +6,7 @@ take the host longer than running them takes the device.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from vllm_ttt.worker.deltas.masters import Deltas
 from vllm_ttt.worker.step.head import Head
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
 from vllm_ttt.worker.step.qkv import Past
-from vllm_ttt.worker.step.update import update
+from vllm_ttt.worker.step.update import picked, update
 
 
 class Bench:
@@ -41,18 +42,40 @@ class Bench:
         torch.cuda.current_stream().wait_stream(self.stream)
 
 
+class Packed:
+    """Tensors of fixed shapes and dtypes one after the other in one buffer, so that one copy takes all of them."""
+
+    #: bytes: each begins at a multiple of it
+    ALIGNED = 16
+
+    def __init__(self, like: tuple[Tensor, ...]):
+        self.like = [(x.shape, x.dtype, x.numel() * x.element_size()) for x in like]
+        self.starts = list(itertools.accumulate((-(-n // self.ALIGNED) * self.ALIGNED for *_, n in self.like), initial=0))
+
+    def empty(self, **where: Any) -> Tensor:
+        """A buffer; ``where``: as torch.empty has it."""
+        return torch.empty(self.starts[-1], dtype=torch.uint8, **where)
+
+    def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        each = zip(self.like, self.starts[:-1], strict=True)
+        return tuple(buffer[first : first + n].view(dtype).view(shape) for (shape, dtype, n), first in each)
+
+
 @dataclass
 class Graph:
-    """A captured function of static inputs."""
+    """A captured function of static inputs, which lie in ``buffer``."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
+    packed: Packed
+    buffer: Tensor
     output: Tensor
 
     def __call__(self, *values: Tensor) -> Tensor:
         """Copy the host tensors ``values`` into the inputs and replay; the output is overwritten by the next call."""
-        for static, value in zip(self.inputs, values, strict=True):
-            static.copy_(value.pin_memory(), non_blocking=True)
+        host = self.packed.empty(pin_memory=True)
+        for place, value in zip(self.packed.views(host), values, strict=True):
+            place.copy_(value)
+        self.buffer.copy_(host, non_blocking=True)
         self.graph.replay()
         return self.output
 
@@ -157,14 +180,13 @@ class Compute:
                 self.graph_rows[shape] = self.rows_2SC
 
     def _step(self, past: Past | None, flat: Tensor, weight: Tensor, rows: Tensor, share: Tensor) -> Tensor:
-        state, grad = self.deltas.masters.select(rows), self.tail.zeros(len(rows))
-        served = state.delta.to(self.tail.head_VD.dtype)
+        masters, grad = self.deltas.masters, self.tail.zeros(len(rows))
+        served = picked(masters.delta, rows, self.tail.head_VD.dtype)
         self.rows_2SC = weight.new_empty(2, *weight.shape) if self.keep_rows else None
         loss_S = accumulate(self.tail, served, *self._gather(flat), weight, grad, past, self.rows_2SC)
-        new, ok_S, norm_MS = update(self.tail.norms, state, grad, loss_S, share, self.learn, self.max_loss, self.tail.ranks)
-        for x, part in zip(self.deltas.masters.tensors(), new.tensors(), strict=True):
-            x.index_copy_(0, rows, part)
-        return torch.cat((torch.stack((ok_S.float(), loss_S, new.rate_S)), norm_MS))
+        given = self.tail.norms, masters, rows, grad, loss_S, share, self.learn, self.max_loss, self.tail.ranks
+        ok_S, rate_S, norm_MS = update(*given)
+        return torch.cat((torch.stack((ok_S.float(), loss_S, rate_S)), norm_MS))
 
     def _base_loss(self, past: Past | None, flat: Tensor, weight: Tensor) -> Tensor:
         nothing = self.tail.zeros(len(flat), self.tail.head_VD.dtype)
@@ -177,8 +199,13 @@ class Compute:
 
     def _capture(self, function: Callable[..., Tensor], values: tuple[Tensor, ...], past: Past | None) -> Graph:
         """A graph of ``function``, whose inputs are ``values`` and the tensors of ``past``."""
+        given = (*values, *(() if past is None else past.tensors()))
+        packed = Packed(given)
         with torch.inference_mode(False):  # autograd keeps some of them
-            inputs = tuple(x.to(self.device) for x in (*values, *(() if past is None else past.tensors())))
+            buffer = packed.empty(device=self.device)
+            inputs = packed.views(buffer)
+            for place, value in zip(inputs, given, strict=True):
+                place.copy_(value)
         static = None if past is None else past.by(*inputs[len(values) :])
         run = lambda: function(static, *inputs[: len(values)])  # noqa: E731
         assert self.bench is not None
@@ -188,7 +215,7 @@ class Compute:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.bench.pool.id, stream=self.bench.stream):  # type: ignore[arg-type]
             output = run()
-        return Graph(graph, inputs, output)
+        return Graph(graph, packed, buffer, output)
 
 
 def _fitting(graphs: Iterable[Shape], flat: Tensor, source: PastSource | None) -> Shape | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_ttt.worker.delta import LayerDelta
 from vllm_ttt.worker.step import pointwise
 from vllm_ttt.worker.step.pointwise import Flow, Normed
-from vllm_ttt.worker.step.products import Back, Served, add_outer, linear, through
+from vllm_ttt.worker.step.products import Back, Served, add_outer, linear, through, through_joined
 
 if TYPE_CHECKING:
     from vllm_ttt.worker.step.micro_step import Tail
@@ -38,6 +38,8 @@ class Block:
     #: memory: it is there for its shape
     served: dict[str, Served] = field(default_factory=dict)
     back: dict[str, Back] = field(default_factory=dict)
+    #: by "o" and "d", [out + R, in]: the weight with A below it, where the model's own lies so (weights.py)
+    joined: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,12 +64,12 @@ def forward(
         delta: of this layer, in the tail's dtype.
         r_TD: residual stream that enters the layer, float32. a_TQ: its attention output, in the tail's dtype.
     """
-    dt, served, ranks = block.wo_DQ.dtype, block.served.get, tail.ranks
-    o_TD, ao_TR = linear(a_TQ, block.wo_DQ, tail.ao_RQ, delta.o, block.bo_D, S, served("o"), ranks)
+    dt, served, ranks, joined = block.wo_DQ.dtype, block.served.get, tail.ranks, block.joined.get
+    o_TD, ao_TR = linear(a_TQ, block.wo_DQ, tail.ao_RQ, delta.o, block.bo_D, S, served("o"), ranks, joined("o"))
     normed, x_TD = pointwise.norm(r_TD, o_TD, block.ln_D, block.eps, dt)
     gu_T2F, ax_TR = linear(x_TD, block.wgu_2FD, tail.ai_RD, delta.gu, block.bgu_2F, S, served("gu"))
     z_TF = pointwise.gated(gu_T2F, dt)
-    d_TD, az_TR = linear(z_TF, block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S, served("d"), ranks)
+    d_TD, az_TR = linear(z_TF, block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S, served("d"), ranks, joined("d"))
     return normed.r_TD, d_TD, Passed(ao_TR, normed, ax_TR, gu_T2F, az_TR)
 
 
@@ -82,15 +84,22 @@ def backward(block: Block | Tail, tail: Tail, delta: LayerDelta, grad: LayerDelt
     """
     dt, back = block.wo_DQ.dtype, block.back.get
     add_outer(grad.d, flow, saved.az_TR, S)
-    dz_TF = through(flow.low_TD, block.wd_DF, tail.ad_RF, delta.d, S, back("d"))
+    dz_TF = _through(block, "d", flow, block.wd_DF, tail.ad_RF, delta.d, S)
     dgu_T2F = pointwise.gated_backward(saved.gu_T2F, dz_TF)
     add_outer(grad.gu, Flow(dgu_T2F, dgu_T2F), saved.ax_TR, S)
     dx_TD = tail.ranks.sum(through(dgu_T2F.to(dt), block.wgu_2FD, tail.ai_RD, delta.gu, S, back("gu")))
-    flow = pointwise.norm_backward(flow.d_TD, dx_TD, block.ln_D, saved.normed, dt)
+    flow = pointwise.norm_backward(flow.d_TD, dx_TD, block.ln_D, saved.normed, dt, tail.room)
     add_outer(grad.o, flow, saved.ao_TR, S)
     return flow
 
 
 def attention_gradient(block: Block | Tail, tail: Tail, delta: LayerDelta, flow: Flow, S: int) -> Tensor:
     """From what `backward` returned: the gradient with respect to the attention output, [T, Q]."""
-    return through(flow.low_TD, block.wo_DQ, tail.ao_RQ, delta.o, S, block.back.get("o"))
+    return _through(block, "o", flow, block.wo_DQ, tail.ao_RQ, delta.o, S)
+
+
+def _through(block: Block | Tail, key: str, flow: Flow, w_DI: Tensor, a_RI: Tensor, b_SDR: Tensor | None, S: int) -> Tensor:
+    """Back through o_proj ("o") or down_proj ("d"): [T, I]."""
+    if (joined := block.joined.get(key)) is not None and b_SDR is not None:
+        return through_joined(flow, joined, b_SDR, S)
+    return through(flow.low_TD, w_DI, a_RI, b_SDR, S, block.back.get(key))

@@ -65,15 +65,13 @@ def _split_nll(end: Readout, logits_TV: Tensor, t_T: Tensor, backward: bool, top
 
     What the ranks know of their own columns is gathered: the losses have the same bits on all of them.
     """
-    parts, width = logits_TV.split(end.softmax_rows), logits_TV.shape[1]
+    parts, width, of = logits_TV.split(end.softmax_rows), logits_TV.shape[1], (end.logit_scale, end.soft_cap)
     at_T = t_T - end.first_token
-    mine_T, at_T = (at_T >= 0) & (at_T < width), at_T.clamp(0, max(width - 1, 0))
+    at_T = torch.where((at_T >= 0) & (at_T < width), at_T, -1)
     own_3T = torch.full((3, len(t_T)), -torch.inf, dtype=torch.float32, device=t_T.device)
     for known, part, at in zip(own_3T.split(end.softmax_rows, 1), parts, at_T.split(end.softmax_rows), strict=True):
         if width:
-            x, _ = _scaled(end, part)
-            known.copy_(torch.stack((torch.logsumexp(x, -1), x.gather(1, at[:, None])[:, 0], x.amax(-1))))
-    own_3T[1].masked_fill_(~mine_T, -torch.inf)
+            known.copy_(pointwise.known(part, at, *of))
     all_N3T = end.ranks.gather(own_3T)
     lse_T = torch.logsumexp(all_N3T[:, 0], 0)
     loss_T = lse_T - all_N3T[:, 1].amax(0)
@@ -81,18 +79,7 @@ def _split_nll(end: Readout, logits_TV: Tensor, t_T: Tensor, backward: bool, top
     for top, found in zip(tops, top_T.split(end.softmax_rows), strict=True):
         if top is not None:
             top.copy_(found)
-    each = zip(parts, *(x.split(end.softmax_rows) for x in (lse_T, mine_T, at_T)), strict=True)
-    for part, lse, mine, at in each if backward and width else ():
-        x, slope = _scaled(end, part)
-        x = (x - lse[:, None]).exp_().scatter_add_(1, at[:, None], -mine.float()[:, None])
-        part.copy_(x * end.logit_scale if slope is None else x * slope * end.logit_scale)
+    each = zip(parts, *(x.split(end.softmax_rows) for x in (at_T, lse_T)), strict=True)
+    for part, at, lse in each if backward and width else ():
+        pointwise.known_backward(part, at, lse, *of)
     return loss_T
-
-
-def _scaled(end: Readout, logits_TV: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits as the model has them, float32, and the slope of its soft cap."""
-    x = logits_TV.float()
-    if end.soft_cap is None:
-        return x * end.logit_scale, None
-    x = torch.tanh(x / end.soft_cap)
-    return x * end.soft_cap * end.logit_scale, 1 - x.square()

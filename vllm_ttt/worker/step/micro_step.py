@@ -58,6 +58,7 @@ class Tail:
     #: as in `Block`
     served: dict[str, Served] = field(default_factory=dict)
     back: dict[str, Back] = field(default_factory=dict)
+    joined: dict[str, Tensor] = field(default_factory=dict)
     bias_V: Tensor | None = None
     logit_scale: float = 1.0
     soft_cap: float | None = None
@@ -91,6 +92,11 @@ class Tail:
     @property
     def rank(self) -> int:
         return self.ao_RQ.shape[0]
+
+    @property
+    def room(self) -> int:
+        """Of `pointwise.norm_backward`."""
+        return self.rank if any(x.joined for x in self.blocks) else 0
 
     @property
     def vocabulary(self) -> int:
@@ -166,13 +172,14 @@ def accumulate(
         return loss_S
     assert dy_TD is not None
 
-    flow = pointwise.norm_backward(None, dy_TD, tail.lnf_D, normed, dt)
+    flow = pointwise.norm_backward(None, dy_TD, tail.lnf_D, normed, dt, tail.room)
     for i in reversed(range(len(blocks))):
         flow = block.backward(blocks[i], tail, delta.layer(i), grad.layer(i), passed.pop(), flow, S)
         if i:
             da_TQ = block.attention_gradient(blocks[i], tail, delta.layer(i), flow, S)
             assert past is not None
-            flow = qkv.backward(tail.attentions[i - tail.captured], tail.kernel, past, rotated.pop(), da_TQ, flow)
+            attention = tail.attentions[i - tail.captured]
+            flow = qkv.backward(attention, tail.kernel, past, rotated.pop(), da_TQ, flow, tail.room)
     return loss_S
 
 

@@ -33,6 +33,8 @@ class Flow(NamedTuple):
 
     d_TD: Tensor
     low_TD: Tensor
+    #: [T, D + room]: its first columns are ``low_TD``, the others are for what is multiplied beside it (`through_joined`)
+    roomy: Tensor | None = None
 
 
 def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.dtype) -> tuple[Normed, Tensor]:
@@ -44,13 +46,25 @@ def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.
     return Normed(r_TD, i_T1), (r_TD * i_T1 * ln_D).to(dt)
 
 
-def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Normed, dt: torch.dtype) -> Flow:
-    """``d_TD`` (None for 0), which goes past the norm, and ``dx_TD``, which goes through it."""
+def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Normed, dt: torch.dtype, room: int = 0) -> Flow:
+    """``d_TD`` (None for 0), which goes past the norm, and ``dx_TD``, which goes through it.
+
+    Args:
+        room: so many columns `Flow.roomy` has besides.
+    """
     if dx_TD.is_cuda:
-        return _cuda().norm_backward(d_TD, dx_TD, ln_D, normed, dt)
+        return _cuda().norm_backward(d_TD, dx_TD, ln_D, normed, dt, room)
     through = rms_backward(dx_TD * ln_D, normed.r_TD, normed.i_T1)
     d_TD = through if d_TD is None else d_TD + through
-    return Flow(d_TD, d_TD.to(dt))
+    low_TD, roomy = low_of(d_TD, dt, room)
+    low_TD.copy_(d_TD)
+    return Flow(d_TD, low_TD, roomy)
+
+
+def low_of(d_TD: Tensor, dt: torch.dtype, room: int) -> tuple[Tensor, Tensor]:
+    """Empty: the last two of a `Flow`."""
+    roomy = torch.empty(d_TD.shape[0], d_TD.shape[1] + room, dtype=dt, device=d_TD.device)
+    return roomy[:, : d_TD.shape[1]], roomy
 
 
 def rms_backward(g_TD: Tensor, x_TD: Tensor, inv_T1: Tensor) -> Tensor:
@@ -109,12 +123,8 @@ def nll(
     """
     if logits_TV.is_cuda:
         return _cuda().nll(logits_TV, t_T, scale, soft_cap, backward, top_T)
-    x, slope = logits_TV.float(), None
-    if soft_cap is not None:
-        x = torch.tanh(x / soft_cap)
-        slope = 1 - x.square()
-        x = x * soft_cap
-    x = torch.log_softmax(x * scale if scale != 1.0 else x, -1)
+    x, slope = _as_the_models(logits_TV, scale, soft_cap)
+    x = torch.log_softmax(x, -1)
     loss_T = -x.gather(1, t_T[:, None])[:, 0]
     if top_T is not None:
         top_T.copy_(-x.amax(-1))
@@ -126,6 +136,36 @@ def nll(
             x *= slope
         logits_TV.copy_(x)
     return loss_T
+
+
+def known(logits_TV: Tensor, at_T: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """What the logits of a part of the vocabulary say, [3, T]: their logsumexp, that at ``at_T`` (-inf where it is -1: the part
+    has it not), and the largest. The rest as for `nll`."""
+    if logits_TV.is_cuda:
+        return _cuda().known(logits_TV, at_T, scale, soft_cap)
+    x, _ = _as_the_models(logits_TV, scale, soft_cap)
+    own_T = x.gather(1, at_T.clamp(min=0)[:, None])[:, 0].masked_fill(at_T < 0, -torch.inf)
+    return torch.stack((torch.logsumexp(x, -1), own_T, x.amax(-1)))
+
+
+def known_backward(logits_TV: Tensor, at_T: Tensor, lse_T: Tensor, scale: float, soft_cap: float | None) -> None:
+    """Make logits of a part of the vocabulary their gradient, in place. ``lse_T``: of all parts."""
+    if logits_TV.is_cuda:
+        _cuda().known_backward(logits_TV, at_T, lse_T, scale, soft_cap)
+        return
+    x, slope = _as_the_models(logits_TV, scale, soft_cap)
+    x = (x - lse_T[:, None]).exp_().scatter_add_(1, at_T.clamp(min=0)[:, None], -(at_T >= 0).float()[:, None])
+    logits_TV.copy_(x * scale if slope is None else x * slope * scale)
+
+
+def _as_the_models(logits_TV: Tensor, scale: float, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits as the model has them, float32, and the slope of its soft cap."""
+    x, slope = logits_TV.float(), None
+    if soft_cap is not None:
+        x = torch.tanh(x / soft_cap)
+        slope = 1 - x.square()
+        x = x * soft_cap
+    return x * scale if scale != 1.0 else x, slope
 
 
 def scaled(x_TK: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,13 @@ HEADS = 8
 
 # No annotation but constexpr in a kernel: Triton looks any other name up among the globals, and does not compile.
 @triton.jit
-def _norm(r, y, ln, out, inv, x, D, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(r, y, ln, out, inv, x, D, y_stride, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * D
     n = tl.arange(0, BLOCK)
     inside = n < D
     v = tl.load(r + row + n, inside, 0.0).to(tl.float32)
     if HAS_Y:
-        v += tl.load(y + row + n, inside, 0.0).to(tl.float32)
+        v += tl.load(y + tl.program_id(0).to(tl.int64) * y_stride + n, inside, 0.0).to(tl.float32)
         tl.store(out + row + n, v, inside)
     i = 1.0 / tl.sqrt(tl.sum(v * v, 0) / D + eps)
     tl.store(inv + tl.program_id(0), i)
@@ -40,7 +40,7 @@ def _norm(r, y, ln, out, inv, x, D, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _norm_backward(d, dx, ln, r, inv, out, low, D, HAS_D: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_backward(d, dx, ln, r, inv, out, low, D, low_stride, HAS_D: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * D
     n = tl.arange(0, BLOCK)
     inside = n < D
@@ -51,7 +51,7 @@ def _norm_backward(d, dx, ln, r, inv, out, low, D, HAS_D: tl.constexpr, BLOCK: t
     if HAS_D:
         total += tl.load(d + row + n, inside, 0.0)
     tl.store(out + row + n, total, inside)
-    tl.store(low + row + n, total, inside)
+    tl.store(low + tl.program_id(0).to(tl.int64) * low_stride + n, total, inside)
 
 
 @triton.jit
@@ -159,6 +159,51 @@ def _logit(logits, n, inside, scale, cap, CAP: tl.constexpr):
 
 
 @triton.jit
+def _size(logits, V, scale, cap, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Logsumexp and largest of a row of logits. Each column of a block keeps a maximum and a sum of its own."""
+    most, total = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, V, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        x = _logit(logits, n, n < V, scale, cap, CAP)
+        more = tl.maximum(most, x)
+        total = tl.where(more == -float("inf"), 0.0, total * tl.exp(most - more) + tl.exp(x - more))
+        most = more
+    peak = tl.max(most, 0)
+    return peak + tl.log(tl.sum(total * tl.exp(most - peak), 0)), peak
+
+
+@triton.jit
+def _slopes(logits, target, size, V, scale, cap, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of logits becomes its gradient."""
+    for first in range(0, V, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        x = _logit(logits, n, n < V, scale, cap, CAP)
+        g = (tl.exp(x - size) - tl.where(n == target, 1.0, 0.0)) * scale
+        if CAP:
+            share = x / (scale * cap)
+            g *= 1.0 - share * share
+        tl.store(logits + n, g, n < V)
+
+
+@triton.jit
+def _known(logits, targets, out, V, stride, T, scale, cap, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * stride
+    target = tl.load(targets + row)
+    size, peak = _size(logits, V, scale, cap, CAP, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+    tl.store(out + row, size)
+    tl.store(out + T + row, _logit(logits, target, target >= 0, scale, cap, CAP))
+    tl.store(out + 2 * T + row, peak)
+
+
+@triton.jit
+def _known_backward(logits, targets, sizes, V, stride, scale, cap, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    target, size = tl.load(targets + row), tl.load(sizes + row)
+    _slopes(logits + row.to(tl.int64) * stride, target, size, V, scale, cap, CAP, BLOCK)
+
+
+@triton.jit
 def _nll(
     logits, targets, losses, tops, V, stride, scale, cap, CAP: tl.constexpr, TOPS: tl.constexpr, BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -166,28 +211,13 @@ def _nll(
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     target = tl.load(targets + row)
-    most, total = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, V, BLOCK):  # each column of the block keeps a maximum and a sum of its own
-        n = first + tl.arange(0, BLOCK)
-        x = _logit(logits, n, n < V, scale, cap, CAP)
-        more = tl.maximum(most, x)
-        total = tl.where(more == -float("inf"), 0.0, total * tl.exp(most - more) + tl.exp(x - more))
-        most = more
-    peak = tl.max(most, 0)
-    size = peak + tl.log(tl.sum(total * tl.exp(most - peak), 0))
+    size, peak = _size(logits, V, scale, cap, CAP, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
     tl.store(losses + row, size - _logit(logits, target, target < V, scale, cap, CAP))
     if TOPS:
         tl.store(tops + row, size - peak)
     if BACKWARD:
         tl.debug_barrier()  # nothing is overwritten before all have read
-        for first in range(0, V, BLOCK):
-            n = first + tl.arange(0, BLOCK)
-            x = _logit(logits, n, n < V, scale, cap, CAP)
-            g = (tl.exp(x - size) - tl.where(n == target, 1.0, 0.0)) * scale
-            if CAP:
-                share = x / (scale * cap)
-                g *= 1.0 - share * share
-            tl.store(logits + n, g, n < V)
+        _slopes(logits, target, size, V, scale, cap, CAP, BLOCK)
 
 
 @triton.jit
@@ -205,15 +235,17 @@ def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.
     T, D = r_TD.shape
     out = r_TD if y_TD is None else torch.empty_like(r_TD)
     inv, x = r_TD.new_empty(T, 1), torch.empty(T, D, dtype=dt, device=r_TD.device)
-    _norm[(T,)](r_TD, y_TD, ln_D, out, inv, x, D, eps, **_row(D, HAS_Y=y_TD is not None))
+    stride = D if y_TD is None else y_TD.stride(0)
+    _norm[(T,)](r_TD, y_TD, ln_D, out, inv, x, D, stride, eps, **_row(D, HAS_Y=y_TD is not None))
     return Normed(out, inv), x
 
 
-def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Normed, dt: torch.dtype) -> Flow:
-    (T, D), (r, inv) = dx_TD.shape, normed
-    out, low = torch.empty_like(r), torch.empty_like(r, dtype=dt)
-    _norm_backward[(T,)](d_TD, dx_TD.contiguous(), ln_D, r, inv, out, low, D, **_row(D, HAS_D=d_TD is not None))
-    return Flow(out, low)
+def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Normed, dt: torch.dtype, room: int = 0) -> Flow:
+    (T, D), (r, inv), out = dx_TD.shape, normed, torch.empty_like(normed.r_TD)
+    low, roomy = pointwise.low_of(r, dt, room)
+    given = d_TD, dx_TD.contiguous(), ln_D, r, inv, out, low, D, low.stride(0)
+    _norm_backward[(T,)](*given, **_row(D, HAS_D=d_TD is not None))
+    return Flow(out, low, roomy)
 
 
 def gated(gu_T2F: Tensor, dt: torch.dtype) -> Tensor:
@@ -263,6 +295,18 @@ def nll(
     if top_T is not None and tops is not None:
         top_T.copy_(tops)
     return losses
+
+
+def known(logits_TV: Tensor, at_T: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    (T, V), out = logits_TV.shape, torch.empty(3, len(at_T), device=logits_TV.device)
+    flags = dict[str, Any](CAP=soft_cap is not None, BLOCK=PIECE, num_warps=8)
+    _known[(T,)](logits_TV, at_T, out, V, logits_TV.stride(0), T, scale, soft_cap or 1.0, **flags)
+    return out
+
+
+def known_backward(logits_TV: Tensor, at_T: Tensor, lse_T: Tensor, scale: float, soft_cap: float | None) -> None:
+    (T, V), flags = logits_TV.shape, dict[str, Any](CAP=soft_cap is not None, BLOCK=PIECE, num_warps=8)
+    _known_backward[(T,)](logits_TV, at_T, lse_T, V, logits_TV.stride(0), scale, soft_cap or 1.0, **flags)
 
 
 def scaled(x_TK: Tensor) -> tuple[Tensor, Tensor]:

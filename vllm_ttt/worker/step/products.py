@@ -29,11 +29,20 @@ def linear(
     S: int,
     served: Served | None = None,
     ranks: Ranks = ALONE,
+    joined: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x (W + B A)^T + bias, [T, O], with x A^T [T, R] where there is a B; ``served`` in place of the product with W alone.
 
-    Of several ``ranks`` each has some columns of x, W and A. B, the bias and what is returned are whole.
+    Of several ``ranks`` each has some columns of x, W and A. B, the bias and what is returned are whole. ``joined`` [O + R, I]
+    is W with A below it, where they lie so: one product gives x W^T and x A^T, and one message of the ranks has both.
     """
+    if joined is not None and b_SOR is not None:
+        both_TX = x_TI @ joined.T
+        y_TO, xa_TR = both_TX.split(b_SOR.shape[1:], 1)
+        _add(y_TO.unflatten(0, (S, -1)), xa_TR.unflatten(0, (S, -1)), b_SOR.transpose(1, 2))
+        both_TX = ranks.sum(both_TX)
+        y_TO, xa_TR = both_TX.split(b_SOR.shape[1:], 1)
+        return y_TO if bias_O is None else y_TO.add_(bias_O), xa_TR
     y_TO, xa_TR = x_TI @ w_OI.T if served is None else served(x_TI), None
     y_TO = y_TO if y_TO.is_cuda else y_TO.float()
     if b_SOR is not None and a_RI is not None:
@@ -56,12 +65,20 @@ def through(d_TO: Tensor, w_OI: Tensor, a_RI: Tensor | None, b_SOR: Tensor | Non
     return dx_TI
 
 
+def through_joined(flow: Flow, joined: Tensor, b_SOR: Tensor, S: int) -> Tensor:
+    """As `through`, of W and A that lie in one piece of memory, and of a gradient with room for its product with B."""
+    assert flow.roomy is not None
+    d_SCO, db_SCR = flow.roomy.unflatten(0, (S, -1)).split(b_SOR.shape[1:], 2)
+    torch.bmm(d_SCO, b_SOR, out=db_SCR)
+    return flow.roomy @ joined
+
+
 def add_outer(g_SOR: Tensor | None, flow: Flow, x_TR: Tensor | None, S: int) -> None:
     """g += d^T x, per session, g in float32; nothing where the module is not adapted."""
     if g_SOR is None or x_TR is None:
         return
-    x_SCR = x_TR.view(S, -1, x_TR.shape[1])
-    split = lambda d_TO: d_TO.view(S, -1, d_TO.shape[1]).transpose(1, 2)  # noqa: E731
+    x_SCR = x_TR.unflatten(0, (S, -1))
+    split = lambda d_TO: d_TO.unflatten(0, (S, -1)).transpose(1, 2)  # noqa: E731
     if x_TR.is_cuda:
         torch.baddbmm(g_SOR, split(flow.low_TD), x_SCR, out_dtype=torch.float32, out=g_SOR)
     else:

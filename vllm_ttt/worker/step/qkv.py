@@ -120,11 +120,15 @@ def forward(
     return normed.r_TD, out_THE.flatten(1), Rotated(normed, own, turned, attended, layer)
 
 
-def backward(w: QKV, kernel: Attention, past: Past, saved: Rotated, da_TQ: Tensor, flow: Flow) -> Flow:
-    """The gradient with respect to the residual stream: that which comes through the attention, and ``flow``, past it."""
+def backward(w: QKV, kernel: Attention, past: Past, saved: Rotated, da_TQ: Tensor, flow: Flow, room: int = 0) -> Flow:
+    """The gradient with respect to the residual stream: that which comes through the attention, and ``flow``, past it.
+
+    Args:
+        room: of `pointwise.norm_backward`.
+    """
     dt, E = w.wqkv_XD.dtype, w.head
     da_THE = da_TQ.to(dt).unflatten(-1, (-1, E))
     heads = kernel.backward(saved.own, past.served(saved.layer, dt), past.layout, w.scale, da_THE, saved.attended)
     d_TX = pointwise.turn_backward(w, saved.turned, heads, dt)
     dx_TD = w.ranks.sum(through(d_TX, w.wqkv_XD, None, None, 1, w.back))
-    return pointwise.norm_backward(flow.d_TD, dx_TD, w.ln_D, saved.normed, dt)
+    return pointwise.norm_backward(flow.d_TD, dx_TD, w.ln_D, saved.normed, dt, room)

@@ -162,17 +162,20 @@ def build_tail(
     reader = Reader(norm.dtype, step_dtype(norm.dtype, norm.device), ways)
     first_token, own = vocabulary_of(modules.lm_head, vocab, ranks)
     head = reader.weight(modules.lm_head, "lm_head", own)
-    *lower, last = (_block(layer, reader) for layer in modules.layers)
-    _share_norms([*lower, last], ranks)
-    attentions = tuple(_qkv(layer, reader, max_model_len, ranks) for layer in modules.attending)
     drawn: dict[int, Tensor] = {}
 
-    def projection(width: int, part: Ranks) -> Tensor:
-        """A of modules with so many inputs on each rank of ``part``."""
-        whole = make_projection(width * part.size, adapt.rank, adapt.seed).to(norm).to(reader.products)
-        drawn[width * part.size] = whole = ranks.same(whole)
+    def projection(layer: Any, part: Ranks) -> Tensor:
+        """A of modules like ``layer``, of which each rank of ``part`` has some inputs."""
+        width = weights.shape(layer)[1] * part.size
+        whole = make_projection(width, adapt.rank, adapt.seed).to(norm).to(reader.products)
+        drawn[width] = whole = ranks.same(whole)
         return part.part(whole, 1).contiguous()
 
+    lowest = modules.layers[0]
+    ao, ai, ad = projection(lowest.o_proj, ranks), projection(lowest.gate_up_proj, ALONE), projection(lowest.down_proj, ranks)
+    *lower, last = (_block(layer, reader, {"o": ao, "d": ad}) for layer in modules.layers)
+    _share_norms([*lower, last], ranks)
+    attentions = tuple(_qkv(layer, reader, max_model_len, ranks) for layer in modules.attending)
     if reader.errors:
         logger.info(
             "vllm-ttt: read the weights of %d quantised layers through their products; products with them differ from what is "
@@ -185,9 +188,9 @@ def build_tail(
         head_VD=head,
         lnf_D=norm.float(),
         eps_f=modules.final_norm.variance_epsilon,
-        ao_RQ=projection(last.wo_DQ.shape[1], ranks),
-        ai_RD=projection(last.wgu_2FD.shape[1], ALONE),
-        ad_RF=projection(last.wd_DF.shape[1], ranks),
+        ao_RQ=ao,
+        ai_RD=ai,
+        ad_RF=ad,
         logit_scale=model.logits_processor.scale,
         soft_cap=model.logits_processor.soft_cap,
         lower=tuple(lower),
@@ -273,17 +276,21 @@ class Frozen:
     back: Back | None
 
 
-def _block(layer: LayerModules, reader: Reader) -> Block:
+def _block(layer: LayerModules, reader: Reader, below: dict[str, Tensor]) -> Block:
+    """``below``: A of the modules whose weight it is to lie below, where `weights.joins` says so."""
     parts = {"o": layer.o_proj, "gu": layer.gate_up_proj, "d": layer.down_proj}
     wo, wgu, wd = dense = [reader.weight(part, layer.names[key]) for key, part in parts.items()]
     F = wd.shape[1]
     norm = lambda w: torch.linalg.vector_norm(w.float()).item()  # noqa: E731
     bo, bgu, bd = map(reader.bias, parts.values())
     frozen = {key: reader.frozen(part, w, layer.names[key]) for (key, part), w in zip(parts.items(), dense, strict=True)}
+    joins = lambda key: weights.joins(parts[key], reader.products, reader.ways)  # noqa: E731
+    joined = {key: weights.joined(parts[key], a) for key, a in below.items() if joins(key)}
+    weight = lambda key: joined[key][: len(dense[0])] if key in joined else frozen[key].weight  # noqa: E731
     return Block(
-        wo_DQ=frozen["o"].weight,
-        wgu_2FD=frozen["gu"].weight,
-        wd_DF=frozen["d"].weight,
+        wo_DQ=weight("o"),
+        wgu_2FD=weight("gu"),
+        wd_DF=weight("d"),
         ln_D=layer.norm.weight.data.float(),
         eps=layer.norm.variance_epsilon,
         norm={"o": norm(wo), "g": norm(wgu[:F]), "u": norm(wgu[F:]), "d": norm(wd)},
@@ -292,6 +299,7 @@ def _block(layer: LayerModules, reader: Reader) -> Block:
         bd_D=bd,
         served={key: x.served for key, x in frozen.items() if x.served is not None},
         back={key: x.back for key, x in frozen.items() if x.back is not None},
+        joined=joined,
     )
 
 

@@ -1,11 +1,13 @@
 """The optimiser of the micro-step: a rate that sets itself, Newton-Schulz through the Gram matrix, decay and trust region.
 
 The algorithm is docs/algorithm.md; `vllm_ttt.eval.oracle` is the plain loop that this file is held to. What passes over whole
-matrices is plain torch here, and on CUDA three kernels (update_cuda.py). Suffixes as in delta.py; SMOR may be SNFR.
+matrices is plain torch here, and on CUDA four kernels (update_cuda.py), which read and write the masters where they are.
+Suffixes as in delta.py; SMOR may be SNFR; P rows of the masters, of which ``rows_S`` are those of the sessions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,9 @@ from vllm_ttt.worker.ranks import ALONE, Ranks
 #: Between which a rate stays, and by how much one chunk moves its logarithm at most (docs/algorithm.md).
 RATES = 1e-5, 0.1
 LARGEST_MOVE = 0.5
+#: Into how many parts the rows of a matrix are cut for its Gram matrix, where they can be: few matrices would keep few
+#: processors busy.
+GRAM_PARTS = 8
 
 
 class Norms:
@@ -32,27 +37,29 @@ class Norms:
 
 def update(
     norms: Norms,
-    state: State,
+    masters: State,
+    rows_S: Tensor,
     grad: Delta,
     loss_S: Tensor,
     share_S: Tensor,
     learn: LearnConfig,
     max_loss: float,
     ranks: Ranks = ALONE,
-) -> tuple[State, Tensor, Tensor]:
-    """One step of the optimiser for each session, as new tensors; nothing is changed in place.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of the optimiser for some sessions, in place.
 
     Args:
+        masters: of P sessions. rows_S: int64, which of them; what may occur twice is a row whose gradient is 0.
         grad: the gradient of the chunk's mean loss, float32.
         loss_S: that loss in nats. share_S: the chunk's rows / rows of a full chunk.
         max_loss: nats; a session whose loss is larger, or whose gradient is not finite, keeps all as it is.
-        ranks: each has the thin matrices whole, and its rows of the wide ones. The first rank's thin matrices, rates and
-            decisions are everybody's, bit for bit.
+        ranks: each has the thin matrices whole, and its rows of the wide ones. Thin matrices, rates and decisions have the
+            same bits on all.
     Returns:
-        the new state; [S] bool, whether the session was updated; [modules, S], norms of B relative to W by adapted module, of
-        the layer in which they are largest.
+        [S] bool, whether the session was updated; [S], its rate from now on; [modules, S], norms of B relative to W by adapted
+        module, of the layer in which they are largest.
     """
-    sums = [_sums(g, u) for g, u in zip(grad.tensors(), state.last.tensors(), strict=True)]
+    sums = [_sums(g, last, rows_S) for g, last in zip(grad.tensors(), masters.last.tensors(), strict=True)]
     finite_S = torch.isfinite(loss_S)
     for whole_S, _ in sums:
         finite_S = finite_S & torch.isfinite(whole_S)
@@ -61,21 +68,29 @@ def update(
         finite_S = ranks.gather(finite_S.float()).amin(0) > 0
     ok_S = finite_S & (loss_S <= max_loss)
     # A gradient that is not finite stays what it is: all below is by session, and of that session nothing below is kept.
-    rate_S = ranks.same(_adapted(state.rate_S, [squares for _, squares in sums], learn.adapt_rate, ranks))
-    kept_S = 1 - learn.decay * share_S
-    new, last, sizes = [], [], []
-    for b, g, old, norm, rows in zip(
-        state.delta.tensors(), grad.tensors(), state.last.tensors(), (norms.thin_M, norms.wide_N), (ALONE, ranks), strict=True
-    ):
-        u = orthogonalise(g.flatten(0, 1), rows).view_as(g)
-        length, stepped, before = _lengths(b, u, kept_S, (rate_S * share_S)[:, None] * norm, rows)
+    before_S = masters.rate_S.index_select(0, rows_S)
+    rate_S = ranks.same(_adapted(before_S, [squares for _, squares in sums], learn.adapt_rate, ranks))
+    kept_S, sizes, writes = 1 - learn.decay * share_S, [], []
+    matrices = zip(masters.delta.tensors(), grad.tensors(), masters.last.tensors(), strict=True)
+    for (b, g, last), norm, wide in zip(matrices, (norms.thin_M, norms.wide_N), (False, True), strict=True):
+        u = orthogonalise(g.flatten(0, 1), ranks).view_as(g) if wide else _shared(g, ranks)
+        far = (rate_S * share_S)[:, None] * norm
+        sums_3SM = torch.stack(_lengths(b, rows_S, u, kept_S, far, ranks if wide else ALONE))
+        length, stepped, before = sums_3SM if wide else ranks.same(sums_3SM)
         excess = (stepped / (learn.max_norm * norm)).clamp(min=1.0)
-        size = torch.where(ok_S[:, None], stepped / excess, before) / norm
-        own = *_written(ok_S, b, u, old, kept_S[:, None] / excess, length / excess), size
-        own = own if rows is ranks else tuple(map(ranks.same, own))
-        for found, x in zip((new, last, sizes), own, strict=True):
-            found.append(x)
-    return state.by(*new, *last, torch.where(ok_S, rate_S, state.rate_S)), ok_S, _largest(grad.modules, *sizes)
+        sizes.append(torch.where(ok_S[:, None], stepped / excess, before) / norm)
+        writes.append((ok_S, b, rows_S, u, last, kept_S[:, None] / excess, length / excess))
+    for write in writes:  # last, so that whatever fails before leaves all as it was
+        _write(*write)
+    rate_S = torch.where(ok_S, rate_S, before_S)
+    masters.rate_S.index_copy_(0, rows_S, rate_S)
+    return ok_S, rate_S, _largest(grad.modules, *sizes)
+
+
+def picked(masters: Delta, rows_S: Tensor, dtype: torch.dtype) -> Delta:
+    """A copy of some sessions' in ``dtype``, in the given order."""
+    pick = _cuda().picked if rows_S.is_cuda else lambda x, rows, dtype: x.index_select(0, rows).to(dtype)
+    return masters.by(*(pick(x, rows_S, dtype) for x in masters.tensors()))
 
 
 def orthogonalise(g_BOR: Tensor, ranks: Ranks = ALONE) -> Tensor:
@@ -89,7 +104,7 @@ def orthogonalise(g_BOR: Tensor, ranks: Ranks = ALONE) -> Tensor:
     Args:
         ranks: each has some rows O of each matrix.
     """
-    gram = ranks.sum(torch.bmm(g_BOR.transpose(1, 2), g_BOR)).double()
+    gram = ranks.sum(_gram(g_BOR)).double()
     trace_B11 = gram.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=1e-60)[:, None, None]
     s, eye = gram / trace_B11, torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     p = None
@@ -101,33 +116,53 @@ def orthogonalise(g_BOR: Tensor, ranks: Ranks = ALONE) -> Tensor:
     return torch.bmm(g_BOR, (p * trace_B11.rsqrt()).to(g_BOR.dtype))
 
 
-def _sums(g_SMOR: Tensor, u_SMOR: Tensor) -> tuple[Tensor, Tensor]:
+def _gram(g_BOR: Tensor) -> Tensor:
+    """G^T G, [B, R, R]."""
+    parts = math.gcd(g_BOR.shape[1], GRAM_PARTS)
+    g = g_BOR.unflatten(1, (parts, -1)).flatten(0, 1)
+    return torch.bmm(g.transpose(1, 2), g).unflatten(0, (-1, parts)).sum(1)
+
+
+def _shared(g_SMOR: Tensor, ranks: Ranks) -> Tensor:
+    """`orthogonalise` of matrices that each rank has whole: each does some, where they can be dealt out."""
+    if g_SMOR.shape[1] % ranks.size:
+        return ranks.same(orthogonalise(g_SMOR.flatten(0, 1)).view_as(g_SMOR))
+    own = ranks.part(g_SMOR, 1)
+    return ranks.gather(orthogonalise(own.flatten(0, 1)).view_as(own)).transpose(0, 1).flatten(1, 2)
+
+
+def _sums(g_SMOR: Tensor, last_PMOR: Tensor, rows_S: Tensor) -> tuple[Tensor, Tensor]:
     """Of a gradient and the last update: [S], the sum of g, which is not finite where g is not; [3, S, M], the sums of g², g u
     and u² over this rank's rows. Float32."""
     if g_SMOR.is_cuda:
-        return _cuda().sums(g_SMOR, u_SMOR)
-    u = u_SMOR.float()
+        return _cuda().sums(g_SMOR, last_PMOR, rows_S)
+    u = last_PMOR[rows_S].float()
     return g_SMOR.sum((1, 2, 3)), torch.stack((_squares(g_SMOR), (g_SMOR * u).sum((2, 3)), _squares(u)))
 
 
-def _lengths(b_SMOR: Tensor, u_SMOR: Tensor, kept_S: Tensor, far_SM: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+def _lengths(
+    b_PMOR: Tensor, rows_S: Tensor, u_SMOR: Tensor, kept_S: Tensor, far_SM: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
     """Before a step of length ``far_SM`` along -u from what is kept of b, [S, M] each: by what u is to be multiplied; the norm
     of b after the step, and before. Each rank has some rows of the matrices."""
-    if b_SMOR.is_cuda:
-        return _cuda().lengths(b_SMOR, u_SMOR, kept_S, far_SM, ranks)
+    if u_SMOR.is_cuda:
+        return _cuda().lengths(b_PMOR, rows_S, u_SMOR, kept_S, far_SM, ranks)
+    b_SMOR = b_PMOR[rows_S]
     norm = lambda x: ranks.total(_squares(x)).sqrt()  # noqa: E731
     length_SM = far_SM / (norm(u_SMOR) + 1e-12)
     return length_SM, norm(_stepped(b_SMOR, u_SMOR, kept_S[:, None], length_SM)), norm(b_SMOR)
 
 
-def _written(
-    ok_S: Tensor, b_SMOR: Tensor, u_SMOR: Tensor, last_SMOR: Tensor, kept_SM: Tensor, length_SM: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As new tensors: kept b - length u and u, in the dtype of ``last_SMOR``; of a session that is not ok, b and last."""
-    if b_SMOR.is_cuda:
-        return _cuda().written(ok_S, b_SMOR, u_SMOR, last_SMOR, kept_SM, length_SM)
-    ok, stepped = ok_S[:, None, None, None], _stepped(b_SMOR, u_SMOR, kept_SM, length_SM)
-    return torch.where(ok, stepped, b_SMOR), torch.where(ok, u_SMOR.to(last_SMOR.dtype), last_SMOR)
+def _write(
+    ok_S: Tensor, b_PMOR: Tensor, rows_S: Tensor, u_SMOR: Tensor, last_PMOR: Tensor, kept_SM: Tensor, length_SM: Tensor
+) -> None:
+    """Make b kept b - length u, and last u; of a session that is not ok they stay."""
+    if u_SMOR.is_cuda:
+        _cuda().write(ok_S, b_PMOR, rows_S, u_SMOR, last_PMOR, kept_SM, length_SM)
+        return
+    ok, b_SMOR = ok_S[:, None, None, None], b_PMOR[rows_S]
+    b_PMOR.index_copy_(0, rows_S, torch.where(ok, _stepped(b_SMOR, u_SMOR, kept_SM, length_SM), b_SMOR))
+    last_PMOR.index_copy_(0, rows_S, torch.where(ok, u_SMOR.to(last_PMOR.dtype), last_PMOR[rows_S]))
 
 
 def _cuda() -> Any:

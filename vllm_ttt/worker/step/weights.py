@@ -74,6 +74,24 @@ def dense(layer: Any, dtype: torch.dtype, rows: int | None = None) -> Tensor:
         return torch.cat(found, 1)
 
 
+def joins(layer: Any, dtype: torch.dtype, ways: str) -> bool:
+    """Whether A is to lie below the weight: on CUDA, where the step in ``dtype`` multiplies with the model's own. ``ways``:
+    `learn.fp8`."""
+    if ways != "none" or not is_shared(layer, dtype):
+        return False
+    weight = _base(layer).weight
+    return weight.is_cuda and weight.is_contiguous()
+
+
+def joined(layer: Any, a_RI: Tensor) -> Tensor:
+    """[out + R, in]: the model's own weight, moved, with ``a_RI`` below it. The layer has the first rows of it from now on, and
+    multiplies with the same numbers."""
+    layer = _base(layer)
+    whole = torch.cat((layer.weight.data, a_RI))
+    layer.weight.data = whole[: layer.weight.shape[0]]
+    return whole
+
+
 def probe(layer: Any) -> float:
     """What stands for 1 in the identity. A layer whose inputs have one scale for all would round 1, or cut it off."""
     scale = getattr(layer, "input_scale", None)
