@@ -28,6 +28,7 @@ MODULES, RUNS = 12, 5
 NO = torch.tensor([False])
 #: Sizes of the kernels that are tried: those of gpu_kernels.py by these names.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "beside": {"PER": (1, 2, 3, 4, 6), "BLOCK_K": (64, 128)},
     "decodes": {"BYTES": (2**11, 2**12, 2**13, 2**14), "WARPS": (1, 2, 4)},
     "prompts": {"MANY_M": (64, 128), "MANY_N": (64, 128), "MANY_TIMES": (2, 4), "MANY_WARPS": (4, 8)},
 }

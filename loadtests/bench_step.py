@@ -181,6 +181,7 @@ def main() -> None:
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 step.gradient()
+                step.advance()
                 peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else 0.0
                 gradient = timed(captured(step.gradient, device), device, args.runs)
                 advance = timed(captured(step.advance, device), device, args.runs)

@@ -38,9 +38,11 @@ def test_the_update_is_the_cpus(rank: int) -> None:
     short chunk; again, and replayed from a graph, it is the same."""
     from vllm_ttt.worker.step.update import Norms, update
 
+    rows = torch.arange(5), torch.arange(5).cuda()
+
     def stepped(norms: Norms, state: State, *args: Any) -> tuple[State, torch.Tensor, torch.Tensor]:
         masters = state.by(*(x.clone() for x in state.tensors()))
-        ok, _, sizes = update(norms, masters, torch.arange(5).to(state.rate_S.device), *args)
+        ok, _, sizes = update(norms, masters, rows[state.rate_S.is_cuda], *args)
         return masters, ok, sizes
 
     scale = torch.tensor([1e-3, 100.0, 1e-3, 1e-3, 1e-3])[:, None, None, None]

@@ -76,6 +76,21 @@ class Hooks(TTTWorkerMixin):
         return {key: session.version for key, session in self.trainer.deltas.sessions.items()}
 
 
+def test_chunks_of_a_step_have_no_more_before_them_than_there_is_room_for() -> None:
+    """One always goes, whatever comes before it; others join where that is not too much."""
+    worker = Hooks()
+    worker.trainer.cache, worker.trainer.compute.pasts = Any, 1000  # type: ignore[assignment]
+    for key in range(4):
+        worker.start(f"r{key}", key, 1)
+        worker.batch((f"r{key}", 0, CHUNK + 1))
+    for chunk, first in zip(worker.backlog.heads(), (1000, 0, 900, 101), strict=True):
+        chunk.first = first
+    pick = lambda *keys: [t.chunk.session for t in worker.trainer._pick(2048, frozenset(keys), True)]  # noqa: E731
+    assert pick() == [0, 1], "no room for the others is left"
+    assert pick(2) == [2, 1]
+    assert pick(3) == [3, 1]
+
+
 def lost(worker: Hooks) -> list[tuple[int, str, int]]:
     """(session, why, tokens) of what has been given up."""
     return [(c.session, c.skipped, c.tokens) for c in worker.trainer.take_report().chunks if c.skipped is not None]

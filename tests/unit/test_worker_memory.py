@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,9 +54,26 @@ def test_weights_that_the_step_has_for_itself_are_counted() -> None:
     """On a CPU without 16-bit products: float32 beside the model's bfloat16. (`weights.copied` says how much that is.)"""
     config = parse_config({"adapt": {"layers": 1, "rank": R}, "sessions": {"resident": 3}})
     geometry = Geometry(layer=1, rank=R, seed=0, hidden=D, attention=Q, feed_forward=F)
-    own, shared = (memory.needs(geometry, config, N, 2, V, 512, itemsize, 4, more) for itemsize, more in ((4, 1000), (2, 0)))
+    own, shared = (
+        memory.needs(geometry, config, N, 2, V, 512, itemsize, False, more) for itemsize, more in ((4, 1000), (2, 0))
+    )
     copies = next(size for what, size in own.items() if what.startswith("copies of the weights of the adapted layers"))
     assert copies == 1000
     workspace = "fixed projections and the workspace of the loss"
     assert own[workspace] == 2 * shared[workspace]
     assert sum(own.values()) == sum(shared.values()) + copies + shared[workspace]
+
+
+def test_a_step_of_a_gpu_has_twice_as_many_tokens_and_counts_what_it_has_at_a_time() -> None:
+    """More for more layers, for a longer context once, however many sessions take part, and for the gradients of each."""
+    config = parse_config({"sessions": {"resident": 64}})
+    assert (memory.tile(config, False), memory.tile(config, True)) == (512, 1024)
+    geometry = Geometry(layer=0, rank=64, seed=0, hidden=4096, attention=4096, feed_forward=12288, layers=36, keys=1024)
+    geometry = replace(geometry, modules=("o_proj", "down_proj"))
+    small, large = (memory.step_bytes(geometry, config, 2, 2048, cuda) for cuda in (False, True))
+    assert small < large < 2 * small
+    # A replayed step of 1,024 tokens of two sessions took 4.65 GiB on an H200 (loadtests/bench_step.py); eight sessions have
+    # six more gradients, and B, of 113 MB each.
+    assert 4.65 * 2**30 + 6 * geometry.bytes < large < 1.3 * (4.65 * 2**30 + 6 * geometry.bytes)
+    longer = memory.step_bytes(geometry, config, 2, 4096, True)
+    assert longer - large == 2048 * 3 * 2 * (1024 + 4096) * 2

@@ -9,6 +9,12 @@ from vllm_ttt.worker.step.loss import LOSS_ROWS
 
 #: Left for what CUDA itself keeps of the graphs of the step, in bytes: an allowance, not a measurement.
 GRAPHS = 2**30
+#: On CUDA a step has so many times schedule.tokens_per_step tokens while nobody is served: of one of 512 tokens half of the
+#: kernels are too small for the device (docs/cost.md).
+ALONE = 2
+#: Bytes of each number of B in a session's master: B, and its last update. What the optimiser makes of one: its direction, on
+#: several ranks from parts of it, and on a CPU some products of torch.
+BYTES_OF_A_NUMBER, OPTIMISER = 6, 32
 #: A tile counts as at least so many tokens: reading a session's B and one step of its optimiser cost as much.
 SMALLEST_SHARE = 128
 
@@ -16,6 +22,11 @@ SMALLEST_SHARE = 128
 def pages(config: TTTConfig) -> int:
     """Pages of the backlog: those of ``backlog_tokens``, and an open one for each session that may be served."""
     return max(1, config.schedule.backlog_tokens // config.learn.chunk) + config.sessions.resident
+
+
+def tile(config: TTTConfig, cuda: bool) -> int:
+    """Most tokens of a step."""
+    return config.schedule.tokens_per_step * (ALONE if cuda else 1)
 
 
 def begins_at_embedding(geometry: Geometry, config: TTTConfig) -> bool:
@@ -32,7 +43,7 @@ def needs(
     vocab: int,
     max_model_len: int,
     step_itemsize: int,
-    kept: int = 4,
+    cuda: bool = False,
     copied: int = 0,
 ) -> dict[str, int]:
     """Bytes that live as long as the worker, by what they are for; the layers' LoRA slots are vLLM's own and not among them.
@@ -40,7 +51,7 @@ def needs(
     Args:
         geometry: of a delta.
         max_tokens: rows of the capture buffers. itemsize: bytes of a number in the model's dtype.
-        step_itemsize: in that of the step's matrix products. kept: as for `step_bytes`.
+        step_itemsize: in that of the step's matrix products.
         copied: bytes of the weights that the step has for itself.
     """
     D, Q, F, rows = geometry.hidden, geometry.attention, geometry.feed_forward, config.sessions.resident
@@ -68,32 +79,40 @@ def needs(
     if geometry.layers > 1:
         parts |= {
             "a step over several layers (adapt.layers, schedule.tokens_per_step, --max-model-len)": (
-                step_bytes(geometry, config, step_itemsize, max_model_len, kept)
+                step_bytes(geometry, config, step_itemsize, max_model_len, cuda)
             ),
         }
     return parts
 
 
-def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int, kept: int = 4) -> int:
-    """What a step over several layers keeps from its forward for its backward, and gradients and new states of its sessions.
+def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int, cuda: bool = False) -> int:
+    """What a step over several layers has at a time, at most: what its forward keeps for its backward, with the gradients of
+    its sessions, or what the optimiser makes of those.
 
     Args:
-        itemsize: bytes of a number in the step's matrix products. kept: in what such a product gives (step/products.py).
+        itemsize: bytes of a number in the step's matrix products.
     """
-    D, Q, F, tokens = geometry.hidden, geometry.attention, geometry.feed_forward, config.schedule.tokens_per_step
+    D, Q, F, tokens = geometry.hidden, geometry.attention, geometry.feed_forward, tile(config, cuda)
+    kept = itemsize if cuda else 4  # what a product gives (step/products.py); and x A^T keeps the product beside it there
     X = Q + 2 * geometry.keys
-    layer = 4 * 2 * D + kept * 2 * (F + X) + itemsize * (X + Q + 3 * geometry.rank)
+    layer = 4 * 2 * D + kept * 2 * (F + X) + itemsize * (X + Q + 3 * geometry.rank + (2 * D if cuda else 0))
     once = 4 * 4 * D + kept * 4 * F + itemsize * X
-    sessions = max(1, tokens // SMALLEST_SHARE)
-    packed = packed_bytes(geometry, config, itemsize, max_model_len)
-    return tokens * (geometry.layers * layer + once) + packed + 4 * sessions * geometry.bytes
+    passes = tokens * (geometry.layers * layer + once) + packed_bytes(geometry, config, itemsize, max_model_len, cuda)
+    numbers = max(1, tokens // SMALLEST_SHARE) * geometry.bytes // BYTES_OF_A_NUMBER
+    given = numbers * (4 + itemsize)  # the gradient, and B for the products
+    return given + max(passes, numbers * OPTIMISER)
 
 
-def packed_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int) -> int:
+def packed_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_len: int, cuda: bool = False) -> int:
     """What the sessions of a step attend to, one layer at a time: keys and values as they are packed, as each of their queries'
     heads sees them, and their gradients."""
-    sessions = max(1, config.schedule.tokens_per_step // SMALLEST_SHARE)
-    return sessions * max_model_len * 3 * 2 * (geometry.keys + geometry.attention) * itemsize
+    rows = past_rows(max_model_len) + tile(config, cuda)
+    return rows * 3 * 2 * (geometry.keys + geometry.attention) * itemsize
+
+
+def past_rows(max_model_len: int) -> int:
+    """How many tokens may come before the chunks of one step, together: as many as before any chunk alone."""
+    return max_model_len
 
 
 def check(parts: dict[str, int], left: int) -> None:

@@ -107,13 +107,13 @@ class TTTWorkerMixin(Answers):
                 "serving faster too",
                 model.dtype,
             )
-        kept = products.itemsize if self.device.type == "cuda" else 4
+        cuda = self.device.type == "cuda"
         tokens = -(-model.get_vocab_size() // self.ranks.size)
-        sizes = (model.dtype.itemsize, tokens, model.max_model_len, products.itemsize, kept)
+        sizes = (model.dtype.itemsize, tokens, model.max_model_len, products.itemsize, cuda)
         needs = memory.needs(own, config, max_tokens, *sizes, site.copied(products))
-        step = memory.step_bytes(own, config, products.itemsize, model.max_model_len, kept)
-        packed = memory.packed_bytes(own, config, products.itemsize, model.max_model_len)
-        if site.attentions and self.device.type == "cuda":
+        step = memory.step_bytes(own, config, products.itemsize, model.max_model_len, cuda)
+        packed = memory.packed_bytes(own, config, products.itemsize, model.max_model_len, cuda)
+        if site.attentions and cuda:
             needs["what such a step attends to, where no graph fits (--max-model-len)"] = packed
             needs["the graphs of such steps"] = memory.GRAPHS
         if below := site.below(geometry.rank, products):
@@ -133,14 +133,16 @@ class TTTWorkerMixin(Answers):
         self.cache = KVCache(site.attentions, dtype) if site.attentions else None
         tried = config.guard.probe_tokens if config.guard.every else 1
         self.probe = Probe(tried, self.capture.h_ND, self.capture.a_NQ, self.cache)
-        self.trainer = Trainer(tail, config, self.backlog, deltas, slots, self.probe, self.cache)
+        self.trainer = Trainer(
+            tail, config, self.backlog, deltas, slots, self.probe, self.cache, memory.past_rows(model.max_model_len)
+        )
         vault = Vault.of(config.sessions.key_file)
         self.files = Files(self.trainer, geometry, served_name(model), vault, config.cache)
         if self.trainer.caches.on:
             self.ttt_mix(self.trainer.caches)
         site.serve(slots)
         self.clock = self.trainer.clock
-        self.budget = Budget(config.schedule.tokens_per_step, config.schedule.max_slowdown)
+        self.budget = Budget(memory.tile(config, cuda), config.schedule.max_slowdown)
         self.times = DeviceTimes(self.clock, self.budget)
         #: (before the forward, after sampling) of iterations whose times are not known yet
         self.iterations: deque[tuple[Any, Any]] = deque()
@@ -230,17 +232,17 @@ class TTTWorkerMixin(Answers):
     @torch.inference_mode()
     def ttt_warm_up(self, config: TTTConfig) -> None:
         """Run steps of each size: measures what they cost, loads the kernels that they use, and captures their graphs."""
-        sizes = tile_sizes(config.schedule.tokens_per_step, config.learn.chunk)
+        most = self.budget.tokens_per_step
+        sizes = tile_sizes(most, config.learn.chunk)
         source = None if self.cache is None else PastSource(self.cache, ())
         sessions = [min(-(-tokens // config.learn.chunk), config.sessions.resident) for tokens in sizes]
         shapes = [(S, min(-(-tokens // S), config.learn.chunk)) for S, tokens in zip(sessions, sizes, strict=True)]
-        many = min(config.schedule.tokens_per_step // SMALLEST_SHARE, config.sessions.resident)
+        many = min(most // SMALLEST_SHARE, config.sessions.resident)
         if many > 1 and self.clock.cuda:
             shapes.append((many, min(SMALLEST_SHARE, config.learn.chunk)))  # many sessions with a little to learn each
         for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed, source), strict=False):
             self.budget.calibrate(tokens, seconds)
-        tokens = config.schedule.tokens_per_step
-        logger.info("vllm-ttt: %d tokens are learned in %.1f ms", tokens, 1e3 * self.budget.costs[tokens])
+        logger.info("vllm-ttt: %d tokens are learned in %.1f ms", most, 1e3 * self.budget.costs[most])
 
     def _timed(self, run: Any) -> float:
         times = []

@@ -83,8 +83,8 @@ class Graph:
 #: Sessions, rows of each, and rows of the past of all of them together.
 Shape = tuple[int, int, int]
 
-#: Rows of the past of each session, on average, for which a step is captured: what is not filled is read all the same. The
-#: first chunk of a prompt, often the only one, has no past.
+#: Rows of the past of each session, on average, for which a step is captured, as far as a step may have so many: what is not
+#: filled is read all the same. The first chunk of a prompt, often the only one, has no past.
 ROOMS = (0, 1024, 4096)
 
 
@@ -93,7 +93,9 @@ class Compute:
     their losses, ``rows`` [S] rows of the masters, ``source`` what comes before those rows; None where the step needs none.
     """
 
-    def __init__(self, tail: Tail | Head, learn: LearnConfig, backlog: Backlog, deltas: Deltas):
+    def __init__(self, tail: Tail | Head, learn: LearnConfig, backlog: Backlog, deltas: Deltas, pasts: int = 2**31):
+        """``pasts``: how many tokens the chunks of a step may have before them, together."""
+        self.pasts = pasts
         self.tail, self.learn, self.backlog, self.deltas = tail, learn, backlog, deltas
         self.device = tail.head_VD.device
         self.max_loss = learn.max_loss * math.log(tail.vocabulary)
@@ -150,8 +152,8 @@ class Compute:
             if self.bench is not None and source is None:
                 self._capture_shape((S, C, 0), (flat, weight, rows, share), None)
             elif self.bench is not None and self.tail.kernel.static:
-                for room in ROOMS:
-                    self._capture_shape((S, C, S * room), (flat, weight, rows, share), source)
+                for room in sorted({min(S * room, self.pasts) for room in ROOMS}):
+                    self._capture_shape((S, C, room), (flat, weight, rows, share), source)
 
             def once(args: Any = (flat, weight, rows, share, source)) -> None:
                 self.step(*args)

@@ -53,11 +53,12 @@ class Trainer:
         slots: Slots | HeadSlots,
         probe: Probe,
         cache: KVCache | None = None,
+        pasts: int = 2**31,
     ):
-        """``cache``: where the past of each chunk is; None where the step needs none."""
+        """``cache``: where the past of each chunk is; None where the step needs none. ``pasts``: as `Compute` has it."""
         self.cache = cache
         self.config, self.backlog, self.deltas, self.slots = config, backlog, deltas, slots
-        self.compute, self.ranks = Compute(tail, config.learn, backlog, deltas), tail.ranks
+        self.compute, self.ranks = Compute(tail, config.learn, backlog, deltas, pasts), tail.ranks
         self.caches = Caches(config.cache, deltas.sessions, config.sessions.resident)
         self.compute.keep_rows = self.caches.on
         self.clock = Clock(tail.head_VD.device)
@@ -269,12 +270,14 @@ class Trainer:
     def _pick(self, tokens: int, first: frozenset[int], one: bool) -> list[Tile]:
         """The next chunk of as many sessions as fit, those of ``first`` before others; with ``one``, of one at least. This
         bounds the workspace of a step, too."""
-        tiles: list[Tile] = []
+        tiles, pasts = list[Tile](), 0 if self.cache is None else self.compute.pasts
         due, chosen, heads = self.guard.due(self._under_way()), set[int](), self.backlog.heads()
         for chunk in sorted(heads, key=lambda chunk: chunk.session not in first) if first else heads:
             if tokens <= 0:
                 break
             if chunk.session in due or (_cost(chunk) > tokens and not (one and not tiles)):
+                continue
+            if self.cache is not None and tiles and chunk.first > pasts:
                 continue
             try:
                 row = self.deltas.row(chunk.session, keep=chosen)
@@ -286,7 +289,7 @@ class Trainer:
                 continue
             tiles.append(Tile(chunk, row))
             chosen.add(chunk.session)
-            tokens -= _cost(chunk)
+            tokens, pasts = tokens - _cost(chunk), pasts - chunk.first
         return tiles
 
     def _step(self, tiles: list[Tile]) -> None:
