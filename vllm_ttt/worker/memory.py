@@ -93,12 +93,14 @@ def step_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model_l
         itemsize: bytes of a number in the step's matrix products.
     """
     D, Q, F, tokens = geometry.hidden, geometry.attention, geometry.feed_forward, tile(config, cuda)
-    kept = itemsize if cuda else 4  # what a product gives (step/products.py); and x A^T keeps the product beside it there
     X = Q + 2 * geometry.keys
-    layer = 4 * 2 * D + kept * 2 * (F + X) + itemsize * (X + Q + 3 * geometry.rank + (2 * D if cuda else 0))
-    once = 4 * 4 * D + kept * 4 * F + itemsize * X
+    if cuda:  # a product keeps its dtype, and stays for the sake of the x A^T beside it, which a stream less makes up for
+        layer = 4 * D + itemsize * (2 * (D + geometry.rank) + 2 * F + 2 * X + Q)
+    else:
+        layer = 4 * 2 * D + 4 * 2 * (F + X) + itemsize * (X + Q + 3 * geometry.rank)
+    once = 4 * 4 * D + (itemsize if cuda else 4) * 4 * F + itemsize * X
     passes = tokens * (geometry.layers * layer + once) + packed_bytes(geometry, config, itemsize, max_model_len, cuda)
-    numbers = max(1, tokens // SMALLEST_SHARE) * geometry.bytes // BYTES_OF_A_NUMBER
+    numbers = most_sessions(config) * geometry.bytes // BYTES_OF_A_NUMBER
     given = numbers * (4 + itemsize)  # the gradient, and B for the products
     return given + max(passes, numbers * OPTIMISER)
 
@@ -108,6 +110,11 @@ def packed_bytes(geometry: Geometry, config: TTTConfig, itemsize: int, max_model
     heads sees them, and their gradients."""
     rows = past_rows(max_model_len) + tile(config, cuda)
     return rows * 3 * 2 * (geometry.keys + geometry.attention) * itemsize
+
+
+def most_sessions(config: TTTConfig) -> int:
+    """How many sessions one step may have: each has a gradient of its own."""
+    return max(1, config.schedule.tokens_per_step // SMALLEST_SHARE)
 
 
 def past_rows(max_model_len: int) -> int:

@@ -54,9 +54,11 @@ class InLayers:
 
     def below(self, rank: int, dtype: torch.dtype) -> int:
         """Bytes of A below the weights of a step in ``dtype``."""
-        adapted = [part for layer in self.modules.layers for part in (layer.o_proj, layer.down_proj)]
-        own = [x for x in adapted if weights.joins(x, dtype, self.config.learn.fp8)]
-        return sum(rank * weights.shape(x)[1] * dtype.itemsize for x in own)
+        thin = [
+            part for layer in self.modules.layers for key, part in (("o", layer.o_proj), ("d", layer.down_proj))
+            if key in self.modules.adapted and weights.joins(part, dtype, self.config.learn.fp8)
+        ]  # fmt: skip
+        return sum(rank * weights.shape(part)[1] * dtype.itemsize for part in thin)
 
     def build(self) -> tuple[Tail, Capture]:
         """The weights of the step, and what keeps its inputs."""

@@ -237,7 +237,7 @@ class TTTWorkerMixin(Answers):
         source = None if self.cache is None else PastSource(self.cache, ())
         sessions = [min(-(-tokens // config.learn.chunk), config.sessions.resident) for tokens in sizes]
         shapes = [(S, min(-(-tokens // S), config.learn.chunk)) for S, tokens in zip(sessions, sizes, strict=True)]
-        many = min(most // SMALLEST_SHARE, config.sessions.resident)
+        many = min(memory.most_sessions(config), config.sessions.resident)
         if many > 1 and self.clock.cuda:
             shapes.append((many, min(SMALLEST_SHARE, config.learn.chunk)))  # many sessions with a little to learn each
         for tokens, seconds in zip(sizes, self.trainer.compute.warm_up(shapes, self._timed, source), strict=False):

@@ -26,7 +26,7 @@ from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.compute import Compute
 from vllm_ttt.worker.learn.outcomes import Outcome, Tile, known_of
 from vllm_ttt.worker.learn.shares import Shares
-from vllm_ttt.worker.memory import SMALLEST_SHARE
+from vllm_ttt.worker.memory import SMALLEST_SHARE, most_sessions
 from vllm_ttt.worker.ngrams.caches import Caches, Text
 from vllm_ttt.worker.ngrams.ngrams import Known
 from vllm_ttt.worker.serve.head_slots import HeadSlots
@@ -270,10 +270,10 @@ class Trainer:
     def _pick(self, tokens: int, first: frozenset[int], one: bool) -> list[Tile]:
         """The next chunk of as many sessions as fit, those of ``first`` before others; with ``one``, of one at least. This
         bounds the workspace of a step, too."""
-        tiles, pasts = list[Tile](), 0 if self.cache is None else self.compute.pasts
+        tiles, most, pasts = list[Tile](), most_sessions(self.config), self.compute.pasts
         due, chosen, heads = self.guard.due(self._under_way()), set[int](), self.backlog.heads()
         for chunk in sorted(heads, key=lambda chunk: chunk.session not in first) if first else heads:
-            if tokens <= 0:
+            if tokens <= 0 or len(tiles) == most:
                 break
             if chunk.session in due or (_cost(chunk) > tokens and not (one and not tiles)):
                 continue

@@ -20,7 +20,7 @@ ROWS = 128
 #: Rows of x, and columns of it at a time, that a program of `_shrink` has, these as far as so many bytes of A go: what it reads
 #: ahead must fit into shared memory. Into how many parts it cuts the columns at most, and how often a program reads at least:
 #: the parts are read once more.
-BLOCK_M, BLOCK_K, A_BYTES, SPLITS, PER = 64, 128, 2**15, 32, 2
+BLOCK_M, BLOCK_K, A_BYTES, SPLITS, PER = 64, 128, 2**15, 32, 4
 #: Bytes of B that a program of `_expand` reads, and its warps.
 BYTES, WARPS = 2**12, 1
 #: Rows of one session and outputs of a tile of `_expand_many`, columns of r at a time, tiles of a program, and its warps: the

@@ -70,7 +70,8 @@ def forward(
     gu_T2F, ax_TR = linear(x_TD, block.wgu_2FD, tail.ai_RD, delta.gu, block.bgu_2F, S, served("gu"))
     z_TF = pointwise.gated(gu_T2F, dt)
     d_TD, az_TR = linear(z_TF, block.wd_DF, tail.ad_RF, delta.d, block.bd_D, S, served("d"), ranks, joined("d"))
-    return normed.r_TD, d_TD, Passed(ao_TR, normed, ax_TR, gu_T2F, az_TR)
+    # The stream as its two parts: the first one is kept anyway, and where x A^T lies beside the second, so is that.
+    return normed.r_TD, d_TD, Passed(ao_TR, Normed(r_TD, normed.i_T1, o_TD), ax_TR, gu_T2F, az_TR)
 
 
 def backward(block: Block | Tail, tail: Tail, delta: LayerDelta, grad: LayerDelta, saved: Passed, flow: Flow, S: int) -> Flow:

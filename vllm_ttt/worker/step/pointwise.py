@@ -22,10 +22,15 @@ LARGEST, NOTHING = 448.0, 1e-12
 
 
 class Normed(NamedTuple):
-    """A stream ``r_TD`` and its inverse norm ``i_T1``, both float32."""
+    """A stream ``r_TD`` and its inverse norm ``i_T1``, both float32; with ``y_TD``, of either dtype, the stream is r + y."""
 
     r_TD: Tensor
     i_T1: Tensor
+    y_TD: Tensor | None = None
+
+    @property
+    def stream(self) -> Tensor:
+        return self.r_TD if self.y_TD is None else self.r_TD + self.y_TD
 
 
 class Flow(NamedTuple):
@@ -54,7 +59,7 @@ def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Norm
     """
     if dx_TD.is_cuda:
         return _cuda().norm_backward(d_TD, dx_TD, ln_D, normed, dt, room)
-    through = rms_backward(dx_TD * ln_D, normed.r_TD, normed.i_T1)
+    through = rms_backward(dx_TD * ln_D, normed.stream, normed.i_T1)
     d_TD = through if d_TD is None else d_TD + through
     low_TD, roomy = low_of(d_TD, dt, room)
     low_TD.copy_(d_TD)

@@ -40,12 +40,16 @@ def _norm(r, y, ln, out, inv, x, D, y_stride, eps, HAS_Y: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _norm_backward(d, dx, ln, r, inv, out, low, D, low_stride, HAS_D: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_backward(
+    d, dx, ln, r, y, inv, out, low, D, y_stride, low_stride, HAS_D: tl.constexpr, HAS_Y: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * D
     n = tl.arange(0, BLOCK)
     inside = n < D
     g = tl.load(dx + row + n, inside, 0.0).to(tl.float32) * tl.load(ln + n, inside, 0.0)
     v = tl.load(r + row + n, inside, 0.0).to(tl.float32)
+    if HAS_Y:
+        v += tl.load(y + tl.program_id(0).to(tl.int64) * y_stride + n, inside, 0.0).to(tl.float32)
     i = tl.load(inv + tl.program_id(0))
     total = i * g - v * (i * i * i * (tl.sum(g * v, 0) / D))
     if HAS_D:
@@ -241,10 +245,10 @@ def norm(r_TD: Tensor, y_TD: Tensor | None, ln_D: Tensor, eps: float, dt: torch.
 
 
 def norm_backward(d_TD: Tensor | None, dx_TD: Tensor, ln_D: Tensor, normed: Normed, dt: torch.dtype, room: int = 0) -> Flow:
-    (T, D), (r, inv), out = dx_TD.shape, normed, torch.empty_like(normed.r_TD)
+    (T, D), (r, inv, y), out = dx_TD.shape, normed, torch.empty_like(normed.r_TD)
     low, roomy = pointwise.low_of(r, dt, room)
-    given = d_TD, dx_TD.contiguous(), ln_D, r, inv, out, low, D, low.stride(0)
-    _norm_backward[(T,)](*given, **_row(D, HAS_D=d_TD is not None))
+    given = d_TD, dx_TD.contiguous(), ln_D, r, y, inv, out, low, D, D if y is None else y.stride(0), low.stride(0)
+    _norm_backward[(T,)](*given, **_row(D, HAS_D=d_TD is not None, HAS_Y=y is not None))
     return Flow(out, low, roomy)
 
 

@@ -173,7 +173,8 @@ def build_tail(
 
     lowest = modules.layers[0]
     ao, ai, ad = projection(lowest.o_proj, ranks), projection(lowest.gate_up_proj, ALONE), projection(lowest.down_proj, ranks)
-    *lower, last = (_block(layer, reader, {"o": ao, "d": ad}) for layer in modules.layers)
+    below = {key: a for key, a in (("o", ao), ("d", ad)) if key in adapt.letters}
+    *lower, last = (_block(layer, reader, below) for layer in modules.layers)
     _share_norms([*lower, last], ranks)
     attentions = tuple(_qkv(layer, reader, max_model_len, ranks) for layer in modules.attending)
     if reader.errors:
