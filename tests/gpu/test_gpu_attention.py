@@ -17,10 +17,10 @@ def test_vllms_own_kernels_are_there(dt: torch.dtype) -> None:
     """What skips below would say so here."""
     from vllm_ttt.worker.step.attention import available
 
-    assert {"varlen", "served"} <= {kernel.name for kernel in available(torch.device("cuda"), dt)}
+    assert {"varlen", "served", "cudnn"} <= {kernel.name for kernel in available(torch.device("cuda"), dt)}
 
 
-@pytest.mark.parametrize("name", ["varlen", "served", "xformers"])
+@pytest.mark.parametrize("name", ["varlen", "served", "cudnn", "xformers"])
 @pytest.mark.parametrize("dt", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 128), (9, 3, 64), (4, 4, 32)])
 @pytest.mark.parametrize("room", [None, 900])

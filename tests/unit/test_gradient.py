@@ -17,7 +17,7 @@ from vllm_ttt.eval.oracle import KV, LayerWeights, Oracle, _attention, projectio
 from vllm_ttt.eval.tiny import ARCHITECTURES, tiny_model
 from vllm_ttt.worker.delta import Delta
 from vllm_ttt.worker.step import loss as losses_of
-from vllm_ttt.worker.step.attention import Layout, SDPAAttention, VarlenAttention, available, choose
+from vllm_ttt.worker.step.attention import CudnnAttention, Layout, SDPAAttention, VarlenAttention, available, choose
 from vllm_ttt.worker.step.block import Block
 from vllm_ttt.worker.step.micro_step import Tail, accumulate
 from vllm_ttt.worker.step.qkv import QKV, HeadNorm, Past
@@ -375,6 +375,8 @@ def test_torchs_flash_attention_is_asked_as_it_wants_to_be() -> None:
     for op, arguments in (
         (torch.ops.aten._flash_attention_forward, VarlenAttention.FORWARD),
         (torch.ops.aten._flash_attention_backward, VarlenAttention.BACKWARD),
+        (torch.ops.aten._scaled_dot_product_cudnn_attention, CudnnAttention.DENSE),
+        (torch.ops.aten._scaled_dot_product_cudnn_attention_backward, CudnnAttention.DENSE_BACKWARD),
     ):
         schema = op.default._schema  # pyright: ignore[reportAttributeAccessIssue]
         assert [x.name for x in schema.arguments if not x.kwarg_only] == arguments.split()

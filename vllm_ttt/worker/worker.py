@@ -40,9 +40,9 @@ from vllm_ttt.worker.step.tail import TailModules, step_dtype
 
 logger = logger_of(__name__)
 
-#: Seconds before the end of a step in which the host launches the next one: it takes half of that. Until then it looks every
-#: so many whether the step has ended: a small one takes less than is known of it.
-AHEAD, PAUSE = 0.004, 0.001
+#: Seconds before the end of a step in which the host launches the next one; it takes a few milliseconds. Until then it looks
+#: every so many whether the step has ended: a small one takes less than is known of it.
+AHEAD, PAUSE = 0.012, 0.001
 
 
 class TTTWorkerMixin(Answers):

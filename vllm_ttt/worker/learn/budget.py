@@ -16,6 +16,8 @@ def tile_sizes(tokens_per_step: int, smallest: int = SMALLEST) -> list[int]:
     return sizes if sizes[-1] == tokens_per_step else [*sizes, tokens_per_step]
 
 
+#: A step of so large a part of a tile takes as long as the tile: the last token of a prompt is not learned.
+WHOLE = 0.9
 #: An iteration counts as no longer than the shortest of so many: a prefill does not buy a pause in the decoding that follows.
 RECENT = 8
 
@@ -23,7 +25,8 @@ RECENT = 8
 class Budget:
     """Time for learning, earned by time spent serving: (max_slowdown - 1) seconds for each second.
 
-    What an iteration earns is spent before the next or lost, except for what the smallest tile costs.
+    What an iteration earns is spent before the next or lost, except for what the smallest tile costs. What a step took longer
+    than was thought, or shorter, is settled when it is known.
     """
 
     def __init__(self, tokens_per_step: int, max_slowdown: float):
@@ -52,13 +55,23 @@ class Budget:
         if tokens:
             self.credit -= min(self.credit, self.cost(tokens))
 
-    def learned(self, tokens: int, seconds: float) -> None:
-        """A step over ``tokens`` took ``seconds``: correct what a tile of that size is thought to cost. A step that something
-        held up counts as twice that at most."""
-        if tokens in self.costs:
-            cost = self.costs[tokens]
-            self.costs[tokens] += 0.2 * (min(seconds, 2 * cost) - cost)
+    def learned(self, tokens: int, seconds: float, beside: bool = True) -> None:
+        """A step over ``tokens``, 0 where it had to be, took ``seconds``: correct what a tile of that size is thought to cost,
+        and the credit where the step ran ``beside`` serving. One that something held up counts as twice its cost at most."""
+        tile = self._tile(tokens) if tokens else None
+        if tile is None:
+            return
+        more = min(seconds, 2 * self.costs[tile]) - self.costs[tile]
+        if beside:
+            self.credit -= more
+        if tokens >= WHOLE * tile:
+            self.costs[tile] += 0.2 * more
 
     def cost(self, tokens: int) -> float:
         """Seconds that a step over ``tokens`` is thought to take."""
-        return next((s for t, s in self.costs.items() if t >= tokens), max(self.costs.values(), default=0.0))
+        tile = self._tile(tokens)
+        return 0.0 if tile is None else self.costs[tile]
+
+    def _tile(self, tokens: int) -> int | None:
+        """The smallest that has so many tokens, or the largest; None where none is known."""
+        return next((tile for tile in self.costs if tile >= tokens), max(self.costs, default=None))

@@ -26,7 +26,7 @@ class DeviceTimes(Values):
 
     def learned(self, tokens: int, seconds: float, load: Load) -> None:
         """The learning of so many tokens took ``seconds`` of the device."""
-        self.budget.learned(tokens, seconds)
+        self.budget.learned(tokens, seconds, load == "serving")
         self.add("learning_seconds_total", seconds, load)
         self.observe("step_seconds", seconds)
 

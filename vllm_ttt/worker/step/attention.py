@@ -1,4 +1,4 @@
-"""Causal attention of chunks over their past and themselves, forward and backward: one interface, three implementations.
+"""Causal attention of chunks over their past and themselves, forward and backward: one interface, five implementations.
 
 Every session brings C queries, the last C of its keys: query c of a session with P past tokens sees its keys 0 to P + c. Keys
 and values of all sessions lie one after another ("packed"), so that their pasts may have any lengths.
@@ -242,6 +242,84 @@ class ServedAttention(VarlenAttention):
         return vllms.is_fa_version_supported(3) and " ".join(taken).startswith(cls.FIRST) and set(cls.OPTIONS) <= set(taken)
 
 
+class CudnnAttention(ServedAttention):
+    """Where no chunk has a past, and all have as many rows, cuDNN's: its backward is made for Hopper, and takes fewer heads of
+    keys than of queries as they are. Else that which it is derived from."""
+
+    name = "cudnn"
+    #: arguments of torch's ops, as above
+    DENSE = "query key value attn_bias compute_log_sumexp dropout_p is_causal return_debug_mask"
+    DENSE_BACKWARD = (
+        "grad_out query key value out logsumexp philox_seed philox_offset attn_bias cum_seq_q cum_seq_k max_q max_k dropout_p "
+        "is_causal"
+    )
+    #: heads of other widths than those tried at start go the other way
+    WIDTHS = (64, 128)
+    #: rows, heads and heads of keys of that trial; by how much both ways may differ, relative: what bfloat16 rounds away
+    TRIED, OFF = (64, 4, 2), 0.02
+
+    @classmethod
+    def takes(cls, q_THE: Tensor, layout: Layout) -> bool:
+        return layout.longest == layout.rows and q_THE.shape[2] in cls.WIDTHS
+
+    def attend(self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Any]:
+        if not self.takes(q_THE, layout):
+            return super().attend(q_THE, k_UGE, v_UGE, layout, scale)
+        given = (_dense(x, layout) for x in (q_THE, k_UGE, v_UGE))
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(*given, None, True, 0.0, True, False, scale=scale)
+        return _flat(found[0]), found
+
+    def gradient(
+        self, q_THE: Tensor, k_UGE: Tensor, v_UGE: Tensor, layout: Layout, scale: float, d_THE: Tensor, saved: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.takes(q_THE, layout):
+            return super().gradient(q_THE, k_UGE, v_UGE, layout, scale, d_THE, saved)
+        out, weights, first_q, first_k, most_q, most_k, *state, _ = saved
+        given = (*(_dense(x, layout) for x in (d_THE, q_THE, k_UGE, v_UGE)), out, weights, *state, None, first_q, first_k)
+        backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        dq, dk, dv = backward(*given, most_q, most_k, 0.0, True, scale=scale)
+        return _flat(dq), _flat(dk), _flat(dv)
+
+    @classmethod
+    def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        ops = torch.ops.aten._scaled_dot_product_cudnn_attention, torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        taken = [" ".join(x.name for x in op.default._schema.arguments if not x.kwarg_only) for op in ops]
+        return super().runs(device, dtype) and taken == [cls.DENSE, cls.DENSE_BACKWARD] and _cudnn_agrees(device, dtype)
+
+
+@functools.cache
+def _cudnn_agrees(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether outputs and gradients of two random chunks are those of the other way: cuDNN alone knows what it has kernels
+    for."""
+    rows, heads, kv_heads = CudnnAttention.TRIED
+    generator, layout = torch.Generator().manual_seed(0), Layout.of([0, 0], rows).to(device)
+    for width in CudnnAttention.WIDTHS:
+        draw = lambda n, width=width: torch.randn(2 * rows, n, width, generator=generator).to(device, dtype)  # noqa: E731
+        own, d = (draw(heads), draw(kv_heads), draw(kv_heads)), draw(heads)
+        given, found = (own, (own[1][:0], own[2][:0]), layout, width**-0.5), list[Tensor]()
+        for kernel in (CudnnAttention(), ServedAttention()):
+            try:
+                out, saved = kernel.forward(*given)
+                back = kernel.backward(*given, d, saved)
+            except RuntimeError:
+                return False
+            found.append(torch.cat([x.float().flatten() for x in (out, *back)]))
+        one, other = found
+        if not ((one - other).norm() / other.norm()).item() < CudnnAttention.OFF:
+            return False
+    return True
+
+
+def _dense(x_THE: Tensor, layout: Layout) -> Tensor:
+    """[S, H, C, E], a view."""
+    return x_THE.unflatten(0, (-1, layout.rows)).transpose(1, 2)
+
+
+def _flat(x_SHCE: Tensor) -> Tensor:
+    """[T, H, E], of what lies in memory as such."""
+    return x_SHCE.transpose(1, 2).flatten(0, 1)
+
+
 class XformersAttention(AutogradAttention):
     """xformers' memory-efficient attention with a block-diagonal mask; CUDA. Needs the extra `xformers`."""
 
@@ -272,13 +350,14 @@ def load_cuda_runtime() -> None:
 
 #: By name; the order is that of preference.
 IMPLEMENTATIONS: dict[str, type[Attention]] = {
-    x.name: x for x in (ServedAttention, VarlenAttention, XformersAttention, SDPAAttention)
+    x.name: x for x in (CudnnAttention, ServedAttention, VarlenAttention, XformersAttention, SDPAAttention)
 }
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Attention:
     """The fastest implementation that can run: Flash Attention on CUDA in bf16 or fp16, else the reference."""
-    found = next((kernel() for kernel in (ServedAttention, VarlenAttention) if kernel.runs(device, dtype)), None)
+    fast = CudnnAttention, ServedAttention, VarlenAttention
+    found = next((kernel() for kernel in fast if kernel.runs(device, dtype)), None)
     if found is None and device.type == "cuda" and dtype != torch.float32:
         from vllm_ttt.log import logger_of  # it needs vLLM
 
@@ -290,7 +369,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> Attention:
 
 def available(device: torch.device, dtype: torch.dtype) -> list[Attention]:
     """Every implementation that can run there."""
-    found: list[Attention] = [kernel() for kernel in (VarlenAttention, ServedAttention) if kernel.runs(device, dtype)]
+    fast = VarlenAttention, ServedAttention, CudnnAttention
+    found: list[Attention] = [kernel() for kernel in fast if kernel.runs(device, dtype)]
     if found and importlib.util.find_spec("xformers") is not None:
         found.append(XformersAttention())
     return [SDPAAttention(), *found]
