@@ -40,6 +40,7 @@ CASES = {
     "one-kv-head": Case("mistral", 2, SUBSETS[0], kv_heads=1),
     "all-layers": Case("qwen3", "all", SUBSETS[0], first=192),
     "gate-and-up": Case("llama", 2, SUBSETS[3]),
+    "one-matrix": Case("qwen2", 1, SUBSETS[2]),
     "no-vocabulary": Case("llama", 1, first=320, scale=0.7, cap=3.0),
 }
 
