@@ -53,7 +53,7 @@ class Budget:
     def spend(self, tokens: int) -> None:
         """``tokens`` are going to be learned: take their expected cost off the credit."""
         if tokens:
-            self.credit -= min(self.credit, self.cost(tokens))
+            self.credit -= min(max(self.credit, 0.0), self.cost(tokens))
 
     def learned(self, tokens: int, seconds: float, beside: bool = True) -> None:
         """A step over ``tokens``, 0 where it had to be, took ``seconds``: correct what a tile of that size is thought to cost,
