@@ -72,8 +72,8 @@ def test_a_step_of_a_gpu_has_twice_as_many_tokens_and_counts_what_it_has_at_a_ti
     geometry = replace(geometry, modules=("o_proj", "down_proj"))
     small, large = (memory.step_bytes(geometry, config, 2, 2048, cuda) for cuda in (False, True))
     assert small < large
-    # A step of 1,024 tokens of two sessions took 4.12 GiB on an H200 (loadtests/bench_step.py); four have two more gradients, and
-    # B, of 113 MB each.
+    # A step of 1,024 tokens of two sessions took 4.12 GiB on an H200 (loadtests/bench_step.py); four have two more gradients,
+    # and B, of 113 MB each.
     taken = 4.12 * 2**30 + 2 * geometry.bytes
     assert taken < large < 1.2 * taken
     longer = memory.step_bytes(geometry, config, 2, 4096, True)
