@@ -75,8 +75,8 @@ def update(
     for (b, g, last), norm, wide in zip(matrices, (norms.thin_M, norms.wide_N), (False, True), strict=True):
         u = orthogonalise(g.flatten(0, 1), ranks).view_as(g) if wide else _shared(g, ranks)
         far = (rate_S * share_S)[:, None] * norm
-        sums_3SM = torch.stack(_lengths(b, rows_S, u, kept_S, far, ranks if wide else ALONE))
-        length, stepped, before = sums_3SM if wide else ranks.same(sums_3SM)
+        sizes_3SM = torch.stack(_lengths(b, rows_S, u, kept_S, far, ranks if wide else ALONE))
+        length, stepped, before = sizes_3SM if wide else ranks.same(sizes_3SM)
         excess = (stepped / (learn.max_norm * norm)).clamp(min=1.0)
         sizes.append(torch.where(ok_S[:, None], stepped / excess, before) / norm)
         writes.append((ok_S, b, rows_S, u, last, kept_S[:, None] / excess, length / excess))
