@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_ttt.types import RequestPlan
+from vllm_ttt.worker.memory import SMALLEST_SHARE
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +31,11 @@ class Chunk:
     @property
     def end(self) -> int:
         return self.first + self.rows
+
+    @property
+    def cost(self) -> int:
+        """Of its step, in tokens."""
+        return max(self.rows, SMALLEST_SHARE)
 
     @property
     def out(self) -> int:

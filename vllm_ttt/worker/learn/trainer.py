@@ -26,7 +26,7 @@ from vllm_ttt.worker.guard.probe import Probe
 from vllm_ttt.worker.learn.compute import Compute
 from vllm_ttt.worker.learn.outcomes import Outcome, Tile, known_of
 from vllm_ttt.worker.learn.shares import Shares
-from vllm_ttt.worker.memory import SMALLEST_SHARE, most_sessions
+from vllm_ttt.worker.memory import most_sessions
 from vllm_ttt.worker.ngrams.caches import Caches, Text
 from vllm_ttt.worker.ngrams.ngrams import Known
 from vllm_ttt.worker.serve.head_slots import HeadSlots
@@ -91,14 +91,14 @@ class Trainer:
         while left > 0 and (tiles := self._pick(left, first, one)):
             one = False
             for tile in tiles:
-                self.shares.had(tile.chunk.session, _cost(tile.chunk))
+                self.shares.had(tile.chunk.session, tile.chunk.cost)
             try:
                 self._step(tiles)
             except Exception:
                 self.failed("a micro-step failed; its chunks are given up and their sessions stay at their last version")
                 for tile in tiles:
                     self._give_up(tile.chunk, "error")
-            left -= sum(_cost(tile.chunk) for tile in tiles)
+            left -= sum(tile.chunk.cost for tile in tiles)
         return tokens - max(left, 0)
 
     def make_room(self, enough: Callable[[], bool], tokens: int) -> None:
@@ -270,14 +270,14 @@ class Trainer:
     def _pick(self, tokens: int, first: frozenset[int], one: bool) -> list[Tile]:
         """The next chunk of as many sessions as fit, those of ``first`` before others; with ``one``, of one at least. This
         bounds the workspace of a step, too."""
-        tiles, most, pasts = list[Tile](), most_sessions(self.config), self.compute.pasts
+        tiles, most = list[Tile](), most_sessions(self.config)
+        pasts = math.inf if self.cache is None else self.compute.pasts
         due, chosen, heads = self.guard.due(self._under_way()), set[int](), self.backlog.heads()
         for chunk in sorted(heads, key=lambda chunk: chunk.session not in first) if first else heads:
             if tokens <= 0 or len(tiles) == most:
                 break
-            if chunk.session in due or (_cost(chunk) > tokens and not (one and not tiles)):
-                continue
-            if self.cache is not None and tiles and chunk.first > pasts:
+            large = (chunk.cost > tokens and not (one and not tiles)) or (tiles and chunk.first > pasts)
+            if chunk.session in due or large:
                 continue
             try:
                 row = self.deltas.row(chunk.session, keep=chosen)
@@ -289,7 +289,7 @@ class Trainer:
                 continue
             tiles.append(Tile(chunk, row))
             chosen.add(chunk.session)
-            tokens, pasts = tokens - _cost(chunk), pasts - chunk.first
+            tokens, pasts = tokens - chunk.cost, pasts - chunk.first
         return tiles
 
     def _step(self, tiles: list[Tile]) -> None:
@@ -395,8 +395,3 @@ class Trainer:
         if out:
             said = {"tokens": out, "loss": math.nan, "base_loss": None, "skipped": "filter", "norm": None}
             self.report.chunks.append(replace(report, **said))
-
-
-def _cost(chunk: Chunk) -> int:
-    """Of a chunk's step, in tokens."""
-    return max(chunk.rows, SMALLEST_SHARE)

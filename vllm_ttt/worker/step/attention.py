@@ -193,8 +193,7 @@ class VarlenAttention(Attention):
     @classmethod
     def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether it can run there, with this torch."""
-        ops = torch.ops.aten._flash_attention_forward.default, torch.ops.aten._flash_attention_backward.default
-        taken = [" ".join(x.name for x in op._schema.arguments if not x.kwarg_only) for op in ops]
+        taken = _arguments(torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward)
         if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or taken != [cls.FORWARD, cls.BACKWARD]:
             return False
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -211,6 +210,11 @@ class VarlenAttention(Attention):
         of = layout.starts_q, layout.starts_k, layout.rows, layout.longest
         given = d_THE, q_THE, k_UGE, v_UGE, out, weights, *of, 0.0, True, *state
         return torch.ops.aten._flash_attention_backward(*given, scale=scale)
+
+
+def _arguments(*ops: Any) -> list[str]:
+    """Of each op of torch's, those in their order, before those by name."""
+    return [" ".join(x.name for x in op.default._schema.arguments if not x.kwarg_only) for op in ops]
 
 
 class ServedAttention(VarlenAttention):
@@ -283,7 +287,7 @@ class CudnnAttention(ServedAttention):
     @classmethod
     def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
         ops = torch.ops.aten._scaled_dot_product_cudnn_attention, torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-        taken = [" ".join(x.name for x in op.default._schema.arguments if not x.kwarg_only) for op in ops]
+        taken = _arguments(*ops)
         return super().runs(device, dtype) and taken == [cls.DENSE, cls.DENSE_BACKWARD] and _cudnn_agrees(device, dtype)
 
 
@@ -348,16 +352,15 @@ def load_cuda_runtime() -> None:
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-#: By name; the order is that of preference.
-IMPLEMENTATIONS: dict[str, type[Attention]] = {
-    x.name: x for x in (CudnnAttention, ServedAttention, VarlenAttention, XformersAttention, SDPAAttention)
-}
+#: Those that say whether they run; the order is that of preference, as it is below.
+FAST = CudnnAttention, ServedAttention, VarlenAttention
+#: By name.
+IMPLEMENTATIONS: dict[str, type[Attention]] = {x.name: x for x in (*FAST, XformersAttention, SDPAAttention)}
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Attention:
     """The fastest implementation that can run: Flash Attention on CUDA in bf16 or fp16, else the reference."""
-    fast = CudnnAttention, ServedAttention, VarlenAttention
-    found = next((kernel() for kernel in fast if kernel.runs(device, dtype)), None)
+    found = next((kernel() for kernel in FAST if kernel.runs(device, dtype)), None)
     if found is None and device.type == "cuda" and dtype != torch.float32:
         from vllm_ttt.log import logger_of  # it needs vLLM
 
@@ -369,8 +372,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Attention:
 
 def available(device: torch.device, dtype: torch.dtype) -> list[Attention]:
     """Every implementation that can run there."""
-    fast = VarlenAttention, ServedAttention, CudnnAttention
-    found: list[Attention] = [kernel() for kernel in fast if kernel.runs(device, dtype)]
+    found: list[Attention] = [kernel() for kernel in reversed(FAST) if kernel.runs(device, dtype)]
     if found and importlib.util.find_spec("xformers") is not None:
         found.append(XformersAttention())
     return [SDPAAttention(), *found]
