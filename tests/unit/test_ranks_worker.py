@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from test_worker_hooks import CHUNK, Hooks
 from torch import Tensor
 
 from vllm_ttt.geometry import Geometry
-from vllm_ttt.types import FileOrder, FileReport
+from vllm_ttt.types import FileOrder, FileReport, RequestPlan, StepPlan
 from vllm_ttt.worker.clock import Clock
 from vllm_ttt.worker.files import Files
 from vllm_ttt.worker.ranks import ALONE, FAILED, Ranks, Several
@@ -164,6 +165,31 @@ def test_a_file_is_whole_whoever_has_written_it(both: tuple[Path, list[Found]], 
     mine, theirs = (safetensors.torch.load_file(path / "exported.safetensors") for path in (tmp_path, folder))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(x, theirs[name]) for name, x in mine.items()), "A too, which each rank has a part of"
+
+
+def end_together(ranks: Several) -> tuple[list[int], list[int], int]:
+    """Requests end in one step, and others are preempted in one; the sets that say so have another order on each rank."""
+    worker, end = Rank(ranks), CHUNK // 2
+    worker.cache = SimpleNamespace()  # type: ignore[assignment]
+    names, order = "abcdef", 1 if ranks.first else -1
+    with torch.inference_mode():
+        for name, key in zip(names, 2 * SESSIONS, strict=True):
+            worker.trainer.start(name, RequestPlan(key, 1, True, True))
+        worker.batch(*((name, 0, end) for name in names))
+        worker._preempt("def"[::order])
+        worker._finish(SimpleNamespace(finished_req_ids="abc"[::order]), StepPlan(ended=dict.fromkeys("abc", end)))
+        line, pages = [chunk.session for chunk in worker.backlog.heads()], list(worker.backlog.returned)
+        while worker.backlog.queues:
+            worker.trainer.learn(CHUNK)
+            worker.trainer.collect()
+    return line, pages, ranks.digest
+
+
+def test_requests_that_end_in_one_step_end_in_one_order(tmp_path: Path) -> None:
+    found, codes = together(2, tmp_path, end_together)
+    assert codes == [0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
+    assert found[0] == found[1]
+    assert found[0][0] == list(SESSIONS)
 
 
 def goes_by_its_own_clock(ranks: Several) -> None:

@@ -256,7 +256,7 @@ class TTTWorkerMixin(Answers):
 
     def _preempt(self, requests: Iterable[str]) -> None:
         """Before anything is learned: the batch that follows may be given the blocks that these requests had."""
-        for request in requests if self.cache is not None else ():
+        for request in sorted(requests) if self.cache is not None else ():  # vLLM's is a set, whose order differs between ranks
             self.backlog.preempt(request)
 
     def _note_blocks(self, scheduler_output: Any) -> None:
@@ -271,7 +271,7 @@ class TTTWorkerMixin(Answers):
                 self.backlog.note_blocks(request, blocks[group], anew=request in cached.resumed_req_ids)
 
     def _finish(self, scheduler_output: Any, plan: StepPlan) -> None:
-        for request in scheduler_output.finished_req_ids:
+        for request in sorted(scheduler_output.finished_req_ids):  # a set, too
             self.backlog.finish(request, plan.ended.get(request))
             self.trainer.caches.finish(request)
             self.trainer.slots.finish(request)
