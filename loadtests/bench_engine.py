@@ -200,10 +200,12 @@ def together(llm: Any, args: argparse.Namespace, extra: Any) -> float:
     """Throughput of eight learning sessions together over that of the same eight one after the other: the median of some."""
     size, found = min(8, args.slots), []
     for _ in range(min(args.repeat, TOGETHER)):
-        joint = measure(llm, size, args, extra).drained
-        apart = sum(measure(llm, 1, args, lambda _, i=i: extra(i)).drained for i in range(size))
-        log(f"{size} sessions together: {joint:.2f} s; one after the other: {apart:.2f} s")
-        found.append(apart / joint)
+        joint, apart = measure(llm, size, args, extra), [measure(llm, 1, args, lambda _, i=i: extra(i)) for i in range(size)]
+        for what, rounds in ((f"{size} sessions together", [joint]), ("one after the other", apart)):
+            wall, drained = (sum(getattr(r, name) for r in rounds) for name in ("wall", "drained"))
+            first, token = sum(max(r.ttft) for r in rounds), statistics.median(x for r in rounds for x in r.tpot)
+            log(f"{what}: {drained:.3f} s, answered after {wall:.3f}, first tokens {first:.3f}, {1e3 * token:.2f} ms a token")
+        found.append(sum(r.drained for r in apart) / joint.drained)
     return statistics.median(found)
 
 
