@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from vllm_ttt.worker.serve import gpu_kernels as kernels
-from vllm_ttt.worker.serve.gpu_linear import _session_linear
+from vllm_ttt.worker.serve.gpu_linear import session_linear
 
 MODULES, RUNS = 12, 5
 NO = torch.tensor([False])
@@ -62,7 +62,7 @@ class Layer:
     def beside(self, i: int) -> None:
         a, b, scales = self.a[None, None], [self.b[i]], [self.scales[i]]
         unread = [self.slots] * 4
-        _session_linear(self.x, self.w[i].T, None, a, b, scales, self.slots, *unread, no_lora=NO)
+        session_linear(self.x, self.w[i].T, None, a, b, scales, self.slots, *unread, no_lora=NO)
 
     def decodes(self, i: int) -> None:
         kernels.expand(self.out, *kernels.shrink(self.x, self.a), [self.b[i]], [self.scales[i]], self.slots)

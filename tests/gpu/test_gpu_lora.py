@@ -207,7 +207,7 @@ def test_a_delta_beside_the_product_is_the_delta_after_it(
     gpu_lora.session_lora(after, batch.x, *batch.args())
 
     args = batch.args()
-    run = lambda: gpu_linear._session_linear(batch.x, w.T, None, *args)  # noqa: E731
+    run = lambda: gpu_linear.session_linear(batch.x, w.T, None, *args)  # noqa: E731
     if captured:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -225,4 +225,4 @@ def test_a_delta_beside_the_product_is_the_delta_after_it(
     assert torch.equal(y, after)
     assert not torch.equal(y, before)
     assert torch.equal(y[batch.slots < 0], before[batch.slots < 0]), "a row without a session moved"
-    assert torch.equal(gpu_linear._session_linear(batch.x, w.T, None, *batch.args(idle=True)), before)
+    assert torch.equal(gpu_linear.session_linear(batch.x, w.T, None, *batch.args(idle=True)), before)

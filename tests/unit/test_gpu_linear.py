@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from vllm import forward_context
 from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from vllm_ttt.worker.capture.capture import Capture, CapturingNorm
-from vllm_ttt.worker.serve import gpu_slots
+from vllm_ttt.worker.serve import gpu_linear, gpu_slots
 from vllm_ttt.worker.serve.gpu_linear import Beside
 from vllm_ttt.worker.step.tail import TailModules
 
@@ -37,16 +38,17 @@ class Layer(Beside, nn.Module):  # pyright: ignore[reportIncompatibleMethodOverr
         self.base_layer.weight = Weight(torch.randn(OUT, IN), requires_grad=False)
         self.lora_a_stacked = (torch.zeros(1, 1, RANK, IN),)
         self.lora_b_stacked = gpu_slots.in_8_bits((torch.zeros(4, 1, OUT, RANK),))
-        none, idle = torch.full((5,), -1, dtype=torch.int32), torch.ones(1, dtype=torch.bool)
-        self.punica_wrapper = SimpleNamespace(ttt_args=lambda x: (none[: len(x)], none[: len(x)], none, none, none, idle))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.apply(x)
 
 
-def test_the_weight_is_an_input_of_what_is_traced() -> None:
+def test_the_weight_is_an_input_of_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """What serves is always the layer's own: after another was loaded into it, and after it was replaced."""
-    graphs = []
+    graphs, none, idle = [], torch.full((5,), -1, dtype=torch.int32), torch.ones(1, dtype=torch.bool)
+    wrapper = SimpleNamespace(ttt_args=lambda x: (none[: len(x)], none[: len(x)], none, none, none, idle))
+    context = SimpleNamespace(no_compile_layers={gpu_linear.MAPPING: wrapper})
+    monkeypatch.setattr(forward_context, "get_forward_context", lambda: context)
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph.graph)
@@ -67,6 +69,11 @@ def test_the_weight_is_an_input_of_what_is_traced() -> None:
     (called,) = [n for n in graphs[0].nodes if n.target is torch.ops.vllm.ttt_session_linear]
     assert called.args[1].target == "t", "not the parameter, whose class goes through Python"
     assert called.args[1].args[0].op == "placeholder"
+    x_, w, bias, a, b, scales, name = called.args
+    assert (bias, name, len(b), len(scales)) == (None, gpu_linear.MAPPING, 1, 1)
+    tensors = [node.meta["example_value"] for node in (x_, w, a, *b, *scales)]
+    assert called.all_input_nodes == [x_, w, a, *b, *scales], "nothing of the batch: its output would count as not aligned"
+    assert all(x.storage_offset() * x.element_size() % 16 == 0 for x in tensors)
 
 
 def test_the_layer_whose_input_is_captured_computes_deltas_beside_its_product_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,20 @@ def test_a_rank_that_fails_or_parts_ends_the_engine_with_its_reason(tmp_path: Pa
     assert expected[how] in log
 
 
+def missed(ranks: Several) -> None:
+    for iteration in range(9):
+        ranks.note(iteration)
+        if iteration != 5 or ranks.first:
+            ranks.agree("what has been learned", lambda: 0)
+
+
+def test_a_rank_that_misses_a_decision_does_not_take_another_for_it(tmp_path: Path) -> None:
+    found, codes = together(2, tmp_path, missed)
+    assert codes[1] == FAILED
+    assert "the ranks have parted: it would decide 'what has been learned'" in (tmp_path / "1.log").read_text()
+    assert found == [None, None]
+
+
 def test_what_one_rank_is_asked_for_is_not_asked_of_the_base_class() -> None:
     """Every question has an answer for one rank, too."""
     assert {name for name in vars(Several) if not name.startswith("_")} - {"end"} <= set(vars(Ranks)) | {"size", "rank"}

@@ -48,12 +48,14 @@ class Answers:
     @torch.inference_mode()
     def ttt_copy(self, key: int, to: int) -> int:
         """`Trainer.copy`."""
-        return self.trainer.copy(key, to)
+        with self.ranks.alike("a session could not be copied here"):
+            return self.trainer.copy(key, to)
 
     @torch.inference_mode()
     def ttt_roll_back(self, key: int, version: int) -> list[int] | None:
         """Return a session that has no request in the engine to ``version``; versions that are kept, where that is not one."""
-        return None if self.trainer.roll_back(key, version) else self.trainer.versions.of(key)
+        with self.ranks.alike("a session could not be rolled back here"):
+            return None if self.trainer.roll_back(key, version) else self.trainer.versions.of(key)
 
     def ttt_status(self) -> dict[str, Any]:
         """Captured tokens that wait; whether any waits or is being learned, until its slot has it; whether the guard has deltas

@@ -26,6 +26,7 @@ class TTTCUDAWorker(TTTWorkerMixin, Worker):
     def ttt_idle_flag(self, modules: TailModules) -> Tensor:
         wrapper = modules.punica
         SessionPunicaGPU.adopt(wrapper)
+        self.model_runner.vllm_config.compilation_config.static_forward_context[gpu_linear.MAPPING] = wrapper
         for layer in modules.adapting:
             gpu_linear.adopt(layer)
         # The flag that makes vLLM's own LoRA kernels return at once; graphs are captured for either value of it.

@@ -210,10 +210,10 @@ class Files:
     def _export(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
         metadata = {**order.metadata, "version": str(snapshot.state["version"])}
         tail = self.deltas.tail
-        served = {width: a.cpu() for width, a in tail.projections.items()}
         found = self._read(snapshot, self.exported)
         if found is None:
             return self._nothing(order, snapshot), None
+        served = {width: a.cpu() for width, a in tail.projections.items()}
         tensors = self._named(found.delta)
         path = Path(order.path)
         key = Vault(bytes.fromhex(order.key) if order.key else None)
@@ -232,15 +232,13 @@ class Files:
 
     def _read(self, snapshot: Snapshot, channel: Channel) -> State | None:
         """Whole; None on all ranks but the first."""
-        if snapshot.mark is not None:
-            self.clock.wait(snapshot.mark)
-        found = snapshot.tensors
-        if found is None:
-            fresh = self.deltas.fresh_state(1)
-            found = fresh.by(*(x.cpu() for x in fresh.tensors()))
-        if self.ranks.size == 1:
-            return found
-        wide, updates = channel.gather(found.delta.wide), channel.gather(found.last.wide)
+        with self.ranks.alike("a session could not be brought together here"):  # the others' threads would wait for this one
+            if snapshot.mark is not None:
+                self.clock.wait(snapshot.mark)
+            found = snapshot.tensors or self.deltas.fresh_on_host()
+            if self.ranks.size == 1:
+                return found
+            wide, updates = channel.gather(found.delta.wide), channel.gather(found.last.wide)
         if wide is None or updates is None:
             return None
         delta, last = (x.by(x.thin, torch.cat(parts, 2)) for x, parts in ((found.delta, wide), (found.last, updates)))

@@ -15,7 +15,8 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -79,6 +80,15 @@ class Ranks:
 
     def failed(self, what: str) -> None:
         """Called while an exception is handled: end the process where other ranks would wait for this one."""
+
+    @contextmanager
+    def alike(self, what: str) -> Iterator[None]:
+        """Around what all ranks must do, or none: where it fails, the others may have done it."""
+        try:
+            yield
+        except Exception:
+            self.failed(what)
+            raise
 
     def channel(self) -> Channel:
         return Channel()

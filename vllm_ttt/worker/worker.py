@@ -186,6 +186,7 @@ class TTTWorkerMixin(Answers):
             self.untouched = False
             leave_with_the_engine()
         serving = scheduler_output.total_num_scheduled_tokens > 0
+        self.ranks.note(scheduler_output.total_num_scheduled_tokens)  # one that has missed a decision lags behind from then on
         if plan.files or not self.files.idle:
             self.files.step(plan.files)
         # Guarded one by one: a request whose start or end is missed would keep its session waiting for ever.
@@ -197,7 +198,8 @@ class TTTWorkerMixin(Answers):
         self._guard(self._start, plan)
         self._guard(self._note_blocks, scheduler_output)
         self.start = self.clock.mark()
-        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        with self.ranks.alike("vLLM's part of an iteration failed"):  # it would hear of the first rank alone
+            output = super().execute_model(scheduler_output)  # type: ignore[misc]
         if serving:
             self.ran = self.ttt_batch(scheduler_output) if plan.sessions else None
             if self.ran is not None:
@@ -209,7 +211,8 @@ class TTTWorkerMixin(Answers):
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
-        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        with self.ranks.alike("vLLM's part of an iteration failed"):
+            output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         if self.start is not None:
             self.iterations.append((self.start, self.clock.mark()))
             self.start = None

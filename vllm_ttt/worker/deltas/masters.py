@@ -94,6 +94,13 @@ class Deltas:
         rates = torch.full((sessions,), self.rate, device=self.tail.head_VD.device)
         return State(self.tail.zeros(sessions), self.tail.zeros(sessions, torch.bfloat16), rates)
 
+    def fresh_on_host(self) -> State:
+        """Of one session. It takes no memory of the device, which vLLM may have filled."""
+        like = self.masters.row(self.spare)
+        fresh = like.by(*(torch.zeros_like(x, device="cpu") for x in like.tensors()))
+        fresh.rate_S.fill_(self.rate)
+        return fresh
+
     def revive(self, state: dict[str, Any]) -> WorkerSession:
         """The session of which `WorkerSession.to_state` said that, without its tensors, which become ``host``."""
         rate = self.rate if state["rate"] is None else float(state["rate"])  # None: it was imported

@@ -175,6 +175,7 @@ class Trainer:
 
     def drop(self, key: int) -> None:
         """Make the session the base model again, and forget what waits."""
+        self.ranks.note(key)
         self.backlog.drop_session(key)
         self.caches.drop(key)
         self.deltas.drop(key)
@@ -221,6 +222,7 @@ class Trainer:
         kept = self.versions.find(key, version)
         if kept is None or version > self.deltas.session(key).version:
             return False
+        self.ranks.note(key, version)
         self.lose(key, "rollback")
         untried = self.guard.untried(key) - (self.deltas.session(key).version - version)
         self.caches.drop(key)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from vllm import envs
+from vllm import envs, forward_context
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -24,8 +24,12 @@ from vllm_ttt.worker.serve.gpu_lora import session_lora
 from vllm_ttt.worker.serve.gpu_slots import halves
 from vllm_ttt.worker.step.weights import is_plain
 
+#: The name by which vLLM's forward context knows the `SessionPunicaGPU` of the engine whose batch runs: one for all layers, or
+#: each would be compiled anew.
+MAPPING = "vllm_ttt.mapping"
 
-def _session_linear(
+
+def session_linear(
     x: Tensor, w_IO: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], scales: list[Tensor], slots: Tensor,
     by_slot: Tensor, counts: Tensor, starts: Tensor, active: Tensor, no_lora: Tensor,
 ) -> Tensor:  # fmt: skip
@@ -52,10 +56,22 @@ def _session_linear(
     return y
 
 
+def _session_linear(
+    x: Tensor, w_IO: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], scales: list[Tensor], mapping: str
+) -> Tensor:
+    """`session_linear` of the batch that runs.
+
+    What says whose rows are whose does not come as tensors: of an op that is given one on the host, or one that does not begin
+    at 16 bytes, torch.compile takes the output for one that may not either, and the kernels which read that, stock vLLM's
+    norms, load it number by number.
+    """
+    of = forward_context.get_forward_context().no_compile_layers[mapping]
+    return session_linear(x, w_IO, bias, a, b, scales, *of.ttt_args(x))
+
+
 def _session_linear_fake(
-    x: Tensor, w_IO: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], scales: list[Tensor], slots: Tensor,
-    by_slot: Tensor, counts: Tensor, starts: Tensor, active: Tensor, no_lora: Tensor,
-) -> Tensor:  # fmt: skip
+    x: Tensor, w_IO: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], scales: list[Tensor], mapping: str
+) -> Tensor:
     return x.new_empty(x.shape[0], w_IO.shape[1])
 
 
@@ -75,7 +91,6 @@ class Beside:
     base_layer: Any
     lora_a_stacked: tuple[Tensor, ...]
     lora_b_stacked: tuple[Tensor, ...]
-    punica_wrapper: Any
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """vLLM's: the layer's own product, and the adapters'."""
@@ -84,9 +99,7 @@ class Beside:
         # A view is a plain tensor, compiled or not: vLLM's class of parameters has a __torch_function__ in Python, which each
         # call of an op with one goes through, and what torch.compile makes of ``.data`` is the parameter itself.
         w_IO = self.base_layer.weight.t()
-        b, scales = halves(self.lora_b_stacked)
-        args = self.punica_wrapper.ttt_args(x)
-        return torch.ops.vllm.ttt_session_linear(x, w_IO, bias, self.lora_a_stacked[0], b, scales, *args)
+        return torch.ops.vllm.ttt_session_linear(x, w_IO, bias, self.lora_a_stacked[0], *halves(self.lora_b_stacked), MAPPING)
 
 
 def adopt(layer: Any) -> None:
@@ -100,6 +113,7 @@ def adopt(layer: Any) -> None:
 def check() -> None:
     """Raises PatchContractError where vLLM's method is not the one that `Beside` stands for."""
     _contract.check(BaseLinearLayerWithLoRA, "apply", "self x bias")
+    _contract.check(forward_context, "get_forward_context", "")
 
 
 def overlaps(layer: Any) -> bool:
