@@ -55,7 +55,7 @@ def serving(folder: Path, preset: str, ranks: int) -> Iterator[Served]:
     worker = ["--worker-cls", "slow_rank.SlowRank"]
     environment = {"VLLM_SERVER_DEV_MODE": "1", **bound(ranks)}
     flags += [*worker, "--tensor-parallel-size", str(ranks)]
-    with running(log, "vllm_ttt.cli", flags, environment, forking=False) as served:
+    with running(log, "vllm_ttt.cli", flags, environment, forking=ranks == 1) as served:
         served.http.timeout = 300
         yield served
 
