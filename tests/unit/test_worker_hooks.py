@@ -269,6 +269,39 @@ def test_a_step_that_ends_early_is_not_slept_through(monkeypatch: pytest.MonkeyP
     assert slept == [PAUSE] * 3
 
 
+def test_what_makes_room_for_a_prompt_is_not_what_answers_it() -> None:
+    """Its slot stays as its first part has read it, and so does what would fill that slot again."""
+    worker = Hooks(pages=2)
+    worker.start("a", A, 2)
+    worker.batch(("a", 0, 2 * CHUNK + 1))
+    worker.backlog.finish("a", 2 * CHUNK)
+    worker.start("b", A, 3)
+    worker.batch(("b", 0, CHUNK))
+    session = worker.trainer.deltas.session(A)
+    assert (session.version, session.served) == (1, 0)
+    assert session.serving is not None
+    assert not any(x.any() for x in session.serving.tensors())
+    worker.batch(("b", CHUNK, 2 * CHUNK + 1))
+    assert worker.learn()[A] > 2
+    assert session.serving is None, "it is answered by what it has learned now"
+
+
+def test_a_session_that_is_rolled_back_in_the_middle_of_an_answer_goes_on_as_it_began() -> None:
+    worker = Hooks()
+    worker.trainer.versions.every = 1
+    worker.start("a", A, 2)
+    worker.batch(("a", 0, 2 * CHUNK + 1))
+    worker.backlog.finish("a", 2 * CHUNK)
+    assert worker.learn()[A] == 2
+    worker.trainer.still = {A}
+    assert worker.trainer.roll_back(A, 1)
+    session = worker.trainer.deltas.session(A)
+    assert (session.version, session.served) == (1, 2)
+    worker.trainer.still = set()
+    worker.trainer.sync()
+    assert session.served == 1
+
+
 @pytest.mark.parametrize("serving", [True, False])
 def test_what_is_urgent_is_learned_at_once_where_others_are_served(serving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody is, everything is learned anyway, step by step."""

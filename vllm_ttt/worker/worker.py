@@ -367,7 +367,11 @@ class TTTWorkerMixin(Answers):
             view = [rows for rows in view if rows.request not in self.probe.reading]
         needed = self.backlog.pages_needed(view)
         self.trainer.ranks.note(needed, self.backlog.room)
-        self.trainer.make_room(lambda: self.backlog.room >= needed, self.budget.tokens_per_step)
+        if self.backlog.room < needed:
+            still = self.trainer.still
+            self.trainer.still = still | self.backlog.begun_by(view)  # this batch has read them as they are now
+            self.trainer.make_room(lambda: self.backlog.room >= needed, self.budget.tokens_per_step)
+            self.trainer.still = still
         while lacking := self.backlog.lacking(view):
             self.trainer.lose(self.backlog.readings[lacking[0]].plan.session, "full")
         self.backlog.take(view, self.capture.h_ND, self.capture.a_NQ)

@@ -6,6 +6,7 @@ full, or whose prompt or answer has ended, joins its session's queue, in the ord
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -226,6 +227,12 @@ class Backlog:
         """Sessions that have a prompt which has been read in part: their slot must not change now, but for interleaving."""
         started = (r for r in self.readings.values() if r.begun and not r.prompt_read and not r.closed)
         return {r.plan.session for r in started if not r.plan.interleave}
+
+    def begun_by(self, view: list[Rows]) -> set[int]:
+        """Sessions that will be among `reading_sessions` once these rows have been taken."""
+        rows_of = {rows.request: rows.position + len(rows.next_tokens) for rows in view}
+        begun = (r for name, r in self.readings.items() if not r.closed and rows_of.get(name, math.inf) < r.plan.prompt - 1)
+        return {r.plan.session for r in begun if not r.plan.interleave}
 
     def released(self) -> list[str]:
         """Requests that have left the engine, and nothing of which waits to be learned: nobody reads their blocks any more."""

@@ -226,6 +226,7 @@ class Trainer:
         self.lose(key, "rollback")
         untried = self.guard.untried(key) - (self.deltas.session(key).version - version)
         self.caches.drop(key)
+        self._keep_serving({key})
         restore(self.deltas, key, version, kept)
         self.versions.cut(key, version)
         self.guard.drop(key)
@@ -301,7 +302,7 @@ class Trainer:
         share = torch.tensor([(chunk.rows - chunk.out) / self.config.learn.chunk for chunk in chunks])
         self.ranks.note(*(x for tile in tiles for x in (tile.chunk.session, tile.row, tile.chunk.rows, tile.chunk.end)))
         self.began = self.began or self.clock.mark()
-        self._keep_serving(chunks)
+        self._keep_serving({chunk.session for chunk in chunks})
         base = torch.full((len(tiles),), math.nan)
         due = [s for s, x in enumerate(sessions) if x.steps % FROZEN_EVERY == 0 and (x.steps or x.version)]
         if due:
@@ -333,10 +334,9 @@ class Trainer:
         """Sessions that are served as they are for now."""
         return self.backlog.reading_sessions() | self.still
 
-    def _keep_serving(self, chunks: list[Chunk]) -> None:
-        """While a prompt is being read, and until all its samples are, what is served stays as it was when it began: a copy,
-        since the master moves."""
-        for key in {chunk.session for chunk in chunks} & self._kept_still():
+    def _keep_serving(self, keys: set[int]) -> None:
+        """While a prompt is being read, and until all its samples are, what is served stays as it began: the master moves."""
+        for key in keys & self._kept_still():
             session = self.deltas.session(key)
             if session.serving is None:
                 delta = self.deltas.read(key).delta
