@@ -99,6 +99,7 @@ class Found:
     damaged: FileReport
     sizes: list[int]
     digest: int
+    ended: tuple[list[int], list[int]]
 
 
 def on_a_rank(ranks: Ranks, folder: Path, slow: bool) -> Found:
@@ -115,8 +116,21 @@ def on_a_rank(ranks: Ranks, folder: Path, slow: bool) -> Found:
         checksum = ranks.agree("the checksum", lambda: reports["save"].checksum)
         reports["load"] = worker.order(FileOrder("load", key, str(path), checksum))
         after, other = worker.bits(key), worker.order(FileOrder("load", 99, str(path), "another"))
-        size = worker.trainer.deltas.bytes_per_session()
-        return Found(seen, before, after, reports, other, [size], getattr(ranks, "digest", 0))
+        size, ended = worker.trainer.deltas.bytes_per_session(), end_together(ranks)
+        return Found(seen, before, after, reports, other, [size], getattr(ranks, "digest", 0), ended)
+
+
+def end_together(ranks: Ranks) -> tuple[list[int], list[int]]:
+    """Requests end in one step, and others are preempted in one; the sets that say so have another order on each rank. Whose
+    chunks wait then, and which pages have been given back."""
+    worker, end, names, order = Rank(ranks), CHUNK // 2, "abcdef", 1 if ranks.first else -1
+    worker.cache = SimpleNamespace()  # type: ignore[assignment]
+    for name, key in zip(names, 2 * SESSIONS, strict=True):
+        worker.trainer.start(name, RequestPlan(key, 1, True, True))
+    worker.batch(*((name, 0, end) for name in names))
+    worker._preempt("def"[::order])
+    worker._finish(SimpleNamespace(finished_req_ids="abc"[::order]), StepPlan(ended=dict.fromkeys("abc", end)))
+    return [chunk.session for chunk in worker.backlog.heads()], list(worker.backlog.returned)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +158,12 @@ def test_a_slow_clock_of_one_rank_changes_nothing(both: tuple[Path, list[Found]]
     assert 2 * GEOMETRY.shard(2, 1).bytes == first.sizes[0] + second.sizes[0] > alone.sizes[0] == GEOMETRY.bytes
 
 
+def test_requests_that_end_in_one_step_end_in_one_order(both: tuple[Path, list[Found]]) -> None:
+    first, second = both[1]
+    assert first.ended == second.ended
+    assert first.ended[0] == list(SESSIONS)
+
+
 def test_a_file_is_whole_whoever_has_written_it(both: tuple[Path, list[Found]], tmp_path: Path) -> None:
     folder, (first, second) = both
     for found in (first, second):
@@ -165,31 +185,6 @@ def test_a_file_is_whole_whoever_has_written_it(both: tuple[Path, list[Found]], 
     mine, theirs = (safetensors.torch.load_file(path / "exported.safetensors") for path in (tmp_path, folder))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(x, theirs[name]) for name, x in mine.items()), "A too, which each rank has a part of"
-
-
-def end_together(ranks: Several) -> tuple[list[int], list[int], int]:
-    """Requests end in one step, and others are preempted in one; the sets that say so have another order on each rank."""
-    worker, end = Rank(ranks), CHUNK // 2
-    worker.cache = SimpleNamespace()  # type: ignore[assignment]
-    names, order = "abcdef", 1 if ranks.first else -1
-    with torch.inference_mode():
-        for name, key in zip(names, 2 * SESSIONS, strict=True):
-            worker.trainer.start(name, RequestPlan(key, 1, True, True))
-        worker.batch(*((name, 0, end) for name in names))
-        worker._preempt("def"[::order])
-        worker._finish(SimpleNamespace(finished_req_ids="abc"[::order]), StepPlan(ended=dict.fromkeys("abc", end)))
-        line, pages = [chunk.session for chunk in worker.backlog.heads()], list(worker.backlog.returned)
-        while worker.backlog.queues:
-            worker.trainer.learn(CHUNK)
-            worker.trainer.collect()
-    return line, pages, ranks.digest
-
-
-def test_requests_that_end_in_one_step_end_in_one_order(tmp_path: Path) -> None:
-    found, codes = together(2, tmp_path, end_together)
-    assert codes == [0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
-    assert found[0] == found[1]
-    assert found[0][0] == list(SESSIONS)
 
 
 def goes_by_its_own_clock(ranks: Several) -> None:
