@@ -26,6 +26,7 @@ class TTTCUDAWorker(TTTWorkerMixin, Worker):
     def ttt_idle_flag(self, modules: TailModules) -> Tensor:
         wrapper = modules.punica
         SessionPunicaGPU.adopt(wrapper)
+        # Where the forward pass finds it, by name.
         self.model_runner.vllm_config.compilation_config.static_forward_context[gpu_linear.MAPPING] = wrapper
         for layer in modules.adapting:
             gpu_linear.adopt(layer)
