@@ -368,10 +368,8 @@ class TTTWorkerMixin(Answers):
         needed = self.backlog.pages_needed(view)
         self.trainer.ranks.note(needed, self.backlog.room)
         if self.backlog.room < needed:
-            still = self.trainer.still
-            self.trainer.still = still | self.backlog.begun_by(view)  # this batch has read them as they are now
+            self.backlog.begin(view)  # what is learned now is not what this batch has read them with
             self.trainer.make_room(lambda: self.backlog.room >= needed, self.budget.tokens_per_step)
-            self.trainer.still = still
         while lacking := self.backlog.lacking(view):
             self.trainer.lose(self.backlog.readings[lacking[0]].plan.session, "full")
         self.backlog.take(view, self.capture.h_ND, self.capture.a_NQ)

@@ -6,7 +6,6 @@ full, or whose prompt or answer has ended, joins its session's queue, in the ord
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -228,11 +227,10 @@ class Backlog:
         started = (r for r in self.readings.values() if r.begun and not r.prompt_read and not r.closed)
         return {r.plan.session for r in started if not r.plan.interleave}
 
-    def begun_by(self, view: list[Rows]) -> set[int]:
-        """Sessions that will be among `reading_sessions` once these rows have been taken."""
-        rows_of = {rows.request: rows.position + len(rows.next_tokens) for rows in view}
-        begun = (r for name, r in self.readings.items() if not r.closed and rows_of.get(name, math.inf) < r.plan.prompt - 1)
-        return {r.plan.session for r in begun if not r.plan.interleave}
+    def begin(self, view: list[Rows]) -> None:
+        """These rows have been read, and will be taken: until then their sessions are among `reading_sessions`, too."""
+        for rows in view:
+            self.readings[rows.request].begun = True
 
     def released(self) -> list[str]:
         """Requests that have left the engine, and nothing of which waits to be learned: nobody reads their blocks any more."""
