@@ -69,8 +69,8 @@ def test_the_weight_is_an_input_of_what_is_traced(monkeypatch: pytest.MonkeyPatc
     (called,) = [n for n in graphs[0].nodes if n.target is torch.ops.vllm.ttt_session_linear]
     assert called.args[1].target == "t", "not the parameter, whose class goes through Python"
     assert called.args[1].args[0].op == "placeholder"
-    x_, w, bias, a, b, scales, name = called.args
-    assert (bias, name, len(b), len(scales)) == (None, gpu_linear.MAPPING, 1, 1)
+    x_, w, bias, a, b, scales = called.args
+    assert (bias, len(b), len(scales)) == (None, 1, 1)
     tensors = [node.meta["example_value"] for node in (x_, w, a, *b, *scales)]
     assert called.all_input_nodes == [x_, w, a, *b, *scales], "nothing of the batch: its output would count as not aligned"
     assert all(x.storage_offset() * x.element_size() % 16 == 0 for x in tensors)

@@ -24,8 +24,7 @@ from vllm_ttt.worker.serve.gpu_lora import session_lora
 from vllm_ttt.worker.serve.gpu_slots import halves
 from vllm_ttt.worker.step.weights import is_plain
 
-#: The name by which vLLM's forward context knows the `SessionPunicaGPU` of the engine whose batch runs: one for all layers, or
-#: each would be compiled anew.
+#: The name by which vLLM's forward context knows the `SessionPunicaGPU` of the engine whose batch runs.
 MAPPING = "vllm_ttt.mapping"
 
 
@@ -56,21 +55,19 @@ def session_linear(
     return y
 
 
-def _session_linear(
-    x: Tensor, w_IO: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], scales: list[Tensor], mapping: str
-) -> Tensor:
+def _session_linear(x: Tensor, w_IO: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], scales: list[Tensor]) -> Tensor:
     """`session_linear` of the batch that runs.
 
     What says whose rows are whose does not come as tensors: of an op that is given one on the host, or one that does not begin
     at 16 bytes, torch.compile takes the output for one that may not either, and the kernels which read that, stock vLLM's
     norms, load it number by number.
     """
-    of = forward_context.get_forward_context().no_compile_layers[mapping]
+    of = forward_context.get_forward_context().no_compile_layers[MAPPING]
     return session_linear(x, w_IO, bias, a, b, scales, *of.ttt_args(x))
 
 
 def _session_linear_fake(
-    x: Tensor, w_IO: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], scales: list[Tensor], mapping: str
+    x: Tensor, w_IO: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], scales: list[Tensor]
 ) -> Tensor:
     return x.new_empty(x.shape[0], w_IO.shape[1])
 
@@ -99,7 +96,7 @@ class Beside:
         # A view is a plain tensor, compiled or not: vLLM's class of parameters has a __torch_function__ in Python, which each
         # call of an op with one goes through, and what torch.compile makes of ``.data`` is the parameter itself.
         w_IO = self.base_layer.weight.t()
-        return torch.ops.vllm.ttt_session_linear(x, w_IO, bias, self.lora_a_stacked[0], *halves(self.lora_b_stacked), MAPPING)
+        return torch.ops.vllm.ttt_session_linear(x, w_IO, bias, self.lora_a_stacked[0], *halves(self.lora_b_stacked))
 
 
 def adopt(layer: Any) -> None:
