@@ -100,6 +100,7 @@ def test_a_deleted_session_leaves_nothing_and_the_receipt_says_what_there_was(tm
         assert SessionKey("-", NAME) not in world.ledger.sessions
     assert found(state, NAME)
     receipt = engine.ask("delete", NAME)
+    world.run()  # another session may be saved meanwhile, since memory is nearly full: its file takes its name
     assert receipt["version"] == (4 if where == "memory" else 3)
     assert receipt["tokens_learned"] == 16 * receipt["version"]
     assert [file["version"] for file in receipt["files"]] == versions == [1, 2, 3]
