@@ -185,6 +185,27 @@ def test_a_row_of_which_nothing_is_known_keeps_its_bits():
     assert torch.equal(mixed, logits)
 
 
+def test_a_row_has_the_same_bits_beside_others_and_with_any_number_of_threads():
+    """Two ranks whose threads are not as many sample the same token."""
+    fast, before, threads = Fast(), np.array([1, 2], np.int32), torch.get_num_threads()
+    fast.learn([1, 2, 3, 1, 2, 3, 4])
+    logits = torch.randn(96, 50_000, generator=torch.Generator().manual_seed(0))
+    together, alone = [], []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            mix(mixed := logits.clone(), range(96), [before] * 96, fast.index, fast.ngrams.shares())
+            together.append(mixed[:, 3])
+            mixed = logits.clone()
+            for row in range(96):
+                mix(mixed, [row], [before], fast.index, fast.ngrams.shares())
+            alone.append(mixed[:, 3])
+    finally:
+        torch.set_num_threads(threads)
+    assert not (together[0] == logits[:, 3]).any(), "the cache knows what comes"
+    assert all(torch.equal(found, together[0]) for found in (*together, *alone))
+
+
 def test_a_token_that_the_model_rules_out_is_said_where_the_session_said_it():
     fast = Fast()
     fast.learn([1, 2] * 8)

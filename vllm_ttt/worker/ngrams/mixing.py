@@ -30,13 +30,15 @@ def mix(
         befores: the tokens before each, of which the last ones count.
         shares: of the cache, by length of the context from 1, and by how sure the model is.
     """
-    known = [(row, found) for row, before in zip(rows, befores, strict=True) if (found := index.followers(before)).length]
-    if not known:
-        return
-    picked = logits_NV[[row for row, _ in known]] if len(known) > 1 else logits_NV[known[0][0]][None]
-    values_NV, sums, highest = logits_NV.numpy(), picked.logsumexp(-1).tolist(), picked.amax(-1).tolist()
-    for (row, found), total, high in zip(known, sums, highest, strict=True):
+    values_NV = logits_NV.numpy()
+    for row, before in zip(rows, befores, strict=True):
+        if not (found := index.followers(before)).length:
+            continue
+        values_V = values_NV[row]
+        high = values_V.max().item()
+        # In numpy, whose sums are the same beside any other rows and with any number of threads: so do ranks sample alike.
+        total = high + math.log(np.exp(values_V - high).sum(dtype=np.float64))
         share = shares[found.length - 1][bisect_left(_STEPS, total - high)]
         model = 1 - share * (1 - found.rest)  # what is left to the model; the rest of 1 is spread over `found.tokens`
-        p = np.exp(values_NV[row, found.tokens].astype(np.float64) - total) * model + share * found.shares
-        values_NV[row, found.tokens] = np.log(p) + (total - math.log(model))
+        p = np.exp(values_V[found.tokens].astype(np.float64) - total) * model + share * found.shares
+        values_V[found.tokens] = np.log(p) + (total - math.log(model))
