@@ -17,6 +17,8 @@ TOOLS := .tools
 VENV := .venv
 UV := $(TOOLS)/bin/uv
 BIN := $(VENV)/bin
+# Threads of several processes would wait for each other's.
+SPREAD = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4
 
 # The first supported Python on PATH; or say PYTHON=/path/to/python.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
@@ -81,11 +83,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Unit tests need no server, and run on all cores; the others have the machine for themselves.
+# Each process of pytest has one server at a time, on a core of its own; tests of several engines have the machine for themselves.
 test: lint real
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -m unit -n logical --maxprocesses 4
-	$(BIN)/python -m pytest -m "not unit"
+	$(SPREAD) -m unit
+	$(SPREAD) -m "not (unit or alone or gpu)" --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "alone or gpu"
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,25 @@ settings.register_profile("vllm-ttt", deadline=None, max_examples=60, print_blob
 settings.load_profile("vllm-ttt")
 
 
+#: Those that several files use: each is started once, the longest first, and then those of one file or test.
+SERVERS = ("server", "exact", "deep", "cached", "small", "half")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def server(item: pytest.Item) -> str | None:
+        return next((name for name in SERVERS if name in getattr(item, "fixturenames", ())), None)
+
     def rank(item: pytest.Item) -> tuple[bool, int]:
-        names = getattr(item, "fixturenames", ())
-        # Each of them is started once, and then the others.
-        shared = [name in names for name in ("exact", "deep", "small", "half", "cached", "server")]
-        return item.get_closest_marker("unit") is None, shared.index(True) if any(shared) else len(shared)
+        name = server(item)
+        return item.get_closest_marker("unit") is None, SERVERS.index(name) if name else len(SERVERS)
 
     items.sort(key=rank)  # stable: within a rank the order stays as it was
+    for item in items:  # with --dist loadgroup a worker takes all of a group
+        if item.get_closest_marker("engine") and isinstance(item, pytest.Function):
+            starts_its_own = "stage" in signature(item.function).parameters
+            if group := server(item) or ("" if starts_its_own else item.path.stem):
+                item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Seven servers, of which one runs at a time: vLLM's CPU worker binds itself to core 0.
+"""Seven servers, of which a process of pytest runs one at a time, on a core of its own.
 
 ``reference``: stock vLLM, for its log-probabilities. ``exact``: the preset `last`, float32, four slots and no caches, so that
 nothing but the algorithm separates it from the oracle, which has a delta alone. ``deep``: the same at full depth. ``half``:
@@ -122,7 +122,9 @@ class Stage:
 @pytest.fixture(scope="session")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     stage = Stage(tmp_path_factory.mktemp("servers"))
-    with stage.running:
+    with stage.running, pytest.MonkeyPatch.context() as patch:
+        if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # by itself vLLM's CPU worker takes core 0
+            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1)))
         yield stage
 
 

@@ -1,7 +1,10 @@
 """`python -m forking MODULE ARGS`: MODULE as it is, but that vLLM forks its engine and workers, which is what it does on CUDA.
 
-Its CPU platform starts each as a program of its own: two more imports of vLLM, two thirds of the time that a start takes.
-Half of the kills of `test_survival.py`, and tests of several engines or ranks, start servers as users do.
+Its CPU platform starts each as a program of its own: two more imports of vLLM, two thirds of the time that a start takes. And
+these processes sleep between two looks for each other's messages, where vLLM's take a core.
+
+Half of the kills of `test_survival.py` start their servers as users do, and so do tests of several engines or ranks behind one
+server.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import time
 
 #: What the children would import.
 NEEDED = ("vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
@@ -31,9 +35,12 @@ def main() -> None:
     # As a worker finds it that counts its one core; numba, which makes n-gram drafts, counts them at its import.
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     import torch
+    from vllm.distributed.device_communicators import shm_broadcast
     from vllm.utils import system_utils
 
     torch.set_num_threads(1)  # threads that the parent had used would be missing in its children
+    # For a second after each message its processes look for the next one in a loop, which takes a core from others.
+    shm_broadcast.sched_yield = lambda: time.sleep(2e-4)
     system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
     for module in NEEDED if "serve" in sys.argv else ():
         importlib.import_module(module)

@@ -26,6 +26,7 @@ from vllm_ttt.sessions.shelves import opened
 #: vLLM's workers wait for work in loops: on two cores those of two engines leave nothing to the processes that send it.
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.alone,
     pytest.mark.skipif(
         (os.cpu_count() or 1) < 4 and "TTT_ENGINES" not in os.environ,
         reason="two engines need four cores; with TTT_ENGINES=1 in the environment it runs on fewer, for ten minutes",

@@ -24,7 +24,7 @@ from served import Documents, Served, completion
 from vllm_ttt.eval import server as processes
 from vllm_ttt.sessions.offline import Offline
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
 CONFIG = {
@@ -80,7 +80,7 @@ def server(folder: Path, number: int) -> Iterator[Served]:
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", str(folder / "state"), "--max-model-len", "512"]
     # vLLM would give both the same core.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": str(number % (os.cpu_count() or 1))}
-    with running(folder / f"server-{number}.log", "vllm_ttt.cli", flags, environment, forking=False) as served:
+    with running(folder / f"server-{number}.log", "vllm_ttt.cli", flags, environment) as served:
         yield served
 
 

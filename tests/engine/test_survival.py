@@ -44,7 +44,7 @@ def headers(who: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def server(folder: Path, log: str, key: Path | None = None) -> Iterator[Served]:
+def server(folder: Path, log: str, key: Path | None = None, forking: bool = True) -> Iterator[Served]:
     (folder / "admin").write_text(KEYS["admin"])
     files = {"admin_key_file": str(folder / "admin"), "key_file": None if key is None else str(key)}
     config = {**CONFIG, "sessions": {**CONFIG["sessions"], **files}}
@@ -52,8 +52,7 @@ def server(folder: Path, log: str, key: Path | None = None) -> Iterator[Served]:
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", str(folder / "state")]
     flags += ["--worker-cls", "faulty_worker.FaultyWorker", "--api-key", KEYS["a"], KEYS["b"]]
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
-    # Without a key its processes are programs of their own, as on CPUs; with one they are forked, as on CUDA.
-    with running(folder / log, "vllm_ttt.cli", flags, environment, forking=key is not None) as served:
+    with running(folder / log, "vllm_ttt.cli", flags, environment, forking=forking) as served:
         served.http.headers.update(headers("a"))
         yield served
 
@@ -133,10 +132,11 @@ def test_kill_9_at_random_moments(stage: Stage, tmp_path: Path, documents: Docum
     if key is not None:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(32))
+    forking = sealed  # without a key its processes are programs of their own, as on CPUs; with one as on CUDA
     rng, acknowledged, last = random.Random(KILLS), {}, {}
     state = tmp_path / "state"
     for cycle in range(KILLS):
-        with server(tmp_path, f"server-{cycle}.log", key) as served:
+        with server(tmp_path, f"server-{cycle}.log", key, forking) as served:
             found = check(served, state, documents, acknowledged, key) if cycle else {}
             assert all(found.get(name, 0) >= version for name, version in last.items()), "what had been recovered is gone"
             last = found
@@ -156,7 +156,7 @@ def test_kill_9_at_random_moments(stage: Stage, tmp_path: Path, documents: Docum
         assert audit_log.verify(state / "audit.jsonl").problem is None, f"after kill {cycle}"
         versions, leftovers = report["versions"], len(report["leftovers"])
         print(f"kill {cycle}: {len(acknowledged)} acknowledged, {versions} versions, {leftovers} leftovers", flush=True)
-    with server(tmp_path, "server-last.log", key) as served:
+    with server(tmp_path, "server-last.log", key, forking) as served:
         check(served, state, documents, acknowledged, key)
         before = ask_around(served, documents)
         # As `systemctl stop` does: every process gets the signal.

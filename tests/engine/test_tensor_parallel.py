@@ -21,7 +21,7 @@ from load.logs import unexpected
 from served import SCORED, Documents, Served, logprobs
 from torch import Tensor
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 MODULES = ["o_proj", "gate_up_proj", "down_proj"]
 #: All modules, of all layers and of the last: the step begins at the embedding, or at what was captured.
