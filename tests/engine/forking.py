@@ -40,7 +40,7 @@ def main() -> None:
 
     torch.set_num_threads(1)  # threads that the parent had used would be missing in its children
     # For a second after each message its processes look for the next one in a loop, which takes a core from others.
-    shm_broadcast.sched_yield = lambda: time.sleep(2e-4)
+    shm_broadcast.sched_yield = lambda: time.sleep(2e-4)  # pyright: ignore[reportPrivateImportUsage]
     system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
     for module in NEEDED if "serve" in sys.argv else ():
         importlib.import_module(module)
