@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -73,15 +75,15 @@ SERVERS: dict[str, tuple[dict[str, Any], list[str]]] = {
 def running(
     log: Path, module: str, flags: list[str], environment: dict[str, str], model: Path = MODEL, forking: bool = True
 ) -> Iterator[Served]:
-    """``python -m MODULE serve MODEL FLAGS`` in a process group of its own, on a free port; ``forking``: see forking.py."""
+    """``python -m MODULE serve MODEL FLAGS`` in a process group of its own, on a free port; ``forking``: see forked.py."""
     port = processes.free_port()
-    program = ["forking", module] if forking else [module]
-    command = [sys.executable, "-m", *program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
+    command = [sys.executable, "-m", module, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    popen = forked.Popen if forking and "TTT_SPAWN" not in os.environ else subprocess.Popen
     with pytest.MonkeyPatch.context() as patch:
         for key, value in {EXPERIMENTS: "1", "PYTHONPATH": path, **environment}.items():
             patch.setenv(key, value)
-        with processes.process_group(command, log) as process:
+        with processes.process_group(command, log, popen=popen) as process:
             processes.wait_healthy(process, port, log)
             yield Served(f"http://127.0.0.1:{port}", log, process)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from served import Documents, Served
 
@@ -44,16 +44,10 @@ def test_the_documented_command(server: Served, documents: Documents, tmp_path: 
     name = body["session_id"]
     assert server.http.get(f"/v1/ttt/sessions/{name}").status_code == 404
     result = tmp_path / "result.json"
-    program = [
-        str(Path(sys.executable).with_name("vllm")),
-        *command,
-        "--save-result",
-        "--save-detailed",
-        "--result-filename",
-        str(result),
-    ]
-    done = subprocess.run(program, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    program = [sys.executable, "-m", "vllm.entrypoints.cli.main", *command]
+    program += ["--save-result", "--save-detailed", "--result-filename", str(result)]
+    code, output = forked.run(program, tmp_path / "log")
+    assert code == 0, output[-4000:]
     figures = json.loads(result.read_text())
     assert (figures["completed"], figures["failed"]) == (PROMPTS, 0)
     server.settle()

@@ -23,15 +23,7 @@ from vllm_ttt import audit_log
 from vllm_ttt.placement import owner
 from vllm_ttt.sessions.shelves import opened
 
-#: vLLM's workers wait for work in loops: on two cores those of two engines leave nothing to the processes that send it.
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.alone,
-    pytest.mark.skipif(
-        (os.cpu_count() or 1) < 4 and "TTT_ENGINES" not in os.environ,
-        reason="two engines need four cores; with TTT_ENGINES=1 in the environment it runs on fewer, for ten minutes",
-    ),
-]
+pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 CONFIG = {
     "adapt": {"preset": "last", "layers": 1, "rank": 8},
@@ -42,8 +34,8 @@ CONFIG = {
     "guard": {"every": 0},
 }
 NAMES = [f"session-{i}" for i in range(40)]
-#: Engines after the kill. On two cores a third one would be starved by the other two, which wait for work in loops.
-THEN = 3 if (os.cpu_count() or 1) > 2 else 1
+#: Engines after the kill.
+THEN = 3
 #: Tokens of a request: one chunk is learned.
 TEXT = 33
 
@@ -55,7 +47,7 @@ def serving(folder: Path, engines: int, api_servers: int) -> Iterator[Served]:
     flags += ["--data-parallel-size", str(engines), "--api-server-count", str(api_servers)]
     # vLLM would give all engines the same core.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(i % (os.cpu_count() or 1)) for i in range(engines))}
-    with running(folder / f"server-{engines}.log", "vllm_ttt.cli", flags, environment, forking=False) as served:
+    with running(folder / f"server-{engines}.log", "vllm_ttt.cli", flags, environment) as served:
         yield served
 
 

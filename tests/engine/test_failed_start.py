@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import HERE, MODEL
 
@@ -15,7 +15,6 @@ from vllm_ttt.eval import server as processes
 
 pytestmark = pytest.mark.engine
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import vllm_ttt
 from vllm import LLM
@@ -24,14 +23,14 @@ LLM("MODEL", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=2**40,
 """
 
 
-def test_buffers_that_do_not_fit_are_refused(stage: Any) -> None:
+def test_buffers_that_do_not_fit_are_refused(stage: Any, tmp_path: Path) -> None:
     """The KV cache is given more than the machine has, so that the test does not depend on its size."""
     stage.stop()
-    program = PROGRAM.replace("MODEL", str(ROOT / "demo" / "model"))
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode != 0
-    error = done.stderr[done.stderr.rindex("ConfigError") :]
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM.replace("MODEL", str(MODEL)))
+    code, output = forked.run([sys.executable, str(script)], tmp_path / "log", {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    assert code != 0
+    error = output[output.rindex("ConfigError") :]
     assert "--plugin ttt needs" in error
     assert "leaves 0.00 GiB" in error, error
     assert "activations of 16,778,240 tokens that may wait to be learned (schedule.backlog_tokens)" in error
@@ -49,6 +48,6 @@ def test_a_start_that_fails_once_the_workers_run(stage: Any, tmp_path: Path) -> 
     command = [sys.executable, "-m", "vllm_ttt.cli", "serve", str(MODEL), *flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
-        with processes.process_group(command, log) as process:
+        with processes.process_group(command, log, popen=forked.Popen) as process:
             assert process.wait(timeout=300) != 0
     assert "planted by a test" in log.read_text()

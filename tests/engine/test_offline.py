@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from vllm_ttt.sessions.offline import Offline
@@ -43,13 +42,13 @@ def test_a_script_saves_all_that_it_sent(stage: Any, tmp_path: Path, how: str) -
     folder, script = tmp_path / "state", tmp_path / "script.py"
     end = "del llm; import gc; gc.collect()" if how == "the object goes" else ""
     script.write_text(PROGRAM.replace("FOLDER", repr(str(folder))).replace("MODEL", repr(str(MODEL))).replace("END", end))
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     if how == "in one process":
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (accepted,) = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("ACCEPTED")]
+    code, output = forked.run([sys.executable, str(script)], tmp_path / "log", environment)
+    assert code == 0, output[-3000:]
+    (accepted,) = [int(line.split()[1]) for line in output.splitlines() if line.startswith("ACCEPTED")]
     sessions = Offline(folder).list(all_keys=True)
     assert len(sessions) == 12
     assert sum(s["tokens_learned"] for s in sessions) == accepted > 8000
-    assert "tokens are still to be learned" in done.stdout + done.stderr
+    assert "tokens are still to be learned" in output

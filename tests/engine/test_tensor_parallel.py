@@ -38,11 +38,6 @@ CONFIG: dict[str, Any] = {
 }
 READ: dict[str, Any] = {"vllm_xargs": {"ttt_learn": 0}, **SCORED}
 LENGTHS = (200, 131)
-#: Ranks wait for each other in loops: on two cores each of these takes one to two minutes, and the first says most.
-cores = pytest.mark.skipif(
-    (os.cpu_count() or 1) < 4 and "TTT_ENGINES" not in os.environ,
-    reason="two ranks and their server want four cores; with TTT_ENGINES=1 in the environment it runs on fewer",
-)
 LOAD, SECONDS = HERE.parents[1] / "loadtests" / "run_load.py", int(os.environ.get("TTT_SOAK", "60"))
 
 
@@ -55,7 +50,7 @@ def serving(folder: Path, preset: str, ranks: int) -> Iterator[Served]:
     worker = ["--worker-cls", "slow_rank.SlowRank"]
     environment = {"VLLM_SERVER_DEV_MODE": "1", **bound(ranks)}
     flags += [*worker, "--tensor-parallel-size", str(ranks)]
-    with running(log, "vllm_ttt.cli", flags, environment, forking=ranks == 1) as served:
+    with running(log, "vllm_ttt.cli", flags, environment) as served:
         served.http.timeout = 300
         yield served
 
@@ -128,7 +123,7 @@ def folder(stage: Stage, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("preset", ["deep", pytest.param("last", marks=cores)])
+@pytest.mark.parametrize("preset", ["deep", "last"])
 def test_two_ranks_are_one_server(folder: Path, documents: Documents, preset: str) -> None:
     with serving(folder, preset, 1) as served:
         learn(served, "one", documents)
@@ -154,7 +149,7 @@ def test_two_ranks_are_one_server(folder: Path, documents: Documents, preset: st
         same_bits(both, look(served, "one", documents))
     if preset == "deep":
         flags, environment = ["--dtype", "float32", "--tensor-parallel-size", "2"], {"VLLM_PLUGINS": "", **bound(2)}
-        with running(folder / "stock.log", "vllm.entrypoints.cli.main", flags, environment, forking=False) as stock:
+        with running(folder / "stock.log", "vllm.entrypoints.cli.main", flags, environment) as stock:
             assert base == [logprobs(stock.complete(prompt, **SCORED)) for prompt in prompts(documents)]
 
 
@@ -185,7 +180,7 @@ def operations(served: Served, name: str, learned: Learned, documents: Documents
     assert served.session(name)["probe_regression"] is not None, "the guard has tried it"
 
 
-@cores
+@pytest.mark.skipif((os.cpu_count() or 1) < 4 and "TTT_SOAK" not in os.environ, reason="asked for with TTT_SOAK=60, seconds")
 def test_under_load_the_ranks_stay_together(folder: Path) -> None:
     """Every kind of user for a while: no error that was not asked for, each session at the version that its client counted."""
     with serving(folder, "last", 2) as served:
@@ -200,7 +195,6 @@ def test_under_load_the_ranks_stay_together(folder: Path) -> None:
         assert unexpected(served.logged()) == []
 
 
-@cores
 def test_a_rank_that_fails_ends_the_engine_and_what_was_saved_is_there(folder: Path, documents: Documents) -> None:
     with serving(folder, "last", 2) as served:
         learn(served, "one", documents)

@@ -70,17 +70,21 @@ def serve(
 
 @contextlib.contextmanager
 def process_group(
-    command: list[str], log: Path, keep: bool = False, environment: dict[str, str] | None = None
+    command: list[str],
+    log: Path,
+    keep: bool = False,
+    environment: dict[str, str] | None = None,
+    popen: type[subprocess.Popen] = subprocess.Popen,
 ) -> Iterator[subprocess.Popen]:
     """Run ``command`` in a process group of its own, output to ``log``; at exit end the whole group.
 
-    ``environment`` is added to this process's.
+    ``environment`` is added to this process's. ``popen`` starts it.
 
     SIGTERM and SIGHUP to this process unwind the context as Ctrl-C does. With ``keep`` a normal exit leaves it running.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with _signals_unwind(), log.open("wb") as output:
-        process = subprocess.Popen(
+        process = popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
