@@ -86,9 +86,9 @@ lint: setup
 # Each process of pytest has one server at a time, on a core of its own; tests of several engines have the machine for themselves.
 test: lint real
 ifeq ($(strip $(ARGS)),)
-	$(SPREAD) -m unit
+	$(SPREAD) tests/unit -m unit
 	$(SPREAD) -m "not (unit or alone or gpu)" --dist loadgroup --no-loadscope-reorder
-	$(BIN)/python -m pytest -m "alone or gpu"
+	$(BIN)/python -m pytest tests/engine tests/gpu -m "alone or gpu"
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
