@@ -13,7 +13,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,11 @@ def running(
             yield Served(f"http://127.0.0.1:{port}", log, process)
 
 
+def bound(numbers: Iterable[int]) -> dict[str, str]:
+    """The environment of a server each of whose workers has the core of its number; several may share one."""
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(number % (os.cpu_count() or 1)) for number in numbers)}
+
+
 @contextlib.contextmanager
 def running_ttt(folder: Path, config: dict[str, Any], flags: list[str], model: Path = MODEL) -> Iterator[Served]:
     """A server with the plugin, whose worker the tests can watch and break. Its audit log is beside its own."""
@@ -126,7 +131,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     stage = Stage(tmp_path_factory.mktemp("servers"))
     with stage.running, pytest.MonkeyPatch.context() as patch:
         if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # by itself vLLM's CPU worker takes core 0
-            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1)))
+            for key, value in bound([int(worker.removeprefix("gw"))]).items():
+                patch.setenv(key, value)
         yield stage
 
 

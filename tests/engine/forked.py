@@ -17,7 +17,6 @@ import os
 import runpy
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -42,13 +41,11 @@ class Popen(subprocess.Popen):
     """
 
     _parent: subprocess.Popen | None = None
-    _lock = threading.Lock()
 
     def __init__(self, args: list[str], stdout: IO[bytes], env: dict[str, str], **_: Any):
         self.args, self.returncode = args, None
         self.stdin = self.stdout = self.stderr = None
-        with Popen._lock:
-            self.pid = self._fork({"argv": args[1:], "env": env, "output": os.fspath(stdout.name)})
+        self.pid = self._fork({"argv": args[1:], "env": env, "output": os.fspath(stdout.name)})
 
     @classmethod
     def _fork(cls, order: dict[str, Any]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from conftest import Stage, running
+from conftest import Stage, bound, running
 from prometheus_client.parser import text_string_to_metric_families
 from served import Documents, Served, completion
 
@@ -45,9 +45,8 @@ def serving(folder: Path, engines: int, api_servers: int) -> Iterator[Served]:
     (folder / "ttt.yaml").write_text(yaml.safe_dump(CONFIG))
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", str(folder / "state"), "--max-model-len", "512"]
     flags += ["--data-parallel-size", str(engines), "--api-server-count", str(api_servers)]
-    # vLLM would give all engines the same core.
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(i % (os.cpu_count() or 1)) for i in range(engines))}
-    with running(folder / f"server-{engines}.log", "vllm_ttt.cli", flags, environment) as served:
+    # By itself vLLM gives all engines the same core.
+    with running(folder / f"server-{engines}.log", "vllm_ttt.cli", flags, bound(range(engines))) as served:
         yield served
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from conftest import Stage, running
+from conftest import Stage, bound, running
 from served import Documents, Served, completion
 
 from vllm_ttt.eval import server as processes
@@ -78,9 +78,8 @@ http {{
 @contextlib.contextmanager
 def server(folder: Path, number: int) -> Iterator[Served]:
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", str(folder / "state"), "--max-model-len", "512"]
-    # vLLM would give both the same core.
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": str(number % (os.cpu_count() or 1))}
-    with running(folder / f"server-{number}.log", "vllm_ttt.cli", flags, environment) as served:
+    # By itself vLLM gives both the same core.
+    with running(folder / f"server-{number}.log", "vllm_ttt.cli", flags, bound([number])) as served:
         yield served
 
 

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import HERE, Stage, running
+from conftest import HERE, Stage, bound, running
 from load.logs import unexpected
 from served import SCORED, Documents, Served, logprobs
 from torch import Tensor
@@ -48,16 +48,11 @@ def serving(folder: Path, preset: str, ranks: int) -> Iterator[Served]:
     log, state = folder / f"{preset}-{ranks}.log", str(folder / f"state-{preset}")
     flags = ["--ttt-config", str(folder / "ttt.yaml"), "--ttt-state-dir", state, "--dtype", "float32"]
     worker = ["--worker-cls", "slow_rank.SlowRank"]
-    environment = {"VLLM_SERVER_DEV_MODE": "1", **bound(ranks)}
+    environment = {"VLLM_SERVER_DEV_MODE": "1", **bound(range(ranks))}
     flags += [*worker, "--tensor-parallel-size", str(ranks)]
     with running(log, "vllm_ttt.cli", flags, environment) as served:
         served.http.timeout = 300
         yield served
-
-
-def bound(ranks: int) -> dict[str, str]:
-    """A core for each rank."""
-    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(i % (os.cpu_count() or 1)) for i in range(ranks))}
 
 
 @dataclass
@@ -148,7 +143,7 @@ def test_two_ranks_are_one_server(folder: Path, documents: Documents, preset: st
         same_bits(two, look(served, "two", documents))
         same_bits(both, look(served, "one", documents))
     if preset == "deep":
-        flags, environment = ["--dtype", "float32", "--tensor-parallel-size", "2"], {"VLLM_PLUGINS": "", **bound(2)}
+        flags, environment = ["--dtype", "float32", "--tensor-parallel-size", "2"], {"VLLM_PLUGINS": "", **bound(range(2))}
         with running(folder / "stock.log", "vllm.entrypoints.cli.main", flags, environment) as stock:
             assert base == [logprobs(stock.complete(prompt, **SCORED)) for prompt in prompts(documents)]
 
