@@ -127,19 +127,19 @@ def kernels(args: argparse.Namespace) -> None:
     built = 1e3 * (time.perf_counter() - begin) / args.sessions
     tokens = torch.tensor(texts, dtype=torch.int32, device=device)
     lines = ["| vocabulary | rows | device, µs | host, µs |", "| --- | --- | --- | --- |"]
-    where = places(tables, list(range(args.sessions)), list(range(args.sessions)))
+    where, indices = places(tables, *[list(range(args.sessions))] * 2), torch.arange(args.sessions, device=device)
     for vocabulary in (49_152, 151_936):
         logits, took = torch.randn(args.sessions, vocabulary, device=device).bfloat16(), list[float]()
         positions = torch.full((args.sessions,), args.tokens // 2, device=device)
-        mix(logits, where, positions, tokens, tables)
+        mix(logits, where, indices, positions, tokens, tables)
         begin = time.perf_counter()
         for _ in range(100):
-            mix(logits, where, positions, tokens, tables)
+            mix(logits, where, indices, positions, tokens, tables)
         launched = 1e4 * (time.perf_counter() - begin)
         graph = torch.cuda.CUDAGraph()  # so that the device waits for no launch
         with torch.cuda.graph(graph):
             for _ in range(20):
-                mix(logits, where, positions, tokens, tables)
+                mix(logits, where, indices, positions, tokens, tables)
         for step in range(100):
             positions.fill_(50 + 97 * step % (args.tokens - 100))
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -55,7 +55,12 @@ def mixed(logits: Tensor, rows: list[int], befores: list[list[int]], tables: Tab
         tokens[i, : len(before)] = torch.tensor(before)
     positions = torch.tensor([len(before) - 1 for before in befores])
     found, states = logits.clone().to(DEVICE), list(range(len(rows)))[::-1]
-    mix_there(found, places(tables, rows, states), positions.to(DEVICE), tokens.flip(0).to(DEVICE), tables)
+    # In another order, and not all of them: a batch has others, too.
+    order = 2 * torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    lying = torch.full((2 * len(rows),), -9)
+    lying[order] = positions
+    where = places(tables, rows, states)
+    mix_there(found, where, order.to(DEVICE), lying.to(DEVICE), tokens.flip(0).to(DEVICE), tables)
     return found.cpu()
 
 

@@ -66,8 +66,8 @@ def _search(keys, low, high, needle, left):
 
 @triton.jit
 def _mix(
-    logits, stride, places, positions, tokens, tokens_stride, peaks, totals, keys, keys_stride, sums, sums_stride, sizes,
-    shares, steps, V, ORDERS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr, LENGTHS: tl.constexpr,
+    logits, stride, places, indices, positions, tokens, tokens_stride, peaks, totals, keys, keys_stride, sums, sums_stride,
+    sizes, shares, steps, V, ORDERS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr, LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr, BITS: tl.constexpr, HASH_BITS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, SHARES). A lane of the vectors of LENGTHS is a length of the context, from 1."""
@@ -79,7 +79,7 @@ def _mix(
     tokens += tl.load(places + 2 * row + 1).to(tl.int64) * tokens_stride
     keys += slot.to(tl.int64) * keys_stride
     sums += slot.to(tl.int64) * sums_stride
-    size, position = tl.load(sizes + slot), tl.load(positions + row).to(tl.int32)
+    size, position = tl.load(sizes + slot), tl.load(positions + tl.load(indices + row)).to(tl.int32)
 
     # The hashes of the contexts, as index.py makes them: of each length the key before any token.
     lane = tl.arange(0, LENGTHS)
@@ -146,21 +146,21 @@ def _mix(
         tl.store(logits + follower, tl.log(p) + (peak + unsure - tl.log(model)), there)
 
 
-def mix(logits_NV: Tensor, places_N2: Tensor, positions_N: Tensor, tokens: Tensor, tables: Tables) -> None:
+def mix(logits_NV: Tensor, places_N2: Tensor, indices_N: Tensor, positions: Tensor, tokens: Tensor, tables: Tables) -> None:
     """Mix the caches of sessions into the rows of logits that are theirs, in place and in their dtype; others keep their bits.
 
     Args:
         places_N2: as `tables.places` gives them.
-        positions_N: of the token that came last before each.
+        indices_N: of each row, where in ``positions`` that of the token is which came last before it.
         tokens: [requests, positions], int32: what was sent and sampled.
     """
-    (N, V), device = logits_NV.shape, logits_NV.device
-    peaks, totals = (torch.empty(N, PIECES, dtype=torch.float32, device=device) for _ in range(2))
+    N, V = logits_NV.shape
+    peaks, totals = torch.empty(2, N, PIECES, dtype=torch.float32, device=logits_NV.device)
     stride, sizes = logits_NV.stride(0), dict[str, Any](PIECES=PIECES, BLOCK=COLUMNS)
     _add_up[(N, PIECES)](logits_NV, stride, places_N2, peaks, totals, V, **sizes)
     shape = dict[str, Any](ORDERS=tables.orders, STEPS=len(tables.steps), BITS=BITS, HASH_BITS=HASH_BITS)
     shape |= {"PIECES": PIECES, "LENGTHS": LENGTHS, "BLOCK": FOLLOWERS}
     _mix[(N, SHARES)](
-        logits_NV, stride, places_N2, positions_N, tokens, tokens.stride(0), peaks, totals, tables.keys, tables.keys.stride(0),
-        tables.sums, tables.sums.stride(0), tables.sizes, tables.shares, tables.steps, V, **shape,
+        logits_NV, stride, places_N2, indices_N, positions, tokens, tokens.stride(0), peaks, totals, tables.keys,
+        tables.keys.stride(0), tables.sums, tables.sums.stride(0), tables.sizes, tables.shares, tables.steps, V, **shape,
     )  # fmt: skip

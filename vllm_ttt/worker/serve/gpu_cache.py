@@ -58,13 +58,14 @@ class MixingRunnerV2:
         """Compile the kernels, which the first request of a session would wait for: on what the model says of a state."""
         states = torch.zeros(1, hidden, dtype=dtype, device=self.ttt_tables.keys.device)
         logits = self.model.compute_logits(states)
+        first = torch.zeros(1, dtype=torch.int64, device=states.device)
         for rows in ([0], [-1]):  # a table of nothing: no logit moves
-            self.ttt_mix(logits, places(self.ttt_tables, rows, [0]), torch.zeros(1, dtype=torch.int64, device=states.device))
+            self.ttt_mix(logits, places(self.ttt_tables, rows, [0]), first, first)
 
-    def ttt_mix(self, logits: Tensor, where: Tensor, positions: Tensor) -> None:
+    def ttt_mix(self, logits: Tensor, where: Tensor, indices: Tensor, positions: Tensor) -> None:
         from vllm_ttt.worker.ngrams.mixing_cuda import mix  # it needs Triton
 
-        mix(logits, where, positions, self.req_states.all_token_ids.gpu, self.ttt_tables)
+        mix(logits, where, indices, positions, self.req_states.all_token_ids.gpu, self.ttt_tables)
 
     def sample(self, hidden_states: Tensor, input_batch: Any, grammar_output: Any) -> Any:
         sample = super().sample  # type: ignore[misc]
@@ -76,7 +77,7 @@ class MixingRunnerV2:
         def mixed(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             logits = compute(states, *args, **kwargs)
             try:
-                self.ttt_mix(logits, where, input_batch.positions[input_batch.logits_indices])
+                self.ttt_mix(logits, where, input_batch.logits_indices, input_batch.positions)
             except Exception:
                 self.ttt_failed("the caches of a batch could not be mixed in")
             return logits
@@ -119,10 +120,8 @@ class MixingRunnerV2:
                 first = int(part.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)
                 rows, states = (x[first : first + len(part)] for x in found)
                 if max(rows, default=-1) >= 0:
-                    positions = batch.positions[
-                        first : first + len(part)
-                    ].clone()  # aligned as all are: nothing is compiled again
-                    self.ttt_mix(logits, places(self.ttt_tables, rows, states), positions)
+                    indices = torch.arange(first, first + len(part), device=part.device)
+                    self.ttt_mix(logits, places(self.ttt_tables, rows, states), indices, batch.positions)
             except Exception:
                 self.ttt_failed("the cache of a prompt could not be mixed in")
             return logits
@@ -153,7 +152,7 @@ class MixingRunnerV2:
 def _sampling(batch: Any) -> set[str]:
     """The requests of a batch that sample: of a prompt that has been read in part nobody does."""
     read = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
-    return {name for name, done in zip(batch.req_ids, read, strict=True) if done}
+    return {name for name, done in zip(batch.req_ids, read.tolist(), strict=True) if done}
 
 
 def _of_prompts(runner: Any, compute: Any) -> Any:
