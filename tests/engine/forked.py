@@ -18,6 +18,7 @@ import runpy
 import subprocess
 import sys
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import IO, Any
 
@@ -143,6 +144,9 @@ def fork() -> list[str]:
 
 if __name__ == "__main__":
     sys.argv = fork()
+    # Where processes are spawned, the first one starts what removes the shared memory that others leave. An engine core that has
+    # to do so takes it along when it ends.
+    resource_tracker.ensure_running()
     if sys.argv[0] == "-m":
         del sys.argv[0]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_ttt.engine.ledger import Open, Session
@@ -155,3 +157,17 @@ def test_what_is_refused_from_python_says_why() -> None:
     assert not output.new_token_ids
     assert output.kv_transfer_params["ttt"]["status"] == 429
     assert "1 sessions" in output.kv_transfer_params["ttt"]["message"]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_balancer_hears_that_a_refused_request_is_over(balanced: bool) -> None:
+    """Of several engines; of one nobody counts."""
+    engine = Engine("last", sessions={"resident": 4, "per_key": 1})
+    engine.send("a", learn=True)
+    engine.drain()
+    if balanced:
+        engine.scheduler.finished_req_ids_dict = defaultdict(set, {0: {"ended"}})
+    refused = [engine.send(name, learn=True) for name in "bc"]
+    outputs = engine.scheduler.update_from_output(engine.scheduler.schedule(), ModelRunnerOutput([], {}, []))
+    assert [output.request_id for output in outputs[0].outputs] == refused
+    assert outputs[0].finished_requests == ({"ended", *refused} if balanced else None)

@@ -14,7 +14,7 @@ from test_worker_compute import D, Q, V, make
 from vllm.v1.request import RequestStatus
 
 from vllm_ttt.config import TTTConfig, parse_config
-from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.ledger import ASKED_FOR, Session
 from vllm_ttt.engine.limits.trust import Trust
 from vllm_ttt.types import ChunkReason, ChunkReport, RequestPlan, SessionKey, StepPlan, StepReport, Trial
 from vllm_ttt.worker.capture.backlog import Backlog
@@ -255,6 +255,25 @@ def test_what_has_started_when_its_session_is_stopped_says_that_it_was_not_learn
     assert engine.session("a").version == 1
 
 
+def test_what_waits_when_its_session_is_frozen_is_not_learned() -> None:
+    """By its owner: what has begun is learned to its end."""
+    engine = Told()
+    (first,) = engine.ask("one", list(range(400)))
+    (second,) = engine.ask("two", list(range(400, 800)))
+    engine.step()
+    session = engine.session("a")
+    session.frozen = ASKED_FOR
+    engine.learned(first, "a", 1)
+    for _ in range(3):
+        engine.step()
+    (plan,) = [plan.started[second] for plan in engine.plans if second in plan.started]
+    assert not plan.learn
+    assert (engine.said[first]["tokens_learned"], engine.said[second]["tokens_learned"]) == (399, 0)
+    assert session.tokens_skipped["frozen"] == 399
+    assert session.version == 1
+    assert not session.open
+
+
 def test_what_waits_and_what_is_released_when_its_session_is_stopped_is_not_learned() -> None:
     """Requests back to back: the second is held until the first has been learned, and is released as the guard speaks."""
     engine = Told()
@@ -313,7 +332,7 @@ def test_what_is_not_learned_is_given_back() -> None:
 def test_an_answer_that_is_not_learned_is_given_back_once_it_has_been_taken_off() -> None:
     """What is generated is taken off as the request leaves."""
     trust, session = Trust(TTTConfig()), Session(SessionKey("-", "a"), 1, 8)
-    assert trust.allows(session, 100)
+    assert trust.refuses(session, 100) is None
     before = session.allowance.tokens
     assert before is not None
     chunk = ChunkReport(1, "r", 40, math.nan, None, "frozen", 120, 0)

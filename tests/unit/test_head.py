@@ -228,6 +228,42 @@ def test_a_slot_that_cannot_be_written_is_given_back(monkeypatch: pytest.MonkeyP
     assert not served.slots.holds(1)
 
 
+def test_a_slot_that_cannot_be_filled_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in it is another session's."""
+    served, y = moving(1, 2), torch.randn(1, D)
+    assert not torch.equal(served.serve(y, 1), y)
+    served.serve(y, 2)
+
+    def full(_: int) -> Any:
+        raise torch.OutOfMemoryError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.deltas, "fresh_state", full)
+        with pytest.raises(torch.OutOfMemoryError, match="planted"):
+            served.serve(y, 3)
+    assert not served.slots.holds(3)
+    assert torch.equal(served.serve(y, 3), y), "it has learned nothing"
+    assert len(served.slots.held()) == 2
+
+
+def test_a_row_that_cannot_be_written_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = moving(1, 2)
+    free = len(served.deltas.free)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.deltas, "_write", broken)
+        with pytest.raises(RuntimeError, match="planted"):
+            served.deltas.row(3)
+    assert 3 not in served.deltas.rows
+    assert len(served.deltas.free) == max(1, free), "another session has made room"
+    assert not served.delta(3).any()
+    assert served.deltas.row(3) is not None
+    assert not served.delta(3).any()
+
+
 def test_replaced_gives_back_what_was_there() -> None:
     class Owner:
         def say(self) -> str:

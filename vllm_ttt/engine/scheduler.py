@@ -23,7 +23,7 @@ from vllm_ttt.engine.ledger import Ledger, Open, Session
 from vllm_ttt.engine.life.alarm import Alarm
 from vllm_ttt.engine.life.ending import Ending
 from vllm_ttt.engine.life.tiers import Tiers
-from vllm_ttt.engine.limits.admission import check_adapter, check_owner, knobs_of, other_model, refusal
+from vllm_ttt.engine.limits.admission import check_adapter, check_owner, knobs_of, other_model, refuse
 from vllm_ttt.engine.limits.probe import KEY as PROBE
 from vllm_ttt.engine.limits.probe import ProbeReading, pieces
 from vllm_ttt.engine.limits.quotas import Quotas
@@ -211,8 +211,8 @@ class TTTScheduler(HoldingScheduler):
         session, request, start = attached.session, attached.request, attached.start
         tokens = request.prompt_token_ids or []
         opened = session.open.get(request.request_id)
-        if opened is not None and not self.ttt_trust.allows(session, attached.prompt - 1 - start):
-            opened = self._learn_not(attached, "limit")
+        if opened is not None and (reason := self.ttt_trust.refuses(session, attached.prompt - 1 - start)) is not None:
+            opened = self._learn_not(attached, reason)
         if opened is not None:
             opened.learned = opened.done = start
             attached.look_at(self.ttt_trust, tokens, start)
@@ -370,8 +370,7 @@ class TTTScheduler(HoldingScheduler):
         self.ttt_arrivals.leave(attached.request)
 
     def _refuse(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        for request, error in self.ttt_refused:
-            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(refusal(request, error))
+        refuse(self.ttt_refused, outputs, balanced=self.finished_req_ids_dict is not None)
         self.ttt_refused.clear()
 
     def has_requests(self) -> bool:

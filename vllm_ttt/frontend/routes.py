@@ -138,7 +138,7 @@ async def delete_session(session_id: SessionId, request: Request) -> Any:
 
 @router.post(_SESSION + "/freeze", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
 async def freeze_session(session_id: SessionId, request: Request) -> Any:
-    """Serve with the delta as it is, and learn nothing from now on. Answered when the state dir has it."""
+    """Serve with the delta as it is, and learn no request that has not begun. Answered when the state dir has it."""
     return await _ask(request, "freeze", session_id)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams, SamplingType
-from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request
 
 from vllm_ttt import placement, plugin, support
@@ -105,12 +106,18 @@ def knobs_of(params: SamplingParams, learn: LearnConfig, vllm_config: VllmConfig
     return knobs
 
 
-def refusal(request: Request, error: RequestError) -> EngineCoreOutput:
-    """The whole answer to a request that is refused."""
-    told = {"status": error.status, "message": error.message, "retry_after": error.retry_after}
-    return EngineCoreOutput(
-        request_id=request.request_id,
-        new_token_ids=[],
-        finish_reason=FinishReason.ABORT,
-        kv_transfer_params={"ttt": told},
-    )
+def refuse(refused: Iterable[tuple[Request, RequestError]], outputs: dict[int, EngineCoreOutputs], balanced: bool) -> None:
+    """Add the whole answers to requests that are refused to what each client is told. ``balanced``: of several engines, whose
+    clients count what each has under way."""
+    for request, error in refused:
+        told = {"status": error.status, "message": error.message, "retry_after": error.retry_after}
+        answer = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            finish_reason=FinishReason.ABORT,
+            kv_transfer_params={"ttt": told},
+        )
+        mine = outputs.setdefault(request.client_index, EngineCoreOutputs())
+        mine.outputs.append(answer)
+        if balanced:
+            mine.finished_requests = {*(mine.finished_requests or ()), request.request_id}

@@ -10,7 +10,7 @@ from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.limits.filter import Filter
 from vllm_ttt.engine.limits.limits import Allowance, repetitive
 from vllm_ttt.engine.requests import Attached
-from vllm_ttt.types import ChunkReport, Trial
+from vllm_ttt.types import ChunkReport, Reason, Trial
 
 #: Why a chunk, or a part of one, was not learned, where nothing was spent on it.
 _NO_STEP = ("short", "repetition", "rollback", "frozen", "full", "error", "filter")
@@ -25,15 +25,18 @@ class Trust:
         #: what each key may have learned in this hour, over all its sessions, also those that are no more
         self.keys: dict[str, Allowance] = {}
 
-    def allows(self, session: Session, pairs: int) -> bool:
-        """Whether so many more may be learned in this hour; they are taken off then."""
+    def refuses(self, session: Session, pairs: int) -> Reason | None:
+        """Why a prompt of so many pairs is not learned, now that its turn has come. None: they are taken off what may be
+        learned in this hour."""
+        if session.frozen:
+            return "frozen"
         guard, key = self.config.guard, self.keys.setdefault(session.key.tenant, Allowance())
         if not key.take(pairs, guard.hourly_tokens_per_key):
-            return False
+            return "limit"
         if session.allowance.take(pairs, guard.hourly_tokens):
-            return True
+            return None
         key.spend(-pairs)
-        return False
+        return "limit"
 
     def spend(self, session: Session, tokens: int) -> None:
         """Take off what could not be known before: generated tokens."""

@@ -114,14 +114,21 @@ class Deltas:
         if not self.free and not self._evict(keep):
             return None
         session, row = self.session(key), self.free.pop()
-        self.rows[key] = row
-        self.put(key, session.host)
+        try:
+            self._write(row, session.host)
+        except Exception:
+            self.free.append(row)
+            raise
+        self.rows[key] = row  # not before: what is in it is another session's
         session.host = session.copied = None
         return row
 
     def put(self, key: int, state: State | None) -> None:
         """Make the session's row what ``state`` is, in the stream of the steps; None: fresh."""
-        own = self.read(key)
+        self._write(self.rows[key], state)
+
+    def _write(self, row: int, state: State | None) -> None:
+        own = self.masters.row(row)
         if state is None:
             for x in own.tensors():
                 x.zero_()

@@ -86,8 +86,13 @@ class HeadSlots:
         if key not in self.table:
             if not self.free:
                 self.drop(next(other for other in self.table if other not in keep))
-            self.table[key] = self.free.pop()
-            self._copy(self.table[key], key)
+            slot = self.free.pop()
+            try:
+                self._copy(slot, key)
+            except Exception:
+                self.free.append(slot)
+                raise
+            self.table[key] = slot  # not before: what is in it is another session's
         self.table.move_to_end(key)
         return self.table[key]
 
