@@ -144,8 +144,8 @@ def fork() -> list[str]:
 
 if __name__ == "__main__":
     sys.argv = fork()
-    # Where processes are spawned, the first one starts what removes the shared memory that others leave. An engine core that has
-    # to do so takes it along when it ends.
+    # Where processes are spawned, the first one starts what removes the shared memory that others leave. An engine core that
+    # has to do so takes it along when it ends.
     resource_tracker.ensure_running()
     if sys.argv[0] == "-m":
         del sys.argv[0]

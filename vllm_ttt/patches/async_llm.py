@@ -4,13 +4,15 @@ The engine attaches it to every output as ``kv_transfer_params["ttt"]``. All onl
 route it came by, so the ``ttt_*`` knobs and the prompt are checked here too. Of several engine cores, a session's request goes
 to the one that has the session; where servers share a state dir, it goes to the engine once this server has the session.
 
-``shutdown``: from its beginning on the API server takes nothing new (frontend/draining.py). At its end, whoever still waits for
-the engine core is answered.
+``shutdown``: from its beginning on the API server takes nothing new (frontend/draining.py). Of several API servers none has
+started the engine cores, which the first process ends once the API servers have ended: each waits until what it has asked is
+answered. At its end, whoever still waits for an engine core is told.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -27,6 +29,8 @@ _GENERATE = (
 )
 
 _SHUTDOWN = "self timeout"
+#: What a request that runs may take of the time in which a server must have ended; the engine saves in the rest.
+_SHARE = 0.5
 
 
 def install() -> None:
@@ -39,9 +43,12 @@ def install() -> None:
 def check() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+    from vllm.v1.engine.output_processor import OutputProcessor
 
     _contract.check(AsyncLLM, "generate", _GENERATE)
     _contract.check(AsyncLLM, "shutdown", _SHUTDOWN)
+    _contract.check(OutputProcessor, "has_unfinished_requests", "self")
+    _contract.check(OutputProcessor, "propagate_error", "self e")
     # Not wrapped, but relied on where there are several engine cores (frontend/engines.py).
     _contract.check(AsyncMPClient, "_call_utility_async", "self method *args engine")
     _contract.check(AsyncMPClient, "call_utility_all_async", "self method *args")
@@ -82,14 +89,35 @@ def _generate(original: Callable) -> Callable:
 
 
 def _shutdown(original: Callable) -> Callable:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     def shutdown(self: Any, timeout: float | None = None) -> None:
+        begun, core = getattr(self, draining.MARK, False), getattr(self, "engine_core", None)
         setattr(self, draining.MARK, True)
+        if not begun:
+            _let_end(self, _SHARE * (timeout or 0))
         original(self, timeout=timeout)
-        # Calls that the engine core had not answered when it ended: vLLM's HTTP server would wait for them, and never end.
-        for future in list(getattr(getattr(self, "engine_core", None), "utility_results", {}).values()):
+        # What the engine core had not answered when it ended: vLLM's HTTP server would wait for it, and never end.
+        for future in list(getattr(core, "utility_results", {}).values()):
             future.get_loop().call_soon_threadsafe(_give_up, future)
+        if _has_no_engine(self) and (handler := self.output_handler) is not None:
+            handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
 
     return shutdown
+
+
+def _has_no_engine(client: Any) -> bool:
+    """Whether another process has started the engine cores of an AsyncLLM, and ends them."""
+    resources = getattr(getattr(client, "engine_core", None), "resources", None)
+    return resources is not None and resources.engine_manager is None
+
+
+def _let_end(client: Any, seconds: float) -> None:
+    """Wait until what an AsyncLLM has asked of engine cores that it will not end itself is answered, and so long at most. In a
+    thread of its own: the server's loop goes on."""
+    deadline = time.monotonic() + seconds
+    while _has_no_engine(client) and client.output_processor.has_unfinished_requests() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _give_up(future: asyncio.Future) -> None:

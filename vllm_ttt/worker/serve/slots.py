@@ -33,8 +33,8 @@ class SessionLoRAManager(LRUCacheWorkerLoRAManager):
         wanted = frozenset(request.lora_int_id for request in lora_requests if request)
         if wanted == self.applied and wanted.issubset(self._adapter_manager.lora_index_to_id):
             return
-        # vLLM goes through them one by one, and one that has no slot takes that which was served longest ago: of those before it
-        # none. By their numbers, then, the same on all ranks.
+        # vLLM goes through them one by one; who has no slot takes that which was served longest ago, of nobody who came before.
+        # By their numbers, then, the same on all ranks.
         in_order: Any = sorted(filter(None, lora_requests), key=lambda x: (not self.slots.holds(x.lora_int_id), x.lora_int_id))
         super()._apply_adapters(in_order)
         self.applied = wanted
