@@ -84,7 +84,7 @@ class Changes:
         return self.tiers.run(target, self._be_a_copy(source, target, self._read_copy(target, written)))
 
     def freeze(self, session: Session, why: str | None) -> Future:
-        """Let it learn nothing from now on, or, with None, learn again."""
+        """Let it learn no request that has not begun, or, with None, learn again."""
         return self.tiers.run(session, self._freeze(session, why))
 
     def _remove(self, session: Session, event: str) -> Steps:

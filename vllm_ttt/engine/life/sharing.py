@@ -92,12 +92,12 @@ class Sharing:
             known = self.tiers.ledger.sessions
             self._release([k for k, lease in self.leases.held.items() if k not in known and now - lease.asked >= LINGER])
         if now >= self.next_count:
-            self.next_count = now + _COUNT
             unrecorded = Counter(
                 s.key.tenant for s in self.tiers.ledger.sessions.values() if s.claimed and s.life.recorded_at < 0
             )
             with contextlib.suppress(StoreError):  # as it was counted before
                 self.tiers.ledger.quotas.recount(unrecorded)
+            self.next_count = time.monotonic() + _COUNT  # it may have waited
 
     def _stop(self) -> None:
         """This server may not answer for its sessions any more: their requests are refused."""
@@ -108,7 +108,9 @@ class Sharing:
         """Whether the session is lost. It is dropped as soon as nothing is under way for it."""
         if session.key not in self.lost:
             return False
-        if session.idle and self.tiers.ledger.sessions.get(session.key) is session:
+        if self.tiers.ledger.sessions.get(session.key) is not session:  # what was under way has ended it
+            self.lost.discard(session.key)
+        elif session.idle:
             self.lost.discard(session.key)
             self.tiers.put_away(session)
         return True
@@ -148,7 +150,9 @@ class Sharing:
         held: list[Lease] = [self.leases.held.pop(key) for key in keys]
         if held:
             epochs = [lease.epoch for lease in held]
-            self.store.write(lambda db: _released(leases.release(db, epochs)))
+            self.leases.leaving.update(epochs)
+            written = self.store.write(lambda db: _released(leases.release(db, epochs)))
+            written.add_done_callback(lambda _: self.leases.leaving.difference_update(epochs))
 
     def _have(self, key: SessionKey, do: Callable[[], None]) -> None:
         self.claim(key).add_done_callback(lambda done: do() if done.exception() is None and done.result() else None)

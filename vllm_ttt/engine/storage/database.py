@@ -28,6 +28,9 @@ CREATE INDEX IF NOT EXISTS versions_saved ON versions (saved);
 """
 #: Milliseconds to wait for who writes to the database, or reads it.
 PATIENCE = 10_000
+#: The same of an engine's thread where other servers write, too: everybody whom it serves waits meanwhile. Seconds for which it
+#: then takes the database for unreadable.
+BRIEFLY, LOCKED = 100, 1.0
 
 
 class _Database(sqlite3.Connection):

@@ -73,7 +73,7 @@ def claim(db: sqlite3.Connection, server: str, session: str) -> int | None:
     """
     if not stands(db, server):
         raise Moved("this server was taken for dead, and begins again; ask again")
-    found = db.execute("SELECT server, epoch FROM leases WHERE session = ?", (session,)).fetchone()
+    found = db.execute("SELECT server, epoch, wanted FROM leases WHERE session = ?", (session,)).fetchone()
     if found is None:
         epoch = _last_epoch(db) + 1
         db.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (str(epoch),))
@@ -81,7 +81,8 @@ def claim(db: sqlite3.Connection, server: str, session: str) -> int | None:
         return epoch
     if found[0] == server:
         return found[1]
-    db.execute("UPDATE leases SET wanted = 1 WHERE session = ?", (session,))
+    if not found[2]:  # who waits asks again and again: a transaction that changes nothing costs no disk
+        db.execute("UPDATE leases SET wanted = 1 WHERE session = ?", (session,))
     return None
 
 
@@ -120,6 +121,8 @@ class Leases:
     #: whether this server may answer for its sessions (`Member.alive`)
     alive: Callable[[], bool] = lambda: True
     held: dict[SessionKey, Lease] = field(default_factory=dict)
+    #: epochs that are being released: a claim that the thread had under way may still bring one
+    leaving: set[int] = field(default_factory=set)
     #: of `went_on`
     last: int = 0
     kept: dict[str, int] = field(default_factory=dict)
@@ -139,9 +142,10 @@ class Leases:
             raise Moved
 
     def granted(self, key: SessionKey, epoch: int) -> bool:
-        """`claim` has given that epoch. Whether it is still this server's: it may have stopped, and gone on, since."""
+        """`claim` has given that epoch. Whether it is still this server's: it may have stopped, and gone on, or released it,
+        since."""
         lease = Lease(self.session(key), epoch, time.monotonic())
-        if not self._is_kept(lease):
+        if epoch in self.leaving or not self._is_kept(lease):
             return False
         self.held[key] = lease
         return True

@@ -11,6 +11,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -101,6 +102,8 @@ class Store:
             #: of a state dir that is shared: who has which session
             self.watch = Watch(folder, vault, alone) if shared else None
             self.leases = self.watch.leases if self.watch is not None else None
+            if shared:
+                self.reader.execute(f"PRAGMA busy_timeout = {database.BRIEFLY}")
             if shared and alone:
                 folder.share()
             folder.keep_reserve()
@@ -116,6 +119,8 @@ class Store:
         #: why the last write found no room; "" once one did, or something was removed
         self.full = ""
         self._totals: tuple[int, list[str]] = (0, [])
+        #: until when nothing is read, since another server has kept the database to itself
+        self._locked_until = 0.0
         #: the last error that was logged, until something could be written
         self._said = ""
         #: rows that `find` answers with while they are being written
@@ -292,9 +297,13 @@ class Store:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
+        if time.monotonic() < self._locked_until:
+            raise StoreError("another server is writing to the state dir; try again, or look at its disk", 503)
         try:
             yield
         except (sqlite3.Error, OSError) as error:
+            if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                self._locked_until = time.monotonic() + database.LOCKED
             raise StoreError(f"the state dir cannot be read: {error}; try again, or look at its disk", 503) from None
 
     def _mend(self, row: Row) -> None:
