@@ -69,7 +69,7 @@ def by_the_host(logits: Tensor, rows: list[int], befores: list[list[int]], sessi
     for i, (row, before) in enumerate(zip(rows, befores, strict=True)):
         if row >= 0:
             last = np.array(before[-streams.LONGEST :], np.int32)
-            mix(found, [i], [last], index_of(sessions[row]), sessions[row].shares())
+            mix(found, [i], [last], index_of(sessions[row]), sessions[row].shares)
     return found
 
 

@@ -69,7 +69,7 @@ class Fast:
     def served(self, logits: torch.Tensor, before: list[int]) -> torch.Tensor:
         """Log-probabilities after ``before``, where the model says ``logits``."""
         mixed = logits.clone()[None]
-        mix(mixed, [0], [np.array(before[-streams.LONGEST :], np.int32)], self.index, self.ngrams.shares())
+        mix(mixed, [0], [np.array(before[-streams.LONGEST :], np.int32)], self.index, self.ngrams.shares)
         return mixed[0].log_softmax(-1)
 
 
@@ -169,7 +169,7 @@ def test_only_what_followed_the_same_token_gains():
     fast.learn([1, 2, 3, 1, 2, 3, 4])
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0))
     mixed = logits.clone()[None]
-    mix(mixed, [0], [np.array([1, 2], np.int32)], fast.index, fast.ngrams.shares())
+    mix(mixed, [0], [np.array([1, 2], np.int32)], fast.index, fast.ngrams.shares)
     moved = (mixed[0] != logits).nonzero().flatten().tolist()
     assert moved == [3]
     assert mixed[0, 3] > logits[3]
@@ -181,7 +181,7 @@ def test_a_row_of_which_nothing_is_known_keeps_its_bits():
     fast.learn([1, 2, 3])
     logits = torch.randn(2, VOCABULARY)
     mixed = logits.clone()
-    mix(mixed, [1], [np.array([5, 4], np.int32)], fast.index, fast.ngrams.shares())
+    mix(mixed, [1], [np.array([5, 4], np.int32)], fast.index, fast.ngrams.shares)
     assert torch.equal(mixed, logits)
 
 
@@ -194,11 +194,11 @@ def test_a_row_has_the_same_bits_beside_others_and_with_any_number_of_threads():
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            mix(mixed := logits.clone(), range(96), [before] * 96, fast.index, fast.ngrams.shares())
+            mix(mixed := logits.clone(), range(96), [before] * 96, fast.index, fast.ngrams.shares)
             together.append(mixed[:, 3])
             mixed = logits.clone()
             for row in range(96):
-                mix(mixed, [row], [before], fast.index, fast.ngrams.shares())
+                mix(mixed, [row], [before], fast.index, fast.ngrams.shares)
             alone.append(mixed[:, 3])
     finally:
         torch.set_num_threads(threads)
@@ -221,7 +221,7 @@ def test_weights_follow_what_was_right():
     for i in range(4):
         right.learn([1, 2, 3, 4] * 8)
         wrong.learn([(i * t * t + t + i) % VOCABULARY for t in range(32)])
-    shares = [np.array(x.shares())[-1] for x in (right.ngrams, wrong.ngrams, NGrams.fresh(ORDERS))]
+    shares = [np.array(x.shares)[-1] for x in (right.ngrams, wrong.ngrams, NGrams.fresh(ORDERS))]
     assert max(shares[0] / shares[2]) > 2
     assert max(shares[0] / shares[1]) > 2
 
@@ -291,6 +291,6 @@ def test_a_file_that_is_no_cache_is_refused():
         NGrams.revive(streams.EMPTY.copy(), [[[1.0, math.nan]] * 5], config)
     assert not streams.valid(np.array([5, -9, 1], np.int32), 7)
     assert streams.valid(np.array([5, -8, -1, 1], np.int32), 7)
-    stream, fresh = np.array([-1, -3, 2, 2, 2], np.int32), NGrams.fresh(2).shares()
-    assert NGrams.revive(stream, [[[1.0, 3.0]] * 5], config).shares() == [[0.75] * 5, fresh[1]]
-    assert NGrams.revive(stream, [[[1.0, 3.0]] * 4], config).shares() == fresh, "steps that are no longer those"
+    stream, fresh = np.array([-1, -3, 2, 2, 2], np.int32), NGrams.fresh(2).shares
+    assert NGrams.revive(stream, [[[1.0, 3.0]] * 5], config).shares == [[0.75] * 5, fresh[1]]
+    assert NGrams.revive(stream, [[[1.0, 3.0]] * 4], config).shares == fresh, "steps that are no longer those"

@@ -202,7 +202,7 @@ class TTTScheduler(HoldingScheduler):
                     if attached.held is not None:
                         self.ttt_counts.observe("held_seconds", time.monotonic() - attached.held)
                     plan.started[request_id] = self._plan(attached)
-                if attached.knobs.learn:
+                if request_id in attached.session.open:
                     self.ttt_blocks.moves(attached, self._beside(attached))
         output.ttt = plan  # type: ignore[attr-defined]  # a plain dataclass: extra attributes travel with it
         return output

@@ -57,7 +57,8 @@ class BlockKeys:
             epoch.begin(chunk.version)
 
     def moves(self, attached: Attached, others: Iterable[Attached]) -> None:
-        """A request that learns runs: the delta moves under the ``others`` of its session, and under itself once it is read."""
+        """A request runs of which something is still to be learned: the delta moves under the ``others`` of its session, and
+        under itself once it is read."""
         if not self.on:
             return
         for other in others:

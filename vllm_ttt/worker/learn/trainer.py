@@ -141,7 +141,7 @@ class Trainer:
     def sync(self) -> None:
         """Write the slots of sessions whose master has moved, except where a prompt, or its samples, have begun in part."""
         self.collect()
-        for key in self.dirty - self._kept_still():
+        for key in self.dirty - self._kept_still() if self.dirty else ():
             self.dirty.discard(key)
             if (session := self.deltas.sessions.get(key)) is None:
                 continue

@@ -85,7 +85,7 @@ class Caches:
     def served(self, request: str) -> Served | None:
         """What is mixed into the request's rows as its session is served now; None: nothing."""
         found = self.serving(request)
-        return None if found is None else Served(self.indexes.of(found[1]), found[1].shares())
+        return None if found is None else Served(self.indexes.of(found[1]), found[1].shares)
 
     def serving(self, request: str) -> tuple[int, NGrams] | None:
         """The request's session and its cache as it is served now; None: nothing is mixed in."""

@@ -32,13 +32,16 @@ class Known(NamedTuple):
 
 class NGrams:
     """``stream``: what it remembers. ``experience`` [orders, steps, 2], by length of the context from 1 and by how sure the
-    model is: tokens that spoke for the model, and for the cache."""
+    model is: tokens that spoke for the model, and for the cache. Neither ever changes."""
 
-    __slots__ = ("experience", "index", "stream")
+    __slots__ = ("experience", "index", "shares", "stream")
 
     def __init__(self, stream: Tokens, experience: NDArray[np.float64]):
         self.stream, self.experience = stream, experience
-        self.stream.setflags(write=False)
+        for array in (stream, experience):
+            array.setflags(write=False)
+        #: the cache's share, by length of the context from 1, and by STEPS
+        self.shares: list[list[float]] = (experience[..., 1] / experience.sum(-1)).tolist()
         #: `Indexes` has it, or not
         self.index: Index | None = None
 
@@ -50,10 +53,6 @@ class NGrams:
     def tokens(self) -> int:
         """That it remembers."""
         return streams.count(self.stream)
-
-    def shares(self) -> list[list[float]]:
-        """The cache's share, by length of the context from 1, and by STEPS."""
-        return (self.experience[..., 1] / self.experience.sum(-1)).tolist()
 
     def to_state(self) -> list[list[list[float]]]:
         """What a file says of it besides the stream, for JSON."""

@@ -73,7 +73,7 @@ class Tables:
         count = len(index.keys)
         sums = np.zeros(count + 1, np.int32)
         np.cumsum(index.counts, out=sums[1:])
-        shares = torch.tensor(ngrams.shares(), dtype=torch.float32)
+        shares = torch.tensor(ngrams.shares, dtype=torch.float32)
         for buffer, values in (
             (self.keys[row, :count], torch.from_numpy(index.keys.view(np.int64))),
             (self.sums[row, : count + 1], torch.from_numpy(sums)),

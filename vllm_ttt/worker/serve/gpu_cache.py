@@ -21,7 +21,7 @@ from vllm_ttt.patches import _contract
 from vllm_ttt.worker.ngrams.caches import Caches
 from vllm_ttt.worker.ngrams.ngrams import NGrams
 from vllm_ttt.worker.ngrams.tables import Tables, places
-from vllm_ttt.worker.serve.gpu_head import PROMPT, PROMPT_IDS, asked_prompts
+from vllm_ttt.worker.serve.gpu_head import PROMPT, PROMPT_IDS, asked_prompts, reading
 from vllm_ttt.worker.serve.replaced import replaced
 
 
@@ -88,7 +88,7 @@ class MixingRunnerV2:
     def ttt_where(self, batch: Any) -> Tensor | None:
         """The `places` of the rows that are sampled; None: nothing is mixed into any."""
         try:
-            served = self.ttt_served(batch, _sampling(batch))
+            served = self.ttt_served(batch, _sampling(batch) if reading(batch).any() else self.ttt_caches.requests)
             if not any(served):
                 return None
             ends, states = batch.cu_num_logits_np[: len(served) + 1], batch.idx_mapping_np[: len(served)]

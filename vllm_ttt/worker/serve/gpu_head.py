@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -103,12 +105,18 @@ class HeadRunnerV2(Adapting):
 
 def asked_prompts(runner: Any, batch: Any) -> dict[str, int]:
     """The requests of a batch whose prompts' logits somebody asked for while they are being read, and their places in it."""
+    if not (begun := reading(batch)).any():
+        return {}
     prompts = runner.prompt_logprobs_worker
     wanted, scored = prompts.uses_prompt_logprobs[batch.idx_mapping_np], prompts.token_id_scores
     if not (wanted.any() or scored):
         return {}
-    reading = batch.num_computed_prefill_tokens_np < batch.prefill_len_np
-    return {name: i for i, name in enumerate(batch.req_ids) if reading[i] and (wanted[i] or name in scored)}
+    return {name: i for i, name in enumerate(batch.req_ids) if begun[i] and (wanted[i] or name in scored)}
+
+
+def reading(batch: Any) -> NDArray[np.bool_]:
+    """[requests]: whose prompt is being read."""
+    return batch.num_computed_prefill_tokens_np < batch.prefill_len_np
 
 
 def _of_prompts(runner: Any, compute: Any) -> Any:
