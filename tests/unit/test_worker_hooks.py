@@ -150,7 +150,7 @@ def test_who_finds_no_room_is_asked_again_when_one_has_gone() -> None:
     worker.batch(("c", 0, 4), ("a", 0, 4))
     worker.batch(("d", 0, 4), ("b", 0, 4))
     assert {key for key, *_ in lost(worker)} == {C}, "its page is enough for session B"
-    assert {reading.plan.session for reading in worker.backlog.wanted().values()} == {A, B}
+    assert {reading.plan.session for reading in worker.backlog.wanted().values() if not reading.closed} == {A, B}
 
 
 def test_what_is_served_while_a_prompt_is_read_is_kept_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +300,30 @@ def test_a_session_that_is_rolled_back_in_the_middle_of_an_answer_goes_on_as_it_
     worker.trainer.still = set()
     worker.trainer.sync()
     assert session.served == 1
+
+
+def test_a_prompt_is_read_to_its_end_under_one_delta_also_where_its_session_is_rolled_back() -> None:
+    """By the guard, say, while it is read in parts: nothing more of it is learned, and its slot stays until then."""
+    worker = Hooks()
+    worker.trainer.versions.every = 1
+    worker.start("a", A, 2)
+    worker.batch(("a", 0, 2 * CHUNK + 1))
+    worker.backlog.finish("a", 2 * CHUNK)
+    assert worker.learn()[A] == 2
+    worker.start("b", A, 3)
+    worker.batch(("b", 0, CHUNK))
+    assert worker.trainer.roll_back(A, 1)
+    session = worker.trainer.deltas.session(A)
+    worker.batch(("b", CHUNK, CHUNK))
+    worker.trainer.sync()
+    assert (session.version, session.served) == (1, 2), "its first part was read with that"
+    worker.batch(("b", 2 * CHUNK, CHUNK + 1))
+    worker.trainer.sync()
+    assert session.served == 1, "it has been read"
+    assert not worker.backlog.queues
+    assert [chunk.skipped for chunk in worker.trainer.take_report().chunks].count("rollback") == 2
+    worker.backlog.finish("b", 3 * CHUNK)
+    assert [request for request, _ in worker.trainer.take_report().settled] == []
 
 
 @pytest.mark.parametrize("serving", [True, False])

@@ -139,7 +139,7 @@ class Backlog:
         copy = Copy()
         for rows in view:
             reading = self.readings.get(rows.request)
-            if reading is not None and not reading.closed:
+            if reading is not None and reading.goes_on:
                 self._assign(rows, reading, copy)
         if not copy.source:
             return
@@ -181,7 +181,7 @@ class Backlog:
 
     def wanted(self) -> dict[str, Reading]:
         """Running requests of which rows are still to be captured, or whose prompt is still being read."""
-        return {name: reading for name, reading in self.readings.items() if not reading.closed}
+        return {name: reading for name, reading in self.readings.items() if reading.goes_on}
 
     def advance(self, chunk: Chunk) -> None:
         """The chunk's step is under way, or it is given up: free its page; its session goes to the end of the line."""
@@ -224,7 +224,7 @@ class Backlog:
 
     def reading_sessions(self) -> set[int]:
         """Sessions that have a prompt which has been read in part: their slot must not change now, but for interleaving."""
-        started = (r for r in self.readings.values() if r.begun and not r.prompt_read and not r.closed)
+        started = (r for r in self.readings.values() if r.begun and not r.prompt_read)
         return {r.plan.session for r in started if not r.plan.interleave}
 
     def begin(self, view: list[Rows]) -> None:
@@ -283,7 +283,7 @@ class Backlog:
         while position < end:
             in_prompt = position < last_of_prompt
             part_end = min(end, last_of_prompt) if in_prompt else end
-            if plan.learn and (in_prompt or plan.learn_output):
+            if plan.learn and not reading.closed and (in_prompt or plan.learn_output):
                 if reading.open is not None and reading.open.rows == self.chunk:
                     self._close(reading)
                 if reading.open is None:
@@ -299,7 +299,7 @@ class Backlog:
         reading.begun = reading.begun or reading.next > plan.start
         if not reading.prompt_read and reading.next >= last_of_prompt:
             reading.prompt_read = True
-            if not (plan.learn and plan.learn_output):
+            if not reading.closed and not (plan.learn and plan.learn_output):
                 self._end(rows.request, reading)
 
     def _pages(self, rows: Rows) -> int:

@@ -68,6 +68,12 @@ class Reading:
     #: it has been said that nobody reads its blocks any more
     released: bool = False
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether more will be captured, or the prompt is still being read: under one delta, also where nothing more of it is
+        learned."""
+        return not self.closed or not self.prompt_read
+
 
 def weights_of(chunks: list[Chunk], longest: int) -> Tensor:
     """[S, longest]: what each row weighs in the mean loss of its chunk; nothing what is left out, nor what fills up a chunk
