@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from conftest import MODEL, Stage
@@ -71,14 +73,17 @@ def test_ctrl_c_leaves_no_process_and_no_file(stage: Stage, tmp_path: Path, scra
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as demo:
         assert demo.stdout is not None
-        said = []
+        said, found = [], None
         for line in demo.stdout:
             said.append(line)
-            if "document 1 of 3 read" in line:
+            if found := re.search(r"watch it learn: (http://127\.0\.0\.1:\d+)/ttt", line):
                 break
+        assert found is not None, "".join(said)
+        running = re.compile(r"^vllm:num_requests_running{.*} [1-9]", re.M)
+        while not running.search(httpx.get(f"{found[1]}/metrics", trust_env=False).text):
+            assert demo.poll() is None
         started = psutil.Process(demo.pid).children(recursive=True)
-        assert started, "".join(said)
-        assert any("watch it learn: http://127.0.0.1:" in line for line in said)
+        assert started
         assert (out / "server.log").is_file()
         assert list(scratch.iterdir())
         demo.send_signal(signal.SIGINT)
