@@ -194,6 +194,11 @@ class StateDir:
             raise ValueError(f"{file!r} is not the name of a session's file")
         return path
 
+    def files_of(self, uid: str) -> list[Path]:
+        """All files of a session that there are, recorded or not: saved, cut off, or set aside."""
+        folder = self.sessions / uid[:2]
+        return [*folder.glob(f"{uid}-*"), *folder.glob(f".{uid}-*"), *self.damaged.glob(f"{uid}-*")]
+
     def files(self) -> dict[str, int]:
         """Our files below sessions/, relative to the state dir -> bytes; also those that do not exist for the database."""
         found: dict[str, int] = {}
@@ -222,12 +227,13 @@ class StateDir:
             self._searched = os.open(self.database, os.O_RDONLY | os.O_CLOEXEC)
         return self._searched
 
-    def remove_exports(self) -> None:
-        """Remove adapters that no client came for. Other files stay."""
+    def remove_exports(self, before: float = float("inf")) -> None:
+        """Remove adapters that no client came for, written before that time of the file system. Other files stay."""
         for entry in os.scandir(self.exports):
             if _EXPORT.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(entry.path)  # noqa: PTH108
+                    if entry.stat(follow_symlinks=False).st_mtime < before:
+                        os.unlink(entry.path)  # noqa: PTH108
 
     def set_aside(self, file: str) -> None:
         """Keep a damaged file of ours where nothing looks for it, for a person to look at."""
@@ -258,6 +264,10 @@ class StateDir:
         except OSError:
             return False
         return True
+
+    def has_secret(self) -> bool:
+        """Whether one has been drawn here."""
+        return (self.root / "secret").exists()
 
     def secret(self) -> str:
         """64 hexadecimal digits, drawn when it is first asked for; mode 0600. Raises ConfigError."""

@@ -146,11 +146,14 @@ def finish_vllm_config(vllm_config: Any, config: TTTConfig) -> None:
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--runner pooling": model.runner_type != "generate",
         "--enable-prompt-embeds": model.enable_prompt_embeds,
+        "--weight-transfer-config": getattr(vllm_config, "weight_transfer_config", None) is not None,
     }
     config = settle_cache(vllm_config, config)
     for flag, refused in refusals.items():
         if refused:
             raise ConfigError(f"{flag} is not supported with --plugin ttt; leave it out, or serve without ttt")
+    if config.learn.interleave and not vllm_config.scheduler_config.enable_chunked_prefill:
+        raise ConfigError("learn.interleave reads prompts in chunks; leave out --no-enable-chunked-prefill, or set it to false")
     placement.check_engines(vllm_config, config)
     tensor_parallel.check(vllm_config, config)
     _check_drafts(vllm_config, config)

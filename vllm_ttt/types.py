@@ -81,7 +81,7 @@ class Knobs:
         """Read ``vllm_xargs``. Raises RequestError (400) for an unknown ``ttt_*`` key or a value other than 0 or 1.
 
         Args:
-            xargs: as the client sent them; keys without the prefix ``ttt_`` are not ours.
+            xargs: as the client sent them, or as the engine has them; keys without the prefix ``ttt_`` are none of these.
             learn_output, interleave: what those knobs are where the request does not say.
         """
         values = {"ttt_learn": True, "ttt_learn_output": learn_output, "ttt_interleave": interleave, "ttt_cache": True}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from vllm_ttt.errors import RequestError
 from vllm_ttt.frontend import receipt
-from vllm_ttt.frontend.answer import ANSWERED, UNLEARNED, AnswerMiddleware
+from vllm_ttt.frontend.answer import ANSWERED, BY_HEADER, UNLEARNED, AnswerMiddleware
 from vllm_ttt.frontend.body import EventStream, insert_ttt
 
 pytestmark = pytest.mark.unit
@@ -363,6 +363,18 @@ def test_what_names_no_session_reaches_the_route_whole(headers: Any, chunks: tup
     sent = post(echo, "/v1/embeddings", headers, chunks)
     assert sent[0]["status"] == 200
     assert bytes_of(sent) == b"".join(chunks)
+
+
+@pytest.mark.parametrize("path", sorted(BY_HEADER))
+def test_a_session_in_a_body_that_has_no_place_for_it_is_refused(path: str) -> None:
+    """It would be ignored."""
+    start, end = post(echo, path, JSON, (b'{"messages": [], "session_id": "s"}',))
+    assert start["status"] == 400
+    assert json.loads(end["body"])["error"]["message"] == f"{path} takes a session by the header X-Session-ID, not in its body"
+    for headers, body in ((JSON, b'{"messages": []}'), ([*JSON, (b"x-session-id", b"s")], b'{"session_id": "t"}')):
+        sent = post(echo, path, headers, (body,))
+        assert sent[0]["status"] == 200
+        assert bytes_of(sent) == body
 
 
 #: vLLM's other POST routes: those that serve sessions by header, and those that ask the model for nothing

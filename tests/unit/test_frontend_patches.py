@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import vllm.plugins
-from vllm import envs
+from fastapi.exceptions import RequestValidationError
+from vllm import SamplingParams, envs
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.serve.exception_handling import register
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from vllm_ttt.errors import ConfigError, PatchContractError
-from vllm_ttt.patches import _contract, endpoint_plugins, frontend
+from vllm_ttt.errors import ConfigError, PatchContractError, RequestError
+from vllm_ttt.patches import _contract, async_llm, endpoint_plugins, frontend, validation
+from vllm_ttt.types import SAMPLES
 
 pytestmark = pytest.mark.unit
 
@@ -161,3 +164,18 @@ def test_a_broken_plugin_that_was_asked_for_stops_the_start(points: list[Point],
     with pytest.raises(ConfigError, match=r"--plugin ttt.*no such thing"):
         load()
     assert envs.VLLM_PLUGINS is None
+
+
+def test_what_the_server_tells_itself_is_not_the_clients() -> None:
+    with pytest.raises(RequestError, match=r"vllm_ttt\.samples is what the server tells itself"):
+        async_llm._check("x", SamplingParams(extra_args={SAMPLES: 10**12}), None)
+
+
+def test_an_error_that_is_a_text_stays_vllms() -> None:
+    """As that of a wrong content type is, of requests without a session, too."""
+
+    async def vllms(req: Any, exc: Any) -> Any:
+        return exc.errors()
+
+    found = asyncio.run(validation._validation_exception_handler(vllms)(None, RequestValidationError(["Unsupported"])))
+    assert found == ["Unsupported"]

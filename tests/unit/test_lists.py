@@ -66,7 +66,7 @@ def test_pages_have_every_session_once(tmp_path: Path, limit: int) -> None:
     world.end()
 
 
-@pytest.mark.parametrize("after", ["", "x", "bnVsbA", "WzEsMl0", "W10", "e30", "ä", "A" * 999])
+@pytest.mark.parametrize("after", ["", "x", "bnVsbA", "WzEsMl0", "W10", "e30", "ä", "A" * 999, "WzEuMCwiXHVkODAwIl0"])
 def test_a_page_after_nothing(engine: Engine, after: str) -> None:
     assert engine.ask("list", "", {"limit": 5, "after": after}) == 400
 

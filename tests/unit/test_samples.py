@@ -13,6 +13,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_ttt.types import SAMPLES
+
 pytestmark = pytest.mark.unit
 
 LONGER = [*PROMPT, *range(3000, 3060)]
@@ -66,6 +68,16 @@ def test_a_request_may_have_any_name(name: str) -> None:
     assert list(engine.session("a").open) == [request], "it is to be learned"
     engine.drain()
     assert engine.said[request]["tokens_learned"] == len(PROMPT) - 1
+
+
+@pytest.mark.parametrize("told", [10**12, 1, -1, "many"])
+def test_nobody_else_says_how_many_samples_there_are(told: Any) -> None:
+    """Over HTTP it is refused (test_frontend_patches.py); a script is not believed."""
+    engine = Answering()
+    samples = engine.ask("abc", PROMPT, 2, (1, 1), **{SAMPLES: told})
+    engine.drain()
+    assert {*engine.said} == {*samples}
+    assert not engine.scheduler.ttt_arrivals.beginning
 
 
 @pytest.mark.parametrize("name", ["abc", "1_x", "0_x", "1_1_1_", "7"])

@@ -212,6 +212,15 @@ def test_several_engines_share_a_state_dir(tmp_path: Path, monkeypatch: pytest.M
         offline(data_parallel_size=2).create_engine_config()
 
 
+def test_a_server_that_is_not_http_is_refused() -> None:
+    """It has no routes for sessions, and no answers for their ``ttt``."""
+    parser: Any = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", str(MODEL), "--plugin", "ttt"])
+    args.grpc = True
+    with pytest.raises(ConfigError, match="--grpc cannot be combined with --plugin ttt"):
+        EngineArgs.from_cli_args(args)
+
+
 @pytest.mark.parametrize(
     ("text", "says"), [("lern: {}", "lern: unknown key"), ("learn: {chunk: 5}", "learn.chunk: Input should be greater than")]
 )
@@ -234,6 +243,11 @@ def test_config_files_that_are_refused(tmp_path: Path, text: str, says: str) -> 
         ({"worker_cls": "no.such.Worker"}, "--worker-cls no.such.Worker cannot be imported"),
         ({"enable_sleep_mode": True}, "--enable-sleep-mode is not supported with --plugin ttt: the deltas"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds is not supported with --plugin ttt"),
+        ({"weight_transfer_config": {"backend": "nccl"}}, "--weight-transfer-config is not supported with --plugin ttt"),
+        (
+            {"enable_chunked_prefill": False, **engine_args("last", {"learn": {"interleave": True}})},
+            "learn.interleave reads prompts in chunks; leave out --no-enable-chunked-prefill",
+        ),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], says: str) -> None:

@@ -115,9 +115,12 @@ class Admin:
         return self.tiers.owner.depart(self._find(key), self._passing())
 
     def adopt(self, key: SessionKey, written: Any) -> Future:
-        if self.ledger.peek(key) is not None:
+        try:
+            if self.ledger.peek(key) is not None:
+                raise RequestError(f"there is a session {key.name!r} already; delete it first", 409, "to")
+        except Exception:
             Path(written["path"]).unlink(missing_ok=True)
-            raise RequestError(f"there is a session {key.name!r} already; delete it first", 409, "to")
+            raise
         return _then(self.tiers.owner.adopt(key, written), self._detail)
 
     def claim(self, key: SessionKey, _: Any) -> Any:
@@ -140,7 +143,11 @@ class Admin:
             yield from self.tiers.bring_in(session)
             written = yield from exports.write(session, path, self._identity, seal)
             told = {key: written[key] for key in ("version", "bytes")}
-            yield from self.tiers.audit.durable("export", session, **told, digest=written["provenance"]["digest_sha256"])
+            try:
+                yield from self.tiers.audit.durable("export", session, **told, digest=written["provenance"]["digest_sha256"])
+            except Exception:  # nobody comes for it
+                Path(path).unlink(missing_ok=True)
+                raise
             return written
 
         answer = self.tiers.run(session, write())

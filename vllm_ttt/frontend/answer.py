@@ -26,6 +26,8 @@ UNLEARNED = frozenset(
         *("/generative_scoring", "/v1/systemone"),
     }
 )
+#: Routes that learn, and take a session by header alone: their bodies have no such field.
+BY_HEADER = frozenset({"/v1/messages", "/inference/v1/generate"})
 EVENTS = b"text/event-stream"
 #: Larger bodies are not searched for a ``session_id`` that would be ignored, bytes.
 _SEARCHED = 2**20
@@ -41,12 +43,12 @@ class AnswerMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         path = path_of(scope)
-        if path in UNLEARNED:
+        if path in UNLEARNED or path in BY_HEADER:
             headers = dict(scope["headers"])
-            named = HEADER.lower().encode() in headers
+            named, inside = HEADER.lower().encode() in headers, False
             if not named:
-                receive, named = await _search_body(headers, receive)
-            if named:
+                receive, inside = await _search_body(headers, receive)
+            if inside or (named and path in UNLEARNED):
                 return await _refuse(path, send)
         note = receipt.Receipt()
         token = receipt.current.set(note)
@@ -176,10 +178,11 @@ def _names_session(body: bytes) -> bool:
 
 
 async def _refuse(path: str, send: Send) -> None:
-    where = ", ".join(sorted(ANSWERED))
-    await send_error(
-        RequestError(f"{path} cannot learn and takes no session; sessions work on {where}", param="session_id"), send
-    )
+    if path in BY_HEADER:
+        message = f"{path} takes a session by the header {HEADER}, not in its body"
+    else:
+        message = f"{path} cannot learn and takes no session; sessions work on {', '.join(sorted(ANSWERED))}"
+    await send_error(RequestError(message, param="session_id"), send)
 
 
 async def send_error(error: RequestError, send: Send, further: Sequence[tuple[bytes, bytes]] = ()) -> None:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_ttt.errors import RequestError
@@ -115,7 +116,8 @@ async def get_adapter(
 ) -> StreamingResponse:
     """The delta as a PEFT adapter, and where it comes from: one .safetensors with both texts in its metadata, or a tar."""
     written = await _ask(request, "export", session_id)
-    return adapter.answer(written["path"], session_id, format, written["provenance"], written["key"])
+    # In a thread: what is sealed is read and decrypted as a whole, and others are answered meanwhile.
+    return await run_in_threadpool(adapter.answer, written["path"], session_id, format, written["provenance"], written["key"])
 
 
 @router.get(_SESSION, response_model=models.SessionDetail, responses=_ERRORS)

@@ -21,7 +21,7 @@ from vllm_ttt import plugin
 from vllm_ttt.errors import RequestError
 from vllm_ttt.frontend import draining, engines, naming, receipt, refusals
 from vllm_ttt.patches import _contract
-from vllm_ttt.types import NO_ADAPTERS, Knobs, SessionKey, check_session_id
+from vllm_ttt.types import NO_ADAPTERS, SAMPLES, Knobs, SessionKey, check_session_id
 
 _GENERATE = (
     "self prompt sampling_params request_id prompt_text lora_request tokenization_kwargs trace_headers priority "
@@ -136,6 +136,8 @@ def _check(prompt: Any, sampling_params: Any, session_id: str | None) -> str | N
     """The session as the engine knows it, or None. Raises RequestError."""
     extra = getattr(sampling_params, "extra_args", None) or {}
     Knobs.parse(extra)
+    if SAMPLES in extra:
+        raise RequestError(f"{SAMPLES} is what the server tells itself of a request with n > 1; leave it out", param=SAMPLES)
     if session_id is None:
         # Python callers may name a session in extra_args, and the engine takes it; over HTTP that would be a name that
         # nobody checked or scoped.

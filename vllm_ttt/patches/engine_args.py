@@ -104,6 +104,8 @@ def _check_flags(args: Namespace, names: list[str]) -> None:
     given = [f for f in ("config", "preset", "state_dir") if getattr(args, f"ttt_{f}", None) is not None]
     if given and "ttt" not in names:
         raise ConfigError(f"--ttt-{given[0].replace('_', '-')} needs --plugin ttt")
+    if "ttt" in names and getattr(args, "grpc", False):
+        raise ConfigError("--grpc cannot be combined with --plugin ttt, whose sessions come over HTTP; leave it out")
 
 
 def _create_engine_config(original: Callable) -> Callable:

@@ -29,8 +29,7 @@ def check() -> None:
 def _count(original: Callable) -> Callable:
     def _get_child_sampling_params(self: Any, index: int) -> Any:
         params = original(self, index)
-        if SAMPLES not in (params.extra_args or {}):
-            params.extra_args = {**(params.extra_args or {}), SAMPLES: self.n}
+        params.extra_args = {**(params.extra_args or {}), SAMPLES: self.n}  # whatever the client has put there
         return params
 
     return _get_child_sampling_params

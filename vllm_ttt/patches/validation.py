@@ -36,7 +36,8 @@ def _validation_exception_handler(original: Callable) -> Callable:
 
         try:
             for problem in exc.errors():
-                _explain(problem)
+                if isinstance(problem, dict):  # of a wrong content type vLLM says a text
+                    _explain(problem)
         except RequestError as error:
             return JSONResponse(refusals.to_openai(error), status_code=error.status)
         return await original(req, exc)

@@ -52,7 +52,9 @@ class Offline:
             raise SessionsError(f"{folder} is not a state dir: it has a sessions.db, and not the marker {MARKER}")
         self.db = database.connect(self.folder.database, vault=self.vault)
         self.identity = database.read_identity(self.db)
-        database.check_vault(self.db, self.folder.root)
+        database.check_vault(self.db, self.folder.root, record=False)
+        if self.vault.on and not database.sealed(self.db):
+            raise SessionsError(f"{folder} is not encrypted; leave the key out")
         self.geometry = Geometry.from_json(self.identity["geometry"])
 
     def list(self, all_keys: bool = False) -> list[dict[str, Any]]:
@@ -133,7 +135,7 @@ class Offline:
     def remove(self, name: str) -> dict[str, Any]:
         with self._locked(), noting(self.db, self.folder.root) as note:
             row = self.find(name)
-            files = erase.listed(self.db, row.uid)
+            files, stored = erase.listed(self.db, row.uid), records.name_of(self.db, row.uid)
             with database.transaction(self.db):
                 gone = records.remove(self.db, row.uid)
             for file in gone:
@@ -142,7 +144,7 @@ class Offline:
             receipt = {
                 "version": state.get("version", 0), "tokens_learned": state.get("tokens_learned", 0),
                 "digest": files[-1]["digest"] if files else None, "bytes": sum(file["bytes"] for file in files),
-                "files": files, "files_left": [], "database_wiped": erase.wipe(self.db, self.folder, row.uid, name),
+                "files": files, "files_left": [], "database_wiped": erase.wipe(self.db, self.folder, row.uid, stored),
             }  # fmt: skip
             note("delete", row.key, row.uid, **receipt)
         return {"session_id": name, "tenant": row.key.tenant, "deleted": True, **receipt, "time": time.time()}
@@ -325,8 +327,11 @@ def tenant_of(folder: StateDir, api_key: str | None) -> str:
     """
     if not api_key:
         return tenants.OPEN
-    secret = os.environ.get(tenants.SECRET_VARIABLE) or folder.secret()
+    secret = os.environ.get(tenants.SECRET_VARIABLE)
     if folder.exists():
         with contextlib.closing(database.connect(folder.database)) as db:
-            database.check_secret(db, secret, folder.root)
+            if not secret and (folder.has_secret() or not database.has_secret(db)):
+                secret = folder.secret()
+            database.check_secret(db, secret or "", folder.root, record=False)
+    secret = secret or folder.secret()
     return tenants.derive(secret, api_key.encode())

@@ -52,6 +52,6 @@ def _check_state_dir(folder: StateDir, vllm_config: Any, config: TTTConfig) -> N
     if folder.exists():
         with contextlib.closing(database.connect(folder.database, vault=vault)) as db:
             compare(database.read_identity(db), identity(vllm_config, config), folder.root)
-            database.check_vault(db, folder.root)
+            database.check_vault(db, folder.root, record=False)
             if secret := os.environ.get(SECRET_VARIABLE):
-                database.check_secret(db, secret, folder.root)
+                database.check_secret(db, secret, folder.root, record=False)

@@ -95,30 +95,38 @@ def read_identity(db: sqlite3.Connection) -> dict[str, Any]:
         raise ConfigError(f"sessions.db is not the database of a state dir: {error!r}") from None
 
 
-def check_secret(db: sqlite3.Connection, secret: str, folder: Path) -> None:
+def check_secret(db: sqlite3.Connection, secret: str, folder: Path, record: bool) -> None:
     """Raise ConfigError where the sessions of API keys were made under another secret: no key would find its own.
 
-    The first secret is remembered; and a new one, where no key has a session.
+    With ``record``, by a server that has the dir to itself, the first secret is remembered; and a new one, where no key has a
+    session. Without, another one than what is remembered is wrong in any case.
     """
     ours = fingerprint(secret)
     found = db.execute("SELECT value FROM meta WHERE key = 'secret'").fetchone()
     if found is not None and found[0] != ours:
         (lost,) = db.execute("SELECT count(*) FROM sessions WHERE tenant != '-'").fetchone()
-        if lost:
+        if lost or not record:
             raise ConfigError(
                 f"the state dir {folder} has {lost} sessions of API keys that were made under another secret: no key would "
                 f"find its own. Restore that secret ({SECRET_VARIABLE} of the environment, or else the file "
                 f"{folder / 'secret'}), or name another state dir"
             )
-    db.execute("INSERT OR REPLACE INTO meta VALUES ('secret', ?)", (ours,))
+    if record:
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('secret', ?)", (ours,))
+
+
+def has_secret(db: sqlite3.Connection) -> bool:
+    """Whether a server has remembered one."""
+    return db.execute("SELECT 1 FROM meta WHERE key = 'secret'").fetchone() is not None
 
 
 def vault_of(db: sqlite3.Connection) -> Vault:
     return db.vault if isinstance(db, _Database) else PLAIN
 
 
-def check_vault(db: sqlite3.Connection, folder: Path) -> None:
-    """Raise ConfigError where the state dir is sealed with another key than that of ``db``; a new one takes that."""
+def check_vault(db: sqlite3.Connection, folder: Path, record: bool) -> None:
+    """Raise ConfigError where the state dir is sealed with another key than that of ``db``. With ``record``, by a server that
+    has the dir to itself, a new one takes that."""
     vault = vault_of(db)
     found = db.execute("SELECT value FROM meta WHERE key = 'vault'").fetchone()
     if found is None:
@@ -127,7 +135,7 @@ def check_vault(db: sqlite3.Connection, folder: Path) -> None:
                 f"the state dir {folder} has sessions that are not encrypted, and sessions.key_file names a key; name a new "
                 "state dir, or serve this one without a key"
             )
-        if vault.on:
+        if vault.on and record:
             db.execute("INSERT INTO meta VALUES ('vault', ?)", (vault.seal(b"vllm-ttt", "vault").hex(),))
         return
     if not vault.on:
@@ -139,6 +147,11 @@ def check_vault(db: sqlite3.Connection, folder: Path) -> None:
             f"the state dir {folder} is encrypted with another key than that of sessions.key_file; without it nobody reads it"
         )
         raise ConfigError(message) from None
+
+
+def sealed(db: sqlite3.Connection) -> bool:
+    """Whether the state dir is encrypted."""
+    return db.execute("SELECT 1 FROM meta WHERE key = 'vault'").fetchone() is not None
 
 
 def name_audit_log(db: sqlite3.Connection, path: str | None) -> None:

@@ -32,7 +32,7 @@ def listed(db: sqlite3.Connection, uid: str) -> list[dict[str, Any]]:
 
 
 def wipe(db: sqlite3.Connection, folder: StateDir, uid: str, name: str) -> bool:
-    """Remove what the removed rows of a session have left in the database's files, and files of it that were set aside.
+    """Remove what the removed rows of a session have left in the database's files, and files of it that no row named.
 
     SQLite overwrites what it frees (secure_delete), but may leave a copy where it has moved a row to another page: so the file
     is searched, and where there is one, written anew.
@@ -42,8 +42,8 @@ def wipe(db: sqlite3.Connection, folder: StateDir, uid: str, name: str) -> bool:
     """
     try:
         db.execute(f"PRAGMA busy_timeout = {_PATIENCE}")
-        for file in folder.damaged.glob(f"{uid}-*"):
-            file.unlink()
+        for file in folder.files_of(uid):  # what a killed server had not recorded yet, too
+            file.unlink(missing_ok=True)
         if not _checkpoint(db):
             return False
         if not _left(db, folder, uid, name):

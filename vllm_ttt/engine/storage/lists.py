@@ -164,6 +164,7 @@ def _place(text: str, tenant: str | None) -> Place:
         last_used, *rest = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
         found = [last_used, *rest] if tenant is None else [last_used, tenant, *rest]
         if [type(x) for x in found] == [float, str, str]:
+            "".join(found[1:]).encode()  # raises ValueError where it is no text
             return found[0], found[1], found[2]
     except (binascii.Error, ValueError, TypeError, RecursionError):
         pass

@@ -42,6 +42,7 @@ def sweep(db: sqlite3.Connection, folder: StateDir) -> None:
     Nothing is recorded meanwhile, and later nothing whose file is not there (`Store.put`).
     """
     (_, now), *files = folder.ages()
+    folder.remove_exports(now - _OLD)
     old = [file for file, written in files if now - written > _OLD]
     with db:
         db.execute("BEGIN IMMEDIATE")

@@ -95,9 +95,9 @@ class Store:
                 )
             self.reader = database.connect(folder.database, vault=vault)
             compare(database.create(self.reader, identity), identity, folder.root)
-            database.check_vault(self.reader, folder.root)
+            database.check_vault(self.reader, folder.root, record=alone)
             if secret:
-                database.check_secret(self.reader, secret, folder.root)
+                database.check_secret(self.reader, secret, folder.root, record=alone)
             (recovery.recover if alone else recovery.sweep)(self.reader, folder)
             #: of a state dir that is shared: who has which session
             self.watch = Watch(folder, vault, alone) if shared else None
@@ -365,14 +365,16 @@ class Store:
     def _execute(self, db: sqlite3.Connection, write: Write) -> Change:
         with database.transaction(db):
             change = write(db)
+            total = None if self.leases is None else records.total_bytes(db)
+        # It is written: nothing that follows may fail.
         self.sizes |= change.added
         self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
-        if self.leases is not None:
-            self.bytes = records.total_bytes(db)
+        if total is not None:
+            self.bytes = total
         for file in change.gone:
             self.discard(file)
         if change.erased is not None:
-            left = [file for file in change.gone if (self.folder.root / file).exists()]
+            left = [file for file in change.gone if os.path.lexists(self.folder.root / file)]
             self._unwiped.append(change.erased)
             while self._unwiped and erase.wipe(db, self.folder, *self._unwiped[0]):
                 self._unwiped.popleft()
