@@ -253,6 +253,8 @@ class StepReport:
     settled: list[tuple[str, int]] = field(default_factory=list)
     #: requests that have left the engine, and whose blocks nobody reads any more
     released: list[str] = field(default_factory=list)
+    #: sessions that are not served yet with the delta that they have: a prompt is still being read under the one before
+    behind: frozenset[int] = frozenset()
     #: what has become of file orders, in the order in which it happened
     files: list[FileReport] = field(default_factory=list)
     #: captured tokens that wait for their step, and the pages of those that are complete

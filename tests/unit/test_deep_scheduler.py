@@ -20,7 +20,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_ttt import engine_args
 from vllm_ttt.engine.scheduler import TTTScheduler
-from vllm_ttt.types import ChunkReport, FileReport, SessionKey, StepReport
+from vllm_ttt.types import ChunkReport, FileReport, SessionKey, StepReport, Trial
 
 pytestmark = pytest.mark.unit
 
@@ -140,6 +140,26 @@ def test_blocks_are_a_sessions_and_an_epochs() -> None:
     engine.learn("b", 1)
     assert engine.read("b") == 0, "another session"
     assert engine.read(None) == engine.read("c") == 96
+
+
+def test_what_is_read_before_a_slot_follows_a_return_is_nobodys() -> None:
+    """The guard returns a session to the base model while a prompt is read under what it had: another request of it begins
+    then, and what that reads is computed with the bad delta, still. The base model must never find it."""
+    engine = Engine("deep")
+    engine.learn("a", 3)
+    session = engine.session("a")
+    assert session.version == 3
+    engine.report.trials.append(Trial(session.adapter, 3, 1.0, 0))
+    engine.report.behind = frozenset({session.adapter})
+    engine.send(None, [1, 2, 3])
+    engine.step()
+    assert session.version == 0
+    engine.report.behind = frozenset({session.adapter})  # the answer of the step that is scheduled next
+    poisoned = [*range(5000, 5100)]
+    assert engine.read("a", poisoned) == 0
+    assert engine.read(None, poisoned) == 0, "it has read what the bad delta made"
+    assert engine.read(None, poisoned) == 96
+    assert engine.read("a", poisoned) == 96, "its slot has followed: it is the base model"
 
 
 def test_an_epoch_for_each_commit() -> None:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_worker_hooks import A, Hooks
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from vllm_ttt.automaton import Automaton
@@ -236,3 +237,15 @@ def test_a_chunk_of_which_nothing_is_left_is_no_commit() -> None:
 
 def test_the_setting_is_off_by_default() -> None:
     assert LearnConfig().filter == ()
+
+
+def test_bytes_that_are_no_text() -> None:
+    """A client may send any ids. The tokenizers of Llama 2 and Mistral 7B spell unknown characters in bytes."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581a": 256, "a": 257}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    found = Filter(["aa"], SimpleNamespace(skip_tokenizer_init=False))
+    found._tokenizer = SimpleNamespace(_tokenizer=tokenizer)
+    for before in ([], [0xC3, 0xA9], [0xC3, 0xA9, 0xFF], [257, 0xC3, 0xA9, 0xFF, 0xFF]):
+        ids = [*before, 0xC3, 0xA9, 257, 257]
+        assert found.pairs(ids), "what comes after is found all the same"

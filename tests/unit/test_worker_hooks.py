@@ -326,6 +326,26 @@ def test_a_prompt_is_read_to_its_end_under_one_delta_also_where_its_session_is_r
     assert [request for request, _ in worker.trainer.take_report().settled] == []
 
 
+def test_history_is_read_under_that_delta_too() -> None:
+    """It is read again where an epoch has ended, in parts, and nothing of it is captured."""
+    worker = Hooks()
+    worker.trainer.versions.every = 1
+    worker.start("a", A, 2)
+    worker.batch(("a", 0, 2 * CHUNK + 1))
+    worker.backlog.finish("a", 2 * CHUNK)
+    assert worker.learn()[A] == 2
+    worker.trainer.start("b", RequestPlan(A, 4 * CHUNK + 1, True, False, start=2 * CHUNK))
+    worker.batch(("b", 0, CHUNK))
+    assert worker.trainer.roll_back(A, 1)
+    session = worker.trainer.deltas.session(A)
+    assert (session.version, session.served) == (1, 2)
+    assert worker.trainer.take_report().behind == {A}
+    worker.batch(("b", CHUNK, 3 * CHUNK + 1))
+    worker.trainer.sync()
+    assert session.served == 1
+    assert not worker.trainer.take_report().behind
+
+
 @pytest.mark.parametrize("serving", [True, False])
 def test_what_is_urgent_is_learned_at_once_where_others_are_served(serving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody is, everything is learned anyway, step by step."""

@@ -163,7 +163,8 @@ class TTTScheduler(HoldingScheduler):
         learns = request.request_id in attached.session.open
         if self.ttt_blocks.on:
             alone = not attached.session.open or (learns and len(attached.session.open) == 1)
-            exact = alone and not attached.started and not attached.knobs.interleave
+            served = attached.session.adapter not in self.ttt_report.behind
+            exact = alone and served and not attached.started and not attached.knobs.interleave
             self.ttt_blocks.enter(request, attached.session, exact)
         if not learns:
             return super()._get_local_prefix_cache_hit(request, *limit)

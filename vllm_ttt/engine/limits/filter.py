@@ -64,5 +64,11 @@ class Filter:
             return [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
         from tokenizers.decoders import DecodeStream
 
-        stream = DecodeStream(skip_special_tokens=False)
-        return [stream.step(fast, token) for token in ids]
+        stream, pieces = DecodeStream(skip_special_tokens=False), list[str | None]()
+        for token in ids:
+            try:
+                pieces.append(stream.step(fast, token))
+            except Exception:  # bytes that are no text: it begins anew, as vLLM's own does (v1/engine/detokenizer.py)
+                stream = DecodeStream(skip_special_tokens=False)
+                pieces.append(stream.step(fast, token))
+        return pieces

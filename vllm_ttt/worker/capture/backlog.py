@@ -296,7 +296,7 @@ class Backlog:
                     self._close(reading)
             position = part_end
         reading.next = max(reading.next, end)
-        reading.begun = reading.begun or reading.next > plan.start
+        reading.begun = True
         if not reading.prompt_read and reading.next >= last_of_prompt:
             reading.prompt_read = True
             if not reading.closed and not (plan.learn and plan.learn_output):

@@ -53,7 +53,7 @@ class Reading:
     #: its blocks in vLLM's KV cache, as vLLM numbers them
     blocks: list[int] = field(default_factory=list)
     open: Chunk | None = None
-    #: something of it has been captured since it was begun, or begun anew
+    #: something of it, be it history, has been read since it was begun, or begun anew
     begun: bool = False
     #: pairs before this one have been learned, or said not to be
     known: int = 0

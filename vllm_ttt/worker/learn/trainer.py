@@ -164,7 +164,7 @@ class Trainer:
                 self.backlog.forget(request)
                 self.report.settled.append((request, key))
         report, self.report = self.report, StepReport()
-        report.pending, report.queued = self.backlog.pending, self.backlog.queued
+        report.pending, report.queued, report.behind = backlog.pending, backlog.queued, frozenset(self.dirty)
         report.busy = bool(self.learning or self.guard.busy or self.backlog.settled())
         return report
 
