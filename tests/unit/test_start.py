@@ -24,6 +24,7 @@ from vllm_ttt.config import EXPERIMENTS, CacheConfig, TTTConfig
 from vllm_ttt.engine.storage.store import open_store
 from vllm_ttt.errors import ConfigError, PatchContractError
 from vllm_ttt.patches import _contract
+from vllm_ttt.state_dir import SECRET_VARIABLE
 
 pytestmark = pytest.mark.unit
 
@@ -210,6 +211,17 @@ def test_several_engines_share_a_state_dir(tmp_path: Path, monkeypatch: pytest.M
     assert {path.name for path in state.glob("engine-*") if path.is_dir()} == {"engine-1", "engine-2"}
     with pytest.raises(ConfigError, match="--data-parallel-size 2 is not supported with --plugin ttt and a script"):
         offline(data_parallel_size=2).create_engine_config()
+
+
+def test_a_new_secret_is_taken_where_no_key_has_a_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for secret in "ab":
+        monkeypatch.setenv(SECRET_VARIABLE, 64 * secret)
+        made = from_flags("--plugin", "ttt", "--enforce-eager", "--ttt-state-dir", str(tmp_path / "s")).create_engine_config()
+        config = plugin.config_of(made)
+        assert config is not None
+        store = open_store(made, config)
+        assert store is not None
+        store.close()
 
 
 def test_a_server_that_is_not_http_is_refused() -> None:

@@ -47,11 +47,11 @@ def check_dir(vllm_config: Any, config: TTTConfig) -> None:
 def _check_state_dir(folder: StateDir, vllm_config: Any, config: TTTConfig) -> None:
     vault = Vault.of(config.sessions.key_file)
     folder.create()
-    folder.lock(config.sessions.shared)
+    alone = folder.lock(config.sessions.shared)
     folder.unlock()
     if folder.exists():
         with contextlib.closing(database.connect(folder.database, vault=vault)) as db:
             compare(database.read_identity(db), identity(vllm_config, config), folder.root)
-            database.check_vault(db, folder.root, record=False)
+            database.check_vault(db, folder.root, record=alone)
             if secret := os.environ.get(SECRET_VARIABLE):
-                database.check_secret(db, secret, folder.root, record=False)
+                database.check_secret(db, secret, folder.root, record=alone)

@@ -106,10 +106,14 @@ def check_secret(db: sqlite3.Connection, secret: str, folder: Path, record: bool
     if found is not None and found[0] != ours:
         (lost,) = db.execute("SELECT count(*) FROM sessions WHERE tenant != '-'").fetchone()
         if lost or not record:
+            what = (
+                f"has {lost} sessions of API keys that were made under another secret"
+                if lost
+                else "is used under another secret"
+            )
             raise ConfigError(
-                f"the state dir {folder} has {lost} sessions of API keys that were made under another secret: no key would "
-                f"find its own. Restore that secret ({SECRET_VARIABLE} of the environment, or else the file "
-                f"{folder / 'secret'}), or name another state dir"
+                f"the state dir {folder} {what}: no key would find its own. Restore that secret ({SECRET_VARIABLE} of the "
+                f"environment, or else the file {folder / 'secret'}), or name another state dir"
             )
     if record:
         db.execute("INSERT OR REPLACE INTO meta VALUES ('secret', ?)", (ours,))
