@@ -41,16 +41,14 @@ def test_one_who_stops_in_a_commit_keeps_no_engine_waiting(servers: Servers) -> 
     stopped.execute("BEGIN EXCLUSIVE")
     assert one.store.reader.execute("PRAGMA busy_timeout").fetchone()[0] == database.BRIEFLY
     one.store.reader.set_trace_callback(asked.append)
-    shares = one.tiers.sharing
-    assert shares is not None
     for _ in range(5):
         with pytest.raises(StoreError) as refused:
             one.store.find(SessionKey("-", "b"))
         assert refused.value.status == 503
-        shares.next_count = 0.0
-        shares.step()
+        shares(one).next_count = 0.0
+        shares(one).step()
         assert one.ledger.quotas.total == 1
-        assert shares.next_count > time.monotonic()
+        assert shares(one).next_count > time.monotonic()
     assert len(asked) <= 1
     stopped.close()
     one.store.reader.set_trace_callback(None)

@@ -286,13 +286,19 @@ def test_what_makes_room_for_a_prompt_is_not_what_answers_it() -> None:
     assert session.serving is None, "it is answered by what it has learned now"
 
 
-def test_a_session_that_is_rolled_back_in_the_middle_of_an_answer_goes_on_as_it_began() -> None:
+def twice_learned() -> Hooks:
+    """A worker that keeps every version, and whose session A has two."""
     worker = Hooks()
     worker.trainer.versions.every = 1
     worker.start("a", A, 2)
     worker.batch(("a", 0, 2 * CHUNK + 1))
     worker.backlog.finish("a", 2 * CHUNK)
     assert worker.learn()[A] == 2
+    return worker
+
+
+def test_a_session_that_is_rolled_back_in_the_middle_of_an_answer_goes_on_as_it_began() -> None:
+    worker = twice_learned()
     worker.trainer.still = {A}
     assert worker.trainer.roll_back(A, 1)
     session = worker.trainer.deltas.session(A)
@@ -304,12 +310,7 @@ def test_a_session_that_is_rolled_back_in_the_middle_of_an_answer_goes_on_as_it_
 
 def test_a_prompt_is_read_to_its_end_under_one_delta_also_where_its_session_is_rolled_back() -> None:
     """By the guard, say, while it is read in parts: nothing more of it is learned, and its slot stays until then."""
-    worker = Hooks()
-    worker.trainer.versions.every = 1
-    worker.start("a", A, 2)
-    worker.batch(("a", 0, 2 * CHUNK + 1))
-    worker.backlog.finish("a", 2 * CHUNK)
-    assert worker.learn()[A] == 2
+    worker = twice_learned()
     worker.start("b", A, 3)
     worker.batch(("b", 0, CHUNK))
     assert worker.trainer.roll_back(A, 1)
@@ -328,12 +329,7 @@ def test_a_prompt_is_read_to_its_end_under_one_delta_also_where_its_session_is_r
 
 def test_history_is_read_under_that_delta_too() -> None:
     """It is read again where an epoch has ended, in parts, and nothing of it is captured."""
-    worker = Hooks()
-    worker.trainer.versions.every = 1
-    worker.start("a", A, 2)
-    worker.batch(("a", 0, 2 * CHUNK + 1))
-    worker.backlog.finish("a", 2 * CHUNK)
-    assert worker.learn()[A] == 2
+    worker = twice_learned()
     worker.trainer.start("b", RequestPlan(A, 4 * CHUNK + 1, True, False, start=2 * CHUNK))
     worker.batch(("b", 0, CHUNK))
     assert worker.trainer.roll_back(A, 1)
