@@ -253,6 +253,22 @@ def test_a_chunk_that_goes_on_needs_no_context_of_its_own():
     assert fast.ngrams.stream[-4:].tolist() == [streams.BREAK, -3, -4, 3]
 
 
+@given(st.lists(st.integers(0, VOCABULARY - 1), min_size=2, max_size=80), st.sets(st.integers(0, 79)))
+def test_tokens_that_are_not_learned_leave_one_mark(ids: list[int], out: set[int]):
+    """However many there are, as of an image; and what is known of the others is the same."""
+    text = np.array([streams.BREAK if t in out else token for t, token in enumerate(ids)], np.int32)
+    stream = streams.EMPTY
+    for first in range(1, len(text), 16):
+        chunk = text[first : first + 16]
+        if (chunk != streams.BREAK).any():
+            stream = streams.join(stream, text[max(0, first - streams.LONGEST) : first], chunk)
+    cuts = stream == streams.BREAK
+    assert not (cuts[1:] & cuts[:-1]).any()
+    apart = np.where(np.arange(len(text)) == 0, -text - 2, text)
+    known, plain = Index(stream, ORDERS), Index(np.where(text == streams.BREAK, streams.BREAK, apart), ORDERS)
+    assert (known.keys.tolist(), known.counts.tolist()) == (plain.keys.tolist(), plain.counts.tolist())
+
+
 def test_indexes_that_nobody_asks_for_are_given_back():
     indexes, some = Indexes(2), [NGrams.fresh(ORDERS) for _ in range(3)]
     for ngrams in some:

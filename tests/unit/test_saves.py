@@ -104,8 +104,8 @@ def test_autosave(make: Make) -> None:
     assert not world.saves.changed
 
 
-def test_the_alarm_looks_when_a_round_is_due(make: Make) -> None:
-    """Not in a rhythm of its own: what changed just after a look would wait for two."""
+def test_the_alarm_rings_when_a_round_is_due(make: Make) -> None:
+    """Not in a rhythm of its own: what changed just after a ring would wait for two."""
     world = make(autosave=30.0)
     queue: SimpleQueue[Any] = SimpleQueue()
     alarm = Alarm(SimpleNamespace(input_queue=queue), 30.0, world.tiers)
@@ -117,3 +117,16 @@ def test_the_alarm_looks_when_a_round_is_due(make: Make) -> None:
     assert session.unsaved
     world.saves.next_round -= 12.0
     assert alarm.pause() <= 18.1, "the session has changed by then, and its round is due"
+
+
+def test_the_alarm_rings_while_an_operation_is_answered(make: Make) -> None:
+    """The engine's thread is then in the middle of a change: what looked at its sessions failed, and never rang again."""
+    world = make()
+    session = world.use("a", 1.0)
+    queue: SimpleQueue[Any] = SimpleQueue()
+    Alarm(SimpleNamespace(input_queue=queue), 0.01, world.tiers)
+    saved = world.tiers.save(session)
+    rings: list[Any] = []
+    saved.add_done_callback(lambda _: rings.extend(queue.get(timeout=10) for _ in range(3)))
+    world.wait(saved)
+    assert len(rings) == 3

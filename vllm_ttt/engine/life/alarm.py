@@ -15,13 +15,14 @@ _LATE = 0.01
 
 
 class Alarm:
-    """A thread that looks whether there is something to be done whenever a round of saves is due, and does nothing else."""
+    """A thread that wakes the engine whenever a round of saves is due. It looks at nothing that the engine's thread changes:
+    whether something is to be done, an engine that wakes asks itself."""
 
     def __init__(self, engine: Any, seconds: float, tiers: Tiers):
         """
         Args:
             engine: vLLM's EngineCoreProc, whose input queue is how its idle loop is woken.
-            seconds: between two looks, at most: those between two rounds of saves.
+            seconds: between two rings, at most: those between two rounds of saves.
         """
         self.engine, self.seconds, self.tiers = engine, seconds, tiers
         if tiers.sharing is not None:
@@ -31,15 +32,14 @@ class Alarm:
     def _run(self) -> None:
         while True:
             time.sleep(self.pause())
-            if self.tiers.busy:
-                self.ring()
+            self.ring()
 
     def ring(self) -> None:
         """From any thread."""
         self.engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def pause(self) -> float:
-        """Seconds to the next look: until the next round, so that what changes meanwhile does not wait for a second one.
+        """Seconds to the next ring: until the next round, so that what changes meanwhile does not wait for a second one.
 
         Where that is past, nothing has changed since: whoever changes now begins a round in the same step.
         """

@@ -1,7 +1,7 @@
 """What a session's cache remembers, as one array of int32: learned tokens in their order, and where the text was cut.
 
-BREAK stands between texts that do not go on from each other. A token that is only context (history, the first of a prompt) is
-there as ``-token - 2``: it can come before another, and was not learned itself.
+BREAK stands between texts that do not go on from each other, and for tokens in a row that are not learned. A token that is
+only context (history, the first of a prompt) is there as ``-token - 2``: it can come before another, and was not learned itself.
 """
 
 from __future__ import annotations
@@ -33,13 +33,19 @@ def extend(stream: Tokens, before: Tokens, learned: Tokens, limit: int) -> Token
 
 
 def join(stream: Tokens, before: Tokens, learned: Tokens) -> Tokens:
-    """As `extend`, without a limit."""
-    tail = shown(stream[-LONGEST:])
-    if len(before) == LONGEST and np.array_equal(tail, before):
-        parts = stream, learned  # it goes on
-    else:
-        parts = stream, np.array([BREAK], np.int32), -before - 2, learned
-    return np.concatenate(parts).astype(np.int32)
+    """As `extend`, without a limit. One BREAK stands for all tokens in a row that are not learned, however many they are."""
+    context, parts = _uncut(before), [learned]
+    if not len(stream) or not np.array_equal(_uncut(stream[-LONGEST:]), context):
+        parts = [np.array([BREAK], np.int32), -context - 2, learned]  # else it goes on
+    more = np.concatenate(parts)
+    cut = np.concatenate(([len(stream) > 0 and stream[-1] == BREAK], more == BREAK))
+    return np.concatenate((stream, more[~(cut[1:] & cut[:-1])])).astype(np.int32)
+
+
+def _uncut(tokens: Tokens) -> Tokens:
+    """What of some tokens is context of the next one: those after the last cut."""
+    cut = np.flatnonzero(tokens == BREAK)
+    return shown(tokens[cut[-1] + 1 :] if len(cut) else tokens)
 
 
 def trim(stream: Tokens, limit: int) -> Tokens:
@@ -48,9 +54,7 @@ def trim(stream: Tokens, limit: int) -> Tokens:
     if len(learned) <= limit:
         return stream
     first = learned[-limit] if limit else len(stream)
-    context = stream[max(0, first - LONGEST) : first]
-    cut = np.flatnonzero(context == BREAK)
-    context = shown(context[cut[-1] + 1 :] if len(cut) else context)
+    context = _uncut(stream[max(0, first - LONGEST) : first])
     return np.concatenate((np.array([BREAK], np.int32), -context - 2, stream[first:])).astype(np.int32)
 
 
