@@ -1,7 +1,7 @@
 """What a session's cache remembers, as one array of int32: learned tokens in their order, and where the text was cut.
 
 BREAK stands between texts that do not go on from each other, and for tokens in a row that are not learned. A token that is
-only context (history, the first of a prompt) is there as ``-token - 2``: it can come before another, and was not learned itself.
+only context (history, the first of a prompt) is there as ``-token - 2``: it can come before another, and was not learned.
 """
 
 from __future__ import annotations
