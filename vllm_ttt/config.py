@@ -188,7 +188,8 @@ class SessionsConfig(_Model):
     autosave: Annotated[float, Field(ge=0.1, le=86400)] = 30.0
     """Seconds until a session that has learned is saved, at the latest. A crash loses what was learned since."""
     keep_versions: Annotated[int, Field(ge=1, le=1000)] = 3
-    """Earlier versions of each session that are kept for a rollback: this many in memory, and this many on disk."""
+    """Earlier versions of each session that are kept for a rollback: this many in memory, and this many on disk. Besides
+    them, the last one that the guard found good."""
     disk_gib: Annotated[float, Field(gt=0, le=2**20)] = 100.0
     """GiB that the state dir may take. When it is full, older versions are removed first; then a new session is a 429."""
     ttl: Annotated[str, Field(pattern=r"^([1-9][0-9]{0,5}[smhd]|never)$")] = "30d"

@@ -138,6 +138,8 @@ class FileOrder:
     path: str = ""
     #: load: the sha256 that the file must have, hexadecimal
     checksum: str = ""
+    #: load: path and sha256 of the last version that the guard found good, where that is another one
+    good: tuple[str, str] | None = None
     #: save: further entries of the file's metadata
     metadata: dict[str, str] = field(default_factory=dict)
     #: save: an earlier version that the worker keeps; None: what the session is
@@ -160,6 +162,8 @@ class FileReport:
     version: int = 0
     #: taken: how many of the chunks in the same report the snapshot holds; the others came later
     chunks: int = 0
+    #: save, done: the last version, up to that one, that the guard found good; 0: none
+    good: int = 0
     bytes: int = 0
     #: sha256 of the file, hexadecimal
     checksum: str = ""

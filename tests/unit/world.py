@@ -93,9 +93,8 @@ class FakeTrainer:
     def copy(self, key: int, to: int) -> int:
         return Trainer.copy(self, key, to)  # type: ignore[arg-type]  # the real one, on these parts
 
-    def resume(self, key: int, session: WorkerSession, untried: int) -> None:
-        self.deltas.sessions[key] = session
-        self.guard.resume(key, untried)
+    def resume(self, key: int, session: WorkerSession, untried: int, good: WorkerSession | None) -> None:
+        Trainer.resume(self, key, session, untried, good)  # type: ignore[arg-type]  # likewise
 
     def roll_back(self, key: int, version: int) -> bool:
         if (kept := self.versions.find(key, version)) is None:

@@ -36,6 +36,8 @@ class Snapshot:
     mark: Any
     state: dict[str, Any]
     ngrams: NGrams | None
+    #: the last version, up to this one, that the guard found good
+    good: int
 
 
 class _GoneError(Exception):
@@ -130,7 +132,7 @@ class Files:
         # Copied in the stream of the steps: before any later step, and without waiting for it.
         tensors = self.deltas.to_host(key)
         mark = self.clock.mark() if key in self.deltas.rows else session.copied
-        return Snapshot(tensors, mark, state, session.ngrams)
+        return Snapshot(tensors, mark, state, session.ngrams, self.trainer.versions.last_good(key))
 
     def _kept(self, order: FileOrder, session: WorkerSession) -> Snapshot:
         """The session as it was at an earlier version. Raises _GoneError where that is not kept, or not any more."""
@@ -143,7 +145,8 @@ class Files:
         state["untried"] = max(0, self.trainer.guard.untried(order.session) - since)
         if kept.ngrams is not None:
             state["cache"] = kept.ngrams.to_state()
-        return Snapshot(kept.state, self.clock.mark(), state, kept.ngrams)
+        good = self.trainer.versions.last_good(order.session)
+        return Snapshot(kept.state, self.clock.mark(), state, kept.ngrams, good if good <= order.version else 0)
 
     def _end(self, order: FileOrder, future: Future, outcome: bool) -> None:
         """``outcome``: whether the first rank could do it."""
@@ -180,7 +183,7 @@ class Files:
         data = self.vault.seal(delta_file.encode(tensors, metadata), path.name)
         checksum, digest = delta_file.write(path, data), delta_file.digest(delta)
         report = FileReport("save", order.session, order.path, "done", snapshot.state["version"], bytes=len(data))
-        return replace(report, checksum=checksum, digest=digest), None
+        return replace(report, good=snapshot.good, checksum=checksum, digest=digest), None
 
     def _digest(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
         found = self._read(snapshot, self.loaded)
@@ -189,8 +192,20 @@ class Files:
         digest = delta_file.digest(self._named(found.delta))
         return FileReport("digest", order.session, order.path, "done", snapshot.state["version"], digest=digest), None
 
-    def _load(self, order: FileOrder) -> tuple[FileReport, tuple[WorkerSession, int]]:
-        load = lambda: delta_file.load(Path(order.path), order.checksum, self.geometry, self.vault)  # noqa: E731
+    def _load(self, order: FileOrder) -> tuple[FileReport, tuple[WorkerSession, int, WorkerSession | None]]:
+        session, untried, metadata = self._read_file(order.path, order.checksum)
+        good = None if untried else session
+        if order.good is not None and untried:
+            try:
+                good = self._read_file(*order.good)[0]
+            except (delta_file.FileError, OSError) as error:
+                logger.error("vllm-ttt: the last good version of a session cannot be read, it goes on without: %s", error)
+        report = FileReport("load", order.session, order.path, "done", session.version, metadata=metadata)
+        return report, (session, untried, good)
+
+    def _read_file(self, path: str, checksum: str) -> tuple[WorkerSession, int, dict[str, str]]:
+        """A session as a file has it, its commits that the guard has not tried, and the file's metadata."""
+        load = lambda: delta_file.load(Path(path), checksum, self.geometry, self.vault)  # noqa: E731
         tensors, metadata = self.loaded.tell(load)
         state = json.loads(metadata["state"])
         session = self.deltas.revive(state)
@@ -204,8 +219,7 @@ class Files:
         )
         session.host = State(delta, last, torch.tensor([session.rate]))
         session.host = session.host.by(*map(pinned, session.host.tensors()))
-        report = FileReport("load", order.session, order.path, "done", session.version, metadata=metadata)
-        return report, (session, int(state.get("untried", 0)))
+        return session, int(state.get("untried", 0)), metadata
 
     def _export(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
         metadata = {**order.metadata, "version": str(snapshot.state["version"])}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 from vllm_ttt.engine.counts import EngineCounts
 from vllm_ttt.engine.ledger import Ledger, Session
@@ -94,8 +95,9 @@ class Saves:
             file = self.store.folder.new_file(session.uid)
             report = yield from self._file(session, file, version=version)
             state = {**session.state_at(version), **session.standing()}
-            newest = Version(version, file, report.bytes, report.checksum, time.time(), {**state, "digest": report.digest})
-            yield from self._put(replace(session.row(newest), state=state))
+            known, good = yield from self._good(session, report)
+            newest = _version(report, file, state, known)
+            yield from self._put(replace(session.row(newest), state=state, good=good))
             written = True
         except (StoreError, OSError) as error:
             raise self._counted(store_error(error)) from None
@@ -196,16 +198,24 @@ class Saves:
         def take(report: FileReport) -> None:
             # The ledger has counted what the delta holds, and nothing that came later. But for a rollback of the guard's.
             if report.version == session.version:
-                taken.append((life.generation, Version(report.version, file, 0, "", time.time(), session.to_state())))
+                taken.append((life.generation, session.to_state()))
 
         report = yield from self._file(session, file, take)
-        if not taken or taken[0][0] < life.returned_at:
+        known, good = None, None
+        try:
+            known, good = yield from self._good(session, report)
+        except RequestError:  # a later one is good, too
+            taken.clear()
+        except (StoreError, OSError):
             self.store.discard(file)
+            raise
+        if not taken or taken[0][0] < life.returned_at:
+            for unused in [file] if good is None else [file, good.file]:
+                self.store.discard(unused)
             return False
-        generation, version = taken[0]
-        state, recorded = {**version.state, "digest": report.digest}, life.generation
-        version = replace(version, bytes=report.bytes, checksum=report.checksum, state=state)
-        yield from self._put(session.row(version))
+        generation, state = taken[0]
+        version, recorded = _version(report, file, state, known), life.generation
+        yield from self._put(replace(session.row(version), good=good))
         session.saved, session.error = version, None
         life.saved_at, life.recorded_at = generation, recorded
         return generation >= life.returned_at
@@ -228,13 +238,29 @@ class Saves:
             raise OSError(report.errno, report.error)
         return report
 
+    def _good(self, session: Session, report: FileReport) -> Steps:
+        """What a version that has been written says of the last one before it that the guard found good, and that one, where
+        it has been written just now; None where there is none. Raises as `_file` does."""
+        saved, life = session.saved, session.life
+        if report.good in (0, report.version):
+            return None, None
+        if saved is not None and life.saved_at >= life.returned_at:
+            for known in [saved.version, saved.file, saved.checksum], saved.state.get("good", [0]):
+                if known[0] == report.good:
+                    return known, None
+        file = self.store.folder.new_file(session.uid)
+        written = yield from self._file(session, file, version=report.good)
+        good = _version(written, file, session.state_at(report.good), None)
+        return [good.version, good.file, good.checksum], good
+
     def _put(self, row: Row) -> Steps:
         """Record the newest version of a session, whose file is there. Raises StoreError: then the file is not."""
-        assert row.newest is not None
         try:
             yield self.store.put(row)
         except StoreError:
-            self.store.discard(row.newest.file)
+            for version in (row.newest, row.good):
+                if version is not None:
+                    self.store.discard(version.file)
             raise
 
     def _failed(self, session: Session, error: StoreError) -> RequestError:
@@ -251,3 +277,9 @@ class Saves:
         if not isinstance(error, Moved):  # that says nothing of the disk
             self.store.failed(error)
         return error
+
+
+def _version(report: FileReport, file: str, state: dict[str, Any], good: list[Any] | None) -> Version:
+    """What was written just now; ``state``: the ledger's as of that version."""
+    state = {**state, "digest": report.digest, **({} if good is None else {"good": good})}
+    return Version(report.version, file, report.bytes, report.checksum, time.time(), state)

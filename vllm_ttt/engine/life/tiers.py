@@ -307,7 +307,11 @@ class Tiers:
         """Have the newest version read. Returns how it is damaged, "" where it is not; raises OSError."""
         assert self.store is not None
         path = str(self.store.folder.path(saved.file))
-        report: FileReport = yield self.orders.ask(FileOrder("load", session.adapter, path, saved.checksum))
+        good = saved.state.get("good")
+        order = FileOrder("load", session.adapter, path, saved.checksum)
+        if good is not None:
+            order.good = str(self.store.folder.path(good[1])), good[2]
+        report: FileReport = yield self.orders.ask(order)
         self.counts.add("loads_total", 1, report.outcome)
         if report.outcome == "done" and report.version != saved.version:
             return f"it holds version {report.version}; recorded is version {saved.version}"

@@ -11,6 +11,7 @@ Where the state dir has a key (vault.py), states and names are sealed. Tenants, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import secrets
@@ -33,7 +34,7 @@ _DETAIL = ("losses", "history")
 STANDING = ("frozen", "allowance")
 _KINDS: dict[str, tuple[type, ...]] = {
     "version": (int,), "tokens_seen": (int,), "tokens_learned": (int,), "tokens_skipped": (dict,), "losses": (list,),
-    "requests": (int,), "digest": (str,),
+    "requests": (int,), "digest": (str,), "good": (list,),
     "frozen": (str, type(None)), "model": (str, type(None)), "probe_regression": (int, float, type(None)),
 }  # fmt: skip
 _UID = re.compile(r"[0-9a-f]{32}")
@@ -41,7 +42,8 @@ _UID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A saved version. ``state`` is the ledger's as of that version."""
+    """A saved version. ``state`` is the ledger's as of that version. ``good`` in it: number, file and checksum of the last
+    version before it that the guard found good, which is kept while this is the newest."""
 
     version: int
     file: str
@@ -67,6 +69,8 @@ class Row:
     problem: str = ""
     #: files of versions, later than ``newest``, whose rows are damaged
     damaged: tuple[str, ...] = ()
+    #: to be recorded with it: the last version before it that the guard found good, where that is not recorded yet
+    good: Version | None = None
 
 
 def find(db: sqlite3.Connection, key: SessionKey) -> Row | None:
@@ -135,7 +139,7 @@ def put(db: sqlite3.Connection, row: Row, keep: int) -> list[str]:
     """Record a session as it is now, and its newest version where that is not recorded yet.
 
     Returns:
-        files that do not exist any more: those of versions beyond the ``keep`` newest.
+        files that do not exist any more: those of versions beyond the ``keep`` newest, but for the last good one.
     """
     db.execute(
         "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (uid) DO UPDATE SET last_used = excluded.last_used, "
@@ -145,12 +149,23 @@ def put(db: sqlite3.Connection, row: Row, keep: int) -> list[str]:
     if row.newest is None:
         return []
     v = row.newest
-    gone = [f for (f,) in db.execute("SELECT file FROM versions WHERE uid = ? AND version >= ?", (row.uid, v.version))]
-    db.execute("DELETE FROM versions WHERE uid = ? AND version >= ?", (row.uid, v.version))
-    values = (row.uid, v.version, v.file, v.bytes, v.checksum, v.saved, *_write(db, f"{row.uid}/{v.version}", v.state))
-    db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+    gone = _delete(db, "uid = ? AND version >= ?", (row.uid, v.version))
+    if row.good is not None:
+        gone += _delete(db, "uid = ? AND version = ?", (row.uid, row.good.version))
+        _insert(db, row.uid, row.good)
+    _insert(db, row.uid, v)
     old = "SELECT version FROM versions WHERE uid = ? ORDER BY version DESC LIMIT -1 OFFSET ?"
-    return [*gone, *_delete(db, f"uid = ? AND version IN ({old})", (row.uid, row.uid, keep))]
+    where = f"uid = ? AND file IS NOT ? AND version IN ({old})"
+    return [*gone, *_delete(db, where, (row.uid, _good_file(v), row.uid, keep))]
+
+
+def _insert(db: sqlite3.Connection, uid: str, v: Version) -> None:
+    values = (uid, v.version, v.file, v.bytes, v.checksum, v.saved, *_write(db, f"{uid}/{v.version}", v.state))
+    db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def _good_file(v: Version) -> str | None:
+    return v.state["good"][1] if "good" in v.state else None
 
 
 def name_of(db: sqlite3.Connection, uid: str) -> str:
@@ -239,15 +254,22 @@ def mend(db: sqlite3.Connection, row: Row) -> list[str]:
 
 
 def shrink(db: sqlite3.Connection, excess: int) -> list[str]:
-    """Forget the oldest versions that are not their session's newest, until ``excess`` bytes are gone or none is left."""
-    old = db.execute(
-        "SELECT file, bytes FROM versions v "
-        "WHERE version < (SELECT max(version) FROM versions WHERE uid = v.uid) ORDER BY saved"
-    )
+    """Forget the oldest versions that are not their session's newest, until ``excess`` bytes are gone or none is left. The last
+    that the guard found good go after all others."""
+    newest = "version = (SELECT max(version) FROM versions WHERE uid = v.uid)"
+    old = db.execute(f"SELECT uid, file, bytes FROM versions v WHERE NOT {newest} ORDER BY saved").fetchall()
+    good: dict[str, str | None] = {}
+    last: list[tuple[str, str, int]] = []
     gone: list[str] = []
-    for file, size in old.fetchall():
+    for uid, file, size in itertools.chain(old, last):
         if excess <= 0:
             break
+        if uid not in good:
+            good[uid] = _good_file(next(_newest_first(db, uid)))
+        if file == good[uid]:
+            last.append((uid, file, size))
+            good[uid] = None  # the next time it goes
+            continue
         excess -= size
         gone += _delete(db, "file = ?", (file,))
     return gone
@@ -305,7 +327,8 @@ def _version(db: sqlite3.Connection, uid: Any, row: Any) -> Version:
         kinds = (version, int), (size, int), (checksum, str), (saved, float)
         if not all(isinstance(value, kind) for value, kind in kinds) or state.get("version") != version:
             raise ValueError("its numbers")
-        if not is_session_file(file) or not file.split("/")[2].startswith(uid):
+        _, good, _ = state.get("good", (0, file, ""))
+        if not all(is_session_file(x) and x.split("/")[2].startswith(uid) for x in (file, good)):
             raise ValueError("the name of its file")
         return Version(version, file, size, checksum, saved, state)
     except (ValueError, TypeError, RecursionError) as error:

@@ -172,16 +172,15 @@ class Store:
     # Writes.
 
     def put(self, row: Row) -> Future:
-        """Record a session, and its version ``row.newest``."""
-        version = row.newest
-        assert version is not None
+        """Record a session, and its version ``row.newest``; and ``row.good``, where that is new."""
+        added = {v.file: v.bytes for v in (row.newest, row.good) if v is not None}
 
         def write(db: sqlite3.Connection) -> Change:
-            if self.leases is not None and not self.folder.path(version.file).exists():
+            if self.leases is not None and not all(self.folder.path(file).exists() for file in added):
                 raise StoreError("its file was taken for a leftover, and removed", 507)
             gone = records.put(db, row, self.keep)
-            gone += self._make_room(db, version.file, version.bytes, gone)
-            return Change(None, {version.file: version.bytes}, gone)
+            gone += self._make_room(db, added, gone)
+            return Change(None, added, gone)
 
         return self.write(write, whose=row.key)
 
@@ -323,17 +322,17 @@ class Store:
 
         self.write(write, whose=row.key).add_done_callback(lambda _: self._mending.discard(row.uid))
 
-    def _make_room(self, db: sqlite3.Connection, file: str, size: int, gone: list[str]) -> list[str]:
-        """Older versions that have to go for a file of ``size`` bytes. Raises StoreError where that is not enough."""
+    def _make_room(self, db: sqlite3.Connection, added: dict[str, int], gone: list[str]) -> list[str]:
+        """Older versions that have to go for files of such sizes. Raises StoreError where that is not enough."""
 
         def excess(gone: list[str]) -> int:
             if self.leases is not None:  # others write too; the file is recorded, and what is gone is not
                 return records.total_bytes(db) - self.limit
-            return self.bytes + size - sum(self.sizes.get(f, 0) for f in gone) - self.limit
+            return self.bytes + sum(added.values()) - sum(self.sizes.get(f, 0) for f in gone) - self.limit
 
         if (too_much := excess(gone)) <= 0:
             return []
-        old = [f for f in records.shrink(db, too_much) if f != file]
+        old = records.shrink(db, too_much)
         if excess([*gone, *old]) > 0:
             error = StoreError(
                 f"the state dir has {self.bytes} of {self.limit} bytes (sessions.disk_gib); delete sessions, or allow more", 507

@@ -205,12 +205,12 @@ class Trainer:
             self.versions.add_good(to, *self.versions.good[key])
         return self.deltas.session(to).version
 
-    def resume(self, key: int, session: WorkerSession, untried: int) -> None:
-        """The session has come back from a file, with so many commits that the guard has not tried; with none, it is good."""
+    def resume(self, key: int, session: WorkerSession, untried: int, good: WorkerSession | None) -> None:
+        """The session has come back from a file, with so many commits that the guard has not tried since it was ``good``."""
         self.deltas.sessions[key] = session
         self.guard.resume(key, untried)
-        if self.guard.config.every and not untried:
-            self.versions.add_good(key, session.version, Kept(session.host, session.rate, session.norms, session.ngrams))
+        if self.guard.config.every and good is not None:
+            self.versions.add_good(key, good.version, Kept(good.host, good.rate, good.norms, good.ngrams))
 
     def in_flight(self, key: int) -> bool:
         """Whether the master of a session is ahead of its version: the outcome of a step is not known yet."""
