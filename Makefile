@@ -42,7 +42,7 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-.PHONY: help setup real demo test lint format bench load lock docs build clean
+.PHONY: help setup real demo test unit-tests lint format bench load lock docs build clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -84,14 +84,18 @@ lint: setup
 	$(BIN)/pyright
 
 # Each process of pytest has one server at a time, on a core of its own; tests of several engines have the machine for themselves.
-test: lint real
+# lint is one process for a minute, and runs beside the unit tests.
+test: setup real $(if $(strip $(ARGS)),lint)
 ifeq ($(strip $(ARGS)),)
-	$(SPREAD) tests/unit -m unit
+	$(MAKE) --no-print-directory --jobs=2 lint unit-tests
 	$(SPREAD) -m "not (unit or alone or gpu)" --dist loadgroup --no-loadscope-reorder
 	$(BIN)/python -m pytest tests/engine tests/gpu -m "alone or gpu"
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+unit-tests: setup
+	$(SPREAD) tests/unit -m unit
 
 format: setup
 	$(BIN)/ruff check --fix .
