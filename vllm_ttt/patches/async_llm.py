@@ -94,7 +94,7 @@ def _shutdown(original: Callable) -> Callable:
     def shutdown(self: Any, timeout: float | None = None) -> None:
         begun, core = getattr(self, draining.MARK, False), getattr(self, "engine_core", None)
         setattr(self, draining.MARK, True)
-        if not begun:
+        if not begun and _has_no_engine(self):
             _let_end(self, _SHARE * (timeout or 0))
         original(self, timeout=timeout)
         # What the engine core had not answered when it ended: vLLM's HTTP server would wait for it, and never end.
@@ -116,7 +116,7 @@ def _let_end(client: Any, seconds: float) -> None:
     """Wait until what an AsyncLLM has asked of engine cores that it will not end itself is answered, and so long at most. In a
     thread of its own: the server's loop goes on."""
     deadline = time.monotonic() + seconds
-    while _has_no_engine(client) and client.output_processor.has_unfinished_requests() and time.monotonic() < deadline:
+    while client.output_processor.has_unfinished_requests() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
