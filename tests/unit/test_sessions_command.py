@@ -84,6 +84,21 @@ def test_list_show_rm(state: Path) -> None:
     assert CliRunner().invoke(app, ["sessions", "show", str(state), "a"]).exit_code == 0
 
 
+@pytest.mark.parametrize("command", [["list"], ["show", "a"], ["export", "a", "out"], ["rm", "a"]], ids=lambda c: c[0])
+def test_a_server_is_asked_nothing_where_an_option_is_for_a_state_dir(
+    monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    """What it would do without the option concerns another session: that of the key."""
+    url, key = "http://127.0.0.1:9", ("--api-key", "k")  # nobody is there
+    if command[0] != "list":
+        error = run(command[0], url, *command[1:], *key, "--tenant", "t2", fails=True)
+        assert "--tenant is for a state dir" in str(error)
+    error = run(command[0], url, *command[1:], *key, "--key-file", "there", fails=True)
+    assert "--key-file is for a state dir" in str(error)
+    monkeypatch.setenv("TTT_KEY_FILE", "there")
+    assert url in str(run(command[0], url, *command[1:], *key, fails=True)), "it is asked"
+
+
 def test_a_state_dir_says_what_its_server_says(tmp_path: Path) -> None:
     """Of each session that is on disk: one that is frozen, one that is not. Of one that has learned nothing the server alone
     knows, by its name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -14,11 +15,15 @@ from vllm_ttt.errors import TTTError
 
 app = typer.Typer(help="Look at sessions, take them out, bring them in, check them.", no_args_is_help=True)
 
+#: Names the key file where no option does.
+KEY_FILE = "TTT_KEY_FILE"
+
 Target = Annotated[str, typer.Argument(help="A state dir, or the URL of a server.")]
+Folder = Annotated[str, typer.Argument(help="A state dir.")]
 Name = Annotated[str, typer.Argument(help="The session id.")]
 Key = Annotated[str | None, typer.Option("--api-key", envvar="VLLM_API_KEY", help="Whose sessions.")]
 Tenant = Annotated[str | None, typer.Option(help="State dir: whose session, as `list` shows it.")]
-KeyFile = Annotated[Path | None, typer.Option(envvar="TTT_KEY_FILE", help="State dir: what it is encrypted with.")]
+KeyFile = Annotated[Path | None, typer.Option(envvar=KEY_FILE, help="State dir: what it is encrypted with.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -61,7 +66,7 @@ def export(
 
 @app.command("import")
 def import_(
-    target: Target,
+    target: Folder,
     name: Name,
     source: Annotated[Path, typer.Argument(help="An adapter's folder, or a .safetensors of GET .../adapter.")],
     api_key: Key = None,
@@ -87,7 +92,7 @@ def rm(
 
 @app.command()
 def move(
-    target: Annotated[str, typer.Argument(help="A state dir.")],
+    target: Folder,
     to: Annotated[str, typer.Option(envvar="TTT_TO_KEY", help="The API key whose they are from now on.")],
     from_: Annotated[str, typer.Option("--from", envvar="TTT_FROM_KEY", help="The one whose they were; none: nobody's.")] = "",
     key_file: KeyFile = None,
@@ -105,7 +110,7 @@ def move(
 
 @app.command()
 def fsck(
-    target: Annotated[str, typer.Argument(help="A state dir.")],
+    target: Folder,
     repair: Annotated[bool, typer.Option("--repair", help="Set damaged files aside, remove leftovers.")] = False,
     key_file: KeyFile = None,
     as_json: Json = False,
@@ -128,6 +133,10 @@ def _sessions(target: str, api_key: str | None = None, tenant: str | None = None
     if _is_url(target):
         from vllm_ttt.sessions.online import Online
 
+        if tenant is not None:
+            raise TTTError("--tenant is for a state dir: of a server's sessions those of --api-key can be named, and no others")
+        if key_file not in (None, Path(os.environ.get(KEY_FILE, ""))):  # which is for all state dirs of a machine
+            raise TTTError("--key-file is for a state dir: a server has its own (sessions.key_file); leave it out")
         return Online(target, api_key)
     from vllm_ttt.sessions.offline import tenant_of
     from vllm_ttt.sessions.shelves import opened
