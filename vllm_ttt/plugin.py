@@ -117,6 +117,8 @@ def check(model: str | None = None, preset: str | None = None) -> list[Checked]:
             rows.append(Checked(f"patch {name}", False, str(error)))
     if model is None:
         return rows
+    if (why := support.unreadable(model)) is not None:
+        return [*rows, Checked(f"model {model}", False, why)]
     found = [_with_preset(model, name) for name in ((preset,) if preset else PRESETS)]
     if preset is None:
         served = next((row for row in found if row.ok), None)

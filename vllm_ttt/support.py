@@ -312,6 +312,22 @@ def served_name(model_config: Any) -> str:
     return snapshot[1].replace("--", "/") if snapshot else name
 
 
+def unreadable(model: str) -> str | None:
+    """Why nothing can be said of a model; None where its config can be read."""
+    from huggingface_hub.errors import HFValidationError
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        folder = Path(model)
+        no_name = isinstance(error.__cause__, HFValidationError)
+        if no_name or (folder.is_dir() and not (folder / "config.json").exists()):
+            return f"there is no model at {model}: name a folder with config.json, or a name on a hub"
+        return str(error)
+    return None
+
+
 def describe_model(model: str, preset: str = "deep") -> str:
     """One line about a model that a preset can serve. Raises ConfigError (unsupported) or OSError (no config found)."""
     from transformers import AutoConfig

@@ -156,6 +156,16 @@ def test_what_no_layer_can_is_offered_the_head(tmp_path: Path) -> None:
             assert plugin.check(str(tmp_path), preset)[-1][1:] == (False, row.why, True)
 
 
+def test_what_is_no_model_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in (str(tmp_path / "missing"), str(tmp_path / "empty"), "no such name"):
+        says = f"there is no model at {name}: name a folder with config.json, or a name on a hub"
+        assert [row[1:] for row in plugin.check(name) if not row.ok] == [(False, says, True)]
+    (config := tmp_path / "empty" / "config.json").write_text('{"model_type": "of-next-year"}')
+    (row,) = [row for row in plugin.check(str(config.parent)) if not row.ok]
+    assert "`of-next-year`" in row.why
+
+
 def test_the_head_of_another_activation_starts(tmp_path: Path) -> None:
     model = changed_model(tmp_path, hidden_act="gelu")
     options: dict[str, Any] = {"skip_tokenizer_init": True, **engine_args("head")}
