@@ -71,9 +71,10 @@ class AdaptConfig(_Model):
     layers: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = "all"
     """How many layers are adapted, counted from the end, or `all`. `last` has one; with `head` it is 1, and none is meant."""
     modules: Annotated[tuple[Module, ...], CONSTANT] = ("o_proj", "down_proj")
-    """The linear layers that get a delta: some of o_proj, gate_up_proj and down_proj; with `head`, lm_head alone."""
+    """The linear layers that get a delta. With `last` these and gate_up_proj, with `head` lm_head alone."""
     rank: int = 64
-    """Rank of a delta. A higher rank gains more, and each session takes more memory. `head`: at most the hidden size."""
+    """Rank of a delta; `last` has 128 by default, `head` 512, and at most the hidden size. A higher rank gains more, and each
+    session takes more memory."""
     seed: Annotated[int, Field(ge=0, lt=2**63), CONSTANT] = 0
     """Seed of the fixed projections A. Deltas learned under one seed mean nothing under another."""
 
@@ -120,7 +121,7 @@ class LearnConfig(_Model):
     chunk: Annotated[int, Field(ge=16, le=4096), CONSTANT] = 512
     """Tokens per step of the optimiser."""
     rate: Annotated[float, Field(ge=1e-5, le=0.1), CONSTANT] = 0.012
-    """Length of a session's first step, relative to the norm of the weight. From then on the rate sets itself."""
+    """Length of a session's first step, relative to the norm of the weight (`last`: 0.008). Then the rate sets itself."""
     adapt_rate: Annotated[float, Field(ge=0, le=1000), CONSTANT] = 20.0
     """How strongly the rate follows the agreement of a chunk's gradient with the update before it. 0: the rate is fixed."""
     decay: Annotated[float, Field(ge=0, lt=1), CONSTANT] = 0.015
@@ -180,13 +181,14 @@ class SessionsConfig(_Model):
     resident: Annotated[int, Field(ge=1, le=1024)] = 64
     """Sessions that can be served at the same time. Each takes one of vLLM's LoRA slots."""
     host_gib: Annotated[float, Field(gt=0, le=65536)] = 8.0
-    """GiB of host memory for sessions without a slot. Others move to the state dir; without one, a new session is a 429."""
+    """GiB of host memory for sessions without a slot, each counted twice where the guard is on. Others move to the state dir;
+    without one, a new session is a 429."""
     state_dir: str | None = None
     """Folder in which sessions outlive the server (`--ttt-state-dir`). null: they end with it."""
     shared: bool = False
     """Several servers use the state dir at once, and each session is [in one of them](scale.md#several-servers)."""
     autosave: Annotated[float, Field(ge=0.1, le=86400)] = 30.0
-    """Seconds until a session that has learned is saved, at the latest. A crash loses what was learned since."""
+    """Seconds within which the save of a session that has learned begins, four at a time. A crash loses what was not saved."""
     keep_versions: Annotated[int, Field(ge=1, le=1000)] = 3
     """Earlier versions of each session that are kept for a rollback: this many in memory, and this many on disk. Besides
     them, the last one that the guard found good."""
@@ -332,8 +334,7 @@ def parse_config(data: dict[str, Any] | None, preset: str | None = None, source:
     try:
         return TTTConfig.model_validate(merged)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {_explain(e)}" for e in error.errors()]
-        raise ConfigError(f"{source} is not valid:\n" + "\n".join(lines)) from None
+        raise ConfigError(f"{source} is not valid:\n" + "\n".join(f"  {line}" for line in _explain(error))) from None
 
 
 def load_config(path: str | Path, preset: str | None = None) -> TTTConfig:
@@ -350,9 +351,10 @@ def load_config(path: str | Path, preset: str | None = None) -> TTTConfig:
     settled = parse_config(None, config.adapt.preset)
     changed = [name for name in constants() if attrgetter(name)(config) != attrgetter(name)(settled)]
     if changed and not os.environ.get(EXPERIMENTS):
+        values = ", ".join(f"{name} {_shown(attrgetter(name)(settled))}" for name in changed)
         raise ConfigError(
-            f"--ttt-config {path}: {', '.join(changed)} cannot be changed: experiments have settled it, and docs/reference.md "
-            f"has its value (to run experiments of your own, start with {EXPERIMENTS}=1)"
+            f"--ttt-config {path}: {', '.join(changed)} cannot be changed: experiments have settled it, with the preset "
+            f"{config.adapt.preset} on {values} (to run experiments of your own, start with {EXPERIMENTS}=1)"
         )
     return config
 
@@ -367,8 +369,18 @@ def constants() -> list[str]:
     ]
 
 
-def _explain(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
-        return "unknown key"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{message} (got {error['input']!r})"
+def _shown(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line for each value that is wrong."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for e in error.errors():
+        # After section and name comes the kind of value that was tried. Without both, the message has the names.
+        name = ".".join(map(str, e["loc"][:2]))
+        unknown = e["type"] == "extra_forbidden"
+        message = "unknown key" if unknown else e["msg"].removeprefix("Value error, ")
+        given = "" if unknown or not name else f" (got {e['input']!r})"
+        told.setdefault((name, given), []).append(message)
+    return [(name and f"{name}: ") + ", or ".join(dict.fromkeys(said)) + given for (name, given), said in told.items()]

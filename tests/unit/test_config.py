@@ -58,7 +58,6 @@ def test_nothing_given_is_all_defaults() -> None:
         ({"learn": {"chunk": 8}}, "learn.chunk: Input should be greater than or equal to 16 (got 8)"),
         ({"learn": {"tokens": "none"}}, "learn.tokens: Input should be 'prompt' or 'all' (got 'none')"),
         ({"adapt": {"rank": 100}}, "adapt.rank: rank 100 is not one that vLLM's LoRA slots can hold"),
-        ({"adapt": {"layers": 0}}, "adapt.layers"),
         ({"adapt": {"layers": "most"}}, "adapt.layers"),
         ({"adapt": {"preset": "last", "layers": 2}}, "adapt.layers: layers must be 1 with the preset last"),
         ({"adapt": {"preset": "last", "layers": "all"}}, "adapt.layers: layers must be 1 with the preset last"),
@@ -90,6 +89,27 @@ def test_every_mistake_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         parse_config({"learn": {"rate": 7, "chunk": 1}, "adapt": {"x": 1}})
     assert all(key in str(error.value) for key in ("learn.rate", "learn.chunk", "adapt.x"))
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (
+            {"adapt": {"layers": 0}},
+            "adapt.layers: Input should be greater than or equal to 1, or Input should be 'all' (got 0)",
+        ),
+        ({"learn": {"filter": ["a", 5]}}, "learn.filter: Input should be a valid string (got 5)"),
+        (
+            {"learn": {"fp8": "both"}, "adapt": {"preset": "last"}},
+            "learn.fp8 both is for the preset deep, and not for last; leave it out",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_name_of_its_setting(data: Any, line: str) -> None:
+    """Whatever kinds of value the setting takes; one that is several settings' shows no other setting."""
+    with pytest.raises(ConfigError) as error:
+        parse_config(data)
+    assert str(error.value) == f"the config is not valid:\n  {line}"
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -151,5 +171,8 @@ def test_a_config_file_may_name_constants_as_they_are(tmp_path: Path) -> None:
     file.write_text("adapt: {preset: last}\nlearn: {rate: 0.008}")
     assert load_config(file) == parse_config(None, "last")
     file.write_text("adapt: {preset: last}\nlearn: {rate: 0.012}")
-    with pytest.raises(ConfigError, match=r"learn\.rate cannot be changed"):
+    with pytest.raises(ConfigError, match=r"learn\.rate cannot be changed: .* with the preset last on learn\.rate 0\.008 \("):
+        load_config(file)
+    file.write_text("adapt: {modules: [o_proj]}")
+    with pytest.raises(ConfigError, match=r"with the preset deep on adapt\.modules \[o_proj, down_proj\] \("):
         load_config(file)
