@@ -369,6 +369,32 @@ def test_the_routes_are_documented(client: TestClient) -> None:
     assert {ref.split("__")[-1].split("/")[-1] for ref in told} == {"ErrorResponse"}, "every refusal has OpenAI's shape"
 
 
+def test_each_route_declares_what_it_is_refused_with(client: TestClient) -> None:
+    """All are a 503 while the server ends. What gives a name a place of its key may find none (429), a page of another site
+    changes nothing (403), and the list of all keys needs the admin's (403)."""
+    named, written = {400, 404, 422, 503}, {400, 404, 409, 422, 503, 507}
+    changed = written | {403}
+    expected = {
+        ("get", "/config"): {422, 503},
+        ("get", "/sessions"): {400, 403, 422, 429, 503},
+        ("get", "/sessions/{session_id}"): named,
+        ("get", "/sessions/{session_id}/adapter"): written | {429},
+        ("delete", "/sessions/{session_id}"): changed,
+        ("post", "/sessions/{session_id}/save"): changed,
+        **{
+            ("post", f"/sessions/{{session_id}}/{op}"): changed | {429}
+            for op in ("reset", "freeze", "unfreeze", "rollback", "fork")
+        },
+    }
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {
+        (method, path.removeprefix("/v1/ttt")): {int(status) for status in answers["responses"] if status >= "400"}
+        for path, methods in paths.items()
+        if path.startswith("/v1/ttt/")
+        for method, answers in methods.items()
+    } == expected
+
+
 def test_without_the_patches_nothing_is_attached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frontend, "installed", lambda: False)
     app = FastAPI()

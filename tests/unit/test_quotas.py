@@ -135,7 +135,7 @@ def test_what_one_session_may_not_have_learned_is_not_taken_from_its_key() -> No
 
 
 def test_a_name_that_gets_a_row_takes_a_place(tmp_path: Path) -> None:
-    """A session that has learned nothing takes none; one that is reset or rolled back gets a row, and takes one first."""
+    """A session that has learned nothing takes none; what is reset, rolled back or frozen gets a row, and takes one first."""
     world = World(tmp_path / "state", per_key=1)
     for name in "abc":
         session = world.ledger.open(SessionKey("-", name), learns=False)
@@ -146,7 +146,8 @@ def test_a_name_that_gets_a_row_takes_a_place(tmp_path: Path) -> None:
         if name == "a":
             world.wait(world.tiers.owner.reset(session, dict))
         else:
-            for asked in (world.tiers.owner.reset(session, dict), world.go_back(session, 0)):
+            owner = world.tiers.owner
+            for asked in (owner.reset(session, dict), world.go_back(session, 0), owner.freeze(session, "asked for")):
                 with pytest.raises(RequestError, match=r"at most 1 sessions \(sessions.per_key\)"):
                     world.wait(asked)
     assert (world.store.count(), world.ledger.quotas.of("-"), world.ledger.quotas.total) == (1, 1, 1)

@@ -17,19 +17,31 @@ from vllm_ttt.frontend import adapter, engines, models, refusals, tenants
 from vllm_ttt.frontend.origins import check_origin
 from vllm_ttt.types import SESSION_ID_RULE, check_session_id
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": models.ErrorResponse, "description": "Not a session id"},
-    404: {"model": models.ErrorResponse, "description": "No such session under this API key"},
-}
-_CONFLICT: dict[int | str, dict[str, Any]] = {
-    409: {"model": models.ErrorResponse, "description": "The session has open requests, or is in another server"}
-}
 
-_INVALID: dict[int | str, dict[str, Any]] = {422: {"model": models.ErrorResponse, "description": "Not what the schema allows"}}
-_FULL: dict[int | str, dict[str, Any]] = {
-    503: {"model": models.ErrorResponse, "description": "The state dir cannot be read"},
-    507: {"model": models.ErrorResponse, "description": "It could not be written; the session stays as it was"},
-}
+def _refusals(why: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": models.ErrorResponse, "description": text} for status, text in why.items()}
+
+
+#: Of every route.
+_ANY = _refusals(
+    {
+        422: "Not what the schema allows",
+        503: "The state dir cannot be read, or another server is writing to it; the audit log cannot be written; there is no "
+        "room to bring the session in; or the server is shutting down",
+    }
+)
+#: Of those that name a session; that have it copied or written; that change it; that give it a place of its key.
+_NAMED = _refusals({400: "Not a session id", 404: "No such session under this API key"})
+_WRITTEN = _refusals(
+    {
+        409: "The session has requests in the engine, or another server has it; or there is no such version, or such a session "
+        "already; or the server has no state dir to save it in",
+        507: "It cannot be written, or the session's file not be read; the session is as it was, unless the message says that "
+        "this was done",
+    }
+)
+_CHANGED = _WRITTEN | _refusals({403: "A page of another site asks a server without API keys"})
+_PLACED = _CHANGED | _refusals({429: "There is no room for another session"})
 
 #: Settings that name places on the server.
 _PATHS = {"sessions": ("state_dir", "admin_key_file", "audit_log", "key_file"), "guard": ("probe",)}
@@ -71,17 +83,19 @@ class _Route(APIRoute):
         return answer
 
 
-router = APIRouter(prefix="/v1/ttt", tags=["test-time training"], route_class=_Route, responses=_INVALID)
+router = APIRouter(prefix="/v1/ttt", tags=["test-time training"], route_class=_Route, responses=_ANY)
 
 
 @router.get(
     "/sessions",
     response_model=models.Sessions,
-    responses={
-        400: {"model": models.ErrorResponse, "description": "`after` is no page's `next`"},
-        429: {"model": models.ErrorResponse, "description": "This API key waits for as many lists as it may"},
-        503: {"model": models.ErrorResponse, "description": "The state dir cannot be read"},
-    },
+    responses=_refusals(
+        {
+            400: "`after` is no page's `next`",
+            403: "`all` without the admin key",
+            429: "This API key waits for as many lists as it may",
+        }
+    ),
 )
 async def list_sessions(
     request: Request,
@@ -104,10 +118,9 @@ async def list_sessions(
     _SESSION + "/adapter",
     response_class=StreamingResponse,
     responses={
-        **_ERRORS,
-        **_CONFLICT,
-        429: {"model": models.ErrorResponse, "description": "This API key waits for as many adapters as it may"},
-        **_FULL,
+        **_NAMED,
+        **_WRITTEN,
+        **_refusals({429: "This API key waits for as many adapters as it may"}),
         200: {"content": {"application/octet-stream": {}, "application/x-tar": {}}},
     },
 )
@@ -120,49 +133,49 @@ async def get_adapter(
     return await run_in_threadpool(adapter.answer, written["path"], session_id, format, written["provenance"], written["key"])
 
 
-@router.get(_SESSION, response_model=models.SessionDetail, responses=_ERRORS)
+@router.get(_SESSION, response_model=models.SessionDetail, responses=_NAMED)
 async def get_session(session_id: SessionId, request: Request) -> Any:
     """One session: how far it has come, and the losses of what it sent recently."""
     return await _ask(request, "get", session_id)
 
 
-@router.post(_SESSION + "/reset", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
+@router.post(_SESSION + "/reset", response_model=models.SessionDetail, responses=_NAMED | _PLACED)
 async def reset_session(session_id: SessionId, request: Request) -> Any:
     """Forget what the session learned; its next answer is the base model's. Answered when the state dir has it."""
     return await _ask(request, "reset", session_id)
 
 
-@router.delete(_SESSION, response_model=models.Deleted, responses=_ERRORS | _CONFLICT | _FULL)
+@router.delete(_SESSION, response_model=models.Deleted, responses=_NAMED | _CHANGED)
 async def delete_session(session_id: SessionId, request: Request) -> Any:
     """Forget the session altogether. Answered when nothing of it is left in the state dir, with a receipt."""
     return await _ask(request, "delete", session_id)
 
 
-@router.post(_SESSION + "/freeze", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
+@router.post(_SESSION + "/freeze", response_model=models.SessionDetail, responses=_NAMED | _PLACED)
 async def freeze_session(session_id: SessionId, request: Request) -> Any:
     """Serve with the delta as it is, and learn no request that has not begun. Answered when the state dir has it."""
     return await _ask(request, "freeze", session_id)
 
 
-@router.post(_SESSION + "/unfreeze", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
+@router.post(_SESSION + "/unfreeze", response_model=models.SessionDetail, responses=_NAMED | _PLACED)
 async def unfreeze_session(session_id: SessionId, request: Request) -> Any:
     """Learn again. Answered when the state dir has it."""
     return await _ask(request, "unfreeze", session_id)
 
 
-@router.post(_SESSION + "/save", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
+@router.post(_SESSION + "/save", response_model=models.SessionDetail, responses=_NAMED | _CHANGED)
 async def save_session(session_id: SessionId, request: Request) -> Any:
     """Write what the session has learned to the state dir; answered when it is on the disk, as `saved_version`."""
     return await _ask(request, "save", session_id)
 
 
-@router.post(_SESSION + "/rollback", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
+@router.post(_SESSION + "/rollback", response_model=models.SessionDetail, responses=_NAMED | _PLACED)
 async def roll_back_session(session_id: SessionId, body: models.Rollback, request: Request) -> Any:
     """Return to an earlier version, one of the session's `versions`; what it learned after that is forgotten."""
     return await _ask(request, "rollback", session_id, body.version)
 
 
-@router.post(_SESSION + "/fork", response_model=models.SessionDetail, responses=_ERRORS | _CONFLICT | _FULL)
+@router.post(_SESSION + "/fork", response_model=models.SessionDetail, responses=_NAMED | _PLACED)
 async def fork_session(session_id: SessionId, body: models.Fork, request: Request) -> Any:
     """Make another session that begins where this one is. The answer is about the new one, when the state dir has it."""
     return await _ask(request, "fork", session_id, _checked(body.to, "to"))
