@@ -138,6 +138,8 @@ ROWS = [
     ("all throughput until the last commit, sessions that learn their prompts", "learn prompts",
      lambda values: values["tokens_per_s_drained"]),
     ("TPOT p99 while they learn", "learn prompts", lambda values: values["tpot_p99_ms"]),
+    ("time between two tokens, p99, while they learn", "learn prompts", lambda values: values["itl_p99_ms"]),
+    ("mean time to the first token while they learn", "learn prompts", lambda values: values["ttft_mean_ms"]),
 ]  # fmt: skip
 
 

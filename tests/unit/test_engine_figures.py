@@ -124,7 +124,7 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
             "ttt": {
                 "idle": a_round(decode=2.97),
                 "frozen": a_round(decode=2.7),
-                "learn prompts": a_round(wall=4.0, tpot=[0.6]),
+                "learn prompts": a_round(wall=4.0, tpot=[0.6], itl=[3.0], ttft=[1.1]),
             },
             "lora": {EVERYWHERE: a_round(decode=0.75)},
             "lora-same": {SAME: a_round(decode=1.5)},
@@ -148,6 +148,8 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
         f"decode throughput, {EVERYWHERE}": ["0.250", ""],
         "all throughput until the last commit, sessions that learn their prompts": ["0.500", ""],
         "TPOT p99 while they learn": ["1.200", ""],
+        "time between two tokens, p99, while they learn": ["6.000", ""],
+        "mean time to the first token while they learn": ["1.100", ""],
         "tokens that fit into the KV cache": ["0.800", ""],
         "8 sessions together / one after the other": ["4.50", "4.50"],
         "decode throughput is from": ["tokens over time", "the median gap"],
