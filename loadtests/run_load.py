@@ -39,7 +39,7 @@ FLAGS = [
     *(str(DEMO / "model"), "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**28), "--served-model-name", "demo"),
     *("--enforce-eager", *server.dtype_flags()),
 ]
-#: Six slots, and 43 sessions of the demo model in memory: the rest is on the move. All chunks of a session are remembered.
+#: Six slots, and 39 sessions of the demo model in memory: the rest is on the move. All chunks of a session are remembered.
 CONFIG: dict[str, Any] = {
     "sessions": {"resident": 6, "host_gib": 0.165, "per_key": 10**6, "autosave": 5.0},
     "observe": {"recent_chunks": 4096},

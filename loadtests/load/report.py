@@ -32,14 +32,17 @@ def _times(report: dict[str, Any]) -> str:
 def _totals(report: dict[str, Any]) -> str:
     lines = ["| | " + " | ".join(report["arms"]) + " |", "| --- |" + " --- |" * len(report["arms"])]
     arms = report["arms"].values()
-    count = lambda figures, whats: sum(row["count"] for row in figures["rows"] if row["what"] in whats)  # noqa: E731
+    count = lambda figures, what, who="": sum(  # noqa: E731
+        row["count"] for row in figures["rows"] if row["what"] == what and row["kind"].startswith(who)
+    )
     named = [
         ("who", [ARMS[arm] for arm in report["arms"]]),
         ("seconds", [f"{f['seconds']:.0f}" for f in arms]),
-        ("answers", [count(f, ("answer",)) for f in arms]),
-        ("answers per second", [f"{count(f, ('answer',)) / f['seconds']:.2f}" for f in arms]),
-        ("streams that clients left", [count(f, ("left",)) for f in arms]),
-        ("refusals that were asked for", [count(f, ("asked",)) for f in arms]),
+        ("answers", [count(f, "answer") for f in arms]),
+        ("answers per second", [f"{count(f, 'answer') / f['seconds']:.2f}" for f in arms]),
+        ("streams that clients left", [count(f, "left") for f in arms]),
+        ("refusals that were provoked", [count(f, "asked", "hostile") for f in arms]),
+        ("calls of owners", [count(f, "asked", "owner") for f in arms]),
         ("errors that were not", [sum(f["errors"].values()) for f in arms]),
         ("sessions at exactly the version that their client counted", [f["audit"]["exact"] for f in arms]),
         ("sessions within bounds, some of their requests having been given up", [f["audit"]["bounded"] for f in arms]),

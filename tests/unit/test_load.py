@@ -223,10 +223,13 @@ def test_the_table_has_the_arms_side_by_side() -> None:
         "audit": audit,
         "memory": {"VLLM::Worker": rising},
     }
-    other = {**arm, "rows": [{**row, "kind": "chat"}], "memory": {}}
+    asked = [{**row, "what": "asked", "kind": kind} for kind in ("hostile: bad id", "hostile: oversized", "owner: fork")]
+    other = {**arm, "rows": [{**row, "kind": "chat"}, *asked], "memory": {}}
     text = table({"arms": {"alone": other, "learning": arm}})
     assert "| TTFT | chat | 2, 2, 2 (2) |  |" in text
     assert "| TTFT | base |  | 2, 2, 2 (2) |" in text
+    assert "| refusals that were provoked | 4 | 0 |" in text
+    assert "| calls of owners | 2 | 0 |" in text, "they are no refusals"
     assert "| errors that were not | 3 | 3 |" in text
     assert "| learning | VLLM::Worker | 4 | 8 | 8 | +60.00 |" in text
 
