@@ -200,21 +200,21 @@ def refuse(note: receipt.Receipt) -> list[bytes]:
     return [b'data: {"error":{}}\n\n', b"data: [DONE]\n\n"]
 
 
-def refuse_for_now(note: receipt.Receipt) -> list[bytes]:
-    note.calls[0].refused = RequestError("another server has it", 409, retry_after=2)
-    return [b'data: {"error":{}}\n\n']
+@pytest.mark.parametrize("status", [409, 503])
+def test_a_refusal_that_will_pass_says_when_streamed_or_not(status: int) -> None:
+    def refuse_for_now(note: receipt.Receipt) -> list[bytes]:
+        note.calls[0].refused = RequestError("another server has it", status, retry_after=2)
+        return [b'data: {"error":{}}\n\n']
 
-
-def test_a_refusal_that_will_pass_says_when_streamed_or_not() -> None:
     start, _ = post(streaming(refuse_for_now))
-    assert (start["status"], dict(start["headers"])[b"retry-after"]) == (409, b"2")
+    assert (start["status"], dict(start["headers"])[b"retry-after"]) == (status, b"2")
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         note = receipt.current.get()
         assert note is not None
         note.open()
         refuse_for_now(note)
-        await send({"type": "http.response.start", "status": 409, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
         await send({"type": "http.response.body", "body": b"{}"})
 
     start, _ = post(app)

@@ -132,3 +132,12 @@ def test_a_list_that_cannot_be_read_is_a_503(engine: Engine, monkeypatch: pytest
         patch.setattr(records, "listing", fail)
         assert engine.ask("list") == 503
     assert len(engine.ask("list")["sessions"]) == 1
+
+
+def test_a_list_of_a_state_dir_that_is_gone_tells_nobody_where_it_was(engine: Engine) -> None:
+    path = engine.world.store.folder.database
+    path.rename(path.with_name("away"))
+    answer = engine.world.wait(admin(engine, "list", "-", ""))
+    path.with_name("away").rename(path)
+    assert answer["status"] == 503
+    assert str(path.parent) not in answer["message"]

@@ -104,7 +104,7 @@ class _Answer:
         return True
 
     async def _pass(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] == 409 and self._note.retry_after is not None:
+        if message["type"] == "http.response.start" and message["status"] >= 400 and self._note.retry_after is not None:
             message["headers"] = [*message["headers"], _retry_after(self._note.retry_after)]
         if message["type"] == "http.response.start":
             kind = _kind(message) if self._note.session is not None else b""

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.storage import leases
-from vllm_ttt.engine.storage.failures import Moved, StoreError
-from vllm_ttt.engine.storage.leases import Lease
+from vllm_ttt.engine.storage.failures import Locked, Moved, StoreError
 from vllm_ttt.engine.storage.store import Change, Store
 from vllm_ttt.engine.storage.watch import Kept, Wanted
 from vllm_ttt.errors import RequestError
@@ -38,6 +37,8 @@ class Sharing:
         self.tiers, self.store, self.watch, self.leases = tiers, store, store.watch, store.watch.leases
         #: sessions that another server may have, until nothing is under way for them here
         self.lost: set[SessionKey] = set()
+        #: claims that are to be answered, and epochs whose release could not be written
+        self.asked, self.unreleased = set[Future](), set[int]()
         self.next_look = self.next_count = 0.0
         self.watch.due = lambda: self.due
         tiers.expiry.have = self._have
@@ -52,26 +53,33 @@ class Sharing:
         elif (lease := self.leases.held.get(key)) is not None:
             lease.asked = time.monotonic()
             answer.set_result(True)
+        elif self.store.contention.locked:
+            answer.set_exception(Locked())
         else:
             session, member = self.leases.session(key), self.watch.member
-            claimed = self.store.write(lambda db: Change(leases.claim(db, member.id, session)))
+            self.asked.add(answer)
+            claimed = self.store.write(lambda db: Change(leases.claim(db, member.id, session)), waits=False)
             claimed.add_done_callback(lambda done: self._claimed(key, done, answer))
         return answer
 
     def _claimed(self, key: SessionKey, done: Future, answer: Future) -> None:
-        if (error := done.exception()) is None:
-            epoch = done.result()
-            answer.set_result(epoch is not None and self.leases.granted(key, epoch))
-        elif isinstance(error, Moved):
-            answer.set_result(False)
+        held, error = False, done.exception()
+        if error is None and (epoch := done.result()) is not None and self.leases.granted(key, epoch):
+            held = True
+            self.unreleased.discard(epoch)
+        if answer not in self.asked:  # it was told meanwhile that the database is locked
+            return
+        self.asked.discard(answer)
+        if error is None or isinstance(error, Moved):
+            answer.set_result(held)
         else:
             answer.set_exception(error)
 
     @property
     def due(self) -> bool:
         """Whether `step` has something to do."""
-        unused = len(self.leases.held) + len(self.lost) > len(self.tiers.ledger.sessions)
-        return bool(self.watch.events or self.leases.refused) or (unused and time.monotonic() >= self.next_look)
+        unused = self.unreleased or len(self.leases.held) + len(self.lost) > len(self.tiers.ledger.sessions)
+        return bool(self.watch.events or self.leases.refused or (unused and time.monotonic() >= self.next_look))
 
     def step(self) -> None:
         while self.leases.refused:
@@ -87,6 +95,10 @@ class Sharing:
                 self._hand_over(set(event.sessions))
         if not self.leases.alive():
             self._stop()
+        if self.store.contention.locked:  # a claim may have its turn behind many writes, each of which waits
+            asked, self.asked = self.asked, set()
+            for answer in asked:
+                answer.set_exception(Locked())
         if (now := time.monotonic()) >= self.next_look:
             self.next_look = now + _LOOK
             known = self.tiers.ledger.sessions
@@ -147,12 +159,18 @@ class Sharing:
         return True
 
     def _release(self, keys: list[SessionKey]) -> None:
-        held: list[Lease] = [self.leases.held.pop(key) for key in keys]
-        if held:
-            epochs = [lease.epoch for lease in held]
-            self.leases.leaving.update(epochs)
-            written = self.store.write(lambda db: _released(leases.release(db, epochs)))
-            written.add_done_callback(lambda _: self.leases.leaving.difference_update(epochs))
+        """And what could not be released before, however often: no other server can have that while this one lives."""
+        epochs, self.unreleased = self.unreleased | {self.leases.held.pop(key).epoch for key in keys}, set()
+        if not epochs:
+            return
+
+        def done(written: Future) -> None:
+            self.leases.leaving -= epochs
+            if written.exception() is not None:
+                self.unreleased |= epochs
+
+        self.leases.leaving |= epochs
+        self.store.write(lambda db: _released(leases.release(db, epochs)), frees=True, waits=False).add_done_callback(done)
 
     def _have(self, key: SessionKey, do: Callable[[], None]) -> None:
         self.claim(key).add_done_callback(lambda done: do() if done.exception() is None and done.result() else None)

@@ -25,6 +25,24 @@ class Moved(StoreError):
         super().__init__(message, 409, None, AGAIN)
 
 
+class Locked(StoreError):
+    """Another server keeps the database to itself: who can, asks again (503)."""
+
+    def __init__(self, message: str = "another server is writing to the state dir; ask again, or look at its disk", *_: object):
+        super().__init__(message, 503, None, AGAIN)
+
+
+def is_busy(error: Exception) -> bool:
+    """Whether somebody else has had the database for as long as was waited."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY
+
+
+def unreadable(error: sqlite3.Error | OSError) -> StoreError:
+    """What went wrong in a read, as an answer."""
+    why = getattr(error, "strerror", None) or error  # without a path
+    return StoreError(f"the state dir cannot be read: {why}; try again, or look at its disk", 503)
+
+
 def store_error(error: Exception) -> StoreError:
     """What went wrong in a write, as an answer."""
     if isinstance(error, StoreError):

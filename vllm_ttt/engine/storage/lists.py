@@ -19,12 +19,15 @@ from typing import Any
 
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.storage import database, records
-from vllm_ttt.engine.storage.failures import StoreError
+from vllm_ttt.engine.storage.failures import StoreError, unreadable
 from vllm_ttt.engine.storage.records import Row
 from vllm_ttt.engine.storage.store import Store
-from vllm_ttt.errors import RequestError
+from vllm_ttt.errors import ConfigError, RequestError
+from vllm_ttt.log import logger_of
 from vllm_ttt.types import SessionKey, shown
 from vllm_ttt.vault import PLAIN
+
+logger = logger_of(__name__)
 
 #: Sessions of one page.
 DEFAULT, MOST = 1000, 10_000
@@ -118,8 +121,11 @@ class Lists:
             vault = self.store.vault if self.store is not None else PLAIN
             with contextlib.closing(database.connect(path, readonly=True, vault=vault)) as db:
                 rows = records.listing(db, asked.tenant, limit, asked.after)
+        except ConfigError as error:  # it says where the state dir is, and is the operator's
+            logger.error("vllm-ttt: a list of sessions could not be read: %s", error)
+            raise StoreError("the state dir cannot be read; try again, or look at its disk", 503) from None
         except sqlite3.Error as error:
-            raise StoreError(f"the state dir cannot be read: {error}; try again, or look at its disk", 503) from None
+            raise unreadable(error) from None
         return [asked.away(self.ledger.from_row(row)) for row in rows]
 
     def _page(self, asked: _Asked) -> dict[str, Any]:

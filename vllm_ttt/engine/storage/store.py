@@ -11,15 +11,15 @@ import contextlib
 import os
 import sqlite3
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.storage import database, erase, records, recovery
+from vllm_ttt.engine.storage.contention import Contention
 from vllm_ttt.engine.storage.failures import Moved, StoreError, store_error
 from vllm_ttt.engine.storage.identity import compare, identity
 from vllm_ttt.engine.storage.records import Row
@@ -108,6 +108,7 @@ class Store:
                 folder.share()
             folder.keep_reserve()
             self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
+            self._writer = database.connect(folder.database, vault=vault)
         except (sqlite3.Error, OSError) as error:
             folder.unlock()
             message = f"the state dir {folder.root} cannot be read: {error}; vllm-ttt sessions fsck checks it"
@@ -119,8 +120,8 @@ class Store:
         #: why the last write found no room; "" once one did, or something was removed
         self.full = ""
         self._totals: tuple[int, list[str]] = (0, [])
-        #: until when nothing is read, since another server has kept the database to itself
-        self._locked_until = 0.0
+        #: with other servers that write
+        self.contention = Contention(shared)
         #: the last error that was logged, until something could be written
         self._said = ""
         #: rows that `find` answers with while they are being written
@@ -143,7 +144,7 @@ class Store:
         """The session as it is, or is about to be, recorded. What of it is damaged is logged and mended."""
         if key in self._pending:
             return self._pending[key][1]
-        with self._reading():
+        with self.contention.reading():
             row = records.find(self.reader, key)
         if row is not None and row.problem and (self.leases is None or self.leases.holds(key)):
             self._mend(row)
@@ -155,17 +156,17 @@ class Store:
 
     def versions(self, uid: str) -> list[int]:
         """The recorded versions of a session, oldest first."""
-        with self._reading():
+        with self.contention.reading():
             return [v.version for v in records.versions(self.reader, uid) if not v.problem]
 
     def count(self, tenant: str | None = None) -> int:
         """Sessions of a tenant; without one, of all."""
-        with self._reading():
+        with self.contention.reading():
             return records.count(self.reader, tenant)
 
     def totals(self) -> tuple[int, list[str]]:
         """Sessions that have a version; the uids of the others. Where that cannot be read: as it was when it last could."""
-        with contextlib.suppress(StoreError), self._reading():
+        with contextlib.suppress(StoreError), self.contention.reading():
             self._totals = records.count_saved(self.reader), records.unsaved(self.reader)
         return self._totals
 
@@ -230,20 +231,23 @@ class Store:
 
         return self.write(write, whose=row.key, frees=True)
 
-    def write(self, write: Write, whose: SessionKey | None = None, frees: bool = False, yields: bool = False) -> Future:
+    def write(
+        self, write: Write, whose: SessionKey | None = None, frees: bool = False, yields: bool = False, waits: bool = True
+    ) -> Future:
         """Run ``write`` after everything that was asked for before. Resolves in `poll`, to its result or a StoreError.
 
         Args:
             whose: of that session; where the dir is shared it is written if this server has the session, else it is Moved.
             frees: it makes room, and may use what is kept for that where the disk is full.
             yields: it takes long: what is asked for later, of other sessions, may be done before.
+            waits: for another server that writes; one that keeps the database to itself makes others `Locked` soon.
         """
         if self.leases is not None and whose is not None:
             write = self.leases.fenced(whose, write)
         written: Future = Future()
         answer: Future = Future()
         self._asked[yields].append((written, answer, frees))
-        self._turns.put((write, frees, written), yields)
+        self._turns.put((write, frees, written, waits), yields)
         return answer
 
     @property
@@ -294,17 +298,6 @@ class Store:
         self.reader.close()
         self.folder.unlock()
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        if time.monotonic() < self._locked_until:
-            raise StoreError("another server is writing to the state dir; try again, or look at its disk", 503)
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                self._locked_until = time.monotonic() + database.LOCKED
-            raise StoreError(f"the state dir cannot be read: {error}; try again, or look at its disk", 503) from None
-
     def _mend(self, row: Row) -> None:
         if row.uid in self._mending:
             return
@@ -342,29 +335,28 @@ class Store:
         return old
 
     def _run(self) -> None:
-        db: sqlite3.Connection | None = None
+        db = self._writer
         while (first := self._turns.get()) is not None:
-            write, frees, future = first
+            write, frees, future, waits = first
             try:
-                db = db or database.connect(self.folder.database, vault=self.vault)
                 try:
-                    result = self._execute(db, write)
+                    result = self._execute(db, write, waits)
                 except (sqlite3.Error, OSError) as error:
                     if not (frees and store_error(error).everywhere and self.folder.give_reserve()):
                         raise
-                    result = self._execute(db, write)
+                    result = self._execute(db, write, waits)
                 if frees:
                     self.folder.keep_reserve()
                 future.set_result(result)
             except Exception as error:
                 future.set_exception(store_error(error))
-        if db is not None:
-            db.close()
+        db.close()
 
-    def _execute(self, db: sqlite3.Connection, write: Write) -> Change:
-        with database.transaction(db):
-            change = write(db)
-            total = None if self.leases is None else records.total_bytes(db)
+    def _execute(self, db: sqlite3.Connection, write: Write, waits: bool) -> Change:
+        def written() -> tuple[Change, int | None]:
+            return write(db), None if self.leases is None else records.total_bytes(db)
+
+        change, total = self.contention.transact(db, written, waits)
         # It is written: nothing that follows may fail.
         self.sizes |= change.added
         self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
