@@ -4,7 +4,9 @@ fast their clocks run, a session is answered by one of them at a time, and no ac
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
+import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -55,10 +57,13 @@ class Server:
     def look(self) -> None:
         """As `Watch.look`, and what the engine does then."""
         if not self.member.alive() or not leases.stands(self.db, self.member.id):
-            for key in self.leases.went_on(*self.member.rejoin(self.db)):
-                del self.leases.held[key]
-                self.memory.pop(key, None)
+            self.member.rejoin(self.db, self.went_on)
         self.member.look(self.db)
+
+    def went_on(self, last: int, kept: dict[str, int]) -> None:
+        for key in self.leases.went_on(last, kept):
+            del self.leases.held[key]
+            self.memory.pop(key, None)
 
     def answers(self, key: SessionKey) -> bool:
         return key in self.memory and self.leases.holds(key)
@@ -343,3 +348,21 @@ def test_epochs_are_never_given_again(pair: tuple[list[float], Server, Server]) 
     leases.create(one.db, alone=True)
     one.member.rejoin(one.db)
     assert take(one, SESSIONS[1]) == first + 2
+
+
+def test_who_cannot_take_part_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on a disk that is full nor beside a database that cannot be had: it tries again each second."""
+    member, db = Member(tmp_path), sqlite3.connect(":memory:", isolation_level=None)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        member.rejoin(db)
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        member.rejoin(db)
+    assert not list(tmp_path.iterdir())
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert not member.alive()

@@ -198,6 +198,35 @@ def test_a_server_that_was_stopped_writes_nothing_of_what_others_have(servers: S
     assert claim(two, "a")
 
 
+def test_a_server_that_goes_on_answers_when_it_knows_what_it_has_lost(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not answer at the moment at which others can see that it is alive again."""
+    one, two = servers.start(), servers.start()
+    assert claim(one, "a")
+    one.use("a", 1.0)
+    one.save("a")
+    take_over(servers, one, two)
+    watch = one.store.watch
+    assert watch is not None
+    before, unlink, seen = watch.member.id, Path.unlink, list[bool]()
+
+    def while_it_goes_on(path: Path, **how: Any) -> None:
+        if path.name == before:  # the other thread is about to remove the old heartbeat
+            seen.append(claim(one, "a"))
+            with pytest.raises(Moved):
+                one.ledger.open(SessionKey("-", "a"))
+        unlink(path, **how)
+
+    monkeypatch.setattr(Path, "unlink", while_it_goes_on)
+    watch.look()
+    assert seen == [False]
+    one.run()
+    assert watch.member.alive()
+    assert not claim(one, "a")
+    assert claim(one, "b")
+
+
 def test_what_nobody_has_taken_meanwhile_stays(servers: Servers) -> None:
     """A state dir that could not be reached for a while costs what has been learned nothing."""
     one = servers.start()

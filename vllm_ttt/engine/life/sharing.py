@@ -18,7 +18,6 @@ from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.storage import leases
 from vllm_ttt.engine.storage.failures import Locked, Moved, StoreError
 from vllm_ttt.engine.storage.store import Change, Store
-from vllm_ttt.engine.storage.watch import Kept, Wanted
 from vllm_ttt.errors import RequestError
 from vllm_ttt.types import SessionKey
 
@@ -79,20 +78,20 @@ class Sharing:
     def due(self) -> bool:
         """Whether `step` has something to do."""
         unused = self.unreleased or len(self.leases.held) + len(self.lost) > len(self.tiers.ledger.sessions)
-        return bool(self.watch.events or self.leases.refused or (unused and time.monotonic() >= self.next_look))
+        told = self.watch.kept or self.watch.wanted or self.leases.refused
+        return bool(told or (unused and time.monotonic() >= self.next_look))
 
     def step(self) -> None:
         while self.leases.refused:
             key, epoch = self.leases.refused.popleft()
             if (lease := self.leases.held.get(key)) is not None and lease.epoch == epoch:
                 self._lose(key)
-        while self.watch.events:
-            event = self.watch.events.popleft()
-            if isinstance(event, Kept):
-                for key in self.leases.went_on(event.last, event.sessions):
-                    self._lose(key)
-            elif isinstance(event, Wanted):
-                self._hand_over(set(event.sessions))
+        while self.watch.kept:
+            event = self.watch.kept.popleft()
+            for key in self.leases.went_on(event.last, event.sessions):
+                self._lose(key)
+        while self.watch.wanted:
+            self._hand_over(set(self.watch.wanted.popleft()))
         if not self.leases.alive():
             self._stop()
         if self.store.contention.locked:  # a claim may have its turn behind many writes, each of which waits

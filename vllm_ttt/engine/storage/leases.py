@@ -118,7 +118,7 @@ class Leases:
     """What this server has, as its engine knows it. Only the engine's thread changes what it has."""
 
     vault: Vault = PLAIN
-    #: whether this server may answer for its sessions (`Member.alive`)
+    #: whether this server may answer for its sessions (`Watch.leases`)
     alive: Callable[[], bool] = lambda: True
     held: dict[SessionKey, Lease] = field(default_factory=dict)
     #: epochs that are being released: a claim that the thread had under way may still bring one

@@ -77,19 +77,30 @@ class Member:
             if self.id == id:
                 self._last = began
 
-    def rejoin(self, db: sqlite3.Connection) -> tuple[int, dict[str, int]]:
-        """Take part, under a new id. Returns what `leases.enter` does. Raises OSError, sqlite3.Error."""
+    def rejoin(self, db: sqlite3.Connection, told: Callable[[int, dict[str, int]], None] = lambda last, still: None) -> None:
+        """Take part, under a new id. Raises OSError, sqlite3.Error: then it does not, and nothing is left of that.
+
+        Args:
+            told: gets what `leases.enter` returns, before this server is alive.
+        """
         began, before, id = self.clock(), self.id, secrets.token_hex(8)
         handle = os.open(self.folder / id, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.write(handle, b"%020d\n" % 0)
-        os.close(handle)
-        with database.transaction(db):
-            found = leases.enter(db, id, before)
+        try:
+            try:
+                os.write(handle, b"%020d\n" % 0)
+            finally:
+                os.close(handle)
+            with database.transaction(db):
+                found = leases.enter(db, id, before)
+        except BaseException:
+            with suppress(OSError):
+                (self.folder / id).unlink()
+            raise
+        told(*found)
         with self._lock:
             self.id, self._last, self._stopped = id, began, False
         if before:
             (self.folder / before).unlink(missing_ok=True)
-        return found
 
     def look(self, db: sqlite3.Connection) -> list[str]:
         """See who is there, and bury the dead. Returns their ids. Raises OSError, sqlite3.Error."""

@@ -26,20 +26,13 @@ class Kept:
     sessions: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Another server has asked for these sessions."""
-
-    sessions: list[str]
-
-
 class Watch:
     def __init__(self, folder: StateDir, vault: Vault, alone: bool):
         """``alone``: no other server is there. Raises OSError, sqlite3.Error, ConfigError."""
         self.member = Member(folder.servers)
-        self.leases = Leases(vault, self.member.alive)
-        #: for the engine's thread
-        self.events: deque[Kept | Wanted] = deque()
+        #: for the engine's thread: what it does not know yet, and sessions that another server has asked for
+        self.kept, self.wanted = deque[Kept](), deque[list[str]]()
+        self.leases = Leases(vault, self._alive)
         #: wakes the engine's thread, and whether that has something to do
         self.wake: Callable[[], None] = lambda: None
         self.due: Callable[[], bool] = lambda: False
@@ -61,14 +54,21 @@ class Watch:
     def look(self) -> None:
         """One round, of a second each."""
         if not self.member.alive() or not leases.stands(self.db, self.member.id):
-            last, sessions = self.member.rejoin(self.db)
-            self.events.append(Kept(last, sessions))
-            logger.warning("vllm-ttt: this server gave no sign of life for a while; it still has %d sessions", len(sessions))
+            self.member.rejoin(self.db, self._went_on)
         self.member.look(self.db)
         if wanted := leases.wanted(self.db, self.member.id):
-            self.events.append(Wanted(wanted))
-        if self.events or self.due():
+            self.wanted.append(wanted)
+        if self.kept or self.wanted or self.due():
             self.wake()
+
+    def _alive(self) -> bool:
+        """Whether the engine may answer for what it has: not before it knows what it has lost meanwhile. In this order: what
+        makes this server alive again comes after what it has kept."""
+        return self.member.alive() and not self.kept
+
+    def _went_on(self, last: int, sessions: dict[str, int]) -> None:
+        self.kept.append(Kept(last, sessions))
+        logger.warning("vllm-ttt: this server gave no sign of life for a while; it still has %d sessions", len(sessions))
 
     def leave(self) -> None:
         """Everything has been written: others may have what this server has."""
