@@ -54,6 +54,10 @@ def place(root: StateDir, engines: int, key_file: Path | None = None) -> int:
     return settle(root, engines, lambda shelf: Store(shelf, IDENTITY, 3, 0, vault=Vault.of(key_file)))
 
 
+def die(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def content(root: StateDir, engines: int, key_file: Path | None = None) -> dict[SessionKey, Any]:
     """Everything that is recorded of each session, and the bytes of its files; each is on its shelf, and on no other."""
     found: dict[SessionKey, Any] = {}
@@ -120,10 +124,26 @@ def test_a_kill_at_any_moment_loses_nothing(
     assert content(root, then) == before
 
 
-def test_what_has_moved_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [None, "remove", "discard", "_wipe"])
+def test_what_has_moved_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str | None) -> None:
+    """Also where the start that moved it was killed, and the next one finds it moved."""
     root = made(tmp_path / "state", None)
-    (root.damaged / f"{next(iter(content(root, 1).values()))[0]}-00000000.safetensors").write_bytes(b"damaged")
     whose = {key: uid for key, (uid, *_) in content(root, 1).items()}
+    for uid in whose.values():
+        (root.damaged / f"{uid}-00000000.safetensors").write_bytes(b"damaged")
+    remove = records.remove
+
+    def leaves_copies(db: Any, uid: str) -> list[str]:
+        """As SQLite may, where it has moved a row to another page."""
+        db.execute("PRAGMA secure_delete = OFF")
+        return remove(db, uid)
+
+    monkeypatch.setattr(records, "remove", leaves_copies)
+    if killed is not None:
+        with monkeypatch.context() as patch:
+            patch.setattr(next(x for x in (shelves, records, Store) if hasattr(x, killed)), killed, die)
+            with pytest.raises(KeyboardInterrupt):
+                place(root, 2)
     place(root, 2)
     for key, uid in whose.items():
         right = owner(key.wire(), 2)
@@ -135,6 +155,20 @@ def test_what_has_moved_leaves_nothing_behind(tmp_path: Path) -> None:
                 files = [f for f in files if "engine-1" not in f.parts]
             there = any(uid.encode() in f.read_bytes() or f.name.startswith(uid) for f in files if f.is_file())
             assert there is (engine == right), key
+
+
+def test_a_shelf_that_is_no_engines_any_more_is_none(tmp_path: Path) -> None:
+    root = made(tmp_path / "state", None)
+    place(root, 3)
+    log = root.shelf(1).root / "audit.jsonl"
+    log.write_text("of the second engine\n")
+    place(root, 2)
+    assert root.shelves() == [0, 1]
+    place(root, 1)
+    assert root.shelves() == [0]
+    assert log.exists()
+    place(root, 3)
+    assert content(root, 3).keys() == set(KEYS)
 
 
 def test_two_sessions_of_one_name_are_for_a_person(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +211,23 @@ def test_several_engines_share_a_state_dir(tmp_path: Path, monkeypatch: pytest.M
     stores[1].close()
     from_flags(*flags, "3").create_engine_config()
     assert {path.name for path in state.glob("engine-*") if path.is_dir()} == {"engine-1", "engine-2"}
+
+    # What the two engines have placed others have changed before they could open it.
+    two.parallel_config.data_parallel_index = 0
+    with pytest.raises(ConfigError, match="start this server again"):
+        open_store(two, plugin.config_of_engine(two))
+    from_flags(*flags, "2").create_engine_config()
+    with contextlib.closing(sqlite3.connect(state / "sessions.db")) as db, db:
+        db.execute("INSERT INTO sessions VALUES ('u', '-', 'carol', 1.0, 1.0, '{}', '{}')")
+    with pytest.raises(ConfigError, match="start this server again"):
+        open_store(two, plugin.config_of_engine(two))
+    shared = tmp_path / "ttt.yaml"
+    shared.write_text("sessions: {shared: true}")
+    with pytest.raises(ConfigError, match=r"start once with --data-parallel-size 1 and without sessions\.shared"):
+        from_flags(*flags, "1", "--ttt-config", str(shared)).create_engine_config()
+    from_flags(*flags, "1").create_engine_config()
+    from_flags(*flags, "1", "--ttt-config", str(shared)).create_engine_config()
+
     with pytest.raises(ConfigError, match="--data-parallel-size 2 is not supported with --plugin ttt and a script"):
         offline(data_parallel_size=2).create_engine_config()
 

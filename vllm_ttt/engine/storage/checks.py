@@ -9,7 +9,7 @@ from typing import Any
 from vllm_ttt import placement, plugin
 from vllm_ttt.audit_log import Log
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.storage import database
+from vllm_ttt.engine.storage import database, places
 from vllm_ttt.engine.storage.identity import compare, identity
 from vllm_ttt.engine.storage.shelves import settle
 from vllm_ttt.engine.storage.store import Store
@@ -26,13 +26,13 @@ def check_dir(vllm_config: Any, config: TTTConfig) -> None:
     engines = plugin.engines_of(vllm_config)
     if config.sessions.state_dir is not None:
         root = StateDir(config.sessions.state_dir)
-        _check_state_dir(root, vllm_config, config)
-        if config.sessions.shared and len(root.shelves()) > 1:
+        settled = _check_state_dir(root, vllm_config, config)
+        if config.sessions.shared and not settled:
             raise ConfigError(
                 f"the state dir {root.root} has shelves of several engines, and sessions.shared is for servers of one: start "
                 "once with --data-parallel-size 1 and without sessions.shared, which brings all sessions together"
             )
-        if engines > 1 or len(root.shelves()) > 1:
+        if engines > 1 or not settled:
             whose, secret = identity(vllm_config, config), os.environ.get(SECRET_VARIABLE)
             vault = Vault.of(config.sessions.key_file)
             settle(root, engines, lambda shelf: Store(shelf, whose, config.sessions.keep_versions, 0, secret, vault))
@@ -44,8 +44,9 @@ def check_dir(vllm_config: Any, config: TTTConfig) -> None:
             Log(path).close()
 
 
-def _check_state_dir(folder: StateDir, vllm_config: Any, config: TTTConfig) -> None:
-    vault = Vault.of(config.sessions.key_file)
+def _check_state_dir(folder: StateDir, vllm_config: Any, config: TTTConfig) -> bool:
+    """Returns whether its sessions are those of one engine, and nothing is left of others."""
+    vault, settled = Vault.of(config.sessions.key_file), len(folder.shelves()) == 1
     folder.create()
     alone = folder.lock(config.sessions.shared)
     folder.unlock()
@@ -55,3 +56,5 @@ def _check_state_dir(folder: StateDir, vllm_config: Any, config: TTTConfig) -> N
             database.check_vault(db, folder.root, record=alone)
             if secret := os.environ.get(SECRET_VARIABLE):
                 database.check_secret(db, secret, folder.root, record=alone)
+            settled = settled and places.settled(db, 1)
+    return settled

@@ -17,8 +17,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllm_ttt import plugin
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.storage import database, erase, records, recovery
+from vllm_ttt.engine.storage import database, erase, places, records, recovery
 from vllm_ttt.engine.storage.contention import Contention
 from vllm_ttt.engine.storage.failures import Moved, StoreError, store_error
 from vllm_ttt.engine.storage.identity import compare, identity
@@ -57,7 +58,13 @@ def open_store(vllm_config: Any, config: TTTConfig) -> Store | None:
     limit, secret = int(sessions.disk_gib * 2**30), os.environ.get(SECRET_VARIABLE)
     folder, vault = StateDir(sessions.state_dir), Vault.of(sessions.key_file)
     store = Store(folder, identity(vllm_config, config), sessions.keep_versions, limit, secret, vault, sessions.shared)
-    database.name_audit_log(store.reader, sessions.audit_log)
+    try:
+        db, engine = store._writer, vllm_config.parallel_config.data_parallel_index  # which nothing is asked of yet, and waits
+        places.check(db, folder.root, engine, plugin.engines_of(vllm_config))
+        database.name_audit_log(db, sessions.audit_log)
+    except BaseException:
+        store.close()
+        raise
     return store
 
 
