@@ -60,6 +60,7 @@ def check_engines(vllm_config: Any, config: TTTConfig) -> None:
         _check_shared(config, engines, settings["http"])
     if engines == 1:
         return
+    hourly = config.guard.hourly_tokens_per_key
     refusals = {
         "a script: it needs vllm serve, whose front end knows where a session is": not settings["http"],
         "--data-parallel-external-lb, --data-parallel-hybrid-lb or engines on other machines: sessions are placed among all "
@@ -69,6 +70,8 @@ def check_engines(vllm_config: Any, config: TTTConfig) -> None:
         f"sessions.per_key {config.sessions.per_key}: each engine has its part of it, so it must be {engines} at least": (
             config.sessions.per_key is not None and config.sessions.per_key < engines
         ),
+        f"guard.hourly_tokens_per_key {hourly}: each engine has its part of it, so it must be {engines} at least, or 0 for no "
+        "limit": 0 < hourly < engines,
     }
     for why, refused in refusals.items():
         if refused:

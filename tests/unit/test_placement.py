@@ -97,6 +97,13 @@ def test_what_cannot_be_placed_is_refused(changes: dict[str, Any], sessions: dic
     assert "engines" not in made.additional_config["ttt"]
 
 
+def test_a_part_of_a_limit_is_never_no_limit() -> None:
+    with pytest.raises(ConfigError, match=r"guard\.hourly_tokens_per_key 1: .* it must be 2 at least, or 0 for no limit"):
+        check_engines(vllm_config(), parse_config({"guard": {"hourly_tokens_per_key": 1}}))
+    for hourly in (0, 2):
+        check_engines(vllm_config(), parse_config({"guard": {"hourly_tokens_per_key": hourly}}))
+
+
 def test_a_request_that_came_to_another_engine_is_refused() -> None:
     for engines, index, refused in ((1, 0, False), (2, 1, False), (2, 0, True)):
         made = vllm_config(engines, index=index)
