@@ -11,16 +11,17 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vllm_ttt.config import LETTERS
 from vllm_ttt.engine.ledger import cache_summary
-from vllm_ttt.engine.storage import database, erase, records
+from vllm_ttt.engine.storage import database, erase, records, reserve
 from vllm_ttt.engine.storage.provenance import provenance
 from vllm_ttt.engine.storage.records import Row, Version
 from vllm_ttt.errors import TTTError
@@ -33,6 +34,8 @@ from vllm_ttt.vault import Vault
 from vllm_ttt.worker.deltas import delta_file, peft
 from vllm_ttt.worker.deltas.delta_file import MAX_HEADER, UPDATE, FileError
 from vllm_ttt.worker.deltas.masters import WorkerSession
+
+T = TypeVar("T")
 
 
 class SessionsError(TTTError):
@@ -56,6 +59,11 @@ class Offline:
         if self.vault.on and not database.sealed(self.db):
             raise SessionsError(f"{folder} is not encrypted; leave the key out")
         self.geometry = Geometry.from_json(self.identity["geometry"])
+
+    def close(self) -> None:
+        """Nothing will be asked any more."""
+        self.db.close()
+        reserve.keep(self.folder.root)
 
     def list(self, all_keys: bool = False) -> list[dict[str, Any]]:
         return [self._describe(row) for row in records.listing(self.db, None if all_keys else self.tenant)]
@@ -136,8 +144,7 @@ class Offline:
         with self._locked(), noting(self.db, self.folder.root) as note:
             row = self.find(name)
             files, stored = erase.listed(self.db, row.uid), records.name_of(self.db, row.uid)
-            with database.transaction(self.db):
-                gone = records.remove(self.db, row.uid)
+            gone = self._written(lambda: records.remove(self.db, row.uid))
             for file in gone:
                 self.folder.path(file).unlink(missing_ok=True)
             state = _state(row)
@@ -155,8 +162,7 @@ class Offline:
             raise SessionsError("both keys are the same")
         with self._locked(), noting(self.db, self.folder.root) as note:
             try:
-                with database.transaction(self.db):
-                    moved = records.move(self.db, tenant, to)
+                moved = self._written(lambda: records.move(self.db, tenant, to))
             except ValueError as error:
                 raise SessionsError(f"both keys have sessions of the same name, nothing was moved: {error}") from None
             for row in moved:
@@ -188,8 +194,7 @@ class Offline:
             if (found := records.find(self.db, row.key)) is not None and found.problem:
                 problems.append({"file": "sessions.db", "session_id": row.key.name, "problem": found.problem})
                 if repair:
-                    with database.transaction(self.db):
-                        records.mend(self.db, found)
+                    self._written(partial(records.mend, self.db, found))
                     for file in found.damaged:
                         self.folder.set_aside(file)
             for version in records.versions(self.db, uid):
@@ -199,8 +204,7 @@ class Offline:
                     continue  # a server that runs has replaced it meanwhile
                 problems.append({"file": version.file, "session_id": row.key.name, "problem": problem})
                 if repair:
-                    with database.transaction(self.db):
-                        records.without(self.db, uid, version.file)
+                    self._written(partial(records.without, self.db, uid, version.file))
                     self.folder.set_aside(version.file)
         leftovers = sorted(file for file in present if file not in recorded)
         if repair:
@@ -215,6 +219,18 @@ class Offline:
             "aside": sorted(path.name for path in self.folder.damaged.iterdir()),
             "repaired": repair,
         }
+
+    def _written(self, change: Callable[[], T]) -> T:
+        """In one transaction, for which a full disk has room. Raises SessionsError."""
+
+        def write() -> T:
+            with database.transaction(self.db):
+                return change()
+
+        try:
+            return reserve.using(self.folder.root, write)
+        except sqlite3.Error as error:
+            raise SessionsError(f"the state dir {self.folder.root} cannot be written: {error}; nothing was changed") from None
 
     def _problem(self, version: Version) -> str | None:
         """What is wrong with a version, or None."""
@@ -299,6 +315,7 @@ class Offline:
         self.folder.lock()
         try:
             yield
+            reserve.keep(self.folder.root)
         finally:
             self.folder.unlock()
 

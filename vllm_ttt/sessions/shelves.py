@@ -37,6 +37,10 @@ class Shelves:
         for shelf in self.shelves:
             shelf.tenant = tenant
 
+    def close(self) -> None:
+        for shelf in self.shelves:
+            shelf.close()
+
     def list(self, all_keys: bool = False) -> list[dict[str, Any]]:
         found = [session for shelf in self.shelves for session in shelf.list(all_keys)]
         return sorted(found, key=lambda session: session["last_used"], reverse=True)

@@ -16,10 +16,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.storage import database, erase, records, recovery
+from vllm_ttt.engine.storage import database, erase, records, recovery, reserve
 from vllm_ttt.engine.storage.failures import Moved, StoreError, store_error
 from vllm_ttt.engine.storage.identity import compare, identity
 from vllm_ttt.engine.storage.records import Row
@@ -57,7 +58,9 @@ def open_store(vllm_config: Any, config: TTTConfig) -> Store | None:
     limit, secret = int(sessions.disk_gib * 2**30), os.environ.get(SECRET_VARIABLE)
     folder, vault = StateDir(sessions.state_dir), Vault.of(sessions.key_file)
     store = Store(folder, identity(vllm_config, config), sessions.keep_versions, limit, secret, vault, sessions.shared)
-    database.name_audit_log(store.reader, sessions.audit_log)
+    with database.readable(folder.root):
+        reserve.using(folder.root, lambda: database.name_audit_log(store.reader, sessions.audit_log))
+    reserve.keep(folder.root)
     return store
 
 
@@ -86,35 +89,22 @@ class Store:
         folder.create()
         alone = folder.lock(shared)
         try:
-            if alone:
-                folder.shared(shared)
-            if not folder.exists() and (orphans := len(folder.files())):
-                raise ConfigError(
-                    f"the state dir {folder.root} has {orphans} files of sessions and no sessions.db, which says whose they "
-                    "are; restore it from a backup, or remove the folder sessions"
-                )
-            self.reader = database.connect(folder.database, vault=vault)
-            compare(database.create(self.reader, identity), identity, folder.root)
-            database.check_vault(self.reader, folder.root, record=alone)
-            if secret:
-                database.check_secret(self.reader, secret, folder.root, record=alone)
-            (recovery.recover if alone else recovery.sweep)(self.reader, folder)
-            #: of a state dir that is shared: who has which session
-            self.watch = Watch(folder, vault, alone) if shared else None
-            self.leases = self.watch.leases if self.watch is not None else None
-            if shared:
-                self.reader.execute(f"PRAGMA busy_timeout = {database.BRIEFLY}")
-            if shared and alone:
-                folder.share()
-            folder.keep_reserve()
-            self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
-        except (sqlite3.Error, OSError) as error:
-            folder.unlock()
-            message = f"the state dir {folder.root} cannot be read: {error}; vllm-ttt sessions fsck checks it"
-            raise ConfigError(message) from None
+            with database.readable(folder.root):
+                if alone:
+                    folder.shared(shared)
+                self._open(secret, alone)
+                #: of a state dir that is shared: who has which session
+                self.watch = reserve.using(folder.root, lambda: Watch(folder, vault, alone)) if shared else None
+                if shared:
+                    self.reader.execute(f"PRAGMA busy_timeout = {database.BRIEFLY}")
+                if shared and alone:
+                    folder.share()
+                reserve.keep(folder.root)
+                self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
         except BaseException:
             folder.unlock()
             raise
+        self.leases = self.watch.leases if self.watch is not None else None
         self.bytes = sum(self.sizes.values())
         #: why the last write found no room; "" once one did, or something was removed
         self.full = ""
@@ -293,7 +283,27 @@ class Store:
         if self.watch is not None:
             self.watch.leave()
         self.reader.close()
+        reserve.keep(self.folder.root)
         self.folder.unlock()
+
+    def _open(self, secret: str | None, alone: bool) -> None:
+        """Open the database, and see whether it is ours, and what a stop of any kind has left."""
+        folder = self.folder
+        if not folder.exists() and (orphans := len(folder.files())):
+            raise ConfigError(
+                f"the state dir {folder.root} has {orphans} files of sessions and no sessions.db, which says whose they "
+                "are; restore it from a backup, or remove the folder sessions"
+            )
+        self.reader = db = database.connect(folder.database, vault=self.vault)
+
+        def take_up() -> None:
+            compare(database.create(db, self.identity), self.identity, folder.root)
+            database.check_vault(db, folder.root, record=alone)
+            if secret:
+                database.check_secret(db, secret, folder.root, record=alone)
+            (recovery.recover if alone else recovery.sweep)(db, folder)
+
+        reserve.using(folder.root, take_up)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -348,14 +358,10 @@ class Store:
             write, frees, future = first
             try:
                 db = db or database.connect(self.folder.database, vault=self.vault)
-                try:
-                    result = self._execute(db, write)
-                except (sqlite3.Error, OSError) as error:
-                    if not (frees and store_error(error).everywhere and self.folder.give_reserve()):
-                        raise
-                    result = self._execute(db, write)
+                execute = partial(self._execute, db, write)
+                result = reserve.using(self.folder.root, execute) if frees else execute()
                 if frees:
-                    self.folder.keep_reserve()
+                    reserve.keep(self.folder.root)
                 future.set_result(result)
             except Exception as error:
                 future.set_exception(store_error(error))
