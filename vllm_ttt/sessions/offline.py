@@ -230,7 +230,7 @@ class Offline:
         try:
             return reserve.using(self.folder.root, write)
         except sqlite3.Error as error:
-            raise SessionsError(f"the state dir {self.folder.root} cannot be written: {error}; nothing was changed") from None
+            raise SessionsError(f"the state dir {self.folder.root} cannot be written: {error}") from None
 
     def _problem(self, version: Version) -> str | None:
         """What is wrong with a version, or None."""

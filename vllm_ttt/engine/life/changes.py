@@ -263,7 +263,8 @@ class Changes:
         try:
             return (yield from steps)
         except StoreError as error:
-            message = f"session {session.key.name!r} stays as it was: the state dir cannot be written: {error}"
+            how = "is here as it was, and may have changed on disk" if error.in_doubt else "stays as it was"
+            message = f"session {session.key.name!r} {how}: the state dir cannot be written: {error}"
             raise answer_of(error, message) from None
 
     def _unchanged(self, session: Session) -> None:

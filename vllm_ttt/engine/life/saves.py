@@ -229,12 +229,14 @@ class Saves:
         return report
 
     def _put(self, row: Row) -> Steps:
-        """Record the newest version of a session, whose file is there. Raises StoreError: then the file is not."""
+        """Record the newest version of a session, whose file is there. Raises StoreError: then the file is not, unless it may
+        have been recorded."""
         assert row.newest is not None
         try:
             yield self.store.put(row)
-        except StoreError:
-            self.store.discard(row.newest.file)
+        except StoreError as error:
+            if not error.in_doubt:
+                self.store.discard(row.newest.file)
             raise
 
     def _failed(self, session: Session, error: StoreError) -> RequestError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ttt.engine.storage import reserve
+from vllm_ttt.engine.storage.failures import InDoubt
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.state_dir import FORMAT, SECRET_VARIABLE, fingerprint
 from vllm_ttt.vault import PLAIN, SealError, Vault
@@ -81,15 +82,46 @@ def readable(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All that is done inside, or, where it raises, nothing of it."""
+    """All that is done inside, or, where it raises, nothing of it; InDoubt: that is not known."""
     try:
         db.execute("BEGIN IMMEDIATE")
         yield
-        db.execute("COMMIT")
+        _commit(db)
     except BaseException:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def _commit(db: sqlite3.Connection) -> None:
+    try:
+        db.execute("COMMIT")
+    except sqlite3.Error as error:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        code = getattr(error, "sqlite_errorcode", 0)
+        # What could not be written out is not whole, and counts for nothing.
+        if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL) or code == sqlite3.SQLITE_IOERR_WRITE or _settled(db):
+            raise
+        found = InDoubt(f"{error}; a restart may find it written all the same")
+        found.sqlite_errorcode = code
+        raise found from None
+
+
+def _settled(db: sqlite3.Connection) -> bool:
+    """After a transaction that failed: whether it is certain that it has not happened.
+
+    All of it may be in the write-ahead log, unsynced (sqlite3WalFrames writes the frames, and syncs them then). SQLite goes on
+    without it, and the next transaction is written over it; but until then whoever opens the database after a kill finds it
+    there, whole. In a shared state dir, which has no such log, it may have happened at once.
+    """
+    try:
+        if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            return False
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('settled', '')")
+        return True
+    except sqlite3.Error:
+        return False
 
 
 def create(db: sqlite3.Connection, identity: dict[str, Any]) -> dict[str, Any]:
