@@ -15,15 +15,13 @@ import sqlite3
 import struct
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 from test_audit import events
 from test_vault import make_key
-from world import World
+from world import World, killed
 
 from vllm_ttt import audit_log
 from vllm_ttt.engine.storage import database
@@ -149,18 +147,6 @@ def no_sync(everywhere: bool) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.prctl(38, 1, 0, 0, 0) == 0
     assert libc.syscall(seccomp, 1, int(everywhere), head) == 0, os.strerror(ctypes.get_errno())
-
-
-def killed(life: Callable[[], None]) -> None:
-    """``life``, in a process of its own that ends then as by SIGKILL."""
-    if (child := os.fork()) == 0:
-        try:
-            life()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("overwritten", [True, False])

@@ -144,7 +144,8 @@ class Offline:
         with self._locked(), noting(self.db, self.folder.root) as note:
             row = self.find(name)
             files, stored = erase.listed(self.db, row.uid), records.name_of(self.db, row.uid)
-            gone = self._written(lambda: records.remove(self.db, row.uid))
+            database.create(self.db, self.identity)  # the tables of this release
+            gone = self._written(lambda: (records.remove(self.db, row.uid), erase.owe(self.db, row.uid))[0])
             for file in gone:
                 self.folder.path(file).unlink(missing_ok=True)
             state = _state(row)

@@ -24,6 +24,7 @@ CREATE TABLE IF NOT EXISTS versions (
     uid TEXT NOT NULL REFERENCES sessions ON DELETE CASCADE, version INTEGER NOT NULL, file TEXT NOT NULL UNIQUE,
     bytes INTEGER NOT NULL, checksum TEXT NOT NULL, saved REAL NOT NULL, summary TEXT NOT NULL, detail TEXT NOT NULL,
     PRIMARY KEY (uid, version));
+CREATE TABLE IF NOT EXISTS unwiped (uid BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS sessions_last_used ON sessions (last_used, tenant, name);
 CREATE INDEX IF NOT EXISTS sessions_of_tenant ON sessions (tenant, last_used, name);
 CREATE INDEX IF NOT EXISTS versions_saved ON versions (saved);

@@ -42,7 +42,7 @@ class Change:
     result: Any = None
     added: dict[str, int] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
-    #: uid and name of a session of which no byte is to be left; the result says whether
+    #: uid and name of a session of which no byte is to be left, "" of those of earlier removals; the result says whether
     erased: tuple[str, str] | None = None
 
 
@@ -100,6 +100,7 @@ class Store:
                 if shared and alone:
                     folder.share()
                 reserve.keep(folder.root)
+                owed = erase.owed(self.reader)
                 self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
         except BaseException:
             folder.unlock()
@@ -116,8 +117,6 @@ class Store:
         #: rows that `find` answers with while they are being written
         self._pending: dict[SessionKey, tuple[int, Row]] = {}
         self._number = 0
-        #: uids and names of removed sessions of which something may be left in the database
-        self._unwiped: deque[tuple[str, str]] = deque()
         #: sessions whose damaged rows are being mended
         self._mending: set[str] = set()
         self._turns = Turns()
@@ -126,6 +125,8 @@ class Store:
         self._asked: tuple[deque[tuple[Future, Future, bool]], ...] = deque(), deque()
         self._thread = threading.Thread(target=self._run, name="ttt-store", daemon=True)
         self._thread.start()
+        if owed:
+            self.write(lambda _: Change({}, erased=("", "")), frees=True, yields=True)
 
     # Reads, on the engine's thread: of one session, or counts.
 
@@ -200,6 +201,7 @@ class Store:
         def write(db: sqlite3.Connection) -> Change:
             name, files = records.name_of(db, uid), erase.listed(db, uid)
             gone = records.remove(db, uid)
+            erase.owe(db, uid)
             if row is not None:
                 records.put(db, row, self.keep)
             return Change({"files": files}, gone=gone, erased=(uid, name))
@@ -381,8 +383,5 @@ class Store:
             self.discard(file)
         if change.erased is not None:
             left = [file for file in change.gone if os.path.lexists(self.folder.root / file)]
-            self._unwiped.append(change.erased)
-            while self._unwiped and erase.wipe(db, self.folder, *self._unwiped[0]):
-                self._unwiped.popleft()
-            change.result |= {"files_left": left, "database_wiped": not self._unwiped}
+            change.result |= {"files_left": left, "database_wiped": erase.wipe(db, self.folder, *change.erased)}
         return change
