@@ -23,7 +23,7 @@ from vllm_ttt.config import TTTConfig
 from vllm_ttt.engine.storage import database, erase, records, recovery, reserve
 from vllm_ttt.engine.storage.failures import Moved, StoreError, store_error
 from vllm_ttt.engine.storage.identity import compare, identity
-from vllm_ttt.engine.storage.records import Row
+from vllm_ttt.engine.storage.records import Row, Version
 from vllm_ttt.engine.storage.turns import Turns
 from vllm_ttt.engine.storage.watch import Watch
 from vllm_ttt.errors import ConfigError
@@ -148,6 +148,11 @@ class Store:
         """The recorded versions of a session, oldest first."""
         with self._reading():
             return [v.version for v in records.versions(self.reader, uid) if not v.problem]
+
+    def version(self, uid: str, version: int) -> Version | None:
+        """That version of a session; None where it is not recorded, or not any more."""
+        with self._reading():
+            return next((v for v in records.versions(self.reader, uid) if v.version == version and not v.problem), None)
 
     def count(self, tenant: str | None = None) -> int:
         """Sessions of a tenant; without one, of all."""
