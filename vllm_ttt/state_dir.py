@@ -200,7 +200,7 @@ class StateDir:
     def files(self) -> dict[str, int]:
         """Our files below sessions/, relative to the state dir -> bytes; also those that do not exist for the database."""
         found: dict[str, int] = {}
-        for folder in os.scandir(self.sessions):
+        for folder in os.scandir(self.sessions) if self.sessions.is_dir() else ():
             if not folder.is_dir(follow_symlinks=False):
                 continue
             for entry in os.scandir(folder.path):

@@ -123,7 +123,7 @@ def fsck(
     with _sessions(target, key_file=key_file) as sessions:
         found = sessions.fsck(repair)
     _print(found, as_json, lambda: _pairs({k: v for k, v in found.items() if k != "problems"}, found["problems"]))
-    if found["problems"] and not repair:
+    if found["problems"] and not found["repaired"]:
         raise typer.Exit(1)
 
 

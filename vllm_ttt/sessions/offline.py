@@ -176,7 +176,8 @@ class Offline:
         Returns:
             ``sessions``, ``versions`` and ``bytes``; ``problems``, each with its file and what is wrong; ``leftovers``, files
             of saves that were cut off, which do no harm; ``aside``, damaged files that were set aside earlier.
-            With ``repair``, leftovers are removed, and damaged files set aside, so that their sessions fall back.
+            With ``repair``, leftovers are removed, and damaged files set aside, so that their sessions fall back. What cannot
+            be read now may be whole: it stays.
         """
         if repair:
             with self._locked():
@@ -189,7 +190,7 @@ class Offline:
         except sqlite3.Error as error:
             verdict = str(error)
         problems = [] if verdict == "ok" else [{"file": "sessions.db", "session_id": "", "problem": verdict}]
-        recorded, present = records.files(self.db), self.folder.files()
+        recorded, present, unread = records.files(self.db), self.folder.files(), False
         rows = {row.uid: row for row in records.listing(self.db, None)}
         for uid, row in rows.items():
             if (found := records.find(self.db, row.key)) is not None and found.problem:
@@ -203,8 +204,11 @@ class Offline:
                     continue
                 if not repair and version.file not in records.files(self.db):
                     continue  # a server that runs has replaced it meanwhile
-                problems.append({"file": version.file, "session_id": row.key.name, "problem": problem})
-                if repair:
+                damaged = not isinstance(problem, OSError)
+                unread |= not damaged
+                text = str(problem) if damaged else f"it cannot be read: {problem.strerror or problem}"
+                problems.append({"file": version.file, "session_id": row.key.name, "problem": text})
+                if repair and damaged:
                     self._written(partial(records.without, self.db, uid, version.file))
                     self.folder.set_aside(version.file)
         leftovers = sorted(file for file in present if file not in recorded)
@@ -217,8 +221,8 @@ class Offline:
             "bytes": sum(size for _, _, size in recorded.values()),
             "problems": problems,
             "leftovers": leftovers,
-            "aside": sorted(path.name for path in self.folder.damaged.iterdir()),
-            "repaired": repair,
+            "aside": sorted(path.name for path in self.folder.damaged.glob("*")),
+            "repaired": repair and not unread,
         }
 
     def _written(self, change: Callable[[], T]) -> T:
@@ -233,8 +237,8 @@ class Offline:
         except sqlite3.Error as error:
             raise SessionsError(f"the state dir {self.folder.root} cannot be written: {error}") from None
 
-    def _problem(self, version: Version) -> str | None:
-        """What is wrong with a version, or None."""
+    def _problem(self, version: Version) -> str | OSError | None:
+        """What is wrong with a version, or None; OSError: nobody knows, since its file cannot be read."""
         if version.problem:
             return version.problem
         try:
@@ -243,7 +247,9 @@ class Offline:
             found = json.loads(metadata["state"])["version"]
         except FileNotFoundError:
             return "it is gone"
-        except (FileError, OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            return error
+        except (FileError, ValueError, KeyError, TypeError) as error:
             return str(error)
         if not found == version.version == version.state.get("version"):
             ledger = version.state.get("version")

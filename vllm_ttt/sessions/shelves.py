@@ -75,7 +75,7 @@ class Shelves:
             "problems": [{**p, "file": inside + p["file"]} for inside, one in found for p in one["problems"]],
             "leftovers": [inside + file for inside, one in found for file in one["leftovers"]],
             "aside": [inside + "damaged/" + file if inside else file for inside, one in found for file in one["aside"]],
-            "repaired": repair,
+            "repaired": all(one["repaired"] for _, one in found),
         }
 
     def _of(self, name: str) -> Offline:
