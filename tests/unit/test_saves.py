@@ -117,3 +117,12 @@ def test_the_alarm_looks_when_a_round_is_due(make: Make) -> None:
     assert session.unsaved
     world.saves.next_round -= 12.0
     assert alarm.pause() <= 18.1, "the session has changed by then, and its round is due"
+
+
+def test_of_files_that_other_servers_remove_nothing_is_kept_in_memory(make: Make) -> None:
+    world = make(shared=True)
+    world.use("a", 1.0)
+    world.save("a")
+    assert world.store.sizes == {}
+    assert world.store.bytes == sum(file.stat().st_size for file in world.store.folder.sessions.glob("*/*")) > 0
+    world.end()

@@ -101,12 +101,13 @@ class Store:
                     folder.share()
                 reserve.keep(folder.root)
                 owed = erase.owed(self.reader)
-                self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
+                self.bytes = records.total_bytes(self.reader)
+                #: of each file, where no other server writes and removes some
+                self.sizes = {} if shared else {f: size for f, (_, _, size) in records.files(self.reader).items()}
         except BaseException:
             folder.unlock()
             raise
         self.leases = self.watch.leases if self.watch is not None else None
-        self.bytes = sum(self.sizes.values())
         #: why the last write found no room; "" once one did, or something was removed
         self.full = ""
         self._totals: tuple[int, list[str]] = (0, [])
@@ -380,9 +381,10 @@ class Store:
             change = write(db)
             total = None if self.leases is None else records.total_bytes(db)
         # It is written: nothing that follows may fail.
-        self.sizes |= change.added
-        self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
-        if total is not None:
+        if total is None:
+            self.sizes |= change.added
+            self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
+        else:
             self.bytes = total
         for file in change.gone:
             self.discard(file)
