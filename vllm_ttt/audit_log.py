@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -123,6 +124,11 @@ class Log:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._handle), self.path.stat()):  # it became full meanwhile
+                raise BlockingIOError
+            if os.fstat(self._handle).st_nlink > 1:  # a kill has cut off `_rotate`
+                for file in [file for file in rotated(self.path) if file.samefile(self.path)]:
+                    file.unlink()
         except OSError as error:
             why = "another process writes to it" if isinstance(error, BlockingIOError) else error.strerror
             raise ConfigError(f"the audit log {self.path} cannot be locked: {why}") from None
@@ -152,11 +158,24 @@ class Log:
             raise ConfigError(f"the last line of the audit log {path} is damaged: {error}. {_todo(path)}") from None
 
     def _rotate(self) -> None:
+        """Go on in a new file: all of it, or nothing. At every moment this process has locked what the path names."""
         numbers = [int(file.suffix[1:]) for file in rotated(self.path)]
         os.fsync(self._handle)
-        self.path.rename(f"{self.path}.{max(numbers, default=0) + 1:05d}")
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        full = Path(f"{self.path}.{max(numbers, default=0) + 1:05d}")
+        fresh = Path(f"{self.path}.new-{secrets.token_hex(4)}")
+        handle = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            full.hardlink_to(self.path)
+            try:
+                fresh.rename(self.path)
+            except BaseException:
+                full.unlink()
+                raise
+        except BaseException:
+            os.close(handle)
+            fresh.unlink(missing_ok=True)
+            raise
         os.close(self._handle)
         self._handle, self.size = handle, 0
         folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -200,7 +219,8 @@ def verify(path: Path, expect: str | None = None) -> Verdict:
         raise ConfigError(f"{expect!r} is no head: it is SEQ:HASH, as `vllm-ttt audit verify` says it")
     verdict, wanted = Verdict(), {expect} if expect is not None and not expect.startswith("0:") else set()
     try:
-        for file in [*rotated(path), path]:
+        full = [file for file in rotated(path) if not (path.exists() and file.samefile(path))]
+        for file in [*full, path]:
             verdict.files += 1
             for number, line, whole in _lines(file):
                 if not whole and file == path:

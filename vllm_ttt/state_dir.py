@@ -6,7 +6,7 @@ sessions/ab/abcd...-1f.safetensors   one version of one session; the name is dra
 damaged/                  files that were not what had been saved
 exports/                  adapters on their way to a client
 lock                      held by the server that uses the dir
-reserve                   room that is given up so that sessions can be removed on a disk that is full
+reserve                   room that is given up where the disk is full: to begin, and to remove sessions
 secret                    turns API keys into tenants
 servers/                  where several servers share the dir (`sessions.shared`): a heartbeat of each
 engine-1/                 with several engines: the second's sessions, in a state dir like this one; the first's are here
@@ -37,8 +37,6 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures the loggers be
 #: Of the database and of the deltas: 3 since the second version of the learning step.
 FORMAT = 3
 MARKER = "vllm-ttt-state-dir"
-#: Bytes of `reserve`: what SQLite needs to record that something is removed, and some more.
-_RESERVE = 2**18
 _MARKER_TEXT = (
     f"format {FORMAT}\n"
     "This folder is a state dir of vllm-ttt, which keeps sessions here and removes files of its own here.\n"
@@ -202,7 +200,7 @@ class StateDir:
     def files(self) -> dict[str, int]:
         """Our files below sessions/, relative to the state dir -> bytes; also those that do not exist for the database."""
         found: dict[str, int] = {}
-        for folder in os.scandir(self.sessions):
+        for folder in os.scandir(self.sessions) if self.sessions.is_dir() else ():
             if not folder.is_dir(follow_symlinks=False):
                 continue
             for entry in os.scandir(folder.path):
@@ -243,28 +241,6 @@ class StateDir:
         with contextlib.suppress(FileNotFoundError):
             path.rename(self.damaged / path.name)
 
-    def keep_reserve(self) -> None:
-        """Keep some room for `give_reserve`, where there is any."""
-        file = self.root / "reserve"
-        try:
-            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except OSError:
-            return  # it is there, or there is no room for a name
-        try:
-            os.posix_fallocate(handle, 0, _RESERVE)
-        except OSError:
-            file.unlink(missing_ok=True)
-        finally:
-            os.close(handle)
-
-    def give_reserve(self) -> bool:
-        """Give that room up; whether there was any."""
-        try:
-            (self.root / "reserve").unlink()
-        except OSError:
-            return False
-        return True
-
     def has_secret(self) -> bool:
         """Whether one has been drawn here."""
         return (self.root / "secret").exists()
@@ -274,8 +250,9 @@ class StateDir:
         self.create()
         file = self.root / "secret"
         try:
-            with contextlib.suppress(FileExistsError):
-                _write_once(file, secrets.token_hex(32) + "\n")
+            if not file.exists():
+                with contextlib.suppress(FileExistsError):
+                    _write_once(file, secrets.token_hex(32) + "\n")
             found = file.read_text(encoding="ascii").strip()
             if file.stat().st_mode & 0o077:
                 raise ConfigError(f"{file} can be read by others; chmod 600 it (or draw a new one: delete it)")
@@ -339,8 +316,9 @@ def _flock(handle: int, how: int) -> bool:
 
 
 def _say(handle: int, text: str) -> None:
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{text}\n".encode(), 0)
+    line = f"{text}\n".encode()
+    os.pwrite(handle, line, 0)  # over what is there, which takes no room
+    os.ftruncate(handle, len(line))
 
 
 def fingerprint(secret: str) -> str:

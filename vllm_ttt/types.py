@@ -121,12 +121,12 @@ class RequestPlan:
     filtered: list[tuple[int, int]] = field(default_factory=list)
 
 
-FileAction = Literal["save", "load", "export", "digest", "drop"]
+FileAction = Literal["save", "load", "export", "digest", "check", "drop"]
 
 
 @dataclass(slots=True)
 class FileOrder:
-    """Engine to worker: move a session between the worker's memory and a file, or say its digest.
+    """Engine to worker: move a session between the worker's memory and a file, say its digest, or check a file.
 
     Each but "drop" gets one final FileReport.
     """
@@ -136,7 +136,7 @@ class FileOrder:
     session: int
     #: absolute; made by the engine, never by a client
     path: str = ""
-    #: load: the sha256 that the file must have, hexadecimal
+    #: load, check: the sha256 that the file must have, hexadecimal
     checksum: str = ""
     #: load: path and sha256 of the last version that the guard found good, where that is another one
     good: tuple[str, str] | None = None

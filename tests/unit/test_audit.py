@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -152,6 +153,48 @@ def test_a_kill_between_two_files_breaks_nothing(tmp_path: Path) -> None:
     log = write(path, 1)
     log.close()
     assert audit_log.verify(path).lines == log.seq == 5
+
+
+@pytest.mark.parametrize("step", ["open", "link", "rename"])
+def test_where_no_new_file_can_be_begun_the_old_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """It stays where it is, locked: no other process can begin one beside it."""
+    path = tmp_path / "audit.jsonl"
+    real_open = os.open
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opened(file: Any, flags: int, *args: Any) -> int:
+        return fail() if flags & os.O_EXCL else real_open(file, flags, *args)  # type: ignore[return-value]
+
+    with monkeypatch.context() as patch:
+        if step == "open":
+            patch.setattr(audit_log.os, "open", opened)
+        else:
+            patch.setattr(Path, {"link": "hardlink_to", "rename": "rename"}[step], fail)
+        log = write(path, 10, full=700)
+        with pytest.raises(ConfigError, match="another process"):
+            Log(path)
+        assert sorted(tmp_path.iterdir()) == [path]
+    log.append([entry("delete", None, "")], sync=True)
+    assert len(audit_log.rotated(path)) == 1
+    with pytest.raises(ConfigError, match="another process"):
+        Log(path)
+    log.close()
+    write(path, 2).close()
+    found = audit_log.verify(path)
+    assert (found.problem, found.lines) == (None, 13)
+
+
+def test_a_kill_while_a_file_gets_its_new_name_breaks_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    write(path, 4).close()
+    os.link(path, f"{path}.00001")
+    assert audit_log.verify(path).lines == 4
+    write(path, 1).close()
+    assert sorted(tmp_path.iterdir()) == [path]
+    found = audit_log.verify(path)
+    assert (found.problem, found.lines) == (None, 5)
 
 
 def test_two_cannot_write_to_one_log(tmp_path: Path) -> None:

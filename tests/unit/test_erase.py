@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import random
 import sys
 import threading
@@ -13,12 +14,13 @@ import pytest
 from test_admin import Engine
 from test_changes import ask
 from typer.testing import CliRunner
-from world import World
+from world import World, killed
 
 from vllm_ttt.cli import app
 from vllm_ttt.engine.storage import database, erase, records
 from vllm_ttt.engine.storage.records import Row, Version
 from vllm_ttt.engine.storage.turns import Turns
+from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.state_dir import StateDir
 from vllm_ttt.types import SessionKey
 
@@ -142,6 +144,40 @@ def test_a_reader_in_the_way_is_said(tmp_path: Path) -> None:
     assert Engine(world).ask("delete", "another-session")["database_wiped"] is True
     assert found(tmp_path / "state", NAME) == [], "the next removal has done it"
     world.end()
+
+
+@pytest.mark.parametrize("stop", ["a kill", "a reader in the way"])
+def test_a_removal_that_was_cut_off_is_done_by_the_next_start(tmp_path: Path, stop: str) -> None:
+    state = tmp_path / "state"
+
+    def life() -> None:
+        world = World(state)
+        world.use(NAME, 1.0)
+        world.save(NAME)
+        session = world.ledger.peek(SessionKey("-", NAME))
+        assert session is not None
+        (state / "damaged" / f"{session.uid}-00000000.safetensors").write_bytes(NAME.encode())
+        if stop == "a kill":
+            erase.wipe = lambda *_: os._exit(0)
+        else:
+            reader = database.connect(world.store.folder.database, readonly=True)
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM sessions").fetchone()
+            erase._PATIENCE = 1
+        assert world.wait(world.tiers.owner.remove(session))["database_wiped"] is False
+        world.crash()
+
+    killed(life)
+    if stop == "a kill":
+        assert found(state, NAME)
+    world = World(state)
+    world.use("another-session", 1.0)
+    world.save("another-session")
+    world.run()
+    assert found(state, NAME) == []
+    assert erase.owed(world.store.reader) == []
+    world.end()
+    assert [session["session_id"] for session in Offline(state).list()] == ["another-session"]
 
 
 def test_the_command_gives_a_receipt(tmp_path: Path) -> None:

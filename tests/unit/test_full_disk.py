@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_tiers import files
-from world import World
+from typer.testing import CliRunner
+from world import IDENTITY, World
 
+from vllm_ttt import plugin
+from vllm_ttt.cli import app
+from vllm_ttt.config import SessionsConfig, TTTConfig
+from vllm_ttt.engine.storage import checks, database
+from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
+from vllm_ttt.state_dir import SECRET_VARIABLE, StateDir
 from vllm_ttt.types import SessionKey
 
 pytestmark = pytest.mark.unit
@@ -30,14 +40,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+def fill(disk: Path) -> None:
+    """To the last byte."""
+    with (disk / "filler").open("wb", buffering=0) as filler:
+        for size in (4096, 1):
+            with contextlib.suppress(OSError):
+                while filler.write(bytes(size)):
+                    pass
+
+
 def test_a_real_disk_that_is_full(small_disk: Path) -> None:
     """ENOSPC from the file system. What was on the disk stays, and the next save succeeds when there is room."""
     world = World(small_disk / "state", limit=4)
     world.use("a", 1.0)
     assert world.save("a").version == 1
-    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while filler.write(bytes(4096)) == 4096:
-            pass
+    fill(small_disk)
     session = world.use("a", 2.0)
     for _ in range(2):
         with pytest.raises(RequestError, match=r"No space left|disk is full|disk I/O"):
@@ -62,9 +79,7 @@ def test_where_nothing_is_to_be_saved_a_round_lets_new_sessions_in_again(small_d
     world = World(small_disk / "state", limit=4)
     world.use("a", 1.0)
     world.save("a")
-    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while filler.write(bytes(4096)) == 4096:
-            pass
+    fill(small_disk)
     session = world.use("a", 2.0)
     with pytest.raises(RequestError):
         world.save("a")
@@ -90,9 +105,7 @@ def test_a_session_can_be_removed_from_a_disk_that_is_full(small_disk: Path) -> 
     for name in "abc":
         world.use(name, 1.0)
         world.save(name)
-    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while filler.write(bytes(4096)) == 4096:
-            pass
+    fill(small_disk)
     for name in "ab":
         session = world.ledger.find(SessionKey("-", name))
         assert session is not None
@@ -104,3 +117,85 @@ def test_a_session_can_be_removed_from_a_disk_that_is_full(small_disk: Path) -> 
     rows = {s["session_id"]: s["version"] for s in Offline(small_disk / "state").list()}
     assert rows == {"b": 0, "c": 1}
     assert len(files(world)) == 1
+
+
+def sessions(*args: object) -> str:
+    """What a command says."""
+    result = CliRunner().invoke(app, ["sessions", *map(str, args)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def begins(state: Path, secret: str | None) -> None:
+    """A server does, and knows the session b."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "identity", lambda *_: IDENTITY)
+        patch.setenv(SECRET_VARIABLE, secret or "")
+        checks.check_dir(
+            SimpleNamespace(additional_config={plugin.NAME: {}}), TTTConfig(sessions=SessionsConfig(state_dir=str(state)))
+        )
+    store = Store(StateDir(state), IDENTITY, 3, 2**40, secret)
+    database.name_audit_log(store.reader, None)
+    assert store.find(SessionKey("-", "b")) is not None
+    store.close()
+
+
+@pytest.mark.parametrize("secret", [None, "ab" * 32])
+@pytest.mark.parametrize("stop", ["end", "crash", "a draft is left"])
+def test_servers_begin_and_commands_make_room_on_a_full_disk(small_disk: Path, stop: str, secret: str | None) -> None:
+    """SQLite needs room to open a database at all: who has begun once on such a disk can begin again."""
+    state = small_disk / "state"
+    world = World(state, limit=4)
+    for name in "abc":
+        world.use(name, 1.0)
+        world.save(name)
+    drawn = StateDir(state).secret()
+    (world.end if stop == "end" else world.crash)()
+    if stop == "a draft is left":
+        saved = next((state / "sessions").glob("*/*.safetensors"))
+        (saved.parent / f".{saved.name}.0badcafe").write_bytes(bytes(300_000))
+    fill(small_disk)
+    assert StateDir(state).secret() == drawn
+    begins(state, secret)
+    fill(small_disk)
+    assert "b" in sessions("list", state)
+    fill(small_disk)
+    sessions("rm", state, "a")
+    assert (state / "reserve").exists()
+    begins(state, secret)
+    fill(small_disk)
+    begins(state, secret)
+
+
+class Full(database._Database):
+    """A database that finds no room while the reserve beside it takes some."""
+
+    root: Path
+
+    def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        if sql.startswith(("PRAGMA journal_mode", "INSERT INTO", "DELETE FROM sessions")) and (self.root / "reserve").exists():
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return super().execute(sql, *args)
+
+
+def test_whoever_finds_no_room_takes_the_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody may mount a small disk: to open a database, and to remove a session with a command."""
+    state = tmp_path / "state"
+    world = World(state, limit=4)
+    for name in "ab":
+        world.use(name, 1.0)
+        world.save(name)
+    world.end()
+    Full.root = state
+    monkeypatch.setattr(database, "_Database", Full)
+    begins(state, "ab" * 32)
+    assert (state / "reserve").exists()
+    offline = Offline(state)
+    offline.close()
+    assert (state / "reserve").exists()
+    offline = Offline(state)
+    (state / "reserve").touch()
+    assert offline.remove("a")["deleted"]
+    assert (state / "reserve").stat().st_size > 0

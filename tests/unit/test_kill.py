@@ -5,9 +5,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import platform
 import random
 import signal
+import sqlite3
+import struct
+import threading
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -15,9 +21,11 @@ from typing import NoReturn
 import pytest
 from test_audit import events
 from test_vault import make_key
-from world import World
+from world import World, killed
 
 from vllm_ttt import audit_log
+from vllm_ttt.engine.storage import database
+from vllm_ttt.errors import RequestError
 from vllm_ttt.sessions.offline import Offline
 from vllm_ttt.types import SessionKey
 
@@ -118,3 +126,89 @@ def test_thirty_kills(tmp_path: Path, sealed: bool) -> None:
     assert told
     assert sum(before.values()) > 20
     print(f"{KILLS} kills, {leftovers} leftovers of saves that were cut off, {len(before)} sessions")
+
+
+#: x86_64, aarch64: fsync, fdatasync, seccomp
+CALLS = {"x86_64": (74, 75, 317), "aarch64": (82, 83, 277)}
+
+
+def no_sync(everywhere: bool) -> None:
+    """From now on the kernel answers ENOSPC where this thread, or each, syncs a write-ahead log, as a file system does that
+    allocates late. It never takes that back."""
+    fsync, fdatasync, seccomp = CALLS[platform.machine()]
+    logs = [int(fd.name) for fd in Path("/proc/self/fd").iterdir() if str(fd.resolve()).endswith("-wal")]
+    assert logs
+    load, equal, answer, refused, allowed = 0x20, 0x15, 0x06, 0x00050000 | errno.ENOSPC, 0x7FFF0000
+    program = [(load, 0, 0, 0), (equal, 1, 0, fsync), (equal, 0, len(logs) + 1, fdatasync), (load, 0, 0, 16)]
+    program += [(equal, len(logs) - i, 0, fd) for i, fd in enumerate(logs)]
+    program += [(answer, 0, 0, allowed), (answer, 0, 0, refused)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    head = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.syscall(seccomp, 1, int(everywhere), head) == 0, os.strerror(ctypes.get_errno())
+
+
+@pytest.mark.parametrize("overwritten", [True, False])
+@pytest.mark.parametrize("op", ["save", "rollback", "delete"])
+def test_what_may_have_been_written_costs_nothing_and_is_said(tmp_path: Path, op: str, overwritten: bool) -> None:
+    """The log of the database has it, and cannot be synced. SQLite goes on without it, and a restart would find it there:
+    unless something else could be written over it, synced or not."""
+
+    def life() -> None:
+        world = World(tmp_path / "state", keep_versions=1 if op == "save" else 2)
+        for value in (1.0, 2.0):
+            session = world.use("a", value)
+            world.save("a")
+        if not overwritten:
+            database._settled = lambda _: False
+        no_sync(everywhere=True)
+        if op == "save":
+            world.use("a", 4.0)
+            asked = world.tiers.save(session)
+        else:
+            asked = world.go_back(session, 1) if op == "rollback" else world.tiers.owner.remove(session)
+        with pytest.raises(RequestError, match="a restart may find it written"):
+            world.wait(asked)
+        assert "stays as it was" not in str(asked.exception())
+        assert world.value("a") == (7.0 if op == "save" else 3.0)
+
+    killed(life)
+    assert Offline(tmp_path / "state").fsck()["problems"] == []
+    world = World(tmp_path / "state")
+    assert world.value("a") == (3.0 if overwritten else {"save": 7.0, "rollback": 1.0, "delete": 0.0}[op])
+    kept = len(list((tmp_path / "state" / "sessions").glob("*/*")))
+    assert kept == (1 if op == "save" else 2 if overwritten else 1 if op == "rollback" else 0), "what is no more has no file"
+    world.end()
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_another_transaction_ends_the_doubt(tmp_path: Path, settled: bool) -> None:
+    """Of some pages; the one that settles it has one."""
+    World(tmp_path / "state").end()
+
+    def life() -> None:
+        db = database.connect(tmp_path / "state" / "sessions.db")
+        database.name_audit_log(db, "a.jsonl")  # the log has a beginning
+        failed: list[Exception] = []
+
+        def write() -> None:
+            no_sync(everywhere=False)
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("INSERT INTO sessions VALUES ('u', '-', 'a', 1.0, 1.0, '{}', ?)", ("x" * 20_000,))
+            try:
+                db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        assert failed
+        assert db.execute("SELECT count(*) FROM sessions").fetchone() == (0,)
+        if settled:
+            assert database._settled(db)
+
+    killed(life)
+    names = [session["session_id"] for session in Offline(tmp_path / "state").list()]
+    assert names == ([] if settled else ["a"])

@@ -97,6 +97,43 @@ def test_an_answered_rollback_outlives_a_kill(engine: Engine, tmp_path: Path) ->
     assert save.result()["ok"]
 
 
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("damage", ["a byte", "gone", "unreadable"])
+def test_a_rollback_to_a_file_that_cannot_be_read_costs_no_later_version(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, damage: str
+) -> None:
+    """It is read before the later ones go; and the session is what it was."""
+    world = engine.world
+    world.store.keep = 3
+    session = world.use("a", 4.0)
+    world.save("a")
+    if where == "disk":
+        for name in "bcd":
+            world.use(name, 1.0)
+            world.save(name)
+    recorded = {v.version: v.file for v in records.versions(world.store.reader, session.uid)}
+    file = world.store.folder.path(recorded[2])
+    if damage == "a byte":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "gone":
+        file.unlink()
+    with monkeypatch.context() as patch:
+        if damage == "unreadable":
+            patch.setattr(delta_file, "read", mock.Mock(side_effect=OSError(5, "Input/output error")))
+        world.trainer.versions.drop(session.adapter)
+        rollback = ask(engine, "rollback", argument=2)
+        world.run(rollback.done)
+    assert rollback.result()["status"] == 507
+    assert "stays as it was: version 2 could not be read: " in rollback.result()["message"]
+    assert [s["version"] for s in Offline(tmp_path / "state").list() if s["session_id"] == "a"] == [3]
+    assert world.value("a") == 7.0
+    if damage == "unreadable":
+        assert engine.ask("rollback", "a", 2)["version"] == 2, "it can be read again"
+        assert world.value("a") == 3.0
+
+
 def test_the_guard_rolls_back_between_a_snapshot_and_its_report(engine: Engine, tmp_path: Path) -> None:
     """What the snapshot holds is then not what the ledger says: it does not become a version."""
     world = engine.world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -311,6 +312,23 @@ def test_fsck_repairs(state: Path) -> None:
     assert run("fsck", state, "--repair")["repaired"]
     clean = run("fsck", state)
     assert (clean["problems"], clean["leftovers"], clean["aside"]) == ([], [], [file.name])
+
+
+def test_fsck_forgets_nothing_that_cannot_be_read_now(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    whole = run("list", state)
+    with monkeypatch.context() as patch:
+        patch.setattr(delta_file, "read", fail)
+        for repair in ([], ["--repair"]):
+            result = CliRunner().invoke(app, ["sessions", "fsck", str(state), "--json", *repair])
+            found = json.loads(result.stdout)
+            assert result.exit_code == 1
+            assert {p["problem"] for p in found["problems"]} == {f"it cannot be read: {os.strerror(errno.ESTALE)}"}
+            assert found["aside"] == []
+    assert run("list", state) == whole
+    assert run("fsck", state, "--repair")["problems"] == []
 
 
 def test_a_state_dir_of_something_else_is_refused_by_name(state: Path) -> None:

@@ -98,6 +98,20 @@ def take_over(servers: Servers, one: World, two: World) -> None:
     two.save("a")
 
 
+def test_of_files_that_another_server_removes_nothing_is_kept_in_memory(servers: Servers) -> None:
+    one, two = servers.start(), servers.start(keep_versions=1)
+    assert claim(one, "a")
+    one.use("a", 1.0)
+    one.save("a")
+    gone = {str(file.relative_to(servers.folder)) for file in (servers.folder / "sessions").glob("*/*")}
+    take_over(servers, one, two)
+    files = list((servers.folder / "sessions").glob("*/*"))
+    assert len(files) == 1
+    assert gone
+    assert not gone & one.store.sizes.keys()
+    assert two.store.bytes == files[0].stat().st_size
+
+
 def test_a_session_is_had_by_one(servers: Servers) -> None:
     one, two = servers.start(), servers.start()
     assert claim(one, "a")

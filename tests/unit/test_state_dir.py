@@ -105,6 +105,33 @@ def test_files_without_a_database_are_not_removed(tmp_path: Path) -> None:
     assert len(list((tmp_path / "state" / "sessions").rglob("*.safetensors"))) == 1
 
 
+@pytest.mark.parametrize("how", ["a mount point", "the folder"])
+def test_a_start_without_the_files_forgets_nothing(tmp_path: Path, how: str) -> None:
+    """They are on a disk that was not mounted: when it is, everything is there again."""
+    state, away = tmp_path / "state", tmp_path / "away"
+    world = World(state)
+    for name in "ab":
+        world.use(name, 1.0)
+        world.save(name)
+    world.end()
+    (state / "sessions").rename(away)
+    if how == "a mount point":
+        (state / "sessions").mkdir()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"names 2 files of sessions, and none of them is there.* fsck .* --repair"):
+            store(state)
+    (state / "sessions").rmdir()
+    away.rename(state / "sessions")
+    world = World(state)
+    assert world.value("a") == world.value("b") == 1.0
+    world.end()
+    shutil.rmtree(state / "sessions")
+    assert {p["problem"] for p in Offline(state).fsck(repair=True)["problems"]} == {"it is gone"}
+    world = World(state)
+    assert world.value("a") == 0.0, "they are lost, and somebody has said so"
+    world.end()
+
+
 def test_nobody_else_may_read_it(tmp_path: Path) -> None:
     """Nor where somebody has opened it since; the database, its log, and everything below."""
     tmp_path.joinpath("state").mkdir(mode=0o755)

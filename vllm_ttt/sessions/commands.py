@@ -6,6 +6,8 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +38,8 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """The sessions, most recently used first. A state dir shows those of every API key, unless one is given."""
-    found = _sessions(target, api_key, None, key_file).list(all_keys)
+    with _sessions(target, api_key, None, key_file) as sessions:
+        found = sessions.list(all_keys)
     _print(found, as_json, lambda: _table(found))
 
 
@@ -45,7 +48,8 @@ def show(
     target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, key_file: KeyFile = None, as_json: Json = False
 ) -> None:
     """One session: how far it has come, and what is kept of it."""
-    found = _sessions(target, api_key, tenant, key_file).show(name)
+    with _sessions(target, api_key, tenant, key_file) as sessions:
+        found = sessions.show(name)
     _print(found, as_json, lambda: _pairs(found))
 
 
@@ -60,7 +64,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a session as a PEFT adapter, which peft and stock vLLM load."""
-    done = _sessions(target, api_key, tenant, key_file).export(name, out)
+    with _sessions(target, api_key, tenant, key_file) as sessions:
+        done = sessions.export(name, out)
     _print(done, as_json, lambda: _pairs(done))
 
 
@@ -77,7 +82,8 @@ def import_(
     """Make a session of an exported adapter, in a state dir that no server uses. (No server takes tensors.)"""
     if _is_url(target):
         raise TTTError("no server takes tensors: stop it, import into its state dir, and start it again")
-    done = _sessions(target, api_key, tenant, key_file).bring_in(name, source)
+    with _sessions(target, api_key, tenant, key_file) as sessions:
+        done = sessions.bring_in(name, source)
     _print(done, as_json, lambda: _pairs(done))
 
 
@@ -86,7 +92,8 @@ def rm(
     target: Target, name: Name, api_key: Key = None, tenant: Tenant = None, key_file: KeyFile = None, as_json: Json = False
 ) -> None:
     """Remove a session, with its files."""
-    done = _sessions(target, api_key, tenant, key_file).remove(name)
+    with _sessions(target, api_key, tenant, key_file) as sessions:
+        done = sessions.remove(name)
     _print(done, as_json, lambda: _pairs(done))
 
 
@@ -103,8 +110,8 @@ def move(
         raise TTTError("no server does that: stop it, move them in its state dir, and start it again")
     from vllm_ttt.sessions.offline import tenant_of
 
-    offline = _sessions(target, key_file=key_file)
-    done = offline.move(tenant_of(offline.folder, from_), tenant_of(offline.folder, to))
+    with _sessions(target, key_file=key_file) as sessions:
+        done = sessions.move(tenant_of(sessions.folder, from_), tenant_of(sessions.folder, to))
     _print(done, as_json, lambda: _pairs(done))
 
 
@@ -118,9 +125,10 @@ def fsck(
     """Check every file of a state dir. Exit code 1: something is damaged."""
     if _is_url(target):
         raise TTTError("fsck reads a state dir, not a server")
-    found = _sessions(target, key_file=key_file).fsck(repair)
+    with _sessions(target, key_file=key_file) as sessions:
+        found = sessions.fsck(repair)
     _print(found, as_json, lambda: _pairs({k: v for k, v in found.items() if k != "problems"}, found["problems"]))
-    if found["problems"] and not repair:
+    if found["problems"] and not found["repaired"]:
         raise typer.Exit(1)
 
 
@@ -128,7 +136,10 @@ def _is_url(target: str) -> bool:
     return bool(re.match(r"https?://", target))
 
 
-def _sessions(target: str, api_key: str | None = None, tenant: str | None = None, key_file: Path | None = None) -> Any:
+@contextmanager
+def _sessions(
+    target: str, api_key: str | None = None, tenant: str | None = None, key_file: Path | None = None
+) -> Iterator[Any]:
     """The sessions of a server or of a state dir: Online and Offline have the same methods, as far as a server may do it."""
     if _is_url(target):
         from vllm_ttt.sessions.online import Online
@@ -137,13 +148,17 @@ def _sessions(target: str, api_key: str | None = None, tenant: str | None = None
             raise TTTError("--tenant is for a state dir: of a server's sessions those of --api-key can be named, and no others")
         if key_file not in (None, Path(os.environ.get(KEY_FILE, ""))):  # which is for all state dirs of a machine
             raise TTTError("--key-file is for a state dir: a server has its own (sessions.key_file); leave it out")
-        return Online(target, api_key)
+        yield Online(target, api_key)
+        return
     from vllm_ttt.sessions.offline import tenant_of
     from vllm_ttt.sessions.shelves import opened
 
     offline = opened(target, key_file)
-    offline.tenant = tenant or (tenant_of(offline.folder, api_key) if api_key else None)
-    return offline
+    try:
+        offline.tenant = tenant or (tenant_of(offline.folder, api_key) if api_key else None)
+        yield offline
+    finally:
+        offline.close()
 
 
 def _print(value: Any, as_json: bool, draw: Any) -> None:

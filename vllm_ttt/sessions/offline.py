@@ -11,16 +11,17 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vllm_ttt.config import LETTERS
 from vllm_ttt.engine.ledger import cache_summary
-from vllm_ttt.engine.storage import database, erase, records
+from vllm_ttt.engine.storage import database, erase, records, reserve
 from vllm_ttt.engine.storage.provenance import provenance
 from vllm_ttt.engine.storage.records import Row, Version
 from vllm_ttt.errors import TTTError
@@ -33,6 +34,8 @@ from vllm_ttt.vault import Vault
 from vllm_ttt.worker.deltas import delta_file, peft
 from vllm_ttt.worker.deltas.delta_file import MAX_HEADER, UPDATE, FileError
 from vllm_ttt.worker.deltas.masters import WorkerSession
+
+T = TypeVar("T")
 
 
 class SessionsError(TTTError):
@@ -56,6 +59,11 @@ class Offline:
         if self.vault.on and not database.sealed(self.db):
             raise SessionsError(f"{folder} is not encrypted; leave the key out")
         self.geometry = Geometry.from_json(self.identity["geometry"])
+
+    def close(self) -> None:
+        """Nothing will be asked any more."""
+        self.db.close()
+        reserve.keep(self.folder.root)
 
     def list(self, all_keys: bool = False) -> list[dict[str, Any]]:
         return [self._describe(row) for row in records.listing(self.db, None if all_keys else self.tenant)]
@@ -136,8 +144,8 @@ class Offline:
         with self._locked(), noting(self.db, self.folder.root) as note:
             row = self.find(name)
             files, stored = erase.listed(self.db, row.uid), records.name_of(self.db, row.uid)
-            with database.transaction(self.db):
-                gone = records.remove(self.db, row.uid)
+            database.create(self.db, self.identity)  # the tables of this release
+            gone = self._written(lambda: (records.remove(self.db, row.uid), erase.owe(self.db, row.uid))[0])
             for file in gone:
                 self.folder.path(file).unlink(missing_ok=True)
             state = _state(row)
@@ -155,8 +163,7 @@ class Offline:
             raise SessionsError("both keys are the same")
         with self._locked(), noting(self.db, self.folder.root) as note:
             try:
-                with database.transaction(self.db):
-                    moved = records.move(self.db, tenant, to)
+                moved = self._written(lambda: records.move(self.db, tenant, to))
             except ValueError as error:
                 raise SessionsError(f"both keys have sessions of the same name, nothing was moved: {error}") from None
             for row in moved:
@@ -169,7 +176,8 @@ class Offline:
         Returns:
             ``sessions``, ``versions`` and ``bytes``; ``problems``, each with its file and what is wrong; ``leftovers``, files
             of saves that were cut off, which do no harm; ``aside``, damaged files that were set aside earlier.
-            With ``repair``, leftovers are removed, and damaged files set aside, so that their sessions fall back.
+            With ``repair``, leftovers are removed, and damaged files set aside, so that their sessions fall back. What cannot
+            be read now may be whole: it stays.
         """
         if repair:
             with self._locked():
@@ -182,14 +190,13 @@ class Offline:
         except sqlite3.Error as error:
             verdict = str(error)
         problems = [] if verdict == "ok" else [{"file": "sessions.db", "session_id": "", "problem": verdict}]
-        recorded, present = records.files(self.db), self.folder.files()
+        recorded, present, unread = records.files(self.db), self.folder.files(), False
         rows = {row.uid: row for row in records.listing(self.db, None)}
         for uid, row in rows.items():
             if (found := records.find(self.db, row.key)) is not None and found.problem:
                 problems.append({"file": "sessions.db", "session_id": row.key.name, "problem": found.problem})
                 if repair:
-                    with database.transaction(self.db):
-                        records.mend(self.db, found)
+                    self._written(partial(records.mend, self.db, found))
                     for file in found.damaged:
                         self.folder.set_aside(file)
             for version in records.versions(self.db, uid):
@@ -197,10 +204,12 @@ class Offline:
                     continue
                 if not repair and version.file not in records.files(self.db):
                     continue  # a server that runs has replaced it meanwhile
-                problems.append({"file": version.file, "session_id": row.key.name, "problem": problem})
-                if repair:
-                    with database.transaction(self.db):
-                        records.without(self.db, uid, version.file)
+                damaged = not isinstance(problem, OSError)
+                unread |= not damaged
+                text = str(problem) if damaged else f"it cannot be read: {problem.strerror or problem}"
+                problems.append({"file": version.file, "session_id": row.key.name, "problem": text})
+                if repair and damaged:
+                    self._written(partial(records.without, self.db, uid, version.file))
                     self.folder.set_aside(version.file)
         leftovers = sorted(file for file in present if file not in recorded)
         if repair:
@@ -212,12 +221,24 @@ class Offline:
             "bytes": sum(size for _, _, size in recorded.values()),
             "problems": problems,
             "leftovers": leftovers,
-            "aside": sorted(path.name for path in self.folder.damaged.iterdir()),
-            "repaired": repair,
+            "aside": sorted(path.name for path in self.folder.damaged.glob("*")),
+            "repaired": repair and not unread,
         }
 
-    def _problem(self, version: Version) -> str | None:
-        """What is wrong with a version, or None."""
+    def _written(self, change: Callable[[], T]) -> T:
+        """In one transaction, for which a full disk has room. Raises SessionsError."""
+
+        def write() -> T:
+            with database.transaction(self.db):
+                return change()
+
+        try:
+            return reserve.using(self.folder.root, write)
+        except sqlite3.Error as error:
+            raise SessionsError(f"the state dir {self.folder.root} cannot be written: {error}") from None
+
+    def _problem(self, version: Version) -> str | OSError | None:
+        """What is wrong with a version, or None; OSError: nobody knows, since its file cannot be read."""
         if version.problem:
             return version.problem
         try:
@@ -226,7 +247,9 @@ class Offline:
             found = json.loads(metadata["state"])["version"]
         except FileNotFoundError:
             return "it is gone"
-        except (FileError, OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            return error
+        except (FileError, ValueError, KeyError, TypeError) as error:
             return str(error)
         if not found == version.version == version.state.get("version"):
             ledger = version.state.get("version")
@@ -299,6 +322,7 @@ class Offline:
         self.folder.lock()
         try:
             yield
+            reserve.keep(self.folder.root)
         finally:
             self.folder.unlock()
 

@@ -37,6 +37,10 @@ class Shelves:
         for shelf in self.shelves:
             shelf.tenant = tenant
 
+    def close(self) -> None:
+        for shelf in self.shelves:
+            shelf.close()
+
     def list(self, all_keys: bool = False) -> list[dict[str, Any]]:
         found = [session for shelf in self.shelves for session in shelf.list(all_keys)]
         return sorted(found, key=lambda session: session["last_used"], reverse=True)
@@ -71,7 +75,7 @@ class Shelves:
             "problems": [{**p, "file": inside + p["file"]} for inside, one in found for p in one["problems"]],
             "leftovers": [inside + file for inside, one in found for file in one["leftovers"]],
             "aside": [inside + "damaged/" + file if inside else file for inside, one in found for file in one["aside"]],
-            "repaired": repair,
+            "repaired": all(one["repaired"] for _, one in found),
         }
 
     def _of(self, name: str) -> Offline:

@@ -106,6 +106,8 @@ class Files:
             self.trainer.drop(order.session)
         elif order.action == "load":
             self._run(self.reader, order, self._load, order)
+        elif order.action == "check":
+            self._run(self.reader, order, self._check, order)
         elif self.trainer.in_flight(order.session):
             self.waiting.append(order)
         else:
@@ -164,7 +166,7 @@ class Files:
 
     def _failed(self, order: FileOrder, error: BaseException) -> None:
         damaged = isinstance(error, delta_file.FileError | FileNotFoundError)
-        outcome = "damaged" if damaged and order.action == "load" else "failed"
+        outcome = "damaged" if damaged and order.action in ("load", "check") else "failed"
         text, number = getattr(error, "strerror", None) or str(error), getattr(error, "errno", None) or 0
         self.reports.append(FileReport(order.action, order.session, order.path, outcome, error=text, errno=number))
 
@@ -220,6 +222,13 @@ class Files:
         session.host = State(delta, last, torch.tensor([session.rate]))
         session.host = session.host.by(*map(pinned, session.host.tensors()))
         return session, int(state.get("untried", 0)), metadata
+
+    def _check(self, order: FileOrder) -> tuple[FileReport, None]:
+        def read() -> int:
+            _, metadata = delta_file.load(Path(order.path), order.checksum, self.geometry, self.vault)
+            return json.loads(metadata["state"])["version"]
+
+        return FileReport("check", order.session, order.path, "done", self.loaded.tell(read)), None
 
     def _export(self, order: FileOrder, snapshot: Snapshot) -> tuple[FileReport, None]:
         metadata = {**order.metadata, "version": str(snapshot.state["version"])}

@@ -88,7 +88,7 @@ class Changes:
         return self.tiers.run(session, self._freeze(session, why))
 
     def _remove(self, session: Session, event: str) -> Steps:
-        found = yield from self._write(session, lambda store: store.replace(session.key, session.uid))
+        found = yield from self._write(session, lambda store: _wait(store.replace(session.key, session.uid)))
         try:
             receipt = yield from self._receipt(session, found or {"files": [], "files_left": [], "database_wiped": True})
             yield from self.audit.durable(event, session, **receipt)
@@ -121,7 +121,7 @@ class Changes:
         self.ledger.claim(session)  # it gets a row
         uid, state = secrets.token_hex(16), keep()
         row = Row(uid, session.key, session.created, time.time(), state)
-        yield from self._write(session, lambda store: store.replace(session.key, session.uid, row))
+        yield from self._write(session, lambda store: _wait(store.replace(session.key, session.uid, row)))
         try:
             yield from self.audit.durable("reset", session, version=session.version, new_uid=uid)
         finally:
@@ -136,8 +136,7 @@ class Changes:
         self.ledger.claim(session)
         if self.store is None:
             yield from self.tiers.bring_in(session)
-        write: Callable[[Store], Future] = lambda store: store.back_to(session.row(), version, session.standing())  # noqa: E731
-        found = yield from self._write(session, write)
+        found = yield from self._write(session, lambda store: self._back_to(store, session, version))
         before = session.version
         if found is not None:
             self.tiers.become(session, {**found.state, **session.standing()}, found)
@@ -169,6 +168,19 @@ class Changes:
             raise RequestError(f"session {session.key.name!r} has just been returned further; look at it, and try again", 409)
         yield from self.audit.durable("rollback", session, version=before, to_version=version)
         return session
+
+    def _back_to(self, store: Store, session: Session, version: int) -> Steps:
+        """Make a recorded version the newest, if its file is whole: afterwards it is all that there is. Returns it, or None
+        where it is not recorded."""
+        if (recorded := store.version(session.uid, version)) is not None:
+            path = str(store.folder.path(recorded.file))
+            report: FileReport = yield self.tiers.orders.ask(FileOrder("check", session.adapter, path, recorded.checksum))
+            why = report.error if report.outcome != "done" else ""
+            if why or report.version != version:
+                why = why or f"it holds version {report.version}"
+                message = f"session {session.key.name!r} stays as it was: version {version} could not be read: {why}"
+                raise RequestError(message, 507)
+        return (yield store.back_to(session.row(), version, session.standing()))
 
     def _copy(self, source: Session, target: Session, worker: Worker) -> Steps:
         _need_idle(source)
@@ -245,14 +257,14 @@ class Changes:
         yield from self.audit.durable("freeze" if why else "unfreeze", session, version=session.version)
         return session
 
-    def _write(self, session: Session, write: Callable[[Store], Future]) -> Steps:
+    def _write(self, session: Session, write: Callable[[Store], Steps]) -> Steps:
         """The session is changing from here on; returns what was written. Where it cannot be, the session is as it was."""
         _need_idle(session)
         self.tiers.move(session, State.CHANGING_IN_MEMORY if session.life.in_memory else State.CHANGING)
         if self.store is None:
             return None
         try:
-            return (yield from self._written(session, _wait(write(self.store))))
+            return (yield from self._written(session, write(self.store)))
         except Exception:
             self._unchanged(session)
             raise
@@ -263,7 +275,8 @@ class Changes:
         try:
             return (yield from steps)
         except StoreError as error:
-            message = f"session {session.key.name!r} stays as it was: the state dir cannot be written: {error}"
+            how = "is here as it was, and may have changed on disk" if error.in_doubt else "stays as it was"
+            message = f"session {session.key.name!r} {how}: the state dir cannot be written: {error}"
             raise answer_of(error, message) from None
 
     def _unchanged(self, session: Session) -> None:

@@ -254,12 +254,13 @@ class Saves:
         return [good.version, good.file, good.checksum], good
 
     def _put(self, row: Row) -> Steps:
-        """Record the newest version of a session, whose file is there. Raises StoreError: then the file is not."""
+        """Record the newest version of a session, whose file is there. Raises StoreError: then the file is not, unless it may
+        have been recorded."""
         try:
             yield self.store.put(row)
-        except StoreError:
+        except StoreError as error:
             for version in (row.newest, row.good):
-                if version is not None:
+                if version is not None and not error.in_doubt:
                     self.store.discard(version.file)
             raise
 

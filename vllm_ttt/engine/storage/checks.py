@@ -9,7 +9,7 @@ from typing import Any
 from vllm_ttt import placement, plugin
 from vllm_ttt.audit_log import Log
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.storage import database, places
+from vllm_ttt.engine.storage import database, places, reserve
 from vllm_ttt.engine.storage.identity import compare, identity
 from vllm_ttt.engine.storage.shelves import settle
 from vllm_ttt.engine.storage.store import Store
@@ -51,10 +51,12 @@ def _check_state_dir(folder: StateDir, vllm_config: Any, config: TTTConfig) -> b
     alone = folder.lock(config.sessions.shared)
     folder.unlock()
     if folder.exists():
-        with contextlib.closing(database.connect(folder.database, vault=vault)) as db:
-            compare(database.read_identity(db), identity(vllm_config, config), folder.root)
-            database.check_vault(db, folder.root, record=alone)
+        root = folder.root
+        with database.readable(root), contextlib.closing(database.connect(folder.database, vault=vault)) as db:
+            compare(database.read_identity(db), identity(vllm_config, config), root)
+            reserve.using(root, lambda: database.check_vault(db, root, record=alone))
             if secret := os.environ.get(SECRET_VARIABLE):
-                database.check_secret(db, secret, folder.root, record=alone)
+                reserve.using(root, lambda: database.check_secret(db, secret, root, record=alone))
             settled = settled and places.settled(db, 1)
+        reserve.keep(root)
     return settled

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_ttt.engine.storage import reserve
+from vllm_ttt.engine.storage.failures import InDoubt
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.state_dir import FORMAT, SECRET_VARIABLE, fingerprint
 from vllm_ttt.vault import PLAIN, SealError, Vault
@@ -22,6 +24,7 @@ CREATE TABLE IF NOT EXISTS versions (
     uid TEXT NOT NULL REFERENCES sessions ON DELETE CASCADE, version INTEGER NOT NULL, file TEXT NOT NULL UNIQUE,
     bytes INTEGER NOT NULL, checksum TEXT NOT NULL, saved REAL NOT NULL, summary TEXT NOT NULL, detail TEXT NOT NULL,
     PRIMARY KEY (uid, version));
+CREATE TABLE IF NOT EXISTS unwiped (uid BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS sessions_last_used ON sessions (last_used, tenant, name);
 CREATE INDEX IF NOT EXISTS sessions_of_tenant ON sessions (tenant, last_used, name);
 CREATE INDEX IF NOT EXISTS versions_saved ON versions (saved);
@@ -40,10 +43,17 @@ class _Database(sqlite3.Connection):
 def connect(database: Path, readonly: bool = False, vault: Vault = PLAIN) -> sqlite3.Connection:
     """A connection; raises ConfigError where the file is not a database. ``vault``: what it is sealed with (`check_vault`)."""
     try:
-        uri = f"{database.as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        db = sqlite3.connect(
-            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=PATIENCE / 1000, factory=_Database
-        )
+        return reserve.using(database.parent, lambda: _open(database, readonly, vault))
+    except sqlite3.Error as error:
+        raise ConfigError(f"{database} cannot be opened: {error}") from None
+
+
+def _open(database: Path, readonly: bool, vault: Vault) -> sqlite3.Connection:
+    uri = f"{database.as_uri()}?mode={'ro' if readonly else 'rwc'}"
+    db = sqlite3.connect(
+        uri, uri=True, isolation_level=None, check_same_thread=False, timeout=PATIENCE / 1000, factory=_Database
+    )
+    try:
         db.vault = vault
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA secure_delete = ON")
@@ -55,22 +65,64 @@ def connect(database: Path, readonly: bool = False, vault: Vault = PLAIN) -> sql
             if journal != "wal" and found != journal:
                 raise sqlite3.OperationalError(f"its journal cannot be {journal}: somebody reads it")
             db.execute("PRAGMA synchronous = FULL")
-        return db
-    except sqlite3.Error as error:
-        raise ConfigError(f"{database} cannot be opened: {error}") from None
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What cannot be read or written inside, of a state dir that is being opened, is a ConfigError."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        message = f"the state dir {folder} cannot be read: {error}; vllm-ttt sessions fsck checks it"
+        raise ConfigError(message) from None
 
 
 @contextlib.contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All that is done inside, or, where it raises, nothing of it."""
+    """All that is done inside, or, where it raises, nothing of it; InDoubt: that is not known."""
     try:
         db.execute("BEGIN IMMEDIATE")
         yield
-        db.execute("COMMIT")
+        _commit(db)
     except BaseException:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def _commit(db: sqlite3.Connection) -> None:
+    try:
+        db.execute("COMMIT")
+    except sqlite3.Error as error:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        code = getattr(error, "sqlite_errorcode", 0)
+        # What could not be written out is not whole, and counts for nothing.
+        if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL) or code == sqlite3.SQLITE_IOERR_WRITE or _settled(db):
+            raise
+        found = InDoubt(f"{error}; a restart may find it written all the same")
+        found.sqlite_errorcode = code
+        raise found from None
+
+
+def _settled(db: sqlite3.Connection) -> bool:
+    """After a transaction that failed: whether it is certain that it has not happened.
+
+    All of it may be in the write-ahead log, unsynced (sqlite3WalFrames writes the frames, and syncs them then). SQLite goes on
+    without it, and the next transaction is written over it; but until then whoever opens the database after a kill finds it
+    there, whole. In a shared state dir, which has no such log, it may have happened at once.
+    """
+    try:
+        if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            return False
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('settled', '')")
+        return True
+    except sqlite3.Error:
+        return False
 
 
 def create(db: sqlite3.Connection, identity: dict[str, Any]) -> dict[str, Any]:
@@ -106,16 +158,12 @@ def check_secret(db: sqlite3.Connection, secret: str, folder: Path, record: bool
     if found is not None and found[0] != ours:
         (lost,) = db.execute("SELECT count(*) FROM sessions WHERE tenant != '-'").fetchone()
         if lost or not record:
-            what = (
-                f"has {lost} sessions of API keys that were made under another secret"
-                if lost
-                else "is used under another secret"
-            )
+            what = f"has {lost} sessions of API keys that were made" if lost else "is used"
             raise ConfigError(
-                f"the state dir {folder} {what}: no key would find its own. Restore that secret ({SECRET_VARIABLE} of the "
-                f"environment, or else the file {folder / 'secret'}), or name another state dir"
+                f"the state dir {folder} {what} under another secret: no key would find its own. Restore that secret "
+                f"({SECRET_VARIABLE} of the environment, or else the file {folder / 'secret'}), or name another state dir"
             )
-    if record:
+    if record and found != (ours,):
         db.execute("INSERT OR REPLACE INTO meta VALUES ('secret', ?)", (ours,))
 
 
@@ -160,6 +208,6 @@ def sealed(db: sqlite3.Connection) -> bool:
 
 def name_audit_log(db: sqlite3.Connection, path: str | None) -> None:
     """Where commands on the state dir note what they do; relative to it, or absolute."""
-    db.execute("DELETE FROM meta WHERE key = 'audit'")
+    db.execute("DELETE FROM meta WHERE key = 'audit' AND value IS NOT ?", (path,))
     if path is not None:
-        db.execute("INSERT INTO meta VALUES ('audit', ?)", (path,))
+        db.execute("INSERT OR IGNORE INTO meta VALUES ('audit', ?)", (path,))

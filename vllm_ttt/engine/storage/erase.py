@@ -31,25 +31,40 @@ def listed(db: sqlite3.Connection, uid: str) -> list[dict[str, Any]]:
     return [{"version": v.version, "bytes": v.bytes, "sha256": v.checksum, "digest": v.state.get("digest")} for v in found]
 
 
-def wipe(db: sqlite3.Connection, folder: StateDir, uid: str, name: str) -> bool:
-    """Remove what the removed rows of a session have left in the database's files, and files of it that no row named.
+def owe(db: sqlite3.Connection, uid: str) -> None:
+    """Part of the transaction that removes a session: it is to be wiped, by whoever comes after a kill if need be."""
+    db.execute("INSERT OR IGNORE INTO unwiped VALUES (?)", (bytes.fromhex(uid),))  # not as the text that is searched for
+
+
+def owed(db: sqlite3.Connection) -> list[str]:
+    """The uids of removed sessions that are still to be wiped."""
+    query = "SELECT lower(hex(uid)) AS uid FROM unwiped WHERE lower(hex(uid)) NOT IN (SELECT uid FROM sessions)"
+    return [uid for (uid,) in db.execute(query)]
+
+
+def wipe(db: sqlite3.Connection, folder: StateDir, uid: str = "", name: str = "") -> bool:
+    """Remove what the removed rows of a session have left in the database's files, and files of it that no row named; and of
+    all others that are owed.
 
     SQLite overwrites what it frees (secure_delete), but may leave a copy where it has moved a row to another page: so the file
-    is searched, and where there is one, written anew.
+    is searched, and where there is one, written anew. So it is for others: their names, to be searched for, are no more.
 
     Returns:
         whether that is done; False where a reader of the database, or a full disk, is in the way.
     """
     try:
         db.execute(f"PRAGMA busy_timeout = {_PATIENCE}")
-        for file in folder.files_of(uid):  # what a killed server had not recorded yet, too
+        uids = {*owed(db), *filter(None, [uid])}
+        for file in [file for one in uids for file in folder.files_of(one)]:  # what a killed server had not recorded yet, too
             file.unlink(missing_ok=True)
         if not _checkpoint(db):
             return False
-        if not _left(db, folder, uid, name):
-            return True
-        db.execute("VACUUM")
-        return _checkpoint(db)
+        if uids - {uid} or (uid and _left(db, folder, uid, name)):
+            db.execute("VACUUM")
+            if not _checkpoint(db):
+                return False
+        db.executemany("DELETE FROM unwiped WHERE uid = ?", [(bytes.fromhex(one),) for one in uids])
+        return True
     except (sqlite3.Error, OSError) as error:
         logger.error("vllm-ttt: what the database has of a removed session could not be overwritten: %s", error)
         return False

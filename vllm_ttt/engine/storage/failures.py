@@ -12,10 +12,15 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, er
 _NO_ROOM_SQLITE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 
 
-class StoreError(RequestError):
-    """Something could not be read (503) or written (507). ``everywhere``: nor could anything else be."""
+class InDoubt(sqlite3.OperationalError):
+    """A transaction failed so late that a kill, before another one is written, may bring it about after all."""
 
-    everywhere = False
+
+class StoreError(RequestError):
+    """Something could not be read (503) or written (507). ``everywhere``: nor could anything else be. ``in_doubt``: it may
+    have been written (`InDoubt`), so the files that it names stay, and those that it does not name any more."""
+
+    everywhere = in_doubt = False
 
 
 class Moved(StoreError):
@@ -52,6 +57,7 @@ def store_error(error: Exception) -> StoreError:
         found.everywhere = error.errno in _NO_ROOM
         return found
     found = StoreError(str(error), 507)
+    found.in_doubt = isinstance(error, InDoubt)
     if isinstance(error, sqlite3.Error):
         found.everywhere = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _NO_ROOM_SQLITE
     return found

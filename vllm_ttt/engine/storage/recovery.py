@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 
 from vllm_ttt.engine.storage import records
+from vllm_ttt.errors import ConfigError
 from vllm_ttt.log import logger_of
 from vllm_ttt.state_dir import StateDir
 
@@ -16,8 +17,17 @@ _OLD = 3600.0
 
 
 def recover(db: sqlite3.Connection, folder: StateDir) -> None:
-    """Remove what was never recorded, and fall back where a file is gone or cut short. Nobody else uses the state dir."""
+    """Remove what was never recorded, and fall back where a file is gone or cut short. Nobody else uses the state dir.
+
+    Raises ConfigError, and changes nothing, where all files are gone.
+    """
     recorded, present = records.files(db), folder.files()
+    if recorded and not recorded.keys() & present.keys():
+        raise ConfigError(
+            f"the state dir {folder.root} has a sessions.db that names {len(recorded)} files of sessions, and none of them is "
+            "there: bring the folder sessions back (is something to be mounted there?), or, if they are lost, let the sessions "
+            f"begin anew: vllm-ttt sessions fsck {folder.root} --repair"
+        )
     leftovers = [file for file in present if file not in recorded]
     for file in leftovers:
         (folder.root / file).unlink(missing_ok=True)

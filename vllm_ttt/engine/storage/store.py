@@ -15,15 +15,16 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from vllm_ttt import plugin
 from vllm_ttt.config import TTTConfig
-from vllm_ttt.engine.storage import database, erase, places, records, recovery
+from vllm_ttt.engine.storage import database, erase, places, records, recovery, reserve
 from vllm_ttt.engine.storage.contention import Contention
 from vllm_ttt.engine.storage.failures import Moved, StoreError, store_error
 from vllm_ttt.engine.storage.identity import compare, identity
-from vllm_ttt.engine.storage.records import Row
+from vllm_ttt.engine.storage.records import Row, Version
 from vllm_ttt.engine.storage.turns import Turns
 from vllm_ttt.engine.storage.watch import Watch
 from vllm_ttt.errors import ConfigError
@@ -42,7 +43,7 @@ class Change:
     result: Any = None
     added: dict[str, int] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
-    #: uid and name of a session of which no byte is to be left; the result says whether
+    #: uid and name of a session of which no byte is to be left, "" of those of earlier removals; the result says whether
     erased: tuple[str, str] | None = None
 
 
@@ -58,13 +59,15 @@ def open_store(vllm_config: Any, config: TTTConfig) -> Store | None:
     limit, secret = int(sessions.disk_gib * 2**30), os.environ.get(SECRET_VARIABLE)
     folder, vault = StateDir(sessions.state_dir), Vault.of(sessions.key_file)
     store = Store(folder, identity(vllm_config, config), sessions.keep_versions, limit, secret, vault, sessions.shared)
+    db, engine = store._writer, vllm_config.parallel_config.data_parallel_index  # which nothing is asked of yet, and waits
     try:
-        db, engine = store._writer, vllm_config.parallel_config.data_parallel_index  # which nothing is asked of yet, and waits
-        places.check(db, folder.root, engine, plugin.engines_of(vllm_config))
-        database.name_audit_log(db, sessions.audit_log)
+        with database.readable(folder.root):
+            places.check(db, folder.root, engine, plugin.engines_of(vllm_config))
+            reserve.using(folder.root, lambda: database.name_audit_log(db, sessions.audit_log))
     except BaseException:
         store.close()
         raise
+    reserve.keep(folder.root)
     return store
 
 
@@ -93,37 +96,26 @@ class Store:
         folder.create()
         alone = folder.lock(shared)
         try:
-            if alone:
-                folder.shared(shared)
-            if not folder.exists() and (orphans := len(folder.files())):
-                raise ConfigError(
-                    f"the state dir {folder.root} has {orphans} files of sessions and no sessions.db, which says whose they "
-                    "are; restore it from a backup, or remove the folder sessions"
-                )
-            self.reader = database.connect(folder.database, vault=vault)
-            compare(database.create(self.reader, identity), identity, folder.root)
-            database.check_vault(self.reader, folder.root, record=alone)
-            if secret:
-                database.check_secret(self.reader, secret, folder.root, record=alone)
-            (recovery.recover if alone else recovery.sweep)(self.reader, folder)
-            #: of a state dir that is shared: who has which session
-            self.watch = Watch(folder, vault, alone) if shared else None
-            self.leases = self.watch.leases if self.watch is not None else None
-            if shared:
-                self.reader.execute(f"PRAGMA busy_timeout = {database.BRIEFLY}")
-            if shared and alone:
-                folder.share()
-            folder.keep_reserve()
-            self.sizes = {file: size for file, (_, _, size) in records.files(self.reader).items()}
-            self._writer = database.connect(folder.database, vault=vault)
-        except (sqlite3.Error, OSError) as error:
-            folder.unlock()
-            message = f"the state dir {folder.root} cannot be read: {error}; vllm-ttt sessions fsck checks it"
-            raise ConfigError(message) from None
+            with database.readable(folder.root):
+                if alone:
+                    folder.shared(shared)
+                self._open(secret, alone)
+                #: of a state dir that is shared: who has which session
+                self.watch = reserve.using(folder.root, lambda: Watch(folder, vault, alone)) if shared else None
+                if shared:
+                    self.reader.execute(f"PRAGMA busy_timeout = {database.BRIEFLY}")
+                if shared and alone:
+                    folder.share()
+                reserve.keep(folder.root)
+                owed = erase.owed(self.reader)
+                self.bytes = records.total_bytes(self.reader)
+                #: of each file, where no other server writes and removes some
+                self.sizes = {} if shared else {f: size for f, (_, _, size) in records.files(self.reader).items()}
+                self._writer = database.connect(folder.database, vault=vault)
         except BaseException:
             folder.unlock()
             raise
-        self.bytes = sum(self.sizes.values())
+        self.leases = self.watch.leases if self.watch is not None else None
         #: why the last write found no room; "" once one did, or something was removed
         self.full = ""
         self._totals: tuple[int, list[str]] = (0, [])
@@ -134,8 +126,6 @@ class Store:
         #: rows that `find` answers with while they are being written
         self._pending: dict[SessionKey, tuple[int, Row]] = {}
         self._number = 0
-        #: uids and names of removed sessions of which something may be left in the database
-        self._unwiped: deque[tuple[str, str]] = deque()
         #: sessions whose damaged rows are being mended
         self._mending: set[str] = set()
         self._turns = Turns()
@@ -144,6 +134,8 @@ class Store:
         self._asked: tuple[deque[tuple[Future, Future, bool]], ...] = deque(), deque()
         self._thread = threading.Thread(target=self._run, name="ttt-store", daemon=True)
         self._thread.start()
+        if owed:
+            self.write(lambda _: Change({}, erased=("", "")), frees=True, yields=True)
 
     # Reads, on the engine's thread: of one session, or counts.
 
@@ -165,6 +157,11 @@ class Store:
         """The recorded versions of a session, oldest first."""
         with self.contention.reading():
             return [v.version for v in records.versions(self.reader, uid) if not v.problem]
+
+    def version(self, uid: str, version: int) -> Version | None:
+        """That version of a session; None where it is not recorded, or not any more."""
+        with self.contention.reading():
+            return next((v for v in records.versions(self.reader, uid) if v.version == version and not v.problem), None)
 
     def count(self, tenant: str | None = None) -> int:
         """Sessions of a tenant; without one, of all."""
@@ -217,6 +214,7 @@ class Store:
         def write(db: sqlite3.Connection) -> Change:
             name, files = records.name_of(db, uid), erase.listed(db, uid)
             gone = records.remove(db, uid)
+            erase.owe(db, uid)
             if row is not None:
                 records.put(db, row, self.keep)
             return Change({"files": files}, gone=gone, erased=(uid, name))
@@ -303,7 +301,27 @@ class Store:
         if self.watch is not None:
             self.watch.leave()
         self.reader.close()
+        reserve.keep(self.folder.root)
         self.folder.unlock()
+
+    def _open(self, secret: str | None, alone: bool) -> None:
+        """Open the database, and see whether it is ours, and what a stop of any kind has left."""
+        folder = self.folder
+        if not folder.exists() and (orphans := len(folder.files())):
+            raise ConfigError(
+                f"the state dir {folder.root} has {orphans} files of sessions and no sessions.db, which says whose they "
+                "are; restore it from a backup, or remove the folder sessions"
+            )
+        self.reader = db = database.connect(folder.database, vault=self.vault)
+
+        def take_up() -> None:
+            compare(database.create(db, self.identity), self.identity, folder.root)
+            database.check_vault(db, folder.root, record=alone)
+            if secret:
+                database.check_secret(db, secret, folder.root, record=alone)
+            (recovery.recover if alone else recovery.sweep)(db, folder)
+
+        reserve.using(folder.root, take_up)
 
     def _mend(self, row: Row) -> None:
         if row.uid in self._mending:
@@ -346,14 +364,10 @@ class Store:
         while (first := self._turns.get()) is not None:
             write, frees, future, waits = first
             try:
-                try:
-                    result = self._execute(db, write, waits)
-                except (sqlite3.Error, OSError) as error:
-                    if not (frees and store_error(error).everywhere and self.folder.give_reserve()):
-                        raise
-                    result = self._execute(db, write, waits)
+                execute = partial(self._execute, db, write, waits)
+                result = reserve.using(self.folder.root, execute) if frees else execute()
                 if frees:
-                    self.folder.keep_reserve()
+                    reserve.keep(self.folder.root)
                 future.set_result(result)
             except Exception as error:
                 future.set_exception(store_error(error))
@@ -365,16 +379,14 @@ class Store:
 
         change, total = self.contention.transact(db, written, waits)
         # It is written: nothing that follows may fail.
-        self.sizes |= change.added
-        self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
-        if total is not None:
+        if total is None:
+            self.sizes |= change.added
+            self.bytes += sum(change.added.values()) - sum(self.sizes.pop(file, 0) for file in change.gone)
+        else:
             self.bytes = total
         for file in change.gone:
             self.discard(file)
         if change.erased is not None:
             left = [file for file in change.gone if os.path.lexists(self.folder.root / file)]
-            self._unwiped.append(change.erased)
-            while self._unwiped and erase.wipe(db, self.folder, *self._unwiped[0]):
-                self._unwiped.popleft()
-            change.result |= {"files_left": left, "database_wiped": not self._unwiped}
+            change.result |= {"files_left": left, "database_wiped": erase.wipe(db, self.folder, *change.erased)}
         return change
