@@ -327,6 +327,42 @@ def test_a_prompt_is_read_to_its_end_under_one_delta_also_where_its_session_is_r
     assert [request for request, _ in worker.trainer.take_report().settled] == []
 
 
+@pytest.mark.parametrize("end", ["read", "given up"])
+def test_a_prompt_that_is_preempted_is_read_again_under_that_delta(end: str) -> None:
+    """Its first part has been learned: whatever says what its tokens cost has not seen them. Then the slot follows."""
+    worker = Hooks()
+    worker.start("a", A, 3)
+    worker.batch(("a", 0, 2 * CHUNK))
+    worker.trainer.learn(CHUNK)
+    worker.backlog.preempt("a")
+    worker.trainer.sync()
+    session = worker.trainer.deltas.session(A)
+    assert (session.version, session.served) == (1, 0)
+    worker.batch(("a", 0, CHUNK))
+    assert (worker.learn(), session.served) == ({A: 1}, 0)
+    if end == "read":
+        worker.batch(("a", CHUNK, 2 * CHUNK + 1))
+    else:
+        worker.backlog.preempt("a")
+        worker.backlog.finish("a", 3 * CHUNK)
+    assert worker.learn()[A] == session.served == (3 if end == "read" else 1)
+    assert not worker.backlog.reading_sessions()
+
+
+def test_the_first_token_is_of_the_delta_that_has_read_the_prompt() -> None:
+    """Where all pairs of the prompt are read, and its last token is not yet."""
+    worker = Hooks()
+    worker.start("a", A, 1)
+    worker.batch(("a", 0, CHUNK))
+    session = worker.trainer.deltas.session(A)
+    assert (worker.learn(), session.served) == ({A: 1}, 0)
+    assert not worker.trainer.take_report().settled
+    worker.batch(("a", CHUNK, 1))
+    worker.trainer.sync()
+    assert session.served == 1
+    assert worker.trainer.take_report().settled == [("a", A)]
+
+
 def test_history_is_read_under_that_delta_too() -> None:
     """It is read again where an epoch has ended, in parts, and nothing of it is captured."""
     worker = twice_learned()

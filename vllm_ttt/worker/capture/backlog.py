@@ -115,10 +115,11 @@ class Backlog:
         if request not in self.readings:
             self.lost += lost
             return
-        reading.blocks, reading.begun = [], False
+        reading.blocks = []
+        reading.begun &= not reading.prompt_read  # what has been read in part is read again under the same delta
         if lost:
             reading.seen, reading.next = max(reading.seen, reading.next), lost[0].first
-            reading.prompt_read = reading.next >= reading.plan.prompt - 1
+            reading.prompt_read = reading.next >= reading.plan.prompt
             reading.closed = False
 
     def note_blocks(self, request: str, blocks: Sequence[int], anew: bool) -> None:
@@ -297,7 +298,7 @@ class Backlog:
             position = part_end
         reading.next = max(reading.next, end)
         reading.begun = True
-        if not reading.prompt_read and reading.next >= last_of_prompt:
+        if not reading.prompt_read and reading.next >= plan.prompt:  # its last row has the first token of the answer
             reading.prompt_read = True
             if not reading.closed and not (plan.learn and plan.learn_output):
                 self._end(rows.request, reading)
