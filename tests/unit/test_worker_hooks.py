@@ -217,6 +217,29 @@ class Late(Clock):
         return 1.0
 
 
+def test_what_a_request_begins_with_is_known() -> None:
+    """With `consistency: eventual` a step of its session may be under way: its slot has what that has made already."""
+    worker = Hooks()
+    worker.go_by(Late())
+    worker.start("a", A, 2)
+    worker.batch(("a", 0, 2 * CHUNK + 1))
+    worker.trainer.learn(CHUNK)
+    worker.trainer.sync()
+    session = worker.trainer.deltas.session(A)
+    assert (session.version, session.serving) == (0, None)
+    worker.start("b", A, 2)
+    assert session.served == 1
+    worker.batch(("b", 0, CHUNK))
+    worker.trainer.learn(CHUNK)
+    worker.trainer.collect(wait=True)
+    worker.trainer.sync()
+    assert (session.version, session.served) == (2, 1)
+    worker.trainer.learn(CHUNK)
+    assert worker.trainer.in_flight(A)
+    worker.start("c", A, 2)
+    assert worker.trainer.in_flight(A), "what is served is another: nobody waits"
+
+
 def test_what_came_of_a_step_is_taken_in_while_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """While nobody is served, the device does not wait for the host between two steps: the next one is launched just before one
     ends, and no third."""

@@ -186,8 +186,9 @@ class Trainer:
         self.stopped.discard(key)
 
     def start(self, request: str, plan: RequestPlan) -> None:
-        """A request of a session begins. Where the engine core did not know yet that the guard has stopped the session, it is
-        served and not learned."""
+        """A request begins. Where the engine core does not know that the guard has stopped its session, it is not learned."""
+        if self.in_flight(plan.session) and self.deltas.session(plan.session).serving is None:
+            self.collect(wait=True)  # with `consistency: eventual` alone: its slot has what this step has made
         self.backlog.start(request, plan)
         if plan.learn and plan.session in self.stopped:
             self.lose(plan.session, "frozen")
@@ -367,7 +368,7 @@ class Trainer:
         reason = None if ok else ("loss" if self.compute.max_loss < loss < math.inf else "nonfinite")
         if reason == "nonfinite" and self.nonfinite.again():
             count = self.nonfinite.count
-            logger.warning("vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", count)
+            logger.warning("vllm-ttt: loss, gradient or step of a chunk is not finite; it is not learned (time %d)", count)
         self._report_chunk(chunk, loss, reason, base, known)
 
     def _remember(self, session: WorkerSession, text: Text) -> Known | None:
