@@ -386,6 +386,19 @@ def test_the_first_token_is_of_the_delta_that_has_read_the_prompt() -> None:
     assert worker.trainer.take_report().settled == [("a", A)]
 
 
+def test_of_a_prompt_whose_client_leaves_all_is_said() -> None:
+    """So that it is given back to what may be learned in an hour."""
+    worker = Hooks()
+    worker.start("a", A, 3)
+    worker.batch(("a", 0, CHUNK + 5))
+    worker.backlog.finish("a", 3 * CHUNK)
+    assert worker.learn() == {A: 1}
+    report = worker.trainer.take_report()
+    said = {chunk.skipped: (chunk.end - chunk.tokens, chunk.end) for chunk in report.chunks}
+    assert said == {None: (0, CHUNK), "unread": (CHUNK, 3 * CHUNK)}
+    assert report.settled == [("a", A)]
+
+
 def test_history_is_read_under_that_delta_too() -> None:
     """It is read again where an epoch has ended, in parts, and nothing of it is captured."""
     worker = twice_learned()

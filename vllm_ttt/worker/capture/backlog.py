@@ -60,6 +60,8 @@ class Backlog:
         self.filtered: list[Chunk] = []
         #: pairs of requests that ended before they could be captured again, likewise
         self.lost: list[Chunk] = []
+        #: what had not been read of prompts whose request has ended, likewise
+        self.unread: list[Chunk] = []
         #: learning requests until all of them has been learned; they may outlive their reading
         self.closing: dict[str, Reading] = {}
 
@@ -67,7 +69,8 @@ class Backlog:
         self.readings[request] = Reading(plan, plan.start)
 
     def finish(self, request: str, pairs: int | None = None) -> None:
-        """The request has left the engine: close its last chunk. A prompt that was not read to its end loses its open chunk.
+        """The request has left the engine: close its last chunk. Of a prompt that was not read to its end the open chunk is not
+        learned, as what comes after it.
 
         Args:
             pairs: how many pairs the request has; what was captured beyond (an iteration that ran ahead, accepted drafts after
@@ -80,10 +83,14 @@ class Backlog:
             if reading.open is not None:
                 reading.open.rows -= max(0, min(reading.next - pairs, reading.open.rows))
             self._cut(reading, request, pairs)
-        end = reading.seen if pairs is None else min(reading.seen, pairs)
-        if reading.next < end and not reading.closed:
+        if reading.plan.learn and not reading.closed:
             first = reading.next if reading.open is None else reading.open.first
-            self.lost.append(Chunk(reading.plan.session, request, page=-1, first=first, rows=end - first))
+            seen = reading.seen if pairs is None else min(reading.seen, pairs)
+            if reading.next < seen:
+                self.lost.append(Chunk(reading.plan.session, request, page=-1, first=first, rows=seen - first))
+                first = seen
+            if (rest := reading.plan.prompt - 1 - first) > 0:
+                self.unread.append(Chunk(reading.plan.session, request, page=-1, first=first, rows=rest))
         if reading.open is not None:
             if reading.prompt_read:
                 self._close(reading)

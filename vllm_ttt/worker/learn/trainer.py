@@ -131,7 +131,6 @@ class Trainer:
                     self.failed("the outcome of a chunk could not be taken in; what its session has waiting is given up")
                     self._report_chunk(chunk, math.nan, "error")
                     self.lose(chunk.session, "error")
-
         for trial in self.guard.collect(self.deltas.sessions, sums):
             self.report.trials.append(trial)
             if trial.back_to is not None:
@@ -153,6 +152,7 @@ class Trainer:
         backlog = self.backlog
         closed: dict[ChunkReason, list[Chunk]] = {
             "short": backlog.short, "repetition": backlog.repetitive, "filter": backlog.filtered, "full": backlog.lost,
+            "unread": backlog.unread,
         }  # fmt: skip
         for reason, chunks in closed.items():
             for chunk in chunks:
