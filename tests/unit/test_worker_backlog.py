@@ -299,6 +299,29 @@ def test_accepted_drafts_beyond_the_end_are_not_learned(answer: int, beyond: int
     assert backlog.closing["r"].unlearned == len(queued(backlog)), "or its session would wait for ever"
 
 
+@pytest.mark.parametrize("beyond", [1, 2])
+@pytest.mark.parametrize("answer", [0, 1, 5, 7, 8, 9, 15, 16])
+def test_what_is_sampled_anew_is_learned_in_its_place(answer: int, beyond: int) -> None:
+    """With `reset_prefix_cache` and asynchronous scheduling vLLM throws away what it sampled last, which nobody was served."""
+    backlog = make(prompt=9, learn_output=True)
+    take(backlog, "r", 0, 9)
+    for position in range(9, 8 + answer + beyond):
+        take(backlog, "r", position, 1)
+    backlog.resume("r", pairs=8 + answer)
+    rows, h = torch.arange(8 + answer + 4), torch.zeros(64, WIDTH)
+    for first in (0, 8 + answer):
+        again = rows[first:][: 8 + answer if first == 0 else None]
+        backlog.take([Rows("r", 0, first, again + 1 + 500 * (again >= 8 + answer))], h, h)
+    backlog.finish("r", pairs=8 + answer + 4)
+    chunks = [*backlog.queues[7], *backlog.short]
+    said = {}
+    for chunk in chunks:
+        said |= dict(zip(range(chunk.first, chunk.end), backlog.t_PC[chunk.page, : chunk.rows].tolist(), strict=True))
+    assert said == {pair: pair + 1 + 500 * (pair >= 8 + answer) for pair in range(8 + answer + 4)}
+    assert sum(chunk.rows for chunk in chunks) == len(said), "each once"
+    assert backlog.room == PAGES - len(backlog.queues[7])
+
+
 def test_a_prompt_that_was_not_read_to_its_end_loses_its_open_chunk() -> None:
     backlog = make(prompt=30)
     take(backlog, "r", 0, 13)

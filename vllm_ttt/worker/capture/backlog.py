@@ -80,8 +80,6 @@ class Backlog:
         if reading is None:
             return
         if pairs is not None:
-            if reading.open is not None:
-                reading.open.rows -= max(0, min(reading.next - pairs, reading.open.rows))
             self._cut(reading, request, pairs)
         if reading.plan.learn and not reading.closed:
             first = reading.next if reading.open is None else reading.open.first
@@ -128,6 +126,17 @@ class Backlog:
             reading.seen, reading.next = max(reading.seen, reading.next), lost[0].first
             reading.prompt_read = reading.next >= reading.plan.prompt
             reading.closed = False
+
+    def resume(self, request: str, pairs: int) -> None:
+        """A request that was preempted runs again and has so many pairs: what vLLM had sampled beyond them, and thrown away, is
+        sampled anew."""
+        if (reading := self.readings.get(request)) is None or reading.next <= pairs:
+            return
+        self._cut(reading, request, pairs)
+        if reading.open is not None and not reading.open.rows:
+            self._release(reading.open)
+            reading.open = None
+        reading.next = pairs
 
     def note_blocks(self, request: str, blocks: Sequence[int], anew: bool) -> None:
         """vLLM has given the request further blocks, or with ``anew`` these alone."""
@@ -356,6 +365,8 @@ class Backlog:
     def _cut(self, reading: Reading, request: str, pairs: int) -> None:
         """What waits of the request ends with its last pair. Where one step brought several rows, one beyond the end has closed
         the chunk before it."""
+        if reading.open is not None:
+            reading.open.rows -= max(0, min(reading.next - pairs, reading.open.rows))
         queue = self.queues.get(reading.plan.session, deque())
         for chunk in [chunk for chunk in queue if chunk.request == request and chunk.end > pairs]:
             chunk.rows = max(0, pairs - chunk.first)
