@@ -201,7 +201,7 @@ class StepPlan:
 
 
 #: Why a chunk was not learned.
-ChunkReason = Literal["loss", "nonfinite", "short", "repetition", "filter", "rollback", "frozen", "full", "error"]
+ChunkReason = Literal["loss", "nonfinite", "short", "repetition", "filter", "rollback", "frozen", "full", "unread", "error"]
 #: Why nothing of a prompt, or not its beginning, was to be learned at all.
 PromptReason = Literal["history", "limit"]
 Reason = ChunkReason | PromptReason

@@ -103,7 +103,7 @@ class Book:
     def settled(self, session: dict[str, Any], before: dict[str, Any] | None) -> bool:
         """Whether nothing of the session is under way; ``before``: what it was when it was looked at last.
 
-        Of requests that were given up, some tokens are never accounted for: then it must have come to rest.
+        Of requests that were given up before they began, no token is ever accounted for: then it must have come to rest.
         """
         if session["requests_open"] or session["tokens_pending"]:
             return False

@@ -193,7 +193,7 @@ def test_it_is_served_when_the_delta_is() -> None:
     session = worker.deltas.session(A)
     assert (session.version, session.served) == (4, 2)
     assert session.served_ngrams is served is not session.ngrams
-    worker.read("r", ids, 2 * CHUNK, 3 * CHUNK)
+    worker.read("r", [*ids, 0], 2 * CHUNK, len(ids))
     worker.learn()
     assert session.served == session.version == 5
     assert session.served_ngrams is session.ngrams

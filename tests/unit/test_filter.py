@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from test_deep_scheduler import Engine
 from test_worker_hooks import A, Hooks
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
@@ -249,3 +250,24 @@ def test_bytes_that_are_no_text() -> None:
     for before in ([], [0xC3, 0xA9], [0xC3, 0xA9, 0xFF], [257, 0xC3, 0xA9, 0xFF, 0xFF]):
         ids = [*before, 0xC3, 0xA9, 257, 257]
         assert found.pairs(ids), "what comes after is found all the same"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_interleaved_prompt_is_not_cut_within_an_image(whole: bool) -> None:
+    """Where the model attends within it both ways; all of the prompt is read all the same, as soon as it may be."""
+    engine, chunk = Engine("last", learn={"interleave": True, "chunk": 16}), 16
+    name = engine.send("a", list(range(1000, 1200)), learn=True)
+    attached = engine.scheduler.ttt_requests[name]
+    engine.scheduler.scheduler_config.disable_chunked_mm_input = whole
+    images = [picture(10, 4, "a"), picture(20, 16, "b"), picture(36, 30, "c"), picture(96, 16, "d"), picture(190, 6, "e")]
+    attached.request.mm_features = images
+    read, ends = 0, []
+    while read < 200:
+        attached.session.open[name].done = read // chunk * chunk
+        tokens = engine.scheduler._reserve_prefill_lookahead(attached.request, read, 200 - read)
+        assert tokens > 0, "it goes on"
+        ends.append(read := read + tokens)
+    if whole:
+        assert ends == [16, 20, 36, 66, 80, 96, 112, 128, 144, 160, 176, 190, 196, 200]
+    else:
+        assert ends == [16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 200]

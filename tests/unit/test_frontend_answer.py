@@ -377,8 +377,8 @@ def test_a_session_in_a_body_that_has_no_place_for_it_is_refused(path: str) -> N
         assert bytes_of(sent) == body
 
 
-#: vLLM's other POST routes: those that serve sessions by header, and those that ask the model for nothing
-SERVED = {"/v1/messages", "/invocations", "/inference/v1/generate", "/cohere/v2/chat"}
+#: vLLM's other POST routes: those that serve sessions and have no `ttt`, and those that ask the model for nothing
+SERVED = BY_HEADER | {"/invocations"}
 ASKING_NOTHING = {
     *(
         "/tokenize",

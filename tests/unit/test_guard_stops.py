@@ -319,8 +319,8 @@ def test_what_is_not_learned_is_given_back() -> None:
     assert key is not None
     assert session.allowance.tokens < full - 700, "both have been taken off"
     left = session.allowance.tokens
-    reasons: tuple[tuple[ChunkReason, int], ...] = (("frozen", 200), ("filter", 100), ("loss", 50), ("short", 49))
-    for skipped, tokens in reasons:
+    reasons: dict[ChunkReason, int] = {"frozen": 200, "filter": 100, "loss": 50, "short": 9, "unread": 40}
+    for skipped, tokens in reasons.items():
         engine.report.chunks.append(ChunkReport(session.adapter, second, tokens, math.nan, None, skipped, 399, 0))
     engine.report.settled.append((second, session.adapter))
     for _ in range(3):

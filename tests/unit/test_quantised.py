@@ -119,6 +119,8 @@ def test_static_scales_of_inputs(kind: torch.dtype, largest: float, scale: float
     read = weights.dense(layer, torch.float32)
     assert relative(read, weight) < 1e-5
     assert weights.error(layer, read, "it") < 0.05
+    weight.zero_()
+    assert weights.error(layer, weights.dense(layer, torch.float32), "it") == 0.0, "a layer that a model was widened by"
 
 
 class Wrong:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -23,6 +25,8 @@ pytestmark = pytest.mark.unit
 
 D, F, R, LAYERS = 24, 40, 8, 2
 NORMS = {"o": 3.0, "g": 5.0, "u": 7.0, "d": 11.0}
+#: Of a model that was widened by its lowest layer, which changes nothing yet: o_proj and down_proj are zero.
+WIDENED = [NORMS | {"o": 0.0, "d": 0.0}, NORMS]
 LEARN = LearnConfig(decay=0.015)
 
 
@@ -55,10 +59,11 @@ def stepped(norms: Norms, state: State, *args: Any) -> tuple[State, Tensor, Tens
 
 def step(
     state: State, grad: Delta, loss: Tensor | None = None, share: Tensor | None = None, learn: LearnConfig = LEARN,
-    max_loss: float = 10.0,
+    max_loss: float = 10.0, layers: Sequence[dict[str, float]] = (NORMS,) * LAYERS,
 ) -> tuple[State, Tensor, Tensor]:  # fmt: skip
     S = len(state.rate_S)
-    norms = Norms(grad.modules, [{k: (i + 1) * n for k, n in NORMS.items()} for i in range(LAYERS)], torch.device("cpu"))
+    each = [{k: (i + 1) * n for k, n in layer.items()} for i, layer in enumerate(layers)]
+    norms = Norms(grad.modules, each, torch.device("cpu"))
     loss, share = (torch.ones(S) if x is None else x for x in (loss, share))
     return stepped(norms, state, grad, loss, share, learn, max_loss)
 
@@ -72,10 +77,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_model(folder, torch.float64)
 
 
+@pytest.fixture(scope="module")
+def widened(model: Any) -> Any:
+    """The same, with a layer that changes nothing yet."""
+    model = deepcopy(model)
+    layer = model.model.layers[1]
+    for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        linear.weight.data.zero_()
+    return model
+
+
 @pytest.mark.parametrize("layers", [1, "all"])
 @pytest.mark.parametrize("modules", SUBSETS, ids="+".join)
 def test_the_step_is_the_oracles(model: Any, layers: int | str, modules: tuple[str, ...]) -> None:
     """Four chunks of three sessions, whole and short ones in one call: the same B in every layer and module, the same rate."""
+    the_same_step(model, layers, modules)
+
+
+def test_the_step_is_the_oracles_where_a_weight_is_zero(widened: Any) -> None:
+    the_same_step(widened, "all", SUBSETS[0])
+
+
+def the_same_step(model: Any, layers: int | str, modules: tuple[str, ...]) -> None:
     config = config_of(layers, modules, chunk=max(ROWS))
     oracle = Oracle(model, config, compute_dtype=torch.float64)
     tail, share = tail_of(oracle), torch.tensor([n / max(ROWS) for n in ROWS])
@@ -99,10 +122,13 @@ def test_the_step_is_the_oracles(model: Any, layers: int | str, modules: tuple[s
         ):
             assert list(found) == list(expected)
             for name in expected:
-                assert relative(found[name], expected[name]) < 2e-3, name
+                if not expected[name].any():
+                    assert not found[name].any(), name
+                else:
+                    assert relative(found[name], expected[name]) < 2e-3, name
                 assert relative(last[name].float(), before[name]) < 5e-3, "but for what bfloat16 rounds away"
         parts = zip(oracle.B, oracle.norms, strict=True)
-        sizes = [[b[k].norm().item() / n[k] for k in config.adapt.letters] for b, n in parts]
+        sizes = [[b[k].norm().item() / (n[k] or 1.0) for k in config.adapt.letters] for b, n in parts]
         assert norms[:, s].tolist() == pytest.approx([max(x) for x in zip(*sizes, strict=True)], rel=2e-3)
     moved = torch.stack(rates).log().diff(dim=0)
     assert (moved[0] > 0.01).all(), "the same chunk twice: the rate rises"
@@ -188,18 +214,32 @@ def test_a_lost_update_leaves_it() -> None:
 
 
 def test_a_skipped_chunk_leaves_everything() -> None:
-    """Too large a loss, a loss or a gradient that is not finite: that session keeps its bits, the others move."""
-    state, _, _ = step(fresh(6), drawn(1, 6))
-    grad, loss = drawn(1, 6), torch.tensor([2.0, 9.0, math.nan, math.inf, 2.0, 2.0])
+    """Too large a loss; a loss, a gradient or a step that is not finite: that session keeps its bits, the others move."""
+    state, _, _ = step(fresh(8), drawn(1, 8))
+    grad, loss = drawn(1, 8), torch.tensor([2.0, 9.0, math.nan, math.inf, 2.0, 2.0, 2.0, 2.0])
     grad.thin[4, 3, 2, 1], grad.wide[5, 1, 1, 0] = math.nan, math.inf
+    grad.thin[6, 3, 2, 1] = grad.wide[7, 1, 1, 0] = 1e30  # finite, and its square is not
     new, ok, norms = step(state, grad, loss, max_loss=5.0)
-    assert ok.tolist() == [True, False, False, False, False, False]
+    assert ok.tolist() == [True, False, False, False, False, False, False, False]
     for before, after in zip(state.tensors(), new.tensors(), strict=True):
         assert torch.equal(after[1:], before[1:])
         assert after.isfinite().all()
     assert all(not torch.equal(x[0], y[0]) for x, y in zip(new.delta.tensors(), state.delta.tensors(), strict=True))
     assert new.rate_S[0] > state.rate_S[0]
     assert norms.isfinite().all()
+
+
+def test_the_delta_of_a_weight_that_is_zero_stays_zero() -> None:
+    """All others learn on."""
+    state = fresh(2)
+    for seed in (1, 2):
+        state, ok, norms = step(state, drawn(seed, 2), layers=WIDENED)
+        assert ok.all()
+        assert norms.isfinite().all()
+        assert norms.all(), "those of the other layer"
+        for i, (name, x) in enumerate(state.delta.parts()):
+            assert x.isfinite().all()
+            assert x.any() == (i >= 4 or name in "gu")
 
 
 def test_the_trust_region_holds_by_matrix() -> None:

@@ -65,6 +65,8 @@ class Backlogs(RuleBasedStateMachine):
         self.sizes: list[tuple[int, int, int]] = []
         self.short: set[tuple[int, int]] = set()
         self.settled: set[str] = set()
+        #: (request, pair) of prompts whose request has ended before
+        self.unread: set[tuple[int, int]] = set()
 
     @precondition(lambda self: len(self.running) < 4)
     @rule(
@@ -156,6 +158,9 @@ class Backlogs(RuleBasedStateMachine):
             first, end = self.all[int(chunk.request[1:])].plan.repetitive[0]
             assert 2 * (min(end, chunk.end) - max(first, chunk.first)) > chunk.rows
         self.backlog.repetitive.clear()
+        for chunk in self.backlog.unread:
+            self.unread.update((int(chunk.request[1:]), pair) for pair in range(chunk.first, chunk.end))
+        self.backlog.unread.clear()
         for name, session in self.backlog.settled():
             assert name not in self.settled, "settled twice"
             assert not any(c.request == name for q in self.backlog.queues.values() for c in q)
@@ -214,6 +219,7 @@ class Backlogs(RuleBasedStateMachine):
         assert not self.backlog.readings
         assert not self.backlog.closing
         assert self.settled == {r.name for r in self.all if r.plan.learn}
+        assert self.unread.isdisjoint(pair for pairs in self.learned.values() for pair in pairs)
 
 
 Backlogs.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -293,12 +299,51 @@ def test_accepted_drafts_beyond_the_end_are_not_learned(answer: int, beyond: int
     assert backlog.closing["r"].unlearned == len(queued(backlog)), "or its session would wait for ever"
 
 
+@pytest.mark.parametrize("beyond", [1, 2])
+@pytest.mark.parametrize("answer", [0, 1, 5, 7, 8, 9, 15, 16])
+def test_what_is_sampled_anew_is_learned_in_its_place(answer: int, beyond: int) -> None:
+    """With `reset_prefix_cache` and asynchronous scheduling vLLM throws away what it sampled last, which nobody was served."""
+    backlog = make(prompt=9, learn_output=True)
+    take(backlog, "r", 0, 9)
+    for position in range(9, 8 + answer + beyond):
+        take(backlog, "r", position, 1)
+    backlog.resume("r", pairs=8 + answer)
+    rows, h = torch.arange(8 + answer + 4), torch.zeros(64, WIDTH)
+    for first in (0, 8 + answer):
+        again = rows[first:][: 8 + answer if first == 0 else None]
+        backlog.take([Rows("r", 0, first, again + 1 + 500 * (again >= 8 + answer))], h, h)
+    backlog.finish("r", pairs=8 + answer + 4)
+    chunks = [*backlog.queues[7], *backlog.short]
+    said = {}
+    for chunk in chunks:
+        said |= dict(zip(range(chunk.first, chunk.end), backlog.t_PC[chunk.page, : chunk.rows].tolist(), strict=True))
+    assert said == {pair: pair + 1 + 500 * (pair >= 8 + answer) for pair in range(8 + answer + 4)}
+    assert sum(chunk.rows for chunk in chunks) == len(said), "each once"
+    assert backlog.room == PAGES - len(backlog.queues[7])
+
+
 def test_a_prompt_that_was_not_read_to_its_end_loses_its_open_chunk() -> None:
     backlog = make(prompt=30)
     take(backlog, "r", 0, 13)
-    backlog.finish("r")
+    backlog.finish("r", pairs=29)
     assert queued(backlog) == [8]
     assert backlog.room == PAGES - 1
+    assert [(chunk.first, chunk.end) for chunk in backlog.unread] == [(8, 29)], "nor is the rest learned: all of it is said"
+
+
+@pytest.mark.parametrize("again", [0, 5, 20])
+def test_what_had_been_read_before_a_preemption_is_said_apart(again: int) -> None:
+    """Of a prompt whose client leaves; and nothing of a request that learns nothing."""
+    backlog = make(prompt=30)
+    backlog.start("other", RequestPlan(3, 30, False, False))
+    take(backlog, "r", 0, 13)
+    backlog.preempt("r")
+    take(backlog, "r", 0, again)
+    for request in ("r", "other"):
+        backlog.finish(request, pairs=29)
+    said = [(chunk.first, chunk.end) for chunk in (*backlog.lost, *backlog.unread)]
+    assert said == ([(0, 13), (13, 29)] if again < 13 else [(16, 29)])
+    assert sum(queued(backlog)) == (16 if again == 20 else 0)
 
 
 def test_what_is_dropped_is_told() -> None:

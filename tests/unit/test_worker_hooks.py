@@ -217,6 +217,29 @@ class Late(Clock):
         return 1.0
 
 
+def test_what_a_request_begins_with_is_known() -> None:
+    """With `consistency: eventual` a step of its session may be under way: its slot has what that has made already."""
+    worker = Hooks()
+    worker.go_by(Late())
+    worker.start("a", A, 2)
+    worker.batch(("a", 0, 2 * CHUNK + 1))
+    worker.trainer.learn(CHUNK)
+    worker.trainer.sync()
+    session = worker.trainer.deltas.session(A)
+    assert (session.version, session.serving) == (0, None)
+    worker.start("b", A, 2)
+    assert session.served == 1
+    worker.batch(("b", 0, CHUNK))
+    worker.trainer.learn(CHUNK)
+    worker.trainer.collect(wait=True)
+    worker.trainer.sync()
+    assert (session.version, session.served) == (2, 1)
+    worker.trainer.learn(CHUNK)
+    assert worker.trainer.in_flight(A)
+    worker.start("c", A, 2)
+    assert worker.trainer.in_flight(A), "what is served is another: nobody waits"
+
+
 def test_what_came_of_a_step_is_taken_in_while_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """While nobody is served, the device does not wait for the host between two steps: the next one is launched just before one
     ends, and no third."""
@@ -325,6 +348,55 @@ def test_a_prompt_is_read_to_its_end_under_one_delta_also_where_its_session_is_r
     assert [chunk.skipped for chunk in worker.trainer.take_report().chunks].count("rollback") == 2
     worker.backlog.finish("b", 3 * CHUNK)
     assert [request for request, _ in worker.trainer.take_report().settled] == []
+
+
+@pytest.mark.parametrize("end", ["read", "given up"])
+def test_a_prompt_that_is_preempted_is_read_again_under_that_delta(end: str) -> None:
+    """Its first part has been learned: whatever says what its tokens cost has not seen them. Then the slot follows."""
+    worker = Hooks()
+    worker.start("a", A, 3)
+    worker.batch(("a", 0, 2 * CHUNK))
+    worker.trainer.learn(CHUNK)
+    worker.backlog.preempt("a")
+    worker.trainer.sync()
+    session = worker.trainer.deltas.session(A)
+    assert (session.version, session.served) == (1, 0)
+    worker.batch(("a", 0, CHUNK))
+    assert (worker.learn(), session.served) == ({A: 1}, 0)
+    if end == "read":
+        worker.batch(("a", CHUNK, 2 * CHUNK + 1))
+    else:
+        worker.backlog.preempt("a")
+        worker.backlog.finish("a", 3 * CHUNK)
+    assert worker.learn()[A] == session.served == (3 if end == "read" else 1)
+    assert not worker.backlog.reading_sessions()
+
+
+def test_the_first_token_is_of_the_delta_that_has_read_the_prompt() -> None:
+    """Where all pairs of the prompt are read, and its last token is not yet."""
+    worker = Hooks()
+    worker.start("a", A, 1)
+    worker.batch(("a", 0, CHUNK))
+    session = worker.trainer.deltas.session(A)
+    assert (worker.learn(), session.served) == ({A: 1}, 0)
+    assert not worker.trainer.take_report().settled
+    worker.batch(("a", CHUNK, 1))
+    worker.trainer.sync()
+    assert session.served == 1
+    assert worker.trainer.take_report().settled == [("a", A)]
+
+
+def test_of_a_prompt_whose_client_leaves_all_is_said() -> None:
+    """So that it is given back to what may be learned in an hour."""
+    worker = Hooks()
+    worker.start("a", A, 3)
+    worker.batch(("a", 0, CHUNK + 5))
+    worker.backlog.finish("a", 3 * CHUNK)
+    assert worker.learn() == {A: 1}
+    report = worker.trainer.take_report()
+    said = {chunk.skipped: (chunk.end - chunk.tokens, chunk.end) for chunk in report.chunks}
+    assert said == {None: (0, CHUNK), "unread": (CHUNK, 3 * CHUNK)}
+    assert report.settled == [("a", A)]
 
 
 def test_history_is_read_under_that_delta_too() -> None:

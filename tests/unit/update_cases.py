@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_update import draw, drawn, fresh, step
+from test_update import NORMS, WIDENED, draw, drawn, fresh, step
 from torch import Tensor
 
 from vllm_ttt.config import LearnConfig
@@ -105,27 +105,28 @@ def test_what_is_picked(shape: tuple[int, ...]) -> None:
     assert torch.equal(kernels.picked(x, ROWS, torch.float32), x[ROWS])
 
 
-@pytest.mark.parametrize("modules", ["ogud", "od", "gu"])
-def test_the_whole_update(monkeypatch: pytest.MonkeyPatch, modules: str) -> None:
-    """Three chunks of five sessions: one that steps, one cut by the trust region, one whose gradient is NaN, one whose loss is
-    too large, and one of a short chunk. Last updates are float32: the interpreter cuts bfloat16 off instead of rounding."""
-    scale = torch.tensor([1e-3, 100.0, 1e-3, 1e-3, 1e-3])[:, None, None, None]
-    before = drawn(5, 5, modules)
-    last, rate = fresh(5, modules=modules).last.to(torch.float32), torch.full((5,), 0.02)
+@pytest.mark.parametrize(("modules", "layers"), [("ogud", WIDENED), ("od", [NORMS, NORMS]), ("gu", [NORMS, NORMS])])
+def test_the_whole_update(monkeypatch: pytest.MonkeyPatch, modules: str, layers: list[dict[str, float]]) -> None:
+    """Three chunks of six sessions: one that steps, one cut by the trust region, one whose gradient is NaN, one whose loss is
+    too large, one of a short chunk, and one the squares of whose gradient overflow; also where weights are zero and
+    their deltas are not. Last updates are float32: the interpreter cuts bfloat16 off instead of rounding."""
+    scale = torch.tensor([1e-3, 100.0, 1e-3, 1e-3, 1e-3, 1e-3])[:, None, None, None]
+    before = drawn(5, 6, modules)
+    last, rate = fresh(6, modules=modules).last.to(torch.float32), torch.full((6,), 0.02)
     state = State(before.by(*(x * scale for x in before.tensors())), last, rate)
-    loss, share = torch.tensor([1.0, 1.0, 1.0, 20.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.1])
+    loss, share = torch.tensor([1.0, 1.0, 1.0, 20.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.1, 1.0])
     both = []
     for fused in (False, True):
         if fused:
             monkeypatch.setattr(kernels, "PIECE", 128)
             for name in ("sums", "lengths", "write"):
                 monkeypatch.setattr(update, f"_{name}", getattr(kernels, name))
-        found = [step(state, drawn(1, 5, modules), share=share)]
-        grad = drawn(1, 5, modules)
+        found = [step(state, drawn(1, 6, modules), share=share, layers=layers)]
+        grad = drawn(1, 6, modules)
         for x in grad.tensors():
-            x[2, -1:, 3, 1] = math.nan
+            x[2, -1:, 3, 1], x[5, -1:, 3, 1] = math.nan, 1e30
         for _ in range(2):
-            found.append(step(found[-1][0], grad, loss, share, LearnConfig(decay=0.015, max_norm=0.3)))
+            found.append(step(found[-1][0], grad, loss, share, LearnConfig(decay=0.015, max_norm=0.3), layers=layers))
         both.append(found)
     for (plain, ok, sizes), (fused, fused_ok, fused_sizes) in zip(*both, strict=True):
         assert torch.equal(ok, fused_ok)
@@ -134,7 +135,7 @@ def test_the_whole_update(monkeypatch: pytest.MonkeyPatch, modules: str) -> None
         for x, expected in zip(fused.tensors(), plain.tensors(), strict=True):
             near(x, expected)
     (first, _, _), (second, ok, sizes), _ = both[1]
-    assert ok.tolist() == [True, True, False, False, True]
+    assert ok.tolist() == [True, True, False, False, True, False]
     assert torch.allclose(sizes[:, 1], torch.tensor(0.3))
     for x, old in zip(second.tensors(), first.tensors(), strict=True):
-        assert torch.equal(x[2:4], old[2:4])
+        assert torch.equal(x[[2, 3, 5]], old[[2, 3, 5]])

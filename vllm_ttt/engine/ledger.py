@@ -52,7 +52,7 @@ class Open:
 
     def note(self, chunk: ChunkReport) -> None:
         self.done = max(self.done, chunk.end)
-        if chunk.skipped not in ("short", "full", "error"):  # those are left to the next turn; other chunks had their turn
+        if chunk.skipped not in ("short", "full", "unread", "error"):  # those are left to the next turn; others had theirs
             self.learned = max(self.learned, chunk.end)
 
 

@@ -116,13 +116,23 @@ class Attached:
         """Tokens that have been generated, up to a stop string."""
         return self.outputs if self.stopped is None else self.stopped
 
-    def readable(self, chunk: int) -> int | None:
-        """Tokens of its interleaved prompt that may be read: to the end of the first chunk that is not learned. None: all."""
+    def readable(self, tokens: int, computed: int, chunk: int, whole: bool) -> int:
+        """How many of the next ``tokens`` of its interleaved prompt may be read: to the end of the first chunk that is not
+        learned.
+
+        Args:
+            computed: how many come before them. whole: an image is read in one piece, since the model attends within it both
+                ways: the prompt is read up to it, or to its end where it comes next.
+        """
         opened = self.session.open.get(self.request.request_id)
         if opened is None:
-            return None
+            return tokens
         end = self.start + (max(opened.done - self.start, 0) // chunk + 1) * chunk
-        return end if end < self.prompt - 1 else None
+        for feature in self.request.mm_features if whole else ():
+            first, length = feature.mm_position.offset, feature.mm_position.length
+            if first < end < first + length:
+                end = first if computed < first else first + length
+        return tokens if end >= self.prompt - 1 else max(0, min(tokens, end - computed))
 
     def remember_answer(self) -> None:
         """What was generated is learned, and history when the client sends it back within the next prompt."""

@@ -179,8 +179,8 @@ class TTTScheduler(HoldingScheduler):
         """Called for every request that could be scheduled: where vLLM, too, makes a part of a prompt shorter."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if self.ttt_interleaved and (attached := self.ttt_interleaved.get(request.request_id)) is not None:
-            readable = attached.readable(self.ttt_config.learn.chunk)
-            return tokens if readable is None else max(0, min(tokens, readable - num_computed_tokens))
+            whole = self.scheduler_config.disable_chunked_mm_input
+            return attached.readable(tokens, num_computed_tokens, self.ttt_config.learn.chunk, whole)
         return tokens
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:

@@ -185,7 +185,7 @@ def update(
             U = newton_schulz(grads[i][k].to(master.dtype))
             length = rate * share * norms[i][k] / (U.norm().item() + 1e-12)
             master.mul_(1 - learn.decay * share).sub_(U, alpha=length)
-            excess = master.norm().item() / (learn.max_norm * norms[i][k])
+            excess = master.norm().item() / (learn.max_norm * max(norms[i][k], 1e-12))  # a weight may be all zero
             if excess > 1:
                 master.div_(excess)
             last[i][k] = U.bfloat16().to(master.dtype)

@@ -27,7 +27,7 @@ UNLEARNED = frozenset(
     }
 )
 #: Routes that learn, and take a session by header alone: their bodies have no such field.
-BY_HEADER = frozenset({"/v1/messages", "/inference/v1/generate"})
+BY_HEADER = frozenset({"/v1/messages", "/inference/v1/generate", "/cohere/v2/chat"})
 EVENTS = b"text/event-stream"
 #: Larger bodies are not searched for a ``session_id`` that would be ignored, bytes.
 _SEARCHED = 2**20

@@ -44,8 +44,8 @@ class ChunkLoss(_Model):
     rate: Loss = None
     """The session's rate after the chunk."""
     skipped: str | None = None
-    """Why it was not learned: `loss`, `nonfinite`, `short`, `repetition`, `filter`, `rollback`, `frozen`, `full` or `error`;
-    null: it was."""
+    """Why it was not learned: `loss`, `nonfinite`, `short`, `repetition`, `filter`, `rollback`, `frozen`, `full`, `unread` or
+    `error`; null: it was."""
 
 
 class SessionSummary(_Model):

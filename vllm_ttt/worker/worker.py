@@ -191,6 +191,7 @@ class TTTWorkerMixin(Answers):
             self.files.step(plan.files)
         # Guarded one by one: a request whose start or end is missed would keep its session waiting for ever.
         self._guard(self._preempt, (*(scheduler_output.preempted_req_ids or ()), *plan.lost))
+        self._guard(self._resume, scheduler_output.scheduled_new_reqs)
         self._guard(self._finish, scheduler_output, plan)
         self.trainer.stopped.difference_update(plan.stopped)
         self.trainer.still, self.trainer.shares.awaited = set(plan.still), frozenset(plan.awaited)
@@ -261,6 +262,12 @@ class TTTWorkerMixin(Answers):
         """Before anything is learned: the batch that follows may be given the blocks that these requests had."""
         for request in sorted(requests) if self.cache is not None else ():  # vLLM's is a set, whose order differs between ranks
             self.backlog.preempt(request)
+
+    def _resume(self, requests: Iterable[Any]) -> None:
+        """Those that begin, or run again. (Model runner V1, which has no part in this, knows nothing of what runs ahead.)"""
+        for request in requests:
+            if request.prefill_token_ids is not None:
+                self.backlog.resume(request.req_id, len(request.prefill_token_ids) - 1)
 
     def _note_blocks(self, scheduler_output: Any) -> None:
         """Which blocks of the KV cache vLLM has given to requests that learn."""

@@ -13,7 +13,7 @@ from vllm_ttt.engine.requests import Attached
 from vllm_ttt.types import ChunkReport, Reason, Trial
 
 #: Why a chunk, or a part of one, was not learned, where nothing was spent on it.
-_NO_STEP = ("short", "repetition", "rollback", "frozen", "full", "error", "filter")
+_NO_STEP = ("short", "repetition", "rollback", "frozen", "full", "unread", "error", "filter")
 
 
 class Trust:

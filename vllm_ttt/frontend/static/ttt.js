@@ -10,7 +10,7 @@ const FIRST = 24;     // cards that are shown before somebody asks for more
 const AT_ONCE = 4;    // sessions that are asked for side by side
 // Why something was not learned, by what the server calls it (docs/reference.md).
 const WHY = { short: "too short", loss: "noise to the model", nonfinite: "not finite", repetition: "repeats itself", full: "no room",
-  history: "learned before", frozen: "frozen", limit: "over the hour's limit", rollback: "rolled back", error: "error", filter: "filtered" };
+  unread: "left before", history: "learned before", frozen: "frozen", limit: "over the hour's limit", rollback: "rolled back", error: "error", filter: "filtered" };
 const why = (reason) => WHY[reason] ?? reason;
 
 let key = sessionStorage.getItem(STORE) ?? "";

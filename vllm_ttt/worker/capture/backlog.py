@@ -60,6 +60,8 @@ class Backlog:
         self.filtered: list[Chunk] = []
         #: pairs of requests that ended before they could be captured again, likewise
         self.lost: list[Chunk] = []
+        #: what had not been read of prompts whose request has ended, likewise
+        self.unread: list[Chunk] = []
         #: learning requests until all of them has been learned; they may outlive their reading
         self.closing: dict[str, Reading] = {}
 
@@ -67,7 +69,8 @@ class Backlog:
         self.readings[request] = Reading(plan, plan.start)
 
     def finish(self, request: str, pairs: int | None = None) -> None:
-        """The request has left the engine: close its last chunk. A prompt that was not read to its end loses its open chunk.
+        """The request has left the engine: close its last chunk. Of a prompt that was not read to its end the open chunk is not
+        learned, as what comes after it.
 
         Args:
             pairs: how many pairs the request has; what was captured beyond (an iteration that ran ahead, accepted drafts after
@@ -77,13 +80,15 @@ class Backlog:
         if reading is None:
             return
         if pairs is not None:
-            if reading.open is not None:
-                reading.open.rows -= max(0, min(reading.next - pairs, reading.open.rows))
             self._cut(reading, request, pairs)
-        end = reading.seen if pairs is None else min(reading.seen, pairs)
-        if reading.next < end and not reading.closed:
+        if reading.plan.learn and not reading.closed:
             first = reading.next if reading.open is None else reading.open.first
-            self.lost.append(Chunk(reading.plan.session, request, page=-1, first=first, rows=end - first))
+            seen = reading.seen if pairs is None else min(reading.seen, pairs)
+            if reading.next < seen:
+                self.lost.append(Chunk(reading.plan.session, request, page=-1, first=first, rows=seen - first))
+                first = seen
+            if (rest := reading.plan.prompt - 1 - first) > 0:
+                self.unread.append(Chunk(reading.plan.session, request, page=-1, first=first, rows=rest))
         if reading.open is not None:
             if reading.prompt_read:
                 self._close(reading)
@@ -115,11 +120,23 @@ class Backlog:
         if request not in self.readings:
             self.lost += lost
             return
-        reading.blocks, reading.begun = [], False
+        reading.blocks = []
+        reading.begun &= not reading.prompt_read  # what has been read in part is read again under the same delta
         if lost:
             reading.seen, reading.next = max(reading.seen, reading.next), lost[0].first
-            reading.prompt_read = reading.next >= reading.plan.prompt - 1
+            reading.prompt_read = reading.next >= reading.plan.prompt
             reading.closed = False
+
+    def resume(self, request: str, pairs: int) -> None:
+        """A request that was preempted runs again and has so many pairs: what vLLM had sampled beyond them, and thrown away, is
+        sampled anew."""
+        if (reading := self.readings.get(request)) is None or reading.next <= pairs:
+            return
+        self._cut(reading, request, pairs)
+        if reading.open is not None and not reading.open.rows:
+            self._release(reading.open)
+            reading.open = None
+        reading.next = pairs
 
     def note_blocks(self, request: str, blocks: Sequence[int], anew: bool) -> None:
         """vLLM has given the request further blocks, or with ``anew`` these alone."""
@@ -297,7 +314,7 @@ class Backlog:
             position = part_end
         reading.next = max(reading.next, end)
         reading.begun = True
-        if not reading.prompt_read and reading.next >= last_of_prompt:
+        if not reading.prompt_read and reading.next >= plan.prompt:  # its last row has the first token of the answer
             reading.prompt_read = True
             if not reading.closed and not (plan.learn and plan.learn_output):
                 self._end(rows.request, reading)
@@ -348,6 +365,8 @@ class Backlog:
     def _cut(self, reading: Reading, request: str, pairs: int) -> None:
         """What waits of the request ends with its last pair. Where one step brought several rows, one beyond the end has closed
         the chunk before it."""
+        if reading.open is not None:
+            reading.open.rows -= max(0, min(reading.next - pairs, reading.open.rows))
         queue = self.queues.get(reading.plan.session, deque())
         for chunk in [chunk for chunk in queue if chunk.request == request and chunk.end > pairs]:
             chunk.rows = max(0, pairs - chunk.first)

@@ -131,7 +131,6 @@ class Trainer:
                     self.failed("the outcome of a chunk could not be taken in; what its session has waiting is given up")
                     self._report_chunk(chunk, math.nan, "error")
                     self.lose(chunk.session, "error")
-
         for trial in self.guard.collect(self.deltas.sessions, sums):
             self.report.trials.append(trial)
             if trial.back_to is not None:
@@ -153,6 +152,7 @@ class Trainer:
         backlog = self.backlog
         closed: dict[ChunkReason, list[Chunk]] = {
             "short": backlog.short, "repetition": backlog.repetitive, "filter": backlog.filtered, "full": backlog.lost,
+            "unread": backlog.unread,
         }  # fmt: skip
         for reason, chunks in closed.items():
             for chunk in chunks:
@@ -186,8 +186,9 @@ class Trainer:
         self.stopped.discard(key)
 
     def start(self, request: str, plan: RequestPlan) -> None:
-        """A request of a session begins. Where the engine core did not know yet that the guard has stopped the session, it is
-        served and not learned."""
+        """A request begins. Where the engine core does not know that the guard has stopped its session, it is not learned."""
+        if self.in_flight(plan.session) and self.deltas.session(plan.session).serving is None:
+            self.collect(wait=True)  # with `consistency: eventual` alone: its slot has what this step has made
         self.backlog.start(request, plan)
         if plan.learn and plan.session in self.stopped:
             self.lose(plan.session, "frozen")
@@ -367,7 +368,7 @@ class Trainer:
         reason = None if ok else ("loss" if self.compute.max_loss < loss < math.inf else "nonfinite")
         if reason == "nonfinite" and self.nonfinite.again():
             count = self.nonfinite.count
-            logger.warning("vllm-ttt: loss or gradient of a chunk is not finite; it is not learned (time %d)", count)
+            logger.warning("vllm-ttt: loss, gradient or step of a chunk is not finite; it is not learned (time %d)", count)
         self._report_chunk(chunk, loss, reason, base, known)
 
     def _remember(self, session: WorkerSession, text: Text) -> Known | None:

@@ -24,15 +24,20 @@ LARGEST_MOVE = 0.5
 #: Into how many parts the rows of a matrix are cut for its Gram matrix, where they can be: few matrices would keep few
 #: processors busy.
 GRAM_PARTS = 8
+#: What is divided by in the place of the norm of a weight that is all zero, as in layers that a model was widened by: its steps
+#: have a length of 0, and its delta stays zero.
+LEAST = 1e-12
 
 
 class Norms:
-    """Frobenius norms of the adapted weights, on the device: ``thin_M`` and ``wide_N``, ordered as in `Delta`."""
+    """Frobenius norms of the adapted weights, on the device: ``thin_M`` and ``wide_N``, ordered as in `Delta`; and the same to
+    divide by."""
 
     def __init__(self, modules: str, layers: list[dict[str, float]], device: torch.device):
         """``layers``: of each layer, lowest first, the norms by MODULES."""
         kind = lambda letters: [norm[m] for norm in layers for m in MODULES if m in modules and m in letters]  # noqa: E731
         self.thin_M, self.wide_N = (torch.tensor(kind(letters), device=device) for letters in (THIN, WIDE))
+        self.divisors = self.thin_M.clamp(min=LEAST), self.wide_N.clamp(min=LEAST)
 
 
 def update(
@@ -52,7 +57,8 @@ def update(
         masters: of P sessions. rows_S: int64, which of them; what may occur twice is a row whose gradient is 0.
         grad: the gradient of the chunk's mean loss, float32.
         loss_S: that loss in nats. share_S: the chunk's rows / rows of a full chunk.
-        max_loss: nats; a session whose loss is larger, or whose gradient is not finite, keeps all as it is.
+        max_loss: nats; a session whose loss is larger keeps all as it is, and so does one whose gradient, or whose delta after
+            the step, is not finite.
         ranks: each has the thin matrices whole, and its rows of the wide ones. Thin matrices, rates and decisions have the
             same bits on all.
     Returns:
@@ -60,23 +66,25 @@ def update(
         module, of the layer in which they are largest.
     """
     sums = [_sums(g, last, rows_S) for g, last in zip(grad.tensors(), masters.last.tensors(), strict=True)]
-    finite_S = torch.isfinite(loss_S)
-    for whole_S, _ in sums:
-        finite_S = finite_S & torch.isfinite(whole_S)
-    if ranks.size > 1:
-        loss_S = ranks.same(loss_S)
-        finite_S = ranks.gather(finite_S.float()).amin(0) > 0
-    ok_S = finite_S & (loss_S <= max_loss)
+    loss_S = ranks.same(loss_S)
     # A gradient that is not finite stays what it is: all below is by session, and of that session nothing below is kept.
     before_S = masters.rate_S.index_select(0, rows_S)
     rate_S = ranks.same(_adapted(before_S, [squares for _, squares in sums], learn.adapt_rate, ranks))
-    kept_S, sizes, writes = 1 - learn.decay * share_S, [], []
-    matrices = zip(masters.delta.tensors(), grad.tensors(), masters.last.tensors(), strict=True)
-    for (b, g, last), norm, wide in zip(matrices, (norms.thin_M, norms.wide_N), (False, True), strict=True):
+    kept_S, told, steps = 1 - learn.decay * share_S, [loss_S, *(whole_S for whole_S, _ in sums)], []
+    matrices = zip(masters.delta.tensors(), grad.tensors(), (norms.thin_M, norms.wide_N), (False, True), strict=True)
+    for b, g, norm, wide in matrices:
         u = orthogonalise(g.flatten(0, 1), ranks).view_as(g) if wide else _shared(g, ranks)
         far = (rate_S * share_S)[:, None] * norm
         sizes_3SM = torch.stack(_lengths(b, rows_S, u, kept_S, far, ranks if wide else ALONE))
         length, stepped, before = sizes_3SM if wide else ranks.same(sizes_3SM)
+        told.append(stepped.sum(1))
+        steps.append((u, length, stepped, before))
+    finite_S = torch.isfinite(torch.stack(told)).all(0)
+    if ranks.size > 1:
+        finite_S = ranks.gather(finite_S.float()).amin(0) > 0
+    ok_S, sizes, writes = finite_S & (loss_S <= max_loss), [], []
+    matrices = zip(masters.delta.tensors(), masters.last.tensors(), norms.divisors, steps, strict=True)
+    for b, last, norm, (u, length, stepped, before) in matrices:
         excess = (stepped / (learn.max_norm * norm)).clamp(min=1.0)
         sizes.append(torch.where(ok_S[:, None], stepped / excess, before) / norm)
         writes.append((ok_S, b, rows_S, u, last, kept_S[:, None] / excess, length / excess))

@@ -131,7 +131,7 @@ def error(layer: Any, weight: Tensor, name: str) -> float:
     x = x.to(weight)
     with torch.inference_mode():
         served = layer.quant_method.apply(layer, x, bias=None).float()[:, : len(weight)]
-        found = ((x.float() @ weight.float().T - served).norm() / served.norm()).item()
+        found = ((x.float() @ weight.float().T - served).norm() / served.norm().clamp(min=1e-30)).item()
     limit = PLAIN if is_plain(layer) else QUANTISED
     if not found < limit:
         raise ConfigError(
