@@ -156,7 +156,8 @@ class ScheduleConfig(_Model):
     tokens_per_step: Annotated[int, Field(ge=16, le=65536), CONSTANT] = 512
     """Most tokens that are learned between two iterations of the engine; on a GPU twice as many while nobody is served."""
     max_slowdown: Annotated[float, Field(ge=1.01, le=100)] = 1.25
-    """How much longer serving may take because of learning. 1.25: learning takes at most a quarter of the serving time."""
+    """How much longer serving may take because of learning. 1.25: learning takes at most a quarter of the serving time,
+    apart from what cannot wait: answers that are learned, in a full backlog, and prompts longer than it."""
     backlog_tokens: Annotated[int, Field(ge=1024, le=2**24)] = 65536
     """Tokens of all sessions together that may wait to be learned. They take memory of the device."""
     consistency: Literal["read-your-writes", "eventual"] = "read-your-writes"

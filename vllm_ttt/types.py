@@ -25,6 +25,9 @@ NO_ADAPTERS = (
     "no LoRA adapter is served beside --plugin ttt with the presets deep and last: they use vLLM's multi-LoRA slots for "
     "sessions, and an adapter would share their ids. Serve it with --ttt-preset head, or merge it into the model"
 )
+#: Adapters that a key may wait for: of an engine until it has written them, of an API server until they have been sent.
+ADAPTERS_AT_ONCE = 4
+ENOUGH_ADAPTERS = f"a key may wait for {ADAPTERS_AT_ONCE} adapters at once; ask again when one of them has come"
 SESSION_ID_RULE = "1 to 128 characters of A-Z a-z 0-9 . _ : -, and neither . nor .. alone"
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers.decoders
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from test_deep_scheduler import Engine
 from test_worker_hooks import A, Hooks
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
 from vllm_ttt.automaton import Automaton
@@ -234,6 +237,62 @@ def test_a_chunk_of_which_nothing_is_left_is_no_commit() -> None:
     assert sorted(report, key=str) == [("filter", 16), ("filter", 2), ("filter", 3), (None, 14), (None, 5)]
     assert version == 2
     assert delta.isfinite().all()
+
+
+#: Ids that are no text: a byte that begins a character, the three of U+FFFD, an id beyond the vocabulary.
+NO_TEXT = [[174], [174, 126, 124], [9000]]
+
+
+class CountingStream:
+    """A DecodeStream, and how many ids all of them have decoded."""
+
+    decoded = 0
+
+    def __init__(self, ids: Sequence[int] = (), skip_special_tokens: bool = False):
+        self.real, self.held = DecodeStream(ids, skip_special_tokens), len(ids)
+
+    def step(self, tokenizer: Tokenizer, token: int) -> str | None:
+        self.held += 1
+        CountingStream.decoded += self.held
+        if piece := self.real.step(tokenizer, token):
+            self.held = 1
+        return piece
+
+
+@pytest.mark.parametrize("ids", NO_TEXT)
+def test_no_tokens_keep_it_busy(vllm_model: Any, monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
+    """DecodeStream decodes at each token all since it last said something; here each id is decoded a few times."""
+    monkeypatch.setattr(tokenizers.decoders, "DecodeStream", CountingStream)
+    monkeypatch.setattr(CountingStream, "decoded", 0)
+    many = ids * (2000 // len(ids))
+    assert Filter(["a"], vllm_model).pairs([*many, 67])
+    assert len(many) <= CountingStream.decoded < 20 * len(many)
+
+
+@given(st.text("aé☃漢字🧑\u200d🚀\ufffd \n", max_size=60))
+@example("\ufffd" * 20 + "🧑☃a")
+def test_pieces_are_what_the_tokenizer_says_as_it_goes_on(vllm_model: Any, tokenizer: Any, text: str) -> None:
+    ids = tokenizer(text)["input_ids"]
+    stream, found = DecodeStream(), Filter(["a"], vllm_model)
+    pieces = [stream.step(tokenizer._tokenizer, token) for token in ids]
+    silent = max((len([*run]) for no, run in itertools.groupby(pieces, lambda piece: piece is None) if no), default=0)
+    said = found._pieces(ids)
+    if silent < 16:
+        assert said == pieces
+    else:  # of what is no text there may be more
+        plain, other = ([re.sub("\ufffd+", "\ufffd", piece) if piece else piece for piece in one] for one in (said, pieces))
+        assert plain == other
+
+
+@pytest.mark.parametrize("count", [*range(12, 18), 28])
+@pytest.mark.parametrize("ids", NO_TEXT)
+def test_a_character_that_comes_after_much_that_is_no_text_is_found(
+    vllm_model: Any, tokenizer: Any, ids: list[int], count: int
+) -> None:
+    before, letters = (ids * count)[:count], tokenizer.convert_tokens_to_ids(["ð", "Ł", "§", "ĳ"])
+    assert tokenizer.decode(letters) == "🧑"
+    ((_, end),) = Filter(["🧑"], vllm_model).pairs([*before, *letters, 67])
+    assert end == count + 3
 
 
 def test_the_setting_is_off_by_default() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from test_frontend_http import RECEIPT, SESSION, FakeServing, build, refused
 from world import GEOMETRY
 
 from vllm_ttt import engine_args
 from vllm_ttt.errors import ConfigError
-from vllm_ttt.frontend import engines, tenants
+from vllm_ttt.frontend import adapter, engines, tenants
 from vllm_ttt.worker.deltas import delta_file, peft
 
 pytestmark = pytest.mark.unit
@@ -300,3 +302,138 @@ def test_what_the_engine_refuses_says_when_to_ask_again(keyed: TestClient, servi
     assert answer.headers["retry-after"] == "2"
     serving.admin = {"ok": False, "status": 409, "message": "it has requests"}
     assert "retry-after" not in keyed.post("/v1/ttt/sessions/s/save", headers=bearer("key-a")).headers
+
+
+class Client:
+    """One that has asked the server ``app`` for an adapter, and reads a message when it is told to."""
+
+    def __init__(self, app: FastAPI, key: str = "key-a", spec: str = "2.3", session: str = "s"):
+        path = f"/v1/ttt/sessions/{session}/adapter"
+        headers = [(b"host", b"x"), (b"authorization", f"Bearer {key}".encode())]
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": headers,
+        }
+        self.scope = scope | {"asgi": {"version": "3.0", "spec_version": spec}, "http_version": "1.1", "scheme": "http"}
+        self.reads, self.gone, self.messages = asyncio.Event(), asyncio.Event(), list[Any]()
+        #: raised where something is sent
+        self.broken: OSError | None = None
+        self.task = asyncio.ensure_future(app(self.scope, self.receive, self.send))
+
+    async def receive(self) -> Any:
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        if self.broken is not None:
+            raise self.broken
+        self.messages.append(message)
+        if message["type"] == "http.response.body":
+            await self.reads.wait()
+
+    @property
+    def status(self) -> int | None:
+        return self.messages[0]["status"] if self.messages else None
+
+    async def answered(self) -> int:
+        while not self.messages:
+            await asyncio.sleep(0)
+        return self.messages[0]["status"]
+
+
+class Exporting(FakeServing):
+    """Each answer names a file of its own."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder, self.failed = folder, False
+
+    async def call_utility_async(self, *args: str) -> Any:
+        if self.failed:
+            return {"ok": False, "status": 404, "message": "no such session"}
+        self.asked.append(args)
+        path = self.folder / f"{len(self.asked)}.safetensors"
+        header = json.dumps({"__metadata__": {"adapter_config": "{}"}}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3 * 2**20))
+        return {"ok": True, "result": {"path": str(path), "provenance": {}, "key": ""}}
+
+
+@pytest.fixture
+def exporting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exporting:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    return Exporting(tmp_path)
+
+
+def still_open(folder: Path) -> list[str]:
+    """Files of the folder that this process holds, and that have no name any more."""
+    links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return [link for link in links if link.startswith(str(folder))]
+
+
+def test_a_key_has_so_many_downloads_until_they_have_ended(exporting: Exporting) -> None:
+    """Their bytes stay on the disk for so long. Those of another key go on."""
+
+    async def run() -> None:
+        app = build(exporting, ["key-a", "key-b"])
+        clients = [Client(app) for _ in range(4)]
+        assert [await client.answered() for client in clients] == [200] * 4
+        fifth = Client(app)
+        assert await fifth.answered() == 429
+        fifth.reads.set()
+        await fifth.task
+        assert "a key may wait for 4 adapters at once" in fifth.messages[1]["body"].decode()
+        assert await Client(app, "key-b").answered() == 200
+        assert len(exporting.asked) == 5, "the engine is not asked for what is refused"
+        clients[0].reads.set()
+        await clients[0].task
+        assert sum(len(message["body"]) for message in clients[0].messages[1:]) > 3 * 2**20
+        assert await Client(app).answered() == 200
+        assert len(still_open(exporting.folder)) == 5
+        assert app.state.ttt_adapters.counts.total() == 5
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("left", ["gone", "gone before the first piece", "broken", "refused", "not a session id", "given up"])
+def test_a_download_that_does_not_come_to_its_end_is_given_back(exporting: Exporting, left: str) -> None:
+    async def run() -> None:
+        app = build(exporting, ["key-a"])
+        exporting.failed = left == "refused"
+        client = Client(app, spec="2.4" if left == "broken" else "2.3", session="a b" if left == "not a session id" else "s")
+        if left == "broken":
+            client.broken = BrokenPipeError()
+        elif left == "gone before the first piece":
+            client.gone.set()
+        elif left == "gone":
+            await client.answered()
+            client.gone.set()
+        elif left == "given up":
+            while not exporting.asked:
+                await asyncio.sleep(0)
+            client.task.cancel()
+        if left in ("refused", "not a session id"):
+            client.reads.set()
+        await asyncio.wait([client.task])
+        assert not app.state.ttt_adapters.counts
+        assert not still_open(exporting.folder)
+
+    asyncio.run(run())
+
+
+def test_a_download_of_which_nothing_is_taken_ends(exporting: Exporting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "PATIENCE", 0.01)
+
+    async def run() -> None:
+        app = build(exporting, ["key-a"])
+        client = Client(app)
+        await asyncio.wait_for(client.task, 10)
+        assert client.status == 200
+        assert not any(message.get("more_body") is False for message in client.messages), "it is not taken for the whole"
+        assert not app.state.ttt_adapters.counts
+        assert not still_open(exporting.folder)
+
+    asyncio.run(run())

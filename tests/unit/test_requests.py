@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tokenizers.decoders
 from hypothesis import given
 from hypothesis import strategies as st
 from test_deep_scheduler import MODEL, PROMPT, Engine
+from test_filter import NO_TEXT, CountingStream
 from transformers import AutoTokenizer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
@@ -121,6 +123,66 @@ def test_each_token_is_decoded_once_however_long_the_stop_string_is(monkeypatch:
         stops.look(attached)
     assert decoded == ids
     assert attached.stopped is None
+
+
+class Slow:
+    """A tokenizer that is not of the library tokenizers, as vLLM's detokenizer uses one."""
+
+    is_fast = False
+
+    def __init__(self) -> None:
+        #: tokens that have been decoded
+        self.decoded = 0
+
+    def __len__(self) -> int:
+        return len(TOKENIZER)
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
+
+    def convert_ids_to_tokens(self, ids: list[int], skip_special_tokens: bool = False) -> list[str]:
+        return TOKENIZER.convert_ids_to_tokens(ids, skip_special_tokens)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        self.decoded += len(tokens)
+        return TOKENIZER.convert_tokens_to_string(tokens)
+
+
+def looking(tokenizer: Any, stop: str, ids: list[int]) -> Attached:
+    """A request whose answer has been looked through, token by token."""
+    request = Request("r", [1, 2], SamplingParams(max_tokens=10_000, stop=[stop]), None)
+    attached = Attached(request, Session(SessionKey("-", "s"), 1, 4), Knobs(), True, 1, 2)
+    stops = Stops(Engine("last").config.model_config)
+    stops._tokenizer = tokenizer
+    for token in ids:
+        request.append_output_token_ids(token)
+        attached.outputs += 1
+        stops.look(attached)
+    return attached
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["tokenizers", "another library"])
+@pytest.mark.parametrize("ids", NO_TEXT)
+def test_no_answer_keeps_it_busy(monkeypatch: pytest.MonkeyPatch, ids: list[int], slow: bool) -> None:
+    """vLLM's detokenizer decodes at each token all since it last said something; here each id is decoded a few times."""
+    monkeypatch.setattr(tokenizers.decoders, "DecodeStream", CountingStream)
+    monkeypatch.setattr(CountingStream, "decoded", 0)
+    tokenizer: Any = Slow() if slow else TOKENIZER
+    many = ids * (1200 // len(ids))
+    assert looking(tokenizer, "lazy", many).stopped is None
+    assert len(many) <= (tokenizer.decoded if slow else CountingStream.decoded) < 40 * len(many)
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["tokenizers", "another library"])
+@pytest.mark.parametrize("count", [3, 15, 16, 17, 50])
+@pytest.mark.parametrize("ids", NO_TEXT)
+def test_a_stop_string_is_found_after_much_that_is_no_text(ids: list[int], count: int, slow: bool) -> None:
+    before, text = (ids * count)[:count], TOKENIZER("☃STOP and on", add_special_tokens=False)["input_ids"]
+    shown = len(TOKENIZER("☃", add_special_tokens=False)["input_ids"])
+    assert looking(Slow() if slow else TOKENIZER, "STOP", [*before, *text]).stopped == count + shown
+    parted = [*TOKENIZER("ST", add_special_tokens=False)["input_ids"], *before, *TOKENIZER("OP.")["input_ids"]]
+    if ids != NO_TEXT[-1]:
+        assert looking(Slow() if slow else TOKENIZER, "STOP", parted).stopped is None, "there is something in between"
 
 
 @given(st.integers(0, len(TEXT) - 2), st.integers(1, 12), st.booleans(), st.integers(0, 6))

@@ -180,3 +180,49 @@ def test_samples_do_not_read_and_learn_in_turns() -> None:
     engine.step()
     assert engine.said[request]["status"] == 400
     assert "one version" in engine.said[request]["message"]
+
+
+def told(engine: Answering) -> dict[str, int | None]:
+    """By sample, with which status it was refused; None: it was answered."""
+    return {request.rpartition("-")[0] or request: said.get("status") for request, said in engine.said.items()}
+
+
+def waiting(most: int) -> tuple[Answering, str]:
+    """A session whose first request is still to be learned: what comes now waits for it, and ``most`` may."""
+    engine = Answering()
+    (request,) = engine.ask("one", PROMPT)
+    engine.drain()
+    engine.said.clear()
+    engine.scheduler.ttt_holding.most = most
+    return engine, request
+
+
+def test_samples_are_let_in_or_refused_together() -> None:
+    engine, first = waiting(3)
+    engine.ask("two", PROMPT, 2, (1, 1))
+    engine.ask("three", PROMPT, 2, (1, 1))
+    engine.step()
+    assert told(engine) == {"0_three": 429, "1_three": 429}, "there is room for one of them"
+    assert "3 may" in engine.said[next(iter(engine.said))]["message"]
+    engine.said.clear()
+    engine.settle(first, len(PROMPT) - 1)
+    engine.drain()
+    assert told(engine) == {"0_two": None, "1_two": None}
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_the_first_sample_is_told_holds_for_those_that_come_later(refused: bool) -> None:
+    engine, _ = waiting(1 if refused else 2)
+    (second,) = arriving_one_by_one(engine, "two", 2)
+    engine.scheduler.ttt_holding.most = 2 if refused else 1
+    engine.scheduler.add_request(second)
+    engine.step()
+    assert told(engine) == ({"0_two": 429, "1_two": 429} if refused else {}), "else both wait"
+    assert engine.scheduler.ttt_holding.count == (0 if refused else 2)
+
+
+def test_only_so_many_refusals_are_remembered() -> None:
+    engine, _ = waiting(1)
+    for number in range(70):
+        engine.ask(f"r{number}", PROMPT, 2, (1, 1))
+    assert len(engine.scheduler.ttt_arrivals.refused) == 64

@@ -153,6 +153,21 @@ def test_who_finds_no_room_is_asked_again_when_one_has_gone() -> None:
     assert {reading.plan.session for reading in worker.backlog.wanted().values() if not reading.closed} == {A, B}
 
 
+def test_an_answer_that_finds_the_backlog_full_is_learned_all_the_same() -> None:
+    """It cannot be held, as a prompt is; given up, it would be whoever fills the backlog that took it from its session."""
+    worker = Hooks(pages=3)
+    worker.start("a", A, 1, learn_output=True)
+    worker.start("b", B, 1)
+    worker.batch(("a", 0, CHUNK + 1))
+    worker.batch(("b", 0, CHUNK + 1))
+    worker.backlog.finish("b", CHUNK)
+    for first in range(CHUNK + 1, 5 * CHUNK):
+        worker.batch(("a", first, 1))
+    worker.backlog.finish("a", 5 * CHUNK)
+    assert lost(worker) == []
+    assert worker.learn() == {A: 5, B: 1}
+
+
 def test_what_is_served_while_a_prompt_is_read_is_kept_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffers of the device are all allocated at the start: a copy of the master there would not be among them."""
     worker = Hooks()

@@ -15,12 +15,13 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_ttt.config import LearnConfig
 from vllm_ttt.engine.ledger import Session
 from vllm_ttt.engine.limits.stops import AnswerText
+from vllm_ttt.errors import RequestError
 from vllm_ttt.types import ADAPTER_PATH, SAMPLES, ChunkReport, Knobs
 
 if TYPE_CHECKING:
     from vllm_ttt.engine.limits.trust import Trust
 
-#: Of so many requests with n > 1 whose first sample has left, it is remembered for those that are still to come.
+#: Of so many requests with n > 1 whose first sample has left, or was refused, that is remembered for those still to come.
 _REMEMBERED = 64
 
 
@@ -203,6 +204,17 @@ class Arrivals:
         self.left: deque[str] = deque()
         #: those of which some have begun and others have not
         self.beginning: dict[str, Samples] = {}
+        #: by parent, why the first was refused: so are those that are still to come
+        self.refused: dict[str, RequestError] = {}
+
+    def arriving(self, request: Request) -> int:
+        """How many requests come with this one: with the first of n samples all, and with the others none. Raises RequestError
+        where the first was refused."""
+        if (sample := sample_of(request)) is None:
+            return 1
+        if sample.parent in self.refused:
+            raise self.refused[sample.parent]
+        return 0 if sample.number else sample.n
 
     def attach(self, request: Request, session: Session, knobs: Knobs) -> Attached:
         """The request with its number; of n samples the first alone learns."""
@@ -227,9 +239,15 @@ class Arrivals:
             together.begun = True
             self._begins_no_more(sample, together)
 
-    def leave(self, request: Request) -> None:
-        """The request has left the engine, or was refused."""
-        if (sample := sample_of(request)) is None or (together := self.samples.get(sample.parent)) is None:
+    def leave(self, request: Request, refused: RequestError | None = None) -> None:
+        """The request has left the engine, or was ``refused``."""
+        if (sample := sample_of(request)) is None:
+            return
+        if refused is not None and sample.number == 0:
+            self.refused[sample.parent] = refused
+            if len(self.refused) > _REMEMBERED:
+                del self.refused[next(iter(self.refused))]
+        if (together := self.samples.get(sample.parent)) is None:
             return
         if together.missing and request.status == RequestStatus.FINISHED_ABORTED:
             together.waiting.clear()  # its client has left: the others need not come

@@ -87,7 +87,7 @@ class TTTScheduler(HoldingScheduler):
                 # The front end checks names and knobs; this is for what only the engine can know, and for offline use.
                 error = self.ttt_guard.refusal(failure)
                 self._detach(request.request_id)
-                self.ttt_arrivals.leave(request)
+                self.ttt_arrivals.leave(request, error)
                 self.ttt_counts.add("refused_requests_total", 1, str(error.status))
                 self.ttt_refused.append((request, error))
                 return
@@ -105,7 +105,7 @@ class TTTScheduler(HoldingScheduler):
         knobs = knobs_of(params, self.ttt_config.learn, self.vllm_config)
         key = SessionKey.from_wire(wire)
         check_owner(key, self.vllm_config)
-        self.ttt_holding.admit(key)
+        self.ttt_holding.admit(key, self.ttt_arrivals.arriving(request))
         session = self.ttt_ledger.open(key, knobs.learn)
         stuck = not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck
         if refused := other_model(session, request) or (self.ttt_tiers.no_room(session) if stuck else None):

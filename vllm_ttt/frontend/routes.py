@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
@@ -128,9 +129,15 @@ async def get_adapter(
     session_id: SessionId, request: Request, format: Literal["safetensors", "tar"] = "safetensors"
 ) -> StreamingResponse:
     """The delta as a PEFT adapter, and where it comes from: one .safetensors with both texts in its metadata, or a tar."""
-    written = await _ask(request, "export", session_id)
-    # In a thread: what is sealed is read and decrypted as a whole, and others are answered meanwhile.
-    return await run_in_threadpool(adapter.answer, written["path"], session_id, format, written["provenance"], written["key"])
+    with ExitStack() as held:
+        held.enter_context(request.app.state.ttt_adapters.take(tenants.tenant_of(request)))
+        written = await _ask(request, "export", session_id)
+        # In a thread: what is sealed is read and decrypted as a whole, and others are answered meanwhile.
+        found = await run_in_threadpool(
+            adapter.answer, written["path"], session_id, format, written["provenance"], written["key"]
+        )
+        found.held.push(held.pop_all())
+    return found
 
 
 @router.get(_SESSION, response_model=models.SessionDetail, responses=_NAMED)

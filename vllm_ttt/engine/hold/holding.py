@@ -118,12 +118,14 @@ class Holding:
         self.count = 0
         self.numbers = itertools.count()
 
-    def admit(self, key: SessionKey) -> None:
-        """Raise RequestError (429) where as many requests of the session wait as may."""
-        lane = self.lanes.get(key)
-        if self.most and lane is not None and lane.held >= self.most:
+    def admit(self, key: SessionKey, samples: int = 1) -> None:
+        """Raise RequestError (429) where no more requests of the session may wait, or not so many ``samples`` of one; 0: it
+        belongs to one that has been let in."""
+        held = lane.held if (lane := self.lanes.get(key)) is not None else 0
+        if self.most and samples and held + samples > self.most:
+            more = "" if samples == 1 else f"this one has {samples} samples, "
             raise RequestError(
-                f"{lane.held} requests of session {key.name!r} wait for it already, and {self.most} may "
+                f"{held} requests of session {key.name!r} wait for it already, {more}and {self.most} may "
                 "(sessions.held_per_session); send the next when one of them has been answered",
                 429,
             )

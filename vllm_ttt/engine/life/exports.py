@@ -13,12 +13,10 @@ from vllm_ttt.engine.life.operations import Steps
 from vllm_ttt.engine.life.orders import Orders
 from vllm_ttt.engine.storage.provenance import provenance
 from vllm_ttt.errors import RequestError
-from vllm_ttt.types import FileOrder, FileReport
+from vllm_ttt.types import ADAPTERS_AT_ONCE, ENOUGH_ADAPTERS, FileOrder, FileReport
 
 #: Exports that the worker is asked for at once.
 AT_ONCE = 2
-#: Exports of one tenant that wait for their answer.
-PER_TENANT = 4
 
 
 class Exports:
@@ -33,9 +31,8 @@ class Exports:
 
     def admit(self, tenant: str) -> None:
         """Count one more of the tenant, until `answered`. Raises RequestError (429) where it has enough."""
-        if self.counts[tenant] >= PER_TENANT:
-            message = f"a key may wait for {PER_TENANT} adapters at once; ask again when one of them has come"
-            raise RequestError(message, 429)
+        if self.counts[tenant] >= ADAPTERS_AT_ONCE:
+            raise RequestError(ENOUGH_ADAPTERS, 429)
         self.counts[tenant] += 1
 
     def answered(self, tenant: str) -> None:

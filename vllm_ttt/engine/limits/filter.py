@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_ttt.automaton import Automaton
+from vllm_ttt.engine.limits.text import Stream
 from vllm_ttt.errors import ConfigError
 
 
@@ -62,13 +63,5 @@ class Filter:
         tokenizer: Any = self._tokenizer
         if (fast := getattr(tokenizer, "_tokenizer", None)) is None:
             return [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
-        from tokenizers.decoders import DecodeStream
-
-        stream, pieces = DecodeStream(skip_special_tokens=False), list[str | None]()
-        for token in ids:
-            try:
-                pieces.append(stream.step(fast, token))
-            except Exception:  # bytes that are no text: it begins anew, as vLLM's own does (v1/engine/detokenizer.py)
-                stream = DecodeStream(skip_special_tokens=False)
-                pieces.append(stream.step(fast, token))
-        return pieces
+        stream = Stream(skip_special_tokens=False)
+        return [stream.step(fast, token) for token in ids]

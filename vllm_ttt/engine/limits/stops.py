@@ -10,7 +10,9 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer, IncrementalDetokenizer, SlowIncrementalDetokenizer
+
+from vllm_ttt.engine.limits.text import KEPT, MOST, Stream
 
 if TYPE_CHECKING:
     from vllm_ttt.engine.requests import Attached
@@ -55,9 +57,18 @@ class Stops:
         if params is None or not params.stop or attached.stopped is not None or self.model_config.skip_tokenizer_init:
             return
         if attached.text is None:
-            attached.text = AnswerText(IncrementalDetokenizer.from_new_request(self.tokenizer, request))  # type: ignore[arg-type]
+            attached.text = AnswerText(self._detokenizer(request))
         tokens = list(request.output_token_ids[len(attached.text.ends) - 1 : attached.outputs])
         attached.stopped = attached.text.add(tokens, params.include_stop_str_in_output)
+
+    def _detokenizer(self, request: Any) -> IncrementalDetokenizer:
+        """vLLM's, but that no answer keeps it busy."""
+        found = IncrementalDetokenizer.from_new_request(self.tokenizer, request)
+        if isinstance(found, SlowIncrementalDetokenizer):
+            return BoundedDetokenizer(self.tokenizer, request)
+        if isinstance(found, FastIncrementalDetokenizer):
+            found.stream = Stream(found.skip_special_tokens, (request.prompt_token_ids or ())[-MOST:])  # type: ignore[assignment]
+        return found
 
     @property
     def tokenizer(self) -> Any:
@@ -67,3 +78,18 @@ class Stops:
 
             self._tokenizer = cached_tokenizer_from_config(self.model_config)
         return self._tokenizer
+
+
+class BoundedDetokenizer(SlowIncrementalDetokenizer):
+    """As `Stream`: vLLM's detokenizer for tokenizers of other libraries is silent as DecodeStream is."""
+
+    text = ""
+
+    def decode_next(self, next_token_id: int) -> str:
+        piece, end = super().decode_next(next_token_id), len(self.tokens)
+        if piece:
+            piece, self.text = self.text + piece, ""
+        elif end - self.read_offset >= MOST:
+            self.text += self.tokenizer.convert_tokens_to_string(self.tokens[self.read_offset : end - KEPT])
+            self.prefix_offset = self.read_offset = end - KEPT
+        return piece
