@@ -79,6 +79,8 @@ class Session:
     open: dict[str, Open] = field(default_factory=dict)
     #: requests in the engine
     requests: set[str] = field(default_factory=set)
+    #: whether all of them wait behind others who wait for a place in memory
+    yields: bool = False
     #: why it uses the delta and learns nothing until it is unfrozen; None: it learns
     frozen: str | None = None
     #: nats per token by which its delta made the guard's text worse when it was last tried
@@ -111,6 +113,11 @@ class Session:
     def idle(self) -> bool:
         """Whether nobody needs it."""
         return not (self.requests or self.open or self.life.queue)
+
+    @property
+    def resting(self) -> bool:
+        """Whether it may leave memory: nobody needs it, or they all wait for others first."""
+        return self.idle or (self.yields and not self.life.queue and self.open.keys() <= self.requests)
 
     @property
     def home(self) -> State:

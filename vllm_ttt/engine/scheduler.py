@@ -107,7 +107,7 @@ class TTTScheduler(HoldingScheduler):
         check_owner(key, self.vllm_config)
         self.ttt_holding.admit(key, self.ttt_arrivals.arriving(request))
         session = self.ttt_ledger.open(key, knobs.learn)
-        stuck = not self.ttt_tiers.ready(session) and self.ttt_tiers.stuck
+        stuck = not session.life.placed and self.ttt_tiers.stuck
         if refused := other_model(session, request) or (self.ttt_tiers.no_room(session) if stuck else None):
             self.ttt_tiers.left(session)
             raise refused

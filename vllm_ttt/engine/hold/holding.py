@@ -1,9 +1,14 @@
 """Requests of sessions that may not begin yet. They wait here, outside vLLM's queue, and cost nobody anything.
 
 First each waits in the *lane* of its session: for the session to be in memory, and for what was sent to it earlier to be
-learned. The head of a lane is looked at when something about its session has changed, the others never. Then it stands in one
-*line* with all others, for a slot, and for room in the backlog where it is to be learned. Of the line, too, the head alone is
-looked at: nobody is overtaken. What is let go is vLLM's, and its session keeps a slot until the last such request has left.
+learned. The head of a lane is looked at when something about its session has changed, the others never. If the session needs a
+place in memory, the head stands in the line for *places*, in the order of arrival. While somebody stands there, no request that
+came later passes its lane, of whichever session: it stands behind. So the sessions that have a place run out of requests, and
+one whose requests all stand there may have to give its place up. Whoever has come gets a place after what came before it.
+
+Then it stands in one *line* with all others, for a slot, and for room in the backlog where it is to be learned. Of a line the
+head alone is looked at: nobody is overtaken. What is let go is vLLM's, and its session keeps a slot until the last such request
+has left.
 """
 
 from __future__ import annotations
@@ -22,7 +27,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_ttt.engine.hold.line import Line, Order
 from vllm_ttt.engine.ledger import Session
+from vllm_ttt.engine.life.states import State
 from vllm_ttt.engine.life.tiers import Tiers
 from vllm_ttt.engine.requests import Attached
 from vllm_ttt.errors import RequestError
@@ -32,38 +39,17 @@ from vllm_ttt.types import SessionKey
 AWAITED = 64
 
 
-class Line:
-    """Requests in some order. One that leaves before its turn is passed over when that comes."""
-
-    def __init__(self) -> None:
-        self.heap: list[tuple[tuple[int, ...], Entry]] = []
-        self.count = 0
-
-    def push(self, order: tuple[int, ...], entry: Entry) -> None:
-        heapq.heappush(self.heap, (order, entry))
-        entry.line = self
-        self.count += 1
-
-    def first(self) -> Entry | None:
-        while self.heap and self.heap[0][1].line is not self:
-            heapq.heappop(self.heap)
-        return self.heap[0][1] if self.heap else None
-
-    def remove(self, entry: Entry) -> None:
-        entry.line = None
-        self.count -= 1
-        if len(self.heap) > 2 * self.count + 16:
-            self.heap = [(order, other) for order, other in self.heap if other.line is self]
-            heapq.heapify(self.heap)
-
-
 @dataclass(slots=True, eq=False)
 class Lane:
     """The requests of one session that are in the engine."""
 
     key: SessionKey
+    #: None: they are nobody's
+    session: Session | None = None
     line: Line = field(default_factory=Line)
-    #: requests that wait, in the lane or in the line behind it
+    #: its first request, where that stands in the line for places
+    first: Entry | None = None
+    #: requests that wait, in the lane or in a line behind it
     held: int = 0
     #: requests that are vLLM's
     out: int = 0
@@ -78,7 +64,7 @@ class Entry:
     attached: Attached | None
     lane: Lane
     #: of arrival, which children of n > 1 share; and a number that is its own
-    order: tuple[int, ...]
+    order: Order
     #: where it waits; None: it is vLLM's
     line: Line | None = None
 
@@ -102,14 +88,13 @@ class Holding:
             priority: whether vLLM serves by priority.
         """
         self.tiers, self.room, self.slots, self.most, self.wait, self.priority = tiers, room, slots, most, wait, priority
+        self.places = tiers.places
         self.entries: dict[str, Entry] = {}
         self.lanes: dict[SessionKey, Lane] = {}
         #: those who have passed their lane; and of those, who has a slot and lacks room in the backlog
         self.line, self.parked = Line(), Line()
         #: lanes whose session has changed
         self.due: dict[SessionKey, Lane] = {}
-        #: sessions that wait for a place in memory
-        self.homeless: dict[SessionKey, Session] = {}
         #: sessions the first of whose waiting requests waits for what was sent earlier to be learned
         self.awaited: dict[SessionKey, Session] = {}
         #: sessions that have a slot
@@ -138,12 +123,13 @@ class Holding:
         """
         lane = self.lanes.get(key)
         if lane is None:
-            lane = self.lanes[key] = Lane(key)
+            lane = self.lanes[key] = Lane(key, attached and attached.session)
         order = (attached.arrival if attached is not None else 0, next(self.numbers))
         entry = self.entries[request.request_id] = Entry(request, attached, lane, order)
         lane.line.push(order, entry)
         lane.held += 1
         self.count += 1
+        self.places.newest = max(self.places.newest, order[0])
         self._mark(lane)
         released = [] if paused else self._pass_on()
         if entry.line is not None and attached is not None:
@@ -156,6 +142,8 @@ class Holding:
         if entry is None:
             return
         lane = entry.lane
+        if lane.first is entry:
+            self._back(lane)
         if entry.line is not None:
             entry.line.remove(entry)
             lane.held -= 1
@@ -165,10 +153,10 @@ class Holding:
             self.taken -= not lane.out
         if lane.held or lane.out:
             self._mark(lane)
+            self._note(lane)
         else:
             del self.lanes[lane.key]
             self.due.pop(lane.key, None)
-            self.homeless.pop(lane.key, None)
         if not lane.line.count:
             self.awaited.pop(lane.key, None)
 
@@ -184,21 +172,18 @@ class Holding:
     def woke(self, session: Session) -> None:
         """The session has come into memory, or is not being changed any more."""
         if (lane := self.lanes.get(session.key)) is not None:
-            lane.asleep = False
-            self.homeless.pop(lane.key, None)
-            self._mark(lane)
+            self._back(lane)
 
     def let_go(self) -> list[Request]:
         """What may begin now: vLLM's from now on."""
-        if not self.count:
-            return []
-        self._bring_in()
-        return self._pass_on()
+        return self._pass_on() if self.count else []
 
     def _pass_on(self) -> list[Request]:
         """Out of the lanes into the line, and out of the line."""
-        while self.due:
-            self._look(self.due.popitem()[1])
+        while self.due or self._give_place():  # one at a time: the next one's must not be that of who came before
+            due, self.due = list(self.due.values()), {}
+            for lane in sorted(due, key=self._is_in_memory):  # those first who need a place: then nobody passes them
+                self._look(lane)
         released: list[Request] = []
         while (entry := self.parked.first()) is not None and self._has_room(entry):
             if not self._has_slot(entry.lane):
@@ -214,18 +199,40 @@ class Holding:
                 released.append(self._release(entry))
         return released
 
-    def _bring_in(self) -> None:
-        """Ask for a place in memory for whoever lacks one; who has waited longest first."""
-        while self.homeless:
-            session = next(iter(self.homeless.values()))
-            ready = self.tiers.ready(session)
-            if not ready and self.tiers.homeless(session):
-                if not self.tiers.stuck:
-                    return
-                self.tiers.broken.append((session, self.tiers.no_room(session)))
-            self.homeless.pop(session.key, None)
-            if ready:
-                self.woke(session)
+    def _give_place(self) -> bool:
+        """Whether the first in the line for places could leave it: there is a place, or it needs none any more."""
+        entry = self.places.first()
+        if not isinstance(entry, Entry) or self.tiers.crowded:
+            return False
+        session = entry.lane.session
+        assert session is not None
+        ready = self.tiers.ready(session)
+        if not ready and self.tiers.homeless(session):
+            if not self.tiers.stuck:
+                self.tiers.crowded = True
+                return False
+            self.tiers.broken.append((session, self.tiers.no_room(session)))
+        self._back(entry.lane, asleep=not ready)
+        return True
+
+    def _back(self, lane: Lane, asleep: bool = False) -> None:
+        """Whoever of the lane stands in the line for places is its head again."""
+        if (entry := lane.first) is not None:
+            self.places.remove(entry)
+            lane.line.push(entry.order, entry)
+            lane.first = None
+            self._note(lane)
+        lane.asleep = asleep
+        self._mark(lane)
+
+    def _note(self, lane: Lane) -> None:
+        """Whether all requests of the session wait behind others may have changed."""
+        if lane.session is not None:
+            lane.session.yields = lane.first is not None and not lane.out and lane.held == 1 + lane.line.count
+
+    @staticmethod
+    def _is_in_memory(lane: Lane) -> bool:
+        return lane.session is None or lane.session.life.state is State.IN_MEMORY
 
     def _mark(self, lane: Lane) -> None:
         if not lane.asleep and lane.line.count:
@@ -234,26 +241,30 @@ class Holding:
     def _look(self, lane: Lane) -> None:
         """Who may go on from the lane."""
         while (entry := lane.line.first()) is not None:
-            if entry.attached is not None and not self._may_pass(entry.attached, lane):
+            if entry.attached is not None and not self._may_pass(entry, entry.attached):
                 return
             lane.line.remove(entry)
             self.line.push(self._rank(entry), entry)
 
-    def _may_pass(self, attached: Attached, lane: Lane) -> bool:
-        session = attached.session
-        if not self.tiers.ready(session):
-            lane.asleep = True
-            if self.tiers.homeless(session):
-                self.homeless[session.key] = session
-            return False
-        first = next(iter(session.open.values()), None) if self.wait else None
-        if first is None or first.arrival >= attached.arrival:
+    def _may_pass(self, entry: Entry, attached: Attached) -> bool:
+        session, lane = attached.session, entry.lane
+        if self._is_in_memory(lane):
+            first = next(iter(session.open.values()), None) if self.wait else None
+            if first is not None and first.arrival < attached.arrival:
+                self.awaited.setdefault(lane.key, session)
+                return False
             self.awaited.pop(lane.key, None)
-            return True
-        self.awaited.setdefault(lane.key, session)
+            if self.places.passes(entry.order):
+                return True
+        lane.asleep = True
+        if self._is_in_memory(lane) or self.tiers.homeless(session):
+            lane.line.remove(entry)
+            self.places.push(entry.order, entry)
+            lane.first = entry
+            self._note(lane)
         return False
 
-    def _rank(self, entry: Entry) -> tuple[int, ...]:
+    def _rank(self, entry: Entry) -> Order:
         return (entry.request.priority if self.priority else 0, *entry.order)
 
     def _has_room(self, entry: Entry) -> bool:

@@ -143,11 +143,11 @@ class Saves:
                 self._begin(session)
 
     def make_clean(self, count: int) -> None:
-        """Save up to ``count`` idle sessions whose place may be needed soon; what failed lately waits for its round."""
+        """Save up to ``count`` resting sessions whose place may be needed soon; what failed lately waits for its round."""
         for session in list(self.changed.values()):
             if len(self.due) >= count:
                 return
-            if session.idle and session.unsaved and session.key not in self.failing:
+            if session.resting and session.unsaved and session.key not in self.failing:
                 self.due.setdefault(session.key, (session, None))
 
     def _round(self, idle_only: bool = False) -> None:

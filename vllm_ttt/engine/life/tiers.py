@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from itertools import chain
 from typing import Any
 
 from vllm_ttt.config import SessionsConfig
 from vllm_ttt.engine.counts import EngineCounts
 from vllm_ttt.engine.guarded import Guarded
+from vllm_ttt.engine.hold.line import Places, Turn
 from vllm_ttt.engine.ledger import Ledger, Session
 from vllm_ttt.engine.life.changes import Changes
 from vllm_ttt.engine.life.expiry import Expiry
@@ -62,10 +64,12 @@ class Tiers:
         self.sharing = Sharing(self, store) if store is not None and store.watch is not None else None
         #: sessions that have a place in memory, or are on their way there
         self.placed = 0
+        #: who waits for one
+        self.places = Places()
         #: sessions whose requests are to be refused, and why
         self.broken: list[tuple[Session, RequestError]] = []
-        #: whether an operation has looked for room, and nothing has happened since that could have made some: the others need
-        #: not look in this step, nor need there be another step for them
+        #: whether the first of those has looked for room, and nothing has happened since that could have made some: it need not
+        #: look again in this step, nor need there be another step for it
         self.crowded = False
         self.closing = False
         #: called with a session that has come into memory, or for which nothing is left to do
@@ -137,7 +141,7 @@ class Tiers:
         """Whether the engine must go on stepping although nobody is served."""
         if self.orders.busy or self.exports.busy or self.lists.busy or self.audit.busy or self.broken:
             return True
-        if self.operations.can_go_on(self.crowded):
+        if self.operations.can_go_on(self.crowded or not isinstance(self.places.first(), Turn)):
             return True
         if self.store is None or self.saves is None:
             return False
@@ -153,9 +157,9 @@ class Tiers:
         placed = [s for s in self.ledger.sessions.values() if s.life.placed]
         if all(s.life.queue and s.life.queue[0].waits is ROOM for s in placed):
             return True
-        idle = [s for s in placed if s.idle]
-        failing = bool(idle) and all(s.key in self.saves.failing for s in idle)
-        return all(s.unsaved for s in idle) and (bool(self.store.full) or failing)
+        resting = [s for s in placed if s.resting]
+        failing = bool(resting) and all(s.key in self.saves.failing for s in resting)
+        return all(s.unsaved for s in resting) and (bool(self.store.full) or failing)
 
     def close(self) -> None:
         """The server is about to end: save everything now, and what is still learned when it has been."""
@@ -183,15 +187,9 @@ class Tiers:
 
     def bring_in(self, session: Session) -> Steps:
         """Part of an operation: the session is in memory when it goes on, and stays there until the operation ends."""
-        waits = False
-        while not session.life.in_memory:
-            if not self.crowded and self._has_room():
-                yield from self._enter(session)
-            elif not self.crowded and self.stuck:
-                raise self.no_room(session)
-            else:  # that it waits, from now on, may be why there can be no room: it has to be looked at once more
-                self.crowded, waits = waits, True
-                yield ROOM
+        if not session.life.in_memory:
+            yield from self._wait_for_room(session)
+            yield from self._enter(session)
 
     def move(self, session: Session, to: State) -> None:
         """The one place where a session changes its state. What leaves memory is dropped there."""
@@ -233,24 +231,47 @@ class Tiers:
         self.run(session, self._enter(session))
         return True
 
+    def _wait_for_room(self, session: Session) -> Steps:
+        """Part of an operation: it waits for its turn, and for a place."""
+        turn = self.places.turn()
+        try:
+            while True:
+                if self.places.first() in (None, turn):
+                    if self._has_room():
+                        return
+                    if self.stuck:
+                        raise self.no_room(session)
+                    self.crowded = True
+                if turn.line is None:  # that it waits, from now on, may be why there can be no room: look once more
+                    self.places.push(turn.order, turn)
+                    self.crowded = False
+                yield ROOM
+        finally:
+            if turn.line is not None:
+                self.places.remove(turn)
+                self.crowded = False
+
     def _has_room(self) -> bool:
         # Without a state dir, so many sessions alone may learn something. Others are names, which need no room.
         return self.store is None or self.placed < self.ledger.limit or self._evict()
 
     def _evict(self) -> bool:
-        """Put the session away that was used longest ago, of those that are idle and saved; False where there is none."""
+        """Put a session away that is saved: of those that are idle, who was used longest ago; else of those whose requests all
+        wait behind others, who was used last. False where there is none."""
         if self.saves is None:
             return False
-        for session in self.ledger.sessions.values():
-            if session.life.state is State.IN_MEMORY and session.idle and not session.unsaved:
+        sessions = self.ledger.sessions.values()
+        for session in chain((s for s in sessions if s.idle), (s for s in reversed(sessions) if s.resting)):
+            if session.life.state is State.IN_MEMORY and not session.unsaved:
                 self.counts.add("evictions_total", 1, "memory")
-                if session.blank:  # it needs no place for that
-                    self.move(session, State.NEW)
-                    self.ledger.renew(session)
-                    self._remember(session)
-                else:
-                    self.saves.record(session)
+                self.saves.record(session)
+                if session.idle and not session.blank:
                     self.put_away(session)
+                    return True
+                self.move(session, session.home)
+                self.ledger.renew(session)
+                if session.idle:  # it needs no place to be a name
+                    self._remember(session)
                 return True
         self.saves.make_clean(AT_ONCE)
         return False
