@@ -27,8 +27,8 @@ _PIECE = 2**20
 PATIENCE = 60.0
 
 
-class Places:
-    """Adapters that this API server is asked for, or sends, by tenant."""
+class Downloads:
+    """Those that this API server is asked for, or sends, by tenant."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

@@ -22,7 +22,7 @@ class TTTEndpointPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        from vllm_ttt.frontend.adapter import Places
+        from vllm_ttt.frontend.adapter import Downloads
         from vllm_ttt.frontend.answer import AnswerMiddleware
         from vllm_ttt.frontend.draining import DrainMiddleware
         from vllm_ttt.frontend.exposition import MetricsMiddleware
@@ -37,7 +37,7 @@ class TTTEndpointPlugin:
         app.add_middleware(AnswerMiddleware)
         app.add_middleware(MetricsMiddleware)
         app.add_middleware(DrainMiddleware)
-        app.state.ttt_adapters = Places()
+        app.state.ttt_adapters = Downloads()
         app.include_router(router)
         app.include_router(page)
 
