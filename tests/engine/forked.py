@@ -89,13 +89,19 @@ def run(command: list[str], log: Path, environment: dict[str, str] | None = None
 
 
 def bind() -> None:
-    """A worker's OpenMP read its environment in the parent already: do here what that says of threads and cores."""
-    if places := os.environ.get("OMP_PLACES"):
-        import torch
+    """A worker's OpenMP read its environment in the parent already: do here what that says of threads and cores.
 
+    torch makes its pool of threads anew after a fork, when it is first told how many it has: before others could, two at once,
+    of which one would find none ("Invalid thread pool!", caffe2/utils/threadpool/pthreadpool-cpp.cc).
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if places := os.environ.get("OMP_PLACES"):
         cores = {int(core) for core in places.strip("{}").split(",")}
         os.sched_setaffinity(0, cores)
-        torch.set_num_threads(len(cores))
+        threads = len(cores)
+    torch.set_num_threads(threads)
 
 
 def prepare() -> None:

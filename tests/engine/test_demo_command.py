@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -71,7 +72,9 @@ def test_ctrl_c_leaves_no_process_and_no_file(stage: Stage, tmp_path: Path, scra
     out = tmp_path / "out"
     command = [sys.executable, "-m", "vllm_ttt.cli", "demo", "--model", str(MODEL), "--quick", "--out", str(out)]
     environment = {**os.environ, "TMPDIR": str(scratch)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as demo:
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a shell's background jobs ignore it
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes) as demo:
         assert demo.stdout is not None
         said, found = [], None
         for line in demo.stdout:
