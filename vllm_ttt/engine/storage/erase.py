@@ -59,10 +59,8 @@ def wipe(db: sqlite3.Connection, folder: StateDir, uid: str = "", name: str = ""
             file.unlink(missing_ok=True)
         if not _checkpoint(db):
             return False
-        if uids - {uid} or (uid and _left(db, folder, uid, name)):
-            db.execute("VACUUM")
-            if not _checkpoint(db):
-                return False
+        if (uids - {uid} or (uid and _left(db, folder, uid, name))) and not renew(db):
+            return False
         db.executemany("DELETE FROM unwiped WHERE uid = ?", [(bytes.fromhex(one),) for one in uids])
         return True
     except (sqlite3.Error, OSError) as error:
@@ -70,6 +68,12 @@ def wipe(db: sqlite3.Connection, folder: StateDir, uid: str = "", name: str = ""
         return False
     finally:
         db.execute(f"PRAGMA busy_timeout = {database.PATIENCE}")
+
+
+def renew(db: sqlite3.Connection) -> bool:
+    """Write the database anew, without what removed rows have left in its pages. False where somebody reads the old one."""
+    db.execute("VACUUM")
+    return _checkpoint(db)
 
 
 def _checkpoint(db: sqlite3.Connection) -> bool:

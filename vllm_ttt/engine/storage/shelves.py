@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vllm_ttt import placement
-from vllm_ttt.engine.storage import database, places, records
+from vllm_ttt.engine.storage import database, erase, places, records
 from vllm_ttt.engine.storage.store import Store
 from vllm_ttt.errors import ConfigError
 from vllm_ttt.log import logger_of
@@ -126,10 +126,12 @@ def _link(source: Path, target: Path) -> Path:
 
 
 def _wipe(db: sqlite3.Connection) -> None:
-    """What has moved on leaves nothing behind: when it is removed there, nothing is left here. Else the next start tries."""
+    """What has moved on leaves nothing behind: when it is removed there, nothing is left here. Else the next start tries.
+
+    It is not owed by its uid, as what is removed is (`erase.owe`): under that it may come back to this shelf.
+    """
     try:
-        db.execute("VACUUM")
-        if db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+        if not erase.renew(db):
             raise sqlite3.OperationalError("somebody reads it")
         places.wiped(db)
     except sqlite3.Error as error:
